@@ -1,0 +1,3 @@
+"""Sparse autoencoders on every layer of Gemma 2."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,183 @@
+"""The specification of every operator in plain PyTorch, with the backward formulas written out.
+
+Computes in the inputs' dtype promoted to at least fp32 (fp64 stays fp64), with autocast off, on any device. The
+straight-through gradients are definitions, not derivatives, so autograd cannot be their oracle: they stand here as
+formulas. Symbols: N tokens, d = d_model, F = d_sae, θ = threshold, ε = bandwidth, λ = l0_coefficient.
+
+Sources: Gemma Scope (arXiv 2408.05147) equations 1-4; JumpReLU SAEs (arXiv 2407.14435) equations 11 and 12.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
+def without_autocast(function):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+# ---- jumprelu: the activation
+
+
+def gate(z: Tensor, threshold: Tensor) -> Tensor:
+    """1 where z > θ, 0 where z ≤ θ, NaN where they cannot be compared."""
+    one, zero = torch.ones_like(z), torch.zeros_like(z)
+    return torch.where(z > threshold, one, torch.where(z <= threshold, zero, torch.nan))
+
+
+def activation(z: Tensor, threshold: Tensor) -> Tensor:
+    """z·1[z > θ]. ``z - z`` is 0, or NaN where z is not finite: a plain 0 would hide bad input."""
+    return torch.where(z > threshold, z, torch.where(z <= threshold, z - z, torch.nan))
+
+
+def window(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """1[|z − θ| < ε/2], both sides of the threshold; NaN where z or θ is NaN."""
+    distance = (z - threshold).abs()
+    one, zero = torch.ones_like(z), torch.zeros_like(z)
+    return torch.where(distance < bandwidth / 2, one, torch.where(distance >= bandwidth / 2, zero, torch.nan))
+
+
+@without_autocast
+def jumprelu_forward(pre: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f [N, F] in the dtype of ``pre``, l0 [N], firing_count [F] int32."""
+    dtype = compute_dtype(pre)
+    theta = threshold.to(dtype)
+    z = pre.to(dtype) + b_enc.to(dtype)
+    active = z > theta
+    return activation(z, theta).to(pre.dtype), active.sum(1).to(dtype), active.sum(0, dtype=torch.int32)
+
+
+@without_autocast
+def jumprelu_backward(
+    grad_f: Tensor, grad_l0: Tensor, pre: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dpre [N, F], db_enc [F], dthreshold [F] in the dtypes of ``pre``, ``b_enc``, ``threshold``."""
+    dtype = compute_dtype(pre)
+    u, s, theta = grad_f.to(dtype), grad_l0.to(dtype), threshold.to(dtype)
+    z = pre.to(dtype) + b_enc.to(dtype)
+    dz = u * gate(z, theta)
+    dtheta = (window(z, theta, bandwidth) * (-(theta / bandwidth) * u - s[:, None] / bandwidth)).sum(0)
+    return dz.to(pre.dtype), dz.sum(0).to(b_enc.dtype), dtheta.to(threshold.dtype)
+
+
+# ---- encode and decode: sparse inference
+
+
+@without_autocast
+def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """values [nnz], indices [nnz] int32, offsets [N + 1] int64."""
+    dtype = compute_dtype(x)
+    theta = threshold.to(dtype)
+    z = x.to(dtype) @ W_enc.to(dtype) + b_enc.to(dtype)
+    f = activation(z, theta)
+    kept = (z > theta) | f.isnan()
+    token, latent = torch.nonzero(kept, as_tuple=True)
+    offsets = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
+    offsets[1:] = torch.cumsum(kept.sum(1), 0)
+    return f[token, latent], latent.to(torch.int32), offsets
+
+
+def _token_indices(values: Tensor, offsets: Tensor) -> Tensor:
+    tokens = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    return torch.repeat_interleave(tokens, offsets[1:] - offsets[:-1], output_size=values.shape[0])
+
+
+@without_autocast
+def decode_forward(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """x̂ [N, d] in the dtype of ``W_dec``."""
+    dtype = compute_dtype(W_dec)
+    x_hat = b_dec.to(dtype).repeat(offsets.shape[0] - 1, 1)
+    rows = W_dec.index_select(0, indices).to(dtype) * values.to(dtype)[:, None]
+    return x_hat.index_add_(0, _token_indices(values, offsets), rows).to(W_dec.dtype)
+
+
+@without_autocast
+def decode_backward(
+    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dvalues_e = ⟨g_n, W_dec[j]⟩ [nnz] and dW_dec[j] = Σ_e values_e·g_n [F, d], for entry e = (token n, latent j)."""
+    dtype = compute_dtype(W_dec)
+    g = grad.to(dtype).index_select(0, _token_indices(values, offsets))
+    dvalues = dW_dec = None
+    if need_values:
+        dvalues = (g * W_dec.index_select(0, indices).to(dtype)).sum(1).to(values.dtype)
+    if need_W:
+        dW_dec = torch.zeros_like(W_dec, dtype=dtype, memory_format=torch.contiguous_format)
+        dW_dec = dW_dec.index_add_(0, indices, g * values.to(dtype)[:, None]).to(W_dec.dtype)
+    return dvalues, dW_dec
+
+
+# ---- the whole autoencoder: forward, loss, backward
+
+
+class Parameters(NamedTuple):
+    W_enc: Tensor  # [d, F]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F, d]
+    b_dec: Tensor  # [d]
+    threshold: Tensor  # [F]
+
+
+class Forward(NamedTuple):
+    z: Tensor  # [N, F]
+    f: Tensor  # [N, F]
+    l0: Tensor  # [N]
+    x_hat: Tensor  # [N, d]
+
+
+@without_autocast
+def sae_forward(x: Tensor, p: Parameters, pre_encoder_bias: bool = True) -> Forward:
+    """z = (x − b_dec)·W_enc + b_enc; f = z·1[z > θ]; x̂ = f·W_dec + b_dec, in the compute dtype."""
+    dtype = compute_dtype(x, p.W_enc)
+    x, p = x.to(dtype), Parameters(*(t.to(dtype) for t in p))
+    z = ((x - p.b_dec) if pre_encoder_bias else x) @ p.W_enc + p.b_enc
+    f = activation(z, p.threshold)
+    return Forward(z, f, (z > p.threshold).sum(1).to(dtype), f @ p.W_dec + p.b_dec)
+
+
+def sae_loss(x: Tensor, out: Forward, l0_coefficient: float) -> Tensor:
+    """L = mean_n( ‖x_n − x̂_n‖² + λ‖f_n‖₀ ), squared error summed over d."""
+    return ((x.to(out.x_hat.dtype) - out.x_hat).square().sum(1) + l0_coefficient * out.l0).mean()
+
+
+@without_autocast
+def sae_backward(
+    x: Tensor,
+    p: Parameters,
+    out: Forward,
+    l0_coefficient: float,
+    bandwidth: float,
+    pre_encoder_bias: bool = True,
+    threshold_parametrisation: str = "raw",
+) -> Parameters:
+    """Gradients of `sae_loss`, straight-through for the threshold.
+
+    With ``threshold_parametrisation="log"`` the last one is dL/dt for θ = exp(t), that is θ·dL/dθ.
+    """
+    n, dtype = x.shape[0], out.x_hat.dtype
+    x, p = x.to(dtype), Parameters(*(t.to(dtype) for t in p))
+    g = 2 * (out.x_hat - x) / n
+    u = g @ p.W_dec.T
+    dz = u * gate(out.z, p.threshold)
+    db_enc = dz.sum(0)
+    inside = window(out.z, p.threshold, bandwidth)
+    dtheta = (inside * (-(p.threshold / bandwidth) * u - l0_coefficient / (bandwidth * n))).sum(0)
+    if threshold_parametrisation == "log":
+        dtheta = p.threshold * dtheta
+    elif threshold_parametrisation != "raw":
+        raise ValueError(f"threshold_parametrisation: expected 'log' or 'raw', got {threshold_parametrisation!r}")
+    x_centred = (x - p.b_dec) if pre_encoder_bias else x
+    db_dec = g.sum(0) - (p.W_enc @ db_enc if pre_encoder_bias else 0)
+    return Parameters(x_centred.T @ dz, db_enc, out.f.T @ g, db_dec, dtheta)
