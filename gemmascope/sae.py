@@ -1,0 +1,173 @@
+"""`JumpReLUSAE`: the sparse autoencoder as a torch module."""
+
+import copy
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .kernels import JumpReLUOutput, SparseCode
+
+
+class JumpReLUSAE(nn.Module):
+    r"""JumpReLU sparse autoencoder (Gemma Scope, arXiv 2408.05147, equations 1-4).
+
+        z = (x/C − b_dec)·W_enc + b_enc;   f = z·1[z > θ];   x̂ = C·(f·W_dec + b_dec)
+
+    C = ``input_scale`` makes the inputs' mean squared norm 1 during training; ``pre_encoder_bias`` says whether b_dec is
+    subtracted first. `fold` returns the same function with C = 1 and no pre-encoder bias, the form Gemma Scope releases.
+
+    Parameters: ``W_enc`` [d_model, d_sae] (stored latent-major: the transposed view of a contiguous [d_sae, d_model]),
+    ``W_dec`` [d_sae, d_model], ``b_enc`` [d_sae], ``b_dec`` [d_model], ``threshold`` [d_sae], which stays fp32 whatever
+    dtype the module is moved to (in bf16 it would stop learning, and the gate would move).
+
+    Initialised as in Gemma Scope: W_dec He-uniform with unit-norm rows, W_enc its transpose, biases 0.
+
+    d_model, d_sae: positive ints. threshold_init: ≥ 0. impl: who computes, see `gemmascope.kernels`. metadata: free
+    JSON-able facts that travel with the weights (``model``, ``site``, …). Raises ValueError or TypeError on bad values.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_sae: int,
+        *,
+        pre_encoder_bias: bool = True,
+        input_scale: float = 1.0,
+        threshold_init: float = 1e-3,
+        impl: str = "auto",
+        metadata: dict[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        for name, size in (("d_model", d_model), ("d_sae", d_sae)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if not (math.isfinite(input_scale) and input_scale > 0):
+            raise ValueError(f"input_scale: expected a finite number > 0, got {input_scale}")
+        if not (math.isfinite(threshold_init) and threshold_init >= 0):
+            raise ValueError(f"threshold_init: expected a finite number ≥ 0, got {threshold_init}")
+        self.pre_encoder_bias = pre_encoder_bias
+        self.input_scale = float(input_scale)
+        self.impl = impl
+        self.metadata = dict(metadata or {})
+
+        W_dec = torch.empty(d_sae, d_model, dtype=torch.float32)
+        bound = math.sqrt(6 / d_model)
+        W_dec.uniform_(-bound, bound, generator=generator)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        options = {"device": device, "dtype": dtype}
+        self.W_enc = nn.Parameter(W_dec.clone().to(**options).T)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **options))
+        self.W_dec = nn.Parameter(W_dec.to(**options))
+        self.b_dec = nn.Parameter(torch.zeros(d_model, **options))
+        self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init, device=device, dtype=torch.float32))
+
+    @property
+    def d_model(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[0]
+
+    @property
+    def is_folded(self) -> bool:
+        return self.input_scale == 1.0 and not self.pre_encoder_bias
+
+    def extra_repr(self) -> str:
+        folded = "folded" if self.is_folded else f"input_scale={self.input_scale:.6g}"
+        return f"d_model={self.d_model}, d_sae={self.d_sae}, {folded}, impl={self.impl!r}"
+
+    def _apply(self, fn, recurse=True):
+        threshold = self.threshold.detach()
+        super()._apply(fn, recurse)
+        moved = self.threshold
+        if moved.dtype != torch.float32 and moved.dtype != torch.float64:
+            moved.data = threshold.to(device=moved.device, dtype=torch.float32)
+        return self
+
+    def _encoder_input(self, x: Tensor) -> Tensor:
+        """x [..., d_model] as the [N, d_model] that W_enc multiplies."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        if x.ndim == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
+        if x.device != self.W_enc.device:
+            raise ValueError(f"x: expected device {self.W_enc.device}, got {x.device}")
+        x = x.reshape(-1, self.d_model).to(self.W_enc.dtype)
+        if self.input_scale != 1.0:
+            x = x / self.input_scale
+        return x - self.b_dec if self.pre_encoder_bias else x
+
+    def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:
+        """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., d_model], differentiable: see `kernels.jumprelu`."""
+        pre = self._encoder_input(x) @ self.W_enc
+        return kernels.jumprelu(pre, self.b_enc, self.threshold, bandwidth, impl=self.impl)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense activations [..., d_sae] of x [..., d_model], in the dtype of the weights."""
+        return self.jumprelu(x).f.reshape(*x.shape[:-1], self.d_sae)
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """Active latents of the tokens of x [..., d_model], flattened to N rows. Not differentiable."""
+        with torch.no_grad():
+            return kernels.encode(self._encoder_input(x), self.W_enc, self.b_enc, self.threshold, impl=self.impl)
+
+    def decode(self, f: Tensor | SparseCode) -> Tensor:
+        """x̂ [..., d_model] of dense activations [..., d_sae], or [N, d_model] of a `SparseCode`."""
+        if isinstance(f, SparseCode):
+            x_hat = kernels.decode(f, self.W_dec, self.b_dec, impl=self.impl)
+        elif f.ndim == 0 or f.shape[-1] != self.d_sae:
+            raise ValueError(f"f: expected shape [..., {self.d_sae}], got {list(f.shape)}")
+        else:
+            x_hat = f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        return x_hat * self.input_scale if self.input_scale != 1.0 else x_hat
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction x̂ of x [..., d_model], in the shape and dtype of x."""
+        return self.decode(self.encode(x)).to(x.dtype)
+
+    @torch.no_grad()
+    def fold(self) -> "JumpReLUSAE":
+        """The same function with input_scale 1 and no pre-encoder bias (arXiv 2408.05147, appendix A), as a copy.
+
+        b_enc' = C·b_enc − C·b_dec·W_enc;  b_dec' = C·b_dec;  θ' = C·θ;  W_enc and W_dec unchanged.
+        """
+        folded, scale = copy.deepcopy(self), self.input_scale
+        if self.pre_encoder_bias:
+            folded.b_enc.sub_(self.b_dec @ self.W_enc)
+        folded.b_enc.mul_(scale)
+        folded.b_dec.mul_(scale)
+        folded.threshold.mul_(scale)
+        folded.pre_encoder_bias, folded.input_scale = False, 1.0
+        return folded
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the SAE: Gemma Scope 1 when ``path`` ends in .npz, else a folder of safetensors and config.json."""
+        from . import release
+
+        release.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "JumpReLUSAE":
+        """Read what `save` wrote, or a Gemma Scope 1 or 2 file or folder. See `release.load`."""
+        from . import release
+
+        return release.load(path)
+
+    @classmethod
+    def from_pretrained(cls, repo: str, path: str, *, revision: str | None = None) -> "JumpReLUSAE":
+        """An SAE from a Hugging Face repository, or from a local folder of that name. See `release.from_pretrained`."""
+        from . import release
+
+        return release.from_pretrained(repo, path, revision=revision)
