@@ -17,8 +17,9 @@ class JumpReLUSAE(nn.Module):
 
         z = (x/C − b_dec)·W_enc + b_enc;   f = z·1[z > θ];   x̂ = C·(f·W_dec + b_dec)
 
-    C = ``input_scale`` makes the inputs' mean squared norm 1 during training; ``pre_encoder_bias`` says whether b_dec is
-    subtracted first. `fold` returns the same function with C = 1 and no pre-encoder bias, the form Gemma Scope releases.
+    C = ``input_scale`` makes the inputs' mean squared norm 1 during training; ``pre_encoder_bias`` says whether b_dec
+    is subtracted first. `fold` returns the same function with C = 1 and no pre-encoder bias, the form Gemma Scope
+    releases.
 
     Parameters: ``W_enc`` [d_model, d_sae] (stored latent-major: the transposed view of a contiguous [d_sae, d_model]),
     ``W_dec`` [d_sae, d_model], ``b_enc`` [d_sae], ``b_dec`` [d_model], ``threshold`` [d_sae], which stays fp32 whatever
@@ -110,7 +111,7 @@ class JumpReLUSAE(nn.Module):
         return x - self.b_dec if self.pre_encoder_bias else x
 
     def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:
-        """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., d_model], differentiable: see `kernels.jumprelu`."""
+        """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., d_model]; differentiable."""
         pre = self._encoder_input(x) @ self.W_enc
         return kernels.jumprelu(pre, self.b_enc, self.threshold, bandwidth, impl=self.impl)
 
