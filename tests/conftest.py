@@ -1,0 +1,81 @@
+"""Test set-up: one BLAS thread, Triton's interpreter where there is no GPU, and two safety nets for every test.
+
+* Memory that `gemmascope.kernels` allocates without initialising is filled with NaN (integers: a garbage pattern), so
+  that an element nobody writes, or a read before the write, fails a comparison.
+* Interpreted launches run under `tests.sanitizer`: repaired bf16, bounds and race checks.
+"""
+
+import importlib.util
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the interpreter's small numpy products are 18 times faster so
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, hence before anything imports it
+
+# Tests of 64-bit offsets allocate address space they never touch; filling it would commit it.
+LARGEST_POISONED_ON_CPU = 256 * 2**20
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type == "cpu" and tensor.nbytes > LARGEST_POISONED_ON_CPU:
+        return tensor
+    if tensor.is_floating_point():
+        return tensor.fill_(torch.nan)
+    if tensor.dtype == torch.bool:
+        return tensor.fill_(True)
+    return tensor.fill_(0x5A5A5A5A5A5A5A5A & torch.iinfo(tensor.dtype).max)
+
+
+def _poisoned(allocate):
+    def wrapped(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return poison(tensor) if caller.startswith("gemmascope.kernels") else tensor
+
+    return wrapped
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def sanitized_interpreter():
+    """Yields the `Report` of every interpreted launch of the test, or None where kernels are not interpreted."""
+    from gemmascope.kernels.dispatch import interpreting
+
+    if not interpreting() or importlib.util.find_spec("triton") is None:
+        yield None
+        return
+    from tests import sanitizer
+
+    with sanitizer.sanitize() as report:
+        yield report
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the Triton kernels run in this session: the GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
