@@ -14,9 +14,9 @@ Checked, each as an AssertionError that names the argument and the program:
 ``seed`` runs the programs of every launch in a random order; ``programs`` runs only some of them.
 
 Limits. It patches private names of Triton (tried on 3.6 and 3.9). A pointer made from an integer, or chosen between
-two tensors, is only checked against the union of the launch's tensors; so is a tensor descriptor. The extent of a
-strided view includes its gaps. Nothing below the program exists here: missing barriers, asynchronous copies and the
-rounding of tensor cores (tf32, wgmma) cannot be seen. Masked-off lanes without ``other=`` read 0 here, anything on a GPU.
+two tensors, is only checked against the union of the launch's tensors; so is a tensor descriptor. A strided view's
+extent includes its gaps. Nothing below the program exists here: missing barriers, asynchronous copies and the rounding
+of tensor cores (tf32, wgmma) cannot be seen. Masked-off lanes without ``other=`` read 0 here, anything on a GPU.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 MANY = -1
 
 
-class Finding(AssertionError):
+class SanitizerError(AssertionError):
     pass
 
 
-class OutOfBounds(Finding):
+class OutOfBounds(SanitizerError):
     pass
 
 
-class Race(Finding):
+class Race(SanitizerError):
     pass
 
 
-class BFloat16Arithmetic(Finding):
+class BFloat16Arithmetic(SanitizerError):
     pass
 
 
@@ -298,7 +298,7 @@ def _execute(original):
             cause = error
             while isinstance(cause, interpreter.InterpreterError) and cause.__cause__ is not None:
                 cause = cause.__cause__
-            if isinstance(cause, Finding):
+            if isinstance(cause, SanitizerError):
                 raise cause from None
             raise
         finally:
