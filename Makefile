@@ -1,0 +1,86 @@
+# Needs Python >= 3.11, make and a package index. `make demo` and `make test` set up $(VENV) on their first run.
+#
+#   make demo ARGS="--fast"            the main job; ARGS goes to `gemmascope demo`
+#   make test PYTHON=python3.12 VENV=/tmp/venv
+#   make test-gpu PYTHON=python3       on a machine with a GPU and its own torch; installs nothing
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_TRITON36 ?= .venv-triton36
+JOBS ?= 2
+ARGS ?=
+
+# One BLAS thread: Triton's interpreter works on small arrays, and two test processes share two cores.
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
+
+# A PYTHON given by the user wins; else the environment of `make test` where there is one.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)),$(PYTHON))
+
+SEES_GPU = import torch, pytest, gemmascope; exit(not torch.cuda.is_available())
+NO_GPU = test-gpu: $(GPU_PYTHON) needs a GPU that torch sees, pytest, and \
+	'$(GPU_PYTHON) -m pip install -e . --no-deps --no-build-isolation'
+
+KERNEL_TESTS = $(shell grep -lE 'gemmascope.kernels|bench' tests/test_*.py)
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test test-gpu test-triton36 lint format aot install clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo | test | test-gpu | test-triton36 | lint | format | aot | install | clean"
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/gemmascope demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(call PYTEST,$(VENV)) -m "not gpu" $(ARGS)
+
+test-gpu:
+	@$(GPU_PYTHON) -c "$(SEES_GPU)" || { echo "$(NO_GPU)" >&2; exit 1; }
+	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+
+test-triton36: $(VENV_TRITON36)/.installed
+	$(call PYTEST,$(VENV_TRITON36)) -m "not gpu" $(KERNEL_TESTS) $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+aot: $(VENV)/.installed
+	$(VENV)/bin/python -m bench.aot $(ARGS)
+
+install: $(VENV)/.installed
+
+clean:
+	rm -rf .venv .venv-triton36 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that whatever build of the pinned version is at hand (a CPU build, say) is taken and
+# nothing later asks for another; --no-deps then installs the pins and nothing else; wheels only, so no compiler.
+# CUDA builds of torch require a triton of their own, which is left as it is.
+# $(call install,environment,triton requirement)
+TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)
+TORCH_BRINGS_TRITON = import importlib.metadata as m; exit(not any('triton' in r for r in m.requires('torch')))
+
+define install
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { echo "$(TOO_OLD)" >&2; exit 1; }
+	$(PYTHON) -m venv $(1)
+	grep -v '^triton==' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --only-binary :all: -c $(1)/constraints.txt torch
+	$(1)/bin/python -m pip install --only-binary :all: --no-deps -r $(1)/constraints.txt
+	if ! $(1)/bin/python -c "$(TORCH_BRINGS_TRITON)"; then \
+		$(1)/bin/python -m pip install --only-binary :all: --no-deps $(2); fi
+	$(1)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
+endef
+
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+	$(call install,$(VENV),"$(shell grep '^triton==' constraints.txt | tr '"' "'")")
+
+$(VENV_TRITON36)/.installed: constraints.txt pyproject.toml setup.py
+	$(call install,$(VENV_TRITON36),triton==3.6.0)

@@ -1,0 +1,74 @@
+"""`gemmascope` and `python -m gemmascope`: run a command; turn any failure into one line and an exit code.
+
+Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad file, 4 environment, 5 training gave up, 130 interrupted, 141 the
+reader of our output went away.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from .errors import BadFileError, EnvironmentProblemError, TrainingFailedError
+
+TRAIN_PACKAGES = ("transformers", "huggingface_hub", "typer", "rich", "matplotlib")
+
+# The first match decides: a BadFileError is a ValueError too.
+EXIT_CODES = (
+    (BadFileError, 3),
+    (TrainingFailedError, 5),
+    ((EnvironmentProblemError, OSError, MemoryError), 4),
+    ((ValueError, TypeError), 2),
+)
+
+
+def describe(error: Exception) -> tuple[int, str]:
+    """Exit code and one-line message of a failure."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAIN_PACKAGES:
+        return 4, f"the package {error.name} is missing: pip install 'gemmascope[train]'"
+    if hasattr(error, "format_message"):  # wrong options and arguments, as typer reports them
+        return 2, error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        return 4, ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    for kinds, code in EXIT_CODES:
+        if isinstance(error, kinds):
+            return code, str(error) or type(error).__name__
+    return 1, f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+
+
+def interruption(arguments: Sequence[str]) -> str:
+    if "demo" not in arguments:
+        return "interrupted"
+    command = "the same command without --fresh" if "--fresh" in arguments else "the same command"
+    return f"interrupted; {command} goes on from the last finished stage"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line ``arguments`` (default: the process's own) and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Δ shows a question mark, not a failure
+    try:
+        from .cli import run_command
+
+        code = run_command(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python would flush what is left to the closed pipe when it exits, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        code, message = 130, interruption(arguments)
+    except Exception as error:
+        code, message = describe(error)
+        if "--debug" in arguments:
+            traceback.print_exc()
+    print(f"gemmascope: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

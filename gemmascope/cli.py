@@ -1,0 +1,148 @@
+"""The commands. Each gathers its options and calls one function of the library; `__main__` handles failures."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import rich.console
+import rich.table
+import torch
+import typer
+
+from . import __version__, report
+from .kernels import choose
+
+app = typer.Typer(add_completion=False, help="Sparse autoencoders on every layer of Gemma 2.")
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+OPERATORS = "jumprelu, encode, decode"
+PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDTH_OF_FILES = 100  # columns when the output is not a terminal
+
+
+class Console(rich.console.Console):
+    """Standard output; a closed pipe is left to `__main__`."""
+
+    def __init__(self):
+        super().__init__(highlight=False)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = WIDTH_OF_FILES
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gemmascope {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text to learn; repeat for more. [default: Python's own docs]")
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A shorter training, for a first look.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the data.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small Gemma 2 and an SAE at each of its sites, then judge, plot and save them."""
+    from . import demo as job
+
+    results = job.run(job.DemoConfig(out=out, text=tuple(text or ()), fast=fast, seed=seed, fresh=fresh))
+    present(out, results)
+
+
+@app.command(name="report")
+def remake_report(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run.")],
+    debug: Debug = False,
+) -> None:
+    """Make the table, the plots and the HTML report of a run again."""
+    present(run, report.read_results(run))
+
+
+def present(run: Path, results: dict) -> None:
+    """Write the plots and the HTML report of a run, and show its table."""
+    plots = report.write_plots(run)
+    page = report.write_html(run)
+    console = Console()
+    console.print(report.final_table(results))
+    console.print(f"Report: {page}", f"Plots: {', '.join(map(str, plots))}", sep="\n", markup=False, soft_wrap=True)
+
+
+@app.command()
+def info(debug: Debug = False) -> None:
+    """Show versions, devices, and which implementation each kernel would use and why."""
+    console = Console()
+    facts = [("gemmascope", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
+    facts += [(package, installed_version(package)) for package in PACKAGES]
+    facts += [(device, description) for device, description in devices()]
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        console.print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)
+
+    table = rich.table.Table(title=f"impl='auto' of {OPERATORS}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("device", "dtype", "implementation", "why"):
+        table.add_column(column, overflow="fold")
+    for device, _ in devices():
+        for dtype in DTYPES:
+            choice = choose("auto", device, dtype)
+            table.add_row(device, str(dtype).removeprefix("torch."), choice.impl, choice.reason)
+    console.print()
+    console.print(table)
+
+
+def installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> list[tuple[str, str]]:
+    """Name and description of the CPU and of each GPU that torch sees."""
+    pages, page_size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [("cpu", f"{processor_name()}, {cores} cores, {pages * page_size / 2**30:.1f} GiB")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append((f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"))
+    return found
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; failures are raised."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("gemmascope", list(arguments) or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0

@@ -1,0 +1,254 @@
+"""Progress on standard error: a live table on a terminal, a plain line every few seconds elsewhere.
+
+Standard output stays free for results. Progress never fails a run: a stream that is closed, or whose reader goes away,
+silences it. Times come from the monotonic clock, and rates from this process's own steps, so that an ETA right after
+a resume does not count work that was done before.
+"""
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import rich.console
+import rich.live
+import rich.progress_bar
+import rich.table
+import rich.text
+
+Item = TypeVar("Item")
+
+NARROWEST_LIVE = 60  # columns
+SECONDS_BETWEEN_FRAMES = 0.125
+SECONDS_BETWEEN_LINES = 5.0
+RATE_WINDOW = 30.0  # seconds; long enough to smooth, short enough to follow a change of load
+
+
+class ErrorConsole(rich.console.Console):
+    """Standard error; falls silent when its reader has gone."""
+
+    def __init__(self):
+        super().__init__(stderr=True, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+class Meter:
+    """Steps against time: rate over the last ``RATE_WINDOW`` seconds, elapsed time and ETA.
+
+    The first step reported only sets the starting point, be it step 0 or, after a resume, any other.
+    """
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):
+        self.total, self.clock, self.step = total, clock, 0
+        self.started = clock()
+        self.samples: deque[tuple[float, int]] = deque()
+
+    def update(self, step: int) -> None:
+        now = self.clock()
+        if self.samples and step < self.step:
+            self.samples.clear()
+        self.step = step
+        self.samples.append((now, step))
+        while len(self.samples) > 2 and now - self.samples[1][0] >= RATE_WINDOW:
+            self.samples.popleft()
+
+    @property
+    def elapsed(self) -> float:
+        return self.clock() - self.started
+
+    @property
+    def rate(self) -> float | None:
+        """Steps per second, or None before there are two steps to compare."""
+        if len(self.samples) < 2:
+            return None
+        (first, first_step), (last, last_step) = self.samples[0], self.samples[-1]
+        return (last_step - first_step) / (last - first) if last > first and last_step > first_step else None
+
+    @property
+    def eta(self) -> float | None:
+        return None if self.rate is None else max(self.total - self.step, 0) / self.rate
+
+
+def duration(seconds: float | None) -> str:
+    """1:02:03, 2:03 or -:--."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class StageProgress:
+    """One bar: ``with StageProgress("Training the model", 500) as bar: bar.update(step, "loss 2.3")``.
+
+    total: steps in all. unit: what a rate counts, ``unit_per_step`` of them a step. console, clock: for tests.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        unit: str = "step",
+        unit_per_step: int = 1,
+        *,
+        console: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.title, self.unit, self.unit_per_step, self.note = title, unit, unit_per_step, ""
+        self.console = console or ErrorConsole()
+        self.clock, self.meter = clock, Meter(total, clock)
+        self.live: rich.live.Live | None = None
+        self.next_output = -math.inf
+
+    def __enter__(self):
+        self.meter.started = self.clock()
+        console = self.console
+        if console.is_terminal and not console.is_dumb_terminal and console.width >= NARROWEST_LIVE:
+            # Frames are drawn by update() alone: a drawing thread would fail out of reach of the code below.
+            self.live = rich.live.Live(console=console, auto_refresh=False, get_renderable=self.frame)
+            self._quietly(self.live.start)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.live is not None:
+            self._quietly(self.live.refresh)
+            self._quietly(self.live.stop)
+            self.live = None
+        else:
+            self._print_line()
+
+    def update(self, step: int, note: str | None = None) -> None:
+        """``step`` steps are done in all. Cheap: draws only when the last frame or line is old enough."""
+        self.meter.update(step)
+        if note is not None:
+            self.note = note
+        now = self.clock()
+        if now < self.next_output:
+            return
+        if self.live is not None:
+            self.next_output = now + SECONDS_BETWEEN_FRAMES
+            self._quietly(self.live.refresh)
+        else:
+            self.next_output = now + SECONDS_BETWEEN_LINES
+            self._print_line()
+
+    def _print_line(self) -> None:
+        text = rich.text.Text(self.line())
+        self._quietly(lambda: self.console.print(text, soft_wrap=True))
+
+    def _quietly(self, draw: Callable[[], None]) -> None:
+        try:
+            draw()
+        except (OSError, ValueError):  # the stream is gone; "I/O operation on closed file" is a ValueError
+            self.console.quiet = True
+
+    def speed(self) -> str:
+        rate = self.meter.rate
+        return f"- {self.unit}/s" if rate is None else f"{rate * self.unit_per_step:,.0f} {self.unit}/s"
+
+    def line(self) -> str:
+        meter = self.meter
+        percent = 100 * meter.step // max(meter.total, 1)
+        parts = [f"{self.title}  {meter.step:,}/{meter.total:,} ({percent} %)", self.speed()]
+        parts += [f"elapsed {duration(meter.elapsed)}", f"ETA {duration(meter.eta)}", self.summary()]
+        return "  ".join(part for part in parts if part)
+
+    def summary(self) -> str:
+        """The end of the line: what is being achieved."""
+        return self.note
+
+    def frame(self) -> rich.console.RenderableType:
+        meter = self.meter
+        table = rich.table.Table.grid(padding=(0, 2))
+        table.add_row(
+            rich.text.Text(self.title, style="bold"),
+            rich.progress_bar.ProgressBar(max(meter.total, 1), meter.step, width=20),
+            f"{meter.step:,}/{meter.total:,}",
+            self.speed(),
+            f"ETA {duration(meter.eta)}",
+        )
+        note = rich.text.Text(f"elapsed {duration(meter.elapsed)}  {self.note}".rstrip(), style="dim")
+        return rich.console.Group(table, note)
+
+
+class SuiteProgress(StageProgress):
+    """Many SAEs trained together: the bar, and a table of the latest L0, FVU and dead latents of each.
+
+        with SuiteProgress("SAEs", total_steps, names, unit_per_step=batch_size) as progress:
+            progress.update(step, {"layer_3/resid": {"l0": 5.1, "fvu": 0.08, "dead": 0.3}})
+
+    names: the SAEs, in the order of the table. ``rows`` may name any of them, or be None when nothing was measured;
+    missing measures show as "-". ``dead`` is a fraction.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total_steps: int,
+        names: Sequence[str],
+        unit: str = "tok",
+        unit_per_step: int = 1024,
+        *,
+        console: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        super().__init__(title, total_steps, unit, unit_per_step, console=console, clock=clock)
+        self.rows: dict[str, Mapping[str, float]] = {str(name): {} for name in names}
+
+    def update(self, step: int, rows: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        """``step`` steps are done in all; ``rows`` holds the newest measures of some SAEs."""
+        for name, row in (rows or {}).items():
+            self.rows[str(name)] = {**self.rows.get(str(name), {}), **row}
+        super().update(step)
+
+    def summary(self) -> str:
+        parts = []
+        for key, label, form in (("l0", "L0", ".1f"), ("fvu", "FVU", ".3f")):
+            values = [row[key] for row in self.rows.values() if row.get(key) is not None]
+            if values:
+                parts.append(f"{label} {min(values):{form}}…{max(values):{form}}")
+        return "  ".join(parts)
+
+    def frame(self) -> rich.console.RenderableType:
+        names = list(self.rows)
+        room = max(self.console.height - 6, 3)
+        shown = names if len(names) <= room else names[: room - 1]
+        table = rich.table.Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("SAE", no_wrap=True)
+        for column in ("L0", "FVU", "dead"):
+            table.add_column(column, justify="right")
+        for name in shown:
+            row = self.rows[name]
+            cells = [_number(row.get("l0"), ".1f"), _number(row.get("fvu"), ".3f"), _number(row.get("dead"), ".0%")]
+            table.add_row(rich.text.Text(name), *cells)
+        if len(shown) < len(names):
+            table.add_row(rich.text.Text(f"… {len(names) - len(shown)} more", style="dim"))
+        return rich.console.Group(super().frame(), table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def progress(
+    items: Iterable[Item] | int,
+    description: str,
+    total: int | None = None,
+    *,
+    unit: str = "step",
+    console: rich.console.Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Item]:
+    """Yield ``items`` (an int n stands for range(n)) under a `StageProgress`. total: their number, where len() fails."""
+    items = range(items) if isinstance(items, int) else items
+    total = len(items) if total is None else total
+    with StageProgress(description, total, unit, console=console, clock=clock) as bar:
+        bar.update(0)
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(done)
