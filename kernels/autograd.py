@@ -10,22 +10,26 @@ from torch.autograd.function import once_differentiable
 
 
 def operator(name: str, impl: str):
-    """The module that implements operator ``name``."""
+    """The module that implements operator ``name``.
+
+    Operator files begin with an underscore: importing a submodule binds it in the package under its own name, and
+    `gemmascope.kernels.jumprelu` is the public function.
+    """
     if impl == "reference":
         from . import reference
 
         return reference
     if name == "jumprelu":
-        from . import jumprelu
+        from . import _jumprelu
 
-        return jumprelu
+        return _jumprelu
     if name == "encode":
-        from . import encode
+        from . import _encode
 
-        return encode
-    from . import decode
+        return _encode
+    from . import _decode
 
-    return decode
+    return _decode
 
 
 class JumpReLU(torch.autograd.Function):

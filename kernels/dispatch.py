@@ -3,7 +3,6 @@
 ``impl="auto"`` chooses and never fails; an explicit request is met or raises, it never falls back.
 """
 
-import functools
 import importlib.util
 import os
 from typing import NamedTuple
@@ -25,9 +24,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-@functools.cache
 def triton_problem() -> str | None:
-    """Why Triton cannot be used in this process, or None."""
+    """Why Triton cannot be used in this process, or None.
+
+    Not cached: the look-up is cheap once triton is imported, and Dynamo warns of caches in what it traces.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import triton

@@ -5,10 +5,10 @@ multiplies bit patterns in the other); comparisons of scalars are masks; loop bo
 
 Checked, each as an AssertionError that names the argument and the program:
 
-* `OutOfBounds`: an active lane leaves the extent of the tensor its pointer was derived from;
-* `Race`: one element is touched by two programs, one of them by a plain store, or one element by two lanes of one
+* `OutOfBoundsError`: an active lane leaves the extent of the tensor its pointer was derived from;
+* `RaceError`: one element is touched by two programs, one of them by a plain store, or one element by two lanes of one
   store; atomics may meet atomics;
-* `BFloat16Arithmetic`: arithmetic on bf16 values, which the interpreter computes on their bit patterns. Kernels convert
+* `BFloat16ArithmeticError`: arithmetic on bf16 values, which the interpreter computes on their bit patterns. Kernels convert
   to fp32 first.
 
 ``seed`` runs the programs of every launch in a random order; ``programs`` runs only some of them.
@@ -36,15 +36,15 @@ class SanitizerError(AssertionError):
     pass
 
 
-class OutOfBounds(SanitizerError):
+class OutOfBoundsError(SanitizerError):
     pass
 
 
-class Race(SanitizerError):
+class RaceError(SanitizerError):
     pass
 
 
-class BFloat16Arithmetic(SanitizerError):
+class BFloat16ArithmeticError(SanitizerError):
     pass
 
 
@@ -165,7 +165,7 @@ class _Launch:
         if outside.any():
             first = int(addresses[outside][0])
             place = f"byte {first - origin}" if origin is not None else f"address {first:#x}"
-            raise OutOfBounds(
+            raise OutOfBoundsError(
                 f"program {self.program}: {kind} of {size} bytes out of bounds of {name} at {place}, "
                 f"{int(outside.sum())} lanes"
             )
@@ -182,10 +182,10 @@ class _Launch:
             if conflict.any():
                 byte = int(at[conflict][0])
                 other = "several programs" if rival[byte] == MANY else f"program {rival[byte] - 1}"
-                raise Race(f"program {self.program}: {kind} meets an access by {other} at byte {byte} of {name}")
+                raise RaceError(f"program {self.program}: {kind} meets an access by {other} at byte {byte} of {name}")
         if kind == "store":
             if np.unique(at).size < at.size:
-                raise Race(f"program {self.program}: two lanes of one store write the same element of {name}")
+                raise RaceError(f"program {self.program}: two lanes of one store write the same element of {name}")
             writers[at] = me
         else:
             touched = readers if kind == "load" else atomics
@@ -230,7 +230,7 @@ def _dot(original):
 def _no_bf16(original):
     def operate(self, *args):
         if any(isinstance(arg, TensorHandle) and _is_bf16(arg) for arg in args):
-            raise BFloat16Arithmetic(f"{args[-1].__name__} on bf16 values: convert to fp32 first")
+            raise BFloat16ArithmeticError(f"{args[-1].__name__} on bf16 values: convert to fp32 first")
         return original(self, *args)
 
     return operate

@@ -94,7 +94,9 @@ def test_correct_kernel_passes_and_is_counted():
 
 
 def test_dropped_mask_is_out_of_bounds():
-    with pytest.raises(sanitizer.OutOfBounds, match="program 2: load of 4 bytes out of bounds of x_ptr at byte 148"):
+    with pytest.raises(
+        sanitizer.OutOfBoundsError, match="program 2: load of 4 bytes out of bounds of x_ptr at byte 148"
+    ):
         _copy_kernel[(3,)](normal(37), torch.zeros(37), 37, BLOCK=16, MASKED=False)
 
 
@@ -102,18 +104,18 @@ def test_dropped_mask_is_out_of_bounds():
 def test_access_that_lands_in_a_neighbouring_tensor_is_out_of_bounds(shift):
     memory = torch.arange(48.0)
     x, before, after = memory[16:32], memory[:16], memory[32:]
-    with pytest.raises(sanitizer.OutOfBounds, match="x_ptr"):
+    with pytest.raises(sanitizer.OutOfBoundsError, match="x_ptr"):
         _shifted_load_kernel[(1,)](x, after if shift > 0 else before, shift, BLOCK=16)
 
 
 def test_access_to_an_empty_tensor_is_out_of_bounds():
-    with pytest.raises(sanitizer.OutOfBounds):
+    with pytest.raises(sanitizer.OutOfBoundsError):
         _copy_kernel[(1,)](torch.zeros(0), torch.zeros(16), 16, BLOCK=16, MASKED=True)
 
 
 def test_plain_accumulation_is_a_race_and_atomic_is_not():
     x = torch.arange(4, dtype=torch.int32)
-    with pytest.raises(sanitizer.Race, match="program 1: load meets an access by program 0"):
+    with pytest.raises(sanitizer.RaceError, match="program 1: load meets an access by program 0"):
         _sum_kernel[(4,)](x, torch.zeros(1, dtype=torch.int32), ATOMIC=False)
     out = torch.zeros(1, dtype=torch.int32)
     _sum_kernel[(4,)](x, out, ATOMIC=True)
@@ -121,18 +123,18 @@ def test_plain_accumulation_is_a_race_and_atomic_is_not():
 
 
 def test_overlapping_stores_are_a_race():
-    with pytest.raises(sanitizer.Race, match="store meets an access by program 0"):
+    with pytest.raises(sanitizer.RaceError, match="store meets an access by program 0"):
         _overlapping_store_kernel[(2,)](torch.zeros(32, dtype=torch.int32), WIDTH=15, BLOCK=16)
     _overlapping_store_kernel[(2,)](torch.zeros(32, dtype=torch.int32), WIDTH=16, BLOCK=16)
 
 
 def test_two_lanes_of_one_store_are_a_race():
-    with pytest.raises(sanitizer.Race, match="two lanes of one store"):
+    with pytest.raises(sanitizer.RaceError, match="two lanes of one store"):
         _colliding_lanes_kernel[(1,)](torch.zeros(16, dtype=torch.int32), BLOCK=16)
 
 
 def test_reading_what_another_program_writes_is_a_race():
-    with pytest.raises(sanitizer.Race):
+    with pytest.raises(sanitizer.RaceError):
         _read_of_neighbour_kernel[(2,)](torch.zeros(32), BLOCK=16)
     with sanitizer.sanitize(race=False):
         _read_of_neighbour_kernel[(2,)](torch.zeros(32), BLOCK=16)
@@ -162,7 +164,7 @@ def test_bf16_dot_and_rounding():
 
 
 def test_bf16_arithmetic_is_refused():
-    with pytest.raises(sanitizer.BFloat16Arithmetic, match="convert to fp32 first"):
+    with pytest.raises(sanitizer.BFloat16ArithmeticError, match="convert to fp32 first"):
         _bf16_add_kernel[(1,)](normal(16, dtype=torch.bfloat16), torch.zeros(16), B=16)
 
 
