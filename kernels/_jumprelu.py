@@ -3,15 +3,15 @@
     z = pre + b_enc;   f = z·1[z > θ];   l0_n = Σ_j 1[z_nj > θ_j];   firing_count_j = Σ_n 1[z_nj > θ_j]
     dpre = u·1[z > θ];   db_enc = Σ_n dpre;   dθ = Σ_n 1[|z − θ| < ε/2]·( −(θ/ε)·u − s_n/ε )
 
-with u = ∂L/∂f [N, F] and s = ∂L/∂l0 [N] (Rajamanoharan et al. 2024, arXiv 2407.14435, equations 11 and 12). pre [N, F] in
-fp16, bf16 or fp32; b_enc [F] of any float dtype; θ [F] fp32. `reference.py` is the specification, NaN and Inf included.
+with u = ∂L/∂f [N, F] and s = ∂L/∂l0 [N] (Rajamanoharan et al. 2024, arXiv 2407.14435, equations 11 and 12). pre [N, F]
+in fp16, bf16 or fp32; b_enc [F] of any float dtype; θ [F] fp32. `reference.py` is the specification, NaN and Inf included.
 
-Memory traffic, for entries of b bytes: forward 2b per entry of [N, F] (read pre, write f) and at most 0.2 bytes of counts;
-backward 3b (read pre and u, write dpre) and 0.13 bytes of partial sums. z is recomputed, never stored.
+Memory traffic, for entries of b bytes: forward 2b per entry of [N, F] (read pre, write f) and 0.08 bytes of counts;
+backward 3b (read pre and u, write dpre) and 0.13 bytes of partial sums, written and read. z is recomputed, never stored.
 
 The counts are sums of integers, so atomics cannot make them depend on the order of the programs. The float sums db_enc
-and dθ are formed in two stages instead: each program adds up its own rows in a fixed order, then a second kernel adds up
-the programs' rows of partial sums.
+and dθ are formed in two stages instead: each program adds up its own rows in a fixed order, then a second kernel adds
+up the programs' rows of partial sums.
 """
 
 from dataclasses import dataclass

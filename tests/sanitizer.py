@@ -8,8 +8,8 @@ Checked, each as an AssertionError that names the argument and the program:
 * `OutOfBoundsError`: an active lane leaves the extent of the tensor its pointer was derived from;
 * `RaceError`: one element is touched by two programs, one of them by a plain store, or one element by two lanes of one
   store; atomics may meet atomics;
-* `BFloat16ArithmeticError`: arithmetic on bf16 values, which the interpreter computes on their bit patterns. Kernels convert
-  to fp32 first.
+* `BFloat16ArithmeticError`: arithmetic on bf16 values, which the interpreter computes on their bit patterns. Kernels
+  convert to fp32 first.
 
 ``seed`` runs the programs of every launch in a random order; ``programs`` runs only some of them.
 

@@ -94,9 +94,7 @@ def test_correct_kernel_passes_and_is_counted():
 
 
 def test_dropped_mask_is_out_of_bounds():
-    with pytest.raises(
-        sanitizer.OutOfBoundsError, match="program 2: load of 4 bytes out of bounds of x_ptr at byte 148"
-    ):
+    with pytest.raises(sanitizer.OutOfBoundsError, match="program 2: load of 4 bytes out of bounds of x_ptr"):
         _copy_kernel[(3,)](normal(37), torch.zeros(37), 37, BLOCK=16, MASKED=False)
 
 
