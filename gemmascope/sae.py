@@ -23,7 +23,8 @@ class JumpReLUSAE(nn.Module):
 
     Parameters: ``W_enc`` [d_model, d_sae] (stored latent-major: the transposed view of a contiguous [d_sae, d_model]),
     ``W_dec`` [d_sae, d_model], ``b_enc`` [d_sae], ``b_dec`` [d_model], ``threshold`` [d_sae], which stays fp32 whatever
-    dtype the module is moved to (in bf16 it would stop learning, and the gate would move).
+    dtype the module is moved to (in bf16 it would stop learning, and the gate would move), or fp64 with fp64. Products
+    are formed in the dtype of the weights, inside torch.autocast too.
 
     Initialised as in Gemma Scope: W_dec He-uniform with unit-norm rows, W_enc its transpose, biases 0.
 
@@ -51,10 +52,15 @@ class JumpReLUSAE(nn.Module):
                 raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
+        for name, number in (("input_scale", input_scale), ("threshold_init", threshold_init)):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
         if not (math.isfinite(input_scale) and input_scale > 0):
             raise ValueError(f"input_scale: expected a finite number > 0, got {input_scale}")
         if not (math.isfinite(threshold_init) and threshold_init >= 0):
             raise ValueError(f"threshold_init: expected a finite number ≥ 0, got {threshold_init}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {str(dtype).removeprefix('torch.')}")
         self.pre_encoder_bias = pre_encoder_bias
         self.input_scale = float(input_scale)
         self.impl = impl
@@ -69,7 +75,8 @@ class JumpReLUSAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **options))
         self.W_dec = nn.Parameter(W_dec.to(**options))
         self.b_dec = nn.Parameter(torch.zeros(d_model, **options))
-        self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init, device=device, dtype=torch.float32))
+        threshold_dtype = torch.promote_types(dtype, torch.float32)
+        self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init, device=device, dtype=threshold_dtype))
 
     @property
     def d_model(self) -> int:
@@ -88,12 +95,19 @@ class JumpReLUSAE(nn.Module):
         return f"d_model={self.d_model}, d_sae={self.d_sae}, {folded}, impl={self.impl!r}"
 
     def _apply(self, fn, recurse=True):
-        threshold = self.threshold.detach()
+        threshold, grad = self.threshold.detach(), self.threshold.grad
+        grad = None if grad is None else grad.detach()
         super()._apply(fn, recurse)
         moved = self.threshold
         if moved.dtype != torch.float32 and moved.dtype != torch.float64:
             moved.data = threshold.to(device=moved.device, dtype=torch.float32)
+            if grad is not None:
+                moved.grad = grad.to(device=moved.device, dtype=torch.float32)
         return self
+
+    def _without_autocast(self) -> torch.autocast:
+        """The gate would move if autocast rounded z, and `encode` would disagree with `encode_sparse`."""
+        return torch.autocast(self.W_enc.device.type, enabled=False)
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         """x [..., d_model] as the [N, d_model] that W_enc multiplies."""
@@ -112,7 +126,8 @@ class JumpReLUSAE(nn.Module):
 
     def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:
         """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., d_model]; differentiable."""
-        pre = self._encoder_input(x) @ self.W_enc
+        with self._without_autocast():
+            pre = self._encoder_input(x) @ self.W_enc
         return kernels.jumprelu(pre, self.b_enc, self.threshold, bandwidth, impl=self.impl)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -128,10 +143,13 @@ class JumpReLUSAE(nn.Module):
         """x̂ [..., d_model] of dense activations [..., d_sae], or [N, d_model] of a `SparseCode`."""
         if isinstance(f, SparseCode):
             x_hat = kernels.decode(f, self.W_dec, self.b_dec, impl=self.impl)
+        elif not isinstance(f, Tensor):
+            raise TypeError(f"f: expected a torch.Tensor or a SparseCode, got {type(f).__name__}")
         elif f.ndim == 0 or f.shape[-1] != self.d_sae:
             raise ValueError(f"f: expected shape [..., {self.d_sae}], got {list(f.shape)}")
         else:
-            x_hat = f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+            with self._without_autocast():
+                x_hat = f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
         return x_hat * self.input_scale if self.input_scale != 1.0 else x_hat
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +164,8 @@ class JumpReLUSAE(nn.Module):
         """
         folded, scale = copy.deepcopy(self), self.input_scale
         if self.pre_encoder_bias:
-            folded.b_enc.sub_(self.b_dec @ self.W_enc)
+            with self._without_autocast():
+                folded.b_enc.sub_(self.b_dec @ self.W_enc)
         folded.b_enc.mul_(scale)
         folded.b_dec.mul_(scale)
         folded.threshold.mul_(scale)
