@@ -33,20 +33,24 @@ def without_autocast(function):
 
 def gate(z: Tensor, threshold: Tensor) -> Tensor:
     """1 where z > θ, 0 where z ≤ θ, NaN where they cannot be compared."""
-    one, zero = torch.ones_like(z), torch.zeros_like(z)
-    return torch.where(z > threshold, one, torch.where(z <= threshold, zero, torch.nan))
+    return (z > threshold).to(z.dtype).masked_fill_(z.isnan() | threshold.isnan(), torch.nan)
 
 
 def activation(z: Tensor, threshold: Tensor) -> Tensor:
-    """z·1[z > θ]. ``z - z`` is 0, or NaN where z is not finite: a plain 0 would hide bad input."""
-    return torch.where(z > threshold, z, torch.where(z <= threshold, z - z, torch.nan))
+    """z·1[z > θ] as a product: a selected 0 would hide NaN and −Inf. The added 0 makes −0 a 0 and passes on a NaN θ."""
+    poison = torch.zeros_like(threshold).masked_fill_(threshold.isnan(), torch.nan)
+    return torch.addcmul(poison, z, (z > threshold).to(z.dtype))
 
 
 def window(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """1[|z − θ| < ε/2], both sides of the threshold; NaN where z or θ is NaN."""
-    distance = (z - threshold).abs()
-    one, zero = torch.ones_like(z), torch.zeros_like(z)
-    return torch.where(distance < bandwidth / 2, one, torch.where(distance >= bandwidth / 2, zero, torch.nan))
+    distance = (z - threshold).abs_()
+    return (distance < bandwidth / 2).to(z.dtype).masked_fill_(distance.isnan(), torch.nan)
+
+
+def threshold_gradient(inside: Tensor, u: Tensor, s: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """dθ_j = Σ_n w_nj·( −(θ_j/ε)·u_nj − s_n/ε ) for the window w = ``inside``, u = ∂L/∂f and s_n = ∂L/∂l0_n."""
+    return -(threshold / bandwidth) * (inside * u).sum(0) - (s @ inside) / bandwidth
 
 
 @without_autocast
@@ -68,7 +72,7 @@ def jumprelu_backward(
     u, s, theta = grad_f.to(dtype), grad_l0.to(dtype), threshold.to(dtype)
     z = pre.to(dtype) + b_enc.to(dtype)
     dz = u * gate(z, theta)
-    dtheta = (window(z, theta, bandwidth) * (-(theta / bandwidth) * u - s[:, None] / bandwidth)).sum(0)
+    dtheta = threshold_gradient(window(z, theta, bandwidth), u, s, theta, bandwidth)
     return dz.to(pre.dtype), dz.sum(0).to(b_enc.dtype), dtheta.to(threshold.dtype)
 
 
@@ -172,8 +176,8 @@ def sae_backward(
     u = g @ p.W_dec.T
     dz = u * gate(out.z, p.threshold)
     db_enc = dz.sum(0)
-    inside = window(out.z, p.threshold, bandwidth)
-    dtheta = (inside * (-(p.threshold / bandwidth) * u - l0_coefficient / (bandwidth * n))).sum(0)
+    s = torch.full_like(out.l0, l0_coefficient / n)
+    dtheta = threshold_gradient(window(out.z, p.threshold, bandwidth), u, s, p.threshold, bandwidth)
     if threshold_parametrisation == "log":
         dtheta = p.threshold * dtheta
     elif threshold_parametrisation != "raw":

@@ -1,0 +1,125 @@
+"""Every number of the training recipe, validated, with its source."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+PARAMETRISATIONS = ("log", "raw")
+B_DEC_INITS = ("zeros", "mean")
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a finite number in [low, high] (or (low, high])."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
+        bounds = f"{'>' if open_low else '≥'} {low:g}" + ("" if high == math.inf else f" and ≤ {high:g}")
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
+
+
+def check_int(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name}: expected at least {low}, got {value}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe of Gemma Scope (arXiv 2408.05147 §3.2) by default; `short` for runs of under a million tokens.
+
+    Inputs are divided by one scalar so that their mean squared norm is 1; losses, thresholds and the bandwidth are in
+    those units.
+    """
+
+    d_sae: int = 16384
+    """Latents of each SAE."""
+    steps: int = 976_562
+    """Updates; 4 billion tokens at the default batch."""
+    batch_size: int = 4096
+    """Tokens of each update."""
+    learning_rate: float = 7e-5
+    lr_warmup_steps: int = 1000
+    """Cosine warm-up from ``lr_warmup_start`` times the rate to the rate."""
+    lr_warmup_start: float = 0.1
+    lr_decay_steps: int = 0
+    """Linear decay to zero over the last steps; the paper has none."""
+    adam_beta2: float = 0.999
+    """Adam without a first moment (beta1 = 0)."""
+    adam_eps: float = 1e-8
+    l0_coefficient: float = 6e-4
+    """λ, the weight of the mean number of active latents."""
+    l0_warmup_steps: int = 10_000
+    """Linear warm-up of λ from 0."""
+    bandwidth: float = 1e-3
+    """ε, the width of the straight-through window around the threshold."""
+    threshold_init: float = 1e-3
+    threshold_parametrisation: str = "log"
+    """What Adam moves: log θ (the paper), or θ itself (`raw`, clamped at 0). Log θ moves at most about the learning
+    rate a step, too slowly for short runs."""
+    b_dec_init: str = "zeros"
+    """`zeros` (the paper), or the `mean` of the activations."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("d_sae", "batch_size"):
+            check_int(name, getattr(self, name), 1)
+        for name in (
+            "steps",
+            "lr_warmup_steps",
+            "lr_decay_steps",
+            "l0_warmup_steps",
+            "resample_every",
+            "resample_until",
+        ):
+            check_int(name, getattr(self, name), 0)
+        check_int("seed", self.seed, 0)
+        check_number("learning_rate", self.learning_rate, 0, 1, open_low=True)
+        check_number("lr_warmup_start", self.lr_warmup_start, 0, 1)
+        check_number("adam_beta2", self.adam_beta2, 0, 1 - 1e-9)
+        check_number("adam_eps", self.adam_eps, 0, open_low=True)
+        check_number("l0_coefficient", self.l0_coefficient, 0)
+        check_number("bandwidth", self.bandwidth, 0, open_low=True)
+        log = self.threshold_parametrisation == "log"
+        check_number("threshold_init", self.threshold_init, 0, open_low=log)
+        for name, options in (("threshold_parametrisation", PARAMETRISATIONS), ("b_dec_init", B_DEC_INITS)):
+            if getattr(self, name) not in options:
+                expected = " or ".join(map(repr, options))
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def gemma_scope(cls, **changes) -> "TrainConfig":
+        """The published recipe."""
+        return cls(**changes)
+
+    @classmethod
+    def short(cls, **changes) -> "TrainConfig":
+        """A recipe for small models and short runs: hundreds of updates instead of a million."""
+        defaults = {
+            "d_sae": 512,
+            "steps": 600,
+            "batch_size": 1024,
+            "learning_rate": 3e-3,
+            "lr_warmup_steps": 100,
+            "l0_coefficient": 1e-2,
+            "l0_warmup_steps": 300,
+            "threshold_init": 0.03,
+            "threshold_parametrisation": "raw",
+        }
+        return cls(**(defaults | changes))
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of update ``step``, counted from 0."""
+        rate = self.learning_rate
+        if step < self.lr_warmup_steps:
+            rise = 0.5 * (1 - math.cos(math.pi * step / self.lr_warmup_steps))
+            rate *= self.lr_warmup_start + (1 - self.lr_warmup_start) * rise
+        left = self.steps - step
+        return rate * min(1.0, left / self.lr_decay_steps) if self.lr_decay_steps else rate
+
+    def l0_coefficient_at(self, step: int) -> float:
+        """λ of update ``step``, counted from 0."""
+        return self.l0_coefficient * (min(1.0, step / self.l0_warmup_steps) if self.l0_warmup_steps else 1.0)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)

@@ -1,0 +1,112 @@
+"""Text for the demo: the documentation every Python carries, or the user's own files, as byte tokens.
+
+A token is a byte (0-255); `BOS` (256) starts every row. Nothing is downloaded.
+"""
+
+import ast
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BOS = 256
+VOCAB_SIZE = 257
+BLOCK_BYTES = 16 * 1024
+HELD_OUT_EVERY = 16
+
+
+def python_documentation() -> bytes:
+    """The language reference's help topics and the docstrings of the standard library, about 2 MB."""
+    return b"\n\n".join(part.encode("utf-8", "replace") for part in _documentation())
+
+
+def _documentation() -> Iterator[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some Linux packages leave the topics out
+        topics = {}
+    yield from (topics[name] for name in sorted(topics))
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    for path in sorted(library.rglob("*.py")):
+        if skipped.isdisjoint(path.relative_to(library).parts):
+            yield from docstrings(path)
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """Every docstring of a Python file; nothing from a file that does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+def read_files(paths: Iterable[Path]) -> bytes:
+    """The user's own text. Raises ValueError for a file that cannot be read, is empty or is not UTF-8."""
+    parts = []
+    for path in paths:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"text: cannot read {path}: {error.strerror}") from error
+        if not data.strip():
+            raise ValueError(f"text: expected some text in {path}, found an empty file")
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"text: expected UTF-8 in {path}, found byte {data[error.start]:#04x} at {error.start}"
+            ) from error
+        parts.append(data)
+    return b"\n\n".join(parts)
+
+
+def split(text: bytes, context: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out rows [rows, context] int64: BOS and context − 1 bytes each.
+
+    Every 16th block of 16 KiB is held out, so both parts see all of the text's kinds. A shorter text is cut into 16
+    blocks. Raises ValueError when either part would hold no row.
+    """
+    block = min(BLOCK_BYTES, max(1, len(text) // HELD_OUT_EVERY))
+    blocks = [text[start : start + block] for start in range(0, len(text), block)]
+    held_out = b"".join(blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    train = b"".join(b for i, b in enumerate(blocks) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1)
+    if min(len(train), len(held_out)) < context - 1:
+        need = HELD_OUT_EVERY * context
+        raise ValueError(f"text: expected at least {need} bytes for rows of {context} tokens, got {len(text)}")
+    return rows(train, context), rows(held_out, context)
+
+
+def rows(text: bytes, context: int) -> Tensor:
+    """Rows of BOS and context − 1 bytes; a last partial row is dropped."""
+    body = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    body = body[: len(body) // (context - 1) * (context - 1)].view(-1, context - 1)
+    return torch.cat([torch.full((len(body), 1), BOS), body], 1)
+
+
+def bigram_loss(train: Tensor, held_out: Tensor) -> float:
+    """Cross-entropy (nats a token) of a smoothed bigram model fitted on ``train``, on the tokens ``held_out``.
+
+    Rows [rows, context]. The smoothing strength is the best of a grid *on the held-out text*, in the baseline's favour.
+    """
+    counts = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, dtype=torch.float64)
+    previous, current = train[:, :-1].flatten(), train[:, 1:].flatten()
+    counts.view(-1).index_add_(0, previous * VOCAB_SIZE + current, torch.ones(len(current), dtype=torch.float64))
+    unigram = (counts.sum(0) + 1) / (counts.sum() + VOCAB_SIZE)
+    previous, current = held_out[:, :-1].flatten(), held_out[:, 1:].flatten()
+    totals = counts.sum(1)[previous]
+    hits = counts[previous, current]
+    prior = unigram[current]
+    return min(
+        float(-((hits + alpha * prior) / (totals + alpha)).log().mean()) for alpha in (0.1, 0.3, 1, 3, 10, 30, 100, 300)
+    )
