@@ -4,10 +4,12 @@
     dpre = u·1[z > θ];   db_enc = Σ_n dpre;   dθ = Σ_n 1[|z − θ| < ε/2]·( −(θ/ε)·u − s_n/ε )
 
 with u = ∂L/∂f [N, F] and s = ∂L/∂l0 [N] (Rajamanoharan et al. 2024, arXiv 2407.14435, equations 11 and 12). pre [N, F]
-in fp16, bf16 or fp32; b_enc [F] of any float dtype; θ [F] fp32. `reference.py` is the specification, NaN and Inf included.
+in fp16, bf16 or fp32; b_enc [F] of any float dtype; θ [F] fp32. `reference.py` is the specification, also for NaN and
+Inf.
 
 Memory traffic, for entries of b bytes: forward 2b per entry of [N, F] (read pre, write f) and 0.08 bytes of counts;
-backward 3b (read pre and u, write dpre) and 0.13 bytes of partial sums, written and read. z is recomputed, never stored.
+backward 3b (read pre and u, write dpre) and 0.13 bytes of partial sums, written and read. z is recomputed, never
+stored.
 
 The counts are sums of integers, so atomics cannot make them depend on the order of the programs. The float sums db_enc
 and dθ are formed in two stages instead: each program adds up its own rows in a fixed order, then a second kernel adds
@@ -98,7 +100,6 @@ def _jumprelu_bwd_kernel(
         wide_rows = rows.to(tl.int64)[:, None]
         pre_offsets = wide_rows * stride_pre_n + wide_columns * stride_pre_f
         u_offsets = wide_rows * stride_grad_f_n + wide_columns * stride_grad_f_f
-        # Where u and s read 0, as outside of the mask, nothing is added to the sums.
         z = tl.load(pre_ptr + pre_offsets, mask=mask, other=0.0).to(tl.float32) + b_enc
         u = tl.load(grad_f_ptr + u_offsets, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(grad_l0_ptr + rows.to(tl.int64) * stride_grad_l0, mask=in_rows, other=0.0).to(tl.float32)
