@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .sae import JumpReLUSAE
-from .sites import Site, attach, site_width, special_token_ids
+from .sites import Site, attach, evaluating, site_width, special_token_ids
 
 HIGH_FREQUENCY = 0.1
 # Elements of the largest temporary: latents of a chunk of tokens, or logits of a batch of rows.
-_CHUNK_ELEMENTS = 2**25
+_CHUNK_ELEMENTS = 2**24
+# Eager attention holds several [batch, heads, context, context] tensors, which small vocabularies do not bound.
+_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,21 +264,19 @@ def language_model_loss(
     if count == 0:
         raise ValueError("tokens: expected at least one next token to score, got special tokens only")
     if batch_size is None:
-        batch_size = max(1, _CHUNK_ELEMENTS // (tokens.shape[1] * _vocabulary(model)))
+        batch_size = max(1, min(_BATCH_TOKENS, _CHUNK_ELEMENTS // _vocabulary(model)) // tokens.shape[1])
+    elif batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
 
     device = model.get_input_embeddings().weight.device
-    was_training = [module for module in model.modules() if module.training]
     total = torch.zeros((), dtype=torch.float64)
-    model.eval()
-    try:
+    with evaluating(model):
         for rows, mask in zip(tokens.split(batch_size), scored.split(batch_size), strict=True):
             logits = model(input_ids=rows.to(device), use_cache=False).logits[:, :-1]
             mask = mask.to(logits.device)
-            losses = F.cross_entropy(logits[mask].float(), rows[:, 1:].to(logits.device)[mask], reduction="none")
+            targets = rows[:, 1:].to(logits.device)[mask].long()
+            losses = F.cross_entropy(logits[mask].float(), targets, reduction="none")
             total += losses.sum(dtype=torch.float64).cpu()
-    finally:
-        for module in was_training:
-            module.training = True
     return (total / count).item()
 
 

@@ -59,7 +59,7 @@ class Site:
     def parse(cls, name: str) -> "Site":
         """The site of a hook name ("model.layers.3.output") or of a short name ("layer_3/resid")."""
         if not isinstance(name, str):
-            raise TypeError(f"site: expected a str, got {type(name).__name__}")
+            raise TypeError(f"site: expected a Site or a str, got {type(name).__name__}")
         if match := re.fullmatch(r"layer_(0|[1-9][0-9]{0,5})/(\w+)", name, re.ASCII):
             layer, kind = match.groups()
             if kind in KINDS:
@@ -153,6 +153,18 @@ def _as_site(site: Site | str) -> Site:
     return site if isinstance(site, Site) else Site.parse(site)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout); afterwards every module has its training flag back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def all_sites(model: nn.Module) -> list[Site]:
     """Every site of the model: layer by layer, and in each att, mlp, resid."""
     return [Site(layer, kind) for layer in range(len(_find_decoder(model).layers)) for kind in KINDS]
@@ -224,6 +236,8 @@ class Capture:
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[Site | str]):
+        if isinstance(sites, (Site, str)):
+            raise TypeError(f"sites: expected a list of sites, got {type(sites).__name__}")
         self._decoder = _find_decoder(model)
         _refuse_attention_without_cap(self._decoder.config)
         self._widths = {site: self._decoder.width(site) for site in map(_as_site, sites)}
@@ -398,6 +412,8 @@ def attach(
     """
     decoder = _find_decoder(model)
     _refuse_attention_without_cap(decoder.config)
+    if not isinstance(saes, Mapping):
+        raise TypeError(f"saes: expected a dict from Site to SAE, got {type(saes).__name__}")
     saes = {_as_site(site): sae for site, sae in saes.items()}
     if not saes:
         raise ValueError("saes: expected at least one site, got none")
@@ -438,22 +454,10 @@ def probe(model: nn.Module) -> None:
             raise ValueError(f"model: expected no SAE attached while probing, found one at {Site(index, kind)}")
     device = decoder.text_model.get_input_embeddings().weight.device
     input_ids = torch.arange(_PROBE_TOKENS, device=device)[None] % decoder.config.vocab_size
-    with torch.no_grad(), _evaluating(decoder.text_model):
+    with torch.no_grad(), evaluating(decoder.text_model):
         _probe_identity(decoder, input_ids)
         if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
             _probe_soft_cap(decoder, input_ids)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and every module's training flag put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
