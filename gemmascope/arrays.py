@@ -62,7 +62,11 @@ def read_npz(path: str | os.PathLike, check: Check | None = None) -> dict[str, T
     is damaged (each member has a CRC-32), holds anything but such arrays, repeats a name or would inflate too far.
     """
     name = shown(path)
-    with open_file(path) as file, _damage_is_a_bad_file(name), zipfile.ZipFile(_SmallReads(file.raw)) as archive:
+    with (
+        _SmallReads(open_file(path).detach()) as file,
+        _damage_is_a_bad_file(name),
+        zipfile.ZipFile(file) as archive,
+    ):
         members = _npz_members(archive, name, os.fstat(file.fileno()).st_size)
         parsed = {key: _read_npy_header(archive, info, f"{name}: {printable(key)}") for key, info in members.items()}
         if check is not None:

@@ -1,0 +1,317 @@
+"""`JumpReLUSAE` as a module: the formula, the threshold's dtype, the storage of W_enc, folding, gradients, errors."""
+
+import copy
+
+import pytest
+import torch
+from gemmascope.kernels import reference
+
+from gemmascope import JumpReLUSAE, SparseCode
+
+D_MODEL, D_SAE = 5, 23
+# Relative error allowed between two orders of summation of a few dozen fp64 terms.
+FP64 = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def random_sae(dtype=torch.float64, seed=0, **options) -> JumpReLUSAE:
+    """An SAE with nothing at its initial value; a fifth of the thresholds are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    options = {"input_scale": 3.5, "generator": generator} | options
+    sae = JumpReLUSAE(D_MODEL, D_SAE, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        sae.threshold.clamp_(min=0)
+        sae.threshold[::5] = 0
+    return sae.to(dtype)
+
+
+def random_x(*shape, dtype=torch.float64, seed=1) -> torch.Tensor:
+    return 3.5 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def as_parameters(sae: JumpReLUSAE) -> reference.Parameters:
+    return reference.Parameters(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold)
+
+
+# ---- construction
+
+
+def test_initialisation_is_that_of_gemma_scope():
+    sae = JumpReLUSAE(D_MODEL, D_SAE, threshold_init=0.25)
+    shapes = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters()}
+    assert shapes == {
+        "W_enc": (D_MODEL, D_SAE),
+        "W_dec": (D_SAE, D_MODEL),
+        "b_enc": (D_SAE,),
+        "b_dec": (D_MODEL,),
+        "threshold": (D_SAE,),
+    }
+    assert (sae.d_model, sae.d_sae) == (D_MODEL, D_SAE)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+    assert torch.equal(sae.threshold, torch.full((D_SAE,), 0.25))
+
+
+def test_generator_decides_the_weights_and_the_global_one_is_left_alone():
+    first, second, other = (JumpReLUSAE(4, 9, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
+    assert torch.equal(first.W_dec, second.W_dec)
+    assert not torch.equal(first.W_dec, other.W_dec)
+    state = torch.get_rng_state()
+    JumpReLUSAE(4, 9, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_metadata_is_the_modules_own():
+    metadata = {"site": "model.layers.3.output"}
+    sae = JumpReLUSAE(2, 3, metadata=metadata)
+    metadata["site"] = "changed"
+    assert sae.metadata == {"site": "model.layers.3.output"}
+
+
+def test_representation_says_what_matters():
+    assert "d_model=2, d_sae=3, input_scale=4, impl='reference'" in repr(
+        JumpReLUSAE(2, 3, input_scale=4, impl="reference")
+    )
+    assert "folded" in repr(JumpReLUSAE(2, 3, pre_encoder_bias=False))
+
+
+# ---- the formula
+
+
+def test_one_latent_by_hand():
+    sae = JumpReLUSAE(1, 1, input_scale=2.0)
+    with torch.no_grad():
+        for name, value in {"W_enc": 2.0, "b_enc": -1.0, "W_dec": 0.5, "b_dec": 1.0, "threshold": 3.0}.items():
+            getattr(sae, name).fill_(value)
+    # x/C - b_dec = 2.5, 2, 1.5; z = 4, 3, 2; z = θ is off; x̂ = C·(f·W_dec + b_dec)
+    x = torch.tensor([[7.0], [6.0], [5.0]])
+    assert sae.encode(x).flatten().tolist() == [4.0, 0.0, 0.0]
+    assert sae(x).flatten().tolist() == [6.0, 2.0, 2.0]
+    sae.pre_encoder_bias = False
+    assert sae.encode(x).flatten().tolist() == [6.0, 5.0, 4.0]
+
+
+@pytest.mark.parametrize("pre_encoder_bias", [True, False])
+def test_encode_decode_and_forward_equal_the_reference(pre_encoder_bias):
+    sae = random_sae(pre_encoder_bias=pre_encoder_bias)
+    x = random_x(2, 7, D_MODEL)
+    expected = reference.sae_forward(x.reshape(-1, D_MODEL) / 3.5, as_parameters(sae), pre_encoder_bias)
+    f = sae.encode(x)
+    assert 0 < expected.l0.sum() < expected.f.numel()
+    torch.testing.assert_close(f, expected.f.reshape(2, 7, D_SAE), **FP64)
+    torch.testing.assert_close(sae.decode(f), 3.5 * expected.x_hat.reshape(2, 7, D_MODEL), **FP64)
+    assert torch.equal(sae(x), sae.decode(f))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_encode_sparse_and_its_decoding_equal_the_dense_path(dtype):
+    sae, x = random_sae(dtype), random_x(2, 7, D_MODEL, dtype=dtype)
+    code, f = sae.encode_sparse(x), sae.encode(x)
+    assert isinstance(code, SparseCode)
+    assert not code.values.requires_grad
+    assert torch.equal(code.to_dense(), f.reshape(14, D_SAE))
+    torch.testing.assert_close(sae.decode(code), sae.decode(f).reshape(14, D_MODEL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_activations_have_the_dtype_of_the_weights_and_the_output_that_of_x(dtype, x_dtype):
+    sae, x = JumpReLUSAE(D_MODEL, D_SAE, dtype=dtype), random_x(3, D_MODEL, dtype=x_dtype)
+    assert sae.encode(x).dtype == dtype
+    assert sae(x).dtype == x_dtype
+    assert sae.encode_sparse(x).values.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, D_MODEL), (3, 0, D_MODEL)])
+def test_empty_batch(shape):
+    sae, x = random_sae(), torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    assert sae(x).shape == shape
+    assert sae.encode(x).shape == (*shape[:-1], D_SAE)
+    code = sae.encode_sparse(x)
+    assert (code.n_tokens, code.nnz) == (0, 0)
+    assert sae.decode(code).shape == (0, D_MODEL)
+    sae(x).sum().backward()
+    assert not any(parameter.grad.any() for parameter in sae.parameters())
+
+
+def test_one_vector_without_a_batch():
+    sae, x = random_sae(), random_x(1, D_MODEL)
+    torch.testing.assert_close(sae(x[0]), sae(x)[0], **FP64)
+
+
+def test_autocast_changes_nothing():
+    sae, x = random_sae(torch.float32), random_x(50, D_MODEL, dtype=torch.float32)
+    plain = sae.encode(x), sae(x), sae.fold().b_enc
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = sae.encode(x), sae(x), sae.fold().b_enc
+    for expected, actual in zip(plain, cast, strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, expected)
+
+
+# ---- what moving and copying keep
+
+
+@pytest.mark.parametrize("moves", [["bfloat16"], ["half"], ["bfloat16", "float"], ["double", "half", "float"]])
+def test_threshold_keeps_its_fp32_values_and_gradient(moves):
+    sae = random_sae(torch.float32)
+    sae(random_x(9, D_MODEL, dtype=torch.float32)).square().sum().backward()
+    expected, W_dec = sae.threshold.detach().clone(), sae.W_dec.detach().clone()
+    expected_grad = torch.randn(D_SAE)
+    sae.threshold.grad = expected_grad.clone()
+    for move in moves:
+        getattr(sae, move)()
+    assert sae.threshold.dtype == sae.threshold.grad.dtype == torch.float32
+    assert torch.equal(sae.threshold, expected)
+    assert torch.equal(sae.threshold.grad, expected_grad)
+    assert not torch.equal(sae.W_dec.float(), W_dec)
+    assert isinstance(sae.threshold, torch.nn.Parameter)
+
+
+def test_threshold_is_fp64_with_fp64_weights():
+    assert JumpReLUSAE(2, 3, dtype=torch.float64).threshold.dtype == torch.float64
+    assert JumpReLUSAE(2, 3).double().threshold.dtype == torch.float64
+    assert JumpReLUSAE(2, 3, dtype=torch.bfloat16).threshold.dtype == torch.float32
+
+
+def test_threshold_parameter_survives_a_move_for_the_optimiser():
+    sae = JumpReLUSAE(2, 3)
+    threshold = sae.threshold
+    assert sae.to(torch.bfloat16).threshold is threshold
+
+
+def test_encoder_stays_latent_major():
+    sae = random_sae(torch.float32)
+    loaded = JumpReLUSAE(D_MODEL, D_SAE)
+    loaded.load_state_dict(sae.state_dict())
+    for copied in (sae, loaded, copy.deepcopy(sae), sae.fold(), sae.to(torch.bfloat16), sae.float(), sae.cpu()):
+        assert copied.W_enc.shape == (D_MODEL, D_SAE)
+        assert copied.W_enc.T.is_contiguous()
+        assert copied.W_dec.is_contiguous()
+    assert torch.equal(loaded.threshold, random_sae(torch.float32).threshold)
+
+
+# ---- folding
+
+
+@pytest.mark.parametrize("pre_encoder_bias", [True, False])
+def test_folded_equals_unfolded(pre_encoder_bias):
+    sae = random_sae(pre_encoder_bias=pre_encoder_bias, metadata={"layer": 3})
+    before = copy.deepcopy(sae.state_dict())
+    folded, x = sae.fold(), random_x(200, D_MODEL)
+    assert folded.is_folded
+    assert (folded.input_scale, folded.pre_encoder_bias, folded.metadata) == (1.0, False, {"layer": 3})
+    assert not sae.is_folded
+    torch.testing.assert_close(folded(x), sae(x), **FP64)
+    torch.testing.assert_close(folded.encode(x), 3.5 * sae.encode(x), **FP64)
+    assert torch.equal(folded.W_enc, sae.W_enc)
+    assert torch.equal(folded.W_dec, sae.W_dec)
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def test_folding_twice_changes_nothing():
+    folded = random_sae().fold()
+    assert all(torch.equal(a, b) for a, b in zip(folded.parameters(), folded.fold().parameters(), strict=True))
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("pre_encoder_bias", [True, False])
+def test_gradients_equal_the_written_backward(pre_encoder_bias):
+    sae = random_sae(pre_encoder_bias=pre_encoder_bias, input_scale=1.0)
+    x, bandwidth, l0_coefficient = random_x(40, D_MODEL), 0.7, 0.3
+    out = sae.jumprelu(x, bandwidth)
+    ((x - sae.decode(out.f)).square().sum(1) + l0_coefficient * out.l0).mean().backward()
+
+    parameters = as_parameters(sae)
+    forward = reference.sae_forward(x, parameters, pre_encoder_bias)
+    below = (forward.z < sae.threshold) & (sae.threshold - forward.z < bandwidth / 2)
+    assert below.any()
+    expected = reference.sae_backward(x, parameters, forward, l0_coefficient, bandwidth, pre_encoder_bias)
+    for name, parameter, gradient in zip(expected._fields, parameters, expected, strict=True):
+        torch.testing.assert_close(
+            parameter.grad, gradient, **FP64, msg=lambda message, name=name: f"{name}: {message}"
+        )
+
+
+def test_gradient_reaches_x_through_scale_and_bias():
+    sae = random_sae()
+    x = random_x(6, D_MODEL).requires_grad_()
+    sae(x).sum().backward()
+    gate = sae.encode(x.detach()) != 0
+    # C·(1ᵀW_decᵀ gated)·W_encᵀ/C
+    expected = (gate * sae.W_dec.sum(1)) @ sae.W_enc.T
+    torch.testing.assert_close(x.grad, expected.detach(), **FP64)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"d_model": 2.0}, TypeError, "d_model: expected an int, got float"),
+        ({"d_sae": True}, TypeError, "d_sae: expected an int, got bool"),
+        ({"d_model": 0}, ValueError, "d_model: expected at least 1, got 0"),
+        ({"d_sae": -3}, ValueError, "d_sae: expected at least 1, got -3"),
+        ({"input_scale": "2"}, TypeError, "input_scale: expected a number, got str"),
+        ({"input_scale": 0.0}, ValueError, "input_scale: expected a finite number > 0, got 0.0"),
+        ({"input_scale": float("nan")}, ValueError, "input_scale: expected a finite number > 0, got nan"),
+        ({"threshold_init": None}, TypeError, "threshold_init: expected a number, got NoneType"),
+        ({"threshold_init": -1e-3}, ValueError, "threshold_init: expected a finite number ≥ 0, got -0.001"),
+        ({"threshold_init": float("inf")}, ValueError, "threshold_init: expected a finite number ≥ 0, got inf"),
+        ({"dtype": torch.int32}, TypeError, "dtype: expected a floating dtype, got int32"),
+    ],
+)
+def test_bad_construction(options, error, message):
+    with pytest.raises(error) as caught:
+        JumpReLUSAE(**({"d_model": 2, "d_sae": 3} | options))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([1.0], TypeError, "x: expected a torch.Tensor, got list"),
+        (torch.zeros(4, 3), ValueError, "x: expected shape [..., 5], got [4, 3]"),
+        (torch.tensor(1.0), ValueError, "x: expected shape [..., 5], got []"),
+        (torch.zeros(4, 5, dtype=torch.int64), TypeError, "x: expected a floating dtype, got int64"),
+        (torch.zeros(4, 5, device="meta"), ValueError, "x: expected device cpu, got meta"),
+    ],
+)
+@pytest.mark.parametrize("method", ["encode", "encode_sparse", "forward", "jumprelu"])
+def test_bad_input(method, x, error, message):
+    with pytest.raises(error) as caught:
+        getattr(JumpReLUSAE(D_MODEL, D_SAE), method)(x)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("f", "error", "message"),
+    [
+        ([1.0], TypeError, "f: expected a torch.Tensor or a SparseCode, got list"),
+        (torch.zeros(4, 5), ValueError, "f: expected shape [..., 23], got [4, 5]"),
+        (torch.tensor(1.0), ValueError, "f: expected shape [..., 23], got []"),
+    ],
+)
+def test_bad_activations(f, error, message):
+    with pytest.raises(error) as caught:
+        JumpReLUSAE(D_MODEL, D_SAE).decode(f)
+    assert str(caught.value) == message
+
+
+def test_unknown_implementation_is_named():
+    sae = JumpReLUSAE(D_MODEL, D_SAE, impl="cuda")
+    for method in (sae.encode, sae.encode_sparse):
+        with pytest.raises(ValueError, match="impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"):
+            method(torch.zeros(2, D_MODEL))
+
+
+def test_bad_bandwidth():
+    with pytest.raises(ValueError, match="bandwidth: expected a finite number > 0, got 0"):
+        JumpReLUSAE(D_MODEL, D_SAE).jumprelu(torch.zeros(2, D_MODEL), 0.0)
