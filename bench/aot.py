@@ -37,9 +37,9 @@ SASS_CLASSES = {
     "tcgen05": r"UTC\w*MMA",
     "TMA": r"UTMA(LDG|STG)",
     "cp.async": r"LDGSTS",
-    "load128": r"LDG\S*\.128",
+    "load128": r"LDG\.\S*128",
     "load": r"LDG\b",
-    "store128": r"STG\S*\.128",
+    "store128": r"STG\.\S*128",
     "store": r"STG\b",
     "atomic": r"(ATOMG?|REDG?)\b",
     "shuffle": r"SHFL",
@@ -274,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         if "error" not in row:
             baseline[key] = {k: v for k, v in row.items() if k not in ("name", "target", "seconds")}
     if options.update:
+        current = {f"{spec.name}@{target}" for target in TARGETS for spec in specs(target)}
+        baseline = {key: row for key, row in baseline.items() if key in current}
         path.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n")
     print(f"{len(rows)} compiled, {failed} with problems")
     return 1 if failed else 0

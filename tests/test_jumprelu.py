@@ -67,6 +67,17 @@ def test_matches_reference(n, f, dtype, device):
     assert torch.equal(actual["firing_count"], exact["firing_count"])
 
 
+def test_second_stage_of_more_than_one_step(device):
+    rows_of_a_step = _jumprelu.BACKWARD.block_n * _jumprelu.BACKWARD.tiles * _jumprelu.REDUCE.block_n
+    pre, b_enc, threshold, grad_f, grad_l0 = inputs(rows_of_a_step + 1, 2, device=device)
+    _, db_enc, dthreshold = _jumprelu.jumprelu_backward(grad_f, grad_l0, pre, b_enc, threshold, BANDWIDTH)
+    eager = reference.jumprelu_backward(grad_f, grad_l0, pre, b_enc, threshold, BANDWIDTH)
+    doubles = (t.double() for t in (grad_f, grad_l0, pre, b_enc, threshold))
+    exact = reference.jumprelu_backward(*doubles, BANDWIDTH)
+    assert_within_budget("db_enc", db_enc, exact[1], eager[1])
+    assert_within_budget("dthreshold", dthreshold, exact[2], eager[2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decides_in_fp32_whatever_the_input_dtype(dtype, device):
     pre, b_enc, threshold, grad_f, grad_l0 = inputs(65, 37, dtype, device, make=normal)
