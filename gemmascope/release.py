@@ -8,7 +8,7 @@
 * Gemma Scope 2 (read only): ``params.safetensors`` with the keys in lower case, and DeepMind's ``config.json``.
 
 Dimensions come from the tensors, never from names, and weights of the wrong shape are refused, never transposed. Our
-config.json carries the SHA-256 of the weights beside it, which is checked on loading.
+config.json carries the SHA-256 of the weights beside it and its own; both are checked on loading.
 """
 
 import functools
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import hub, sae_config
 from .arrays import Header, printable, read_npz, read_safetensors
 from .errors import BadFileError, EnvironmentProblemError
-from .files import atomic_write, json_text, sha256, shown
+from .files import atomic_write, sha256, shown
 from .sae import JumpReLUSAE
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
@@ -165,10 +165,10 @@ def save(sae: JumpReLUSAE, path: str | os.PathLike) -> None:
     """Write ``sae`` to ``path``: a Gemma Scope 1 file when the name ends in .npz, else a folder of params.safetensors
     and config.json. The weights reload to the same bits; a .npz holds them as fp32.
 
-    Both files are written whole or not at all. ``sae.metadata`` travels in config.json (customarily ``model``, ``site``,
-    ``layer``, ``average_l0``). Raises ValueError for an SAE that is not folded or is
-    fp64 (.npz), for weights that `load` would refuse, for a folder that holds another SAE or another config.json, and
-    EnvironmentProblemError when the files cannot be written.
+    Both files are written whole or not at all. ``sae.metadata`` travels in config.json; its customary keys are
+    ``model``, ``site`` (``model.layers.12.output``, …), ``layer`` and ``average_l0``. Raises ValueError for an SAE that
+    is not folded or is fp64 (.npz), for weights that `load` would refuse and for a folder that holds another SAE or a
+    foreign config.json; EnvironmentProblemError when the files cannot be written.
     """
     path = Path(path)
     is_npz = path.suffix == ".npz"
@@ -190,13 +190,11 @@ def save(sae: JumpReLUSAE, path: str | os.PathLike) -> None:
         raise ValueError("sae: expected at most float32 for a .npz file, got float64: call float() first")
     _check_replaceable(weights, config_path)
 
-    config = sae_config.describe(sae, weights)
-    json_text(config, "sae.metadata")
+    sae_config.text(sae, weights, digest="")  # refuses the metadata before anything is written
     # Both files are complete before the first takes its place, and until the second does the hashes differ.
     with atomic_write(config_path) as temporary_config, atomic_write(weights) as temporary:
         _write_npz(tensors, temporary) if is_npz else _write_safetensors(tensors, temporary, weights)
-        config["sha256"] = sha256(temporary)
-        temporary_config.write_text(json_text(config, "sae.metadata"), encoding="utf-8")
+        temporary_config.write_text(sae_config.text(sae, weights, sha256(temporary)), encoding="utf-8")
 
 
 def _check_replaceable(weights: Path, config_path: Path) -> None:

@@ -1,18 +1,24 @@
-"""The config.json beside an SAE's weights: ours, and Gemma Scope 2's."""
+"""The config.json beside an SAE's weights: ours, and Gemma Scope 2's.
 
+Ours carries two SHA-256: ``sha256`` of the file of weights and ``config_sha256`` of its own other keys, since a flipped
+bit in ``input_scale`` does as much harm as one in the weights.
+"""
+
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .arrays import printable
 from .errors import BadFileError
-from .files import read_json, sha256, shown
+from .files import json_text, read_json, sha256, shown
 from .sae import JumpReLUSAE
 
 CONFIG = "config.json"
 FORMAT, FORMAT_VERSION = "gemmascope", 1
 CONFIG_KEYS = {
     "format", "format_version", "gemmascope_version", "architecture", "d_model", "d_sae", "dtype", "input_scale",
-    "pre_encoder_bias", "weights", "sha256", "metadata",
+    "pre_encoder_bias", "weights", "metadata", "sha256", "config_sha256",
 }  # fmt: skip
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -28,11 +34,14 @@ def path_for(weights: Path) -> Path:
     return weights.with_name(CONFIG) if weights.stem == "params" else weights.with_suffix(".json")
 
 
-def describe(sae: JumpReLUSAE, weights: Path) -> dict[str, Any]:
-    """Our config of ``sae``, all but the SHA-256 of ``weights``."""
+def text(sae: JumpReLUSAE, weights: Path, digest: str) -> str:
+    """Our config of ``sae``, whose weights go into a file named like ``weights`` with the SHA-256 ``digest``.
+
+    Raises ValueError or TypeError when ``sae.metadata`` does not fit into JSON.
+    """
     from . import __version__
 
-    return {
+    config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "gemmascope_version": __version__,
@@ -44,7 +53,16 @@ def describe(sae: JumpReLUSAE, weights: Path) -> dict[str, Any]:
         "pre_encoder_bias": sae.pre_encoder_bias,
         "weights": weights.name,
         "metadata": sae.metadata,
+        "sha256": digest,
     }
+    config = json.loads(json_text(config, "sae.metadata"))
+    return json_text(config | {"config_sha256": seal(config)}, "sae.metadata")
+
+
+def seal(config: dict[str, Any]) -> str:
+    """SHA-256 of all of ``config`` but the seal itself, in a canonical form."""
+    rest = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def is_ours(path: Path) -> bool:
@@ -84,6 +102,8 @@ def _read_ours(config: dict, name: str, weights: Path) -> SAEConfig:
         raise BadFileError(
             f"{name}: expected the keys of format version {FORMAT_VERSION}, found more or fewer: {wrong}"
         )
+    if config["config_sha256"] != seal(config):
+        raise BadFileError(f"{name}: expected config_sha256 {seal(config)}, found {config['config_sha256']!r:.70}")
     for key, kind in (("d_model", int), ("d_sae", int), ("pre_encoder_bias", bool), ("metadata", dict)):
         if type(config[key]) is not kind:
             raise BadFileError(f"{name}: {key}: expected {kind.__name__}, found {type(config[key]).__name__}")
