@@ -24,8 +24,8 @@ EXIT_CODES = (
 
 def describe(error: Exception) -> tuple[int, str]:
     """Exit code and one-line message of a failure."""
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAIN_PACKAGES:
-        return 4, f"the package {error.name} is missing: pip install 'gemmascope[train]'"
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in TRAIN_PACKAGES:
+        return 4, f"the package {package} is missing: pip install 'gemmascope[train]'"
     if hasattr(error, "format_message"):  # wrong options and arguments, as typer reports them
         return 2, error.format_message()
     if isinstance(error, OSError) and error.strerror:

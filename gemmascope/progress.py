@@ -104,14 +104,15 @@ class StageProgress:
         self.clock, self.meter = clock, Meter(total, clock)
         self.live: rich.live.Live | None = None
         self.next_output = -math.inf
+        self.printed_step: int | None = None
 
     def __enter__(self):
         self.meter.started = self.clock()
         console = self.console
         if console.is_terminal and not console.is_dumb_terminal and console.width >= NARROWEST_LIVE:
             # Frames are drawn by update() alone: a drawing thread would fail out of reach of the code below.
-            self.live = rich.live.Live(console=console, auto_refresh=False, get_renderable=self.frame)
-            self._quietly(self.live.start)
+            live = rich.live.Live(console=console, auto_refresh=False, get_renderable=self.frame)
+            self.live = live if self._quietly(live.start) else None
         return self
 
     def __exit__(self, *exception) -> None:
@@ -119,7 +120,7 @@ class StageProgress:
             self._quietly(self.live.refresh)
             self._quietly(self.live.stop)
             self.live = None
-        else:
+        elif self.printed_step != self.meter.step:
             self._print_line()
 
     def update(self, step: int, note: str | None = None) -> None:
@@ -138,14 +139,18 @@ class StageProgress:
             self._print_line()
 
     def _print_line(self) -> None:
+        self.printed_step = self.meter.step
         text = rich.text.Text(self.line())
         self._quietly(lambda: self.console.print(text, soft_wrap=True))
 
-    def _quietly(self, draw: Callable[[], None]) -> None:
+    def _quietly(self, draw: Callable[[], None]) -> bool:
+        """Whether ``draw`` succeeded."""
         try:
             draw()
         except (OSError, ValueError):  # the stream is gone; "I/O operation on closed file" is a ValueError
             self.console.quiet = True
+            return False
+        return True
 
     def speed(self) -> str:
         rate = self.meter.rate
@@ -244,7 +249,7 @@ def progress(
     console: rich.console.Console | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
-    """Yield ``items`` (an int n stands for range(n)) under a `StageProgress`. total: their number, where len() fails."""
+    """Yield ``items`` (an int n stands for range(n)) under a `StageProgress`. total: where len() fails."""
     items = range(items) if isinstance(items, int) else items
     total = len(items) if total is None else total
     with StageProgress(description, total, unit, console=console, clock=clock) as bar:

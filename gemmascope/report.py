@@ -1,0 +1,218 @@
+"""The report of a run: the table of the terminal, the plots and one HTML page, all from the files of its folder.
+
+A run folder holds `results.json`, `train_log.jsonl` and `frequencies.npz`; `plots/` and `report.html` are added.
+"""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import BadFileError
+
+if TYPE_CHECKING:
+    import rich.table
+
+PLOTS = {
+    "training_curves": "Fidelity and sparsity of each SAE while it trained, measured on the training batches.",
+    "l0_fvu": "Filled marks: the SAEs. Hollow marks: PCA with as many components as the SAE has active latents. "
+    "An SAE is worth its latents where it lies below its hollow mark.",
+    "firing_frequency": "Latents by the share of held-out tokens on which they fire. The grey bar counts those that "
+    "never fired; those right of the dashed line fire on more than a tenth of all tokens and rarely mean one thing.",
+    "delta_loss": "How much worse the language model predicts with the site replaced by the SAE's reconstruction "
+    "(filled) and by its mean (hollow). Close to zero, far left of the hollow mark, is good.",
+}
+
+
+# Key, heading of the terminal, heading of the page, format.
+COLUMNS = (
+    ("l0", "L0", "L0", ".1f"),
+    ("fvu", "FVU", "FVU", ".3f"),
+    ("pca_fvu", "PCA", "FVU of PCA", ".3f"),
+    ("pair_table_fvu", "pairs", "FVU of byte pairs", ".3f"),
+    ("delta_loss", "ΔLM", "ΔLM loss", "+.3f"),
+    ("ablation_delta_loss", "ablated", "ΔLM loss, mean ablation", "+.3f"),
+    ("loss_recovered", "recov.", "Loss recovered", ".3f"),
+    ("dead_fraction", "dead", "Dead", ".0%"),
+    ("high_freq_fraction", ">10 %", "Fire on > 10 %", ".1%"),
+)
+REQUIRED_NUMBERS = ("l0", "fvu", "pca_fvu")
+
+
+def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """The checked contents of ``run_dir``/results.json; numbers that are missing or not finite become None.
+
+    Raises BadFileError when the file is missing or is not what a finished run writes.
+    """
+    path = Path(run_dir) / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadFileError(f"{path}: expected the results of a finished run, found no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadFileError(f"{path}: expected JSON, found {error}") from None
+    if not isinstance(results, dict) or not isinstance(results.get("model"), dict):
+        raise BadFileError(f"{path}: expected an object with the object 'model'")
+    if not isinstance(results.get("saes"), list) or not results["saes"]:
+        raise BadFileError(f"{path}: expected a non-empty list 'saes'")
+    saes = [_checked_sae(path, position, sae) for position, sae in enumerate(results["saes"])]
+    return {**results, "saes": saes}
+
+
+def _checked_sae(path: Path, position: int, sae: Any) -> dict[str, Any]:
+    where = f"{path}: saes[{position}]"
+    if not isinstance(sae, dict) or not isinstance(sae.get("site"), str):
+        raise BadFileError(f"{where}: expected an object with the string 'site'")
+    for key in ("layer", "width"):
+        if isinstance(sae.get(key), bool) or not isinstance(sae.get(key), int):
+            raise BadFileError(f"{where}: expected an integer {key!r}, found {sae.get(key)!r}")
+    sae = {**sae, **{key: _number(where, key, sae.get(key)) for key, *_ in COLUMNS}}
+    for key in REQUIRED_NUMBERS:
+        if sae[key] is None:
+            raise BadFileError(f"{where}: expected a finite number {key!r}")
+    return sae
+
+
+def _number(where: str, key: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadFileError(f"{where}: expected a number {key!r}, found {value!r}")
+    return float(value) if math.isfinite(value) else None
+
+
+def read_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of ``run_dir``/train_log.jsonl, one for each step and site: the last written, where a resume repeats.
+
+    An incomplete last line, as a kill leaves it, is ignored. Raises BadFileError when anything else is not a row.
+    """
+    path = Path(run_dir) / "train_log.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        raise BadFileError(f"{path}: expected the log of a training, found no such file") from None
+    except UnicodeDecodeError as error:
+        raise BadFileError(f"{path}: expected JSON lines, found {error}") from None
+    rows = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows[row["step"], row["site"]] = row
+        except (json.JSONDecodeError, TypeError, KeyError):
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise BadFileError(f"{path}: line {number}: expected an object with 'step' and 'site'") from None
+    return sorted(rows.values(), key=lambda row: row["step"])
+
+
+def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Firing frequency of every latent, [width] by SAE name, from ``run_dir``/frequencies.npz."""
+    path = Path(run_dir) / "frequencies.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise BadFileError(f"{path}: expected the firing frequencies of a run, found no such file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BadFileError(f"{path}: expected an npz of arrays, found {error}") from None
+
+
+def beats_pca(sae: Mapping[str, Any]) -> bool:
+    return sae["fvu"] < sae["pca_fvu"]
+
+
+def summary(saes: Sequence[Mapping[str, Any]]) -> str:
+    return f"{sum(map(beats_pca, saes))} of {len(saes)} SAEs beat PCA of the same rank"
+
+
+def formatted(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
+    """The SAEs of a run as a `rich.table.Table` of at most 100 columns; ✓ where an SAE beats PCA of the same rank."""
+    import rich.box
+    import rich.table
+    import rich.text
+
+    model, saes = results["model"], results["saes"]
+    title = "Language model: loss {} nats a token, bigram baseline {}".format(
+        formatted(model.get("loss"), ".3f"), formatted(model.get("bigram_loss"), ".3f")
+    )
+    table = rich.table.Table(
+        title=title,
+        caption=summary(saes),
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("site", no_wrap=True)
+    for heading in ("layer", "width", *(heading for _, heading, _, _ in COLUMNS[:3])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("✓", no_wrap=True)
+    for _, heading, _, _ in COLUMNS[3:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, sae in enumerate(saes):
+        wins = beats_pca(sae)
+        cells = [rich.text.Text(formatted(sae[key], form)) for key, _, _, form in COLUMNS]
+        cells[1].stylize("bold green" if wins else "bold red")
+        mark = rich.text.Text("✓" if wins else "✗", style="green" if wins else "red")
+        ends_layer = index + 1 < len(saes) and saes[index + 1]["layer"] != sae["layer"]
+        name = rich.text.Text(sae["site"])
+        table.add_row(name, str(sae["layer"]), str(sae["width"]), *cells[:3], mark, *cells[3:], end_section=ends_layer)
+    return table
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch path beside ``path`` which takes its place only when the block succeeds."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_plots(run_dir: str | os.PathLike) -> list[Path]:
+    """Draw the figures of a run into ``run_dir``/plots and return their paths. Needs matplotlib."""
+    from . import plots
+
+    saes = read_results(run_dir)["saes"]
+    figures = {
+        "training_curves": plots.training_curves(saes, read_log(run_dir)),
+        "l0_fvu": plots.l0_against_fvu(saes),
+        "firing_frequency": plots.firing_frequencies(saes, read_frequencies(run_dir)),
+        "delta_loss": plots.loss_increases(saes),
+    }
+    folder = Path(run_dir) / "plots"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        with replacing(paths[-1]) as scratch:
+            figure.savefig(scratch, format="png", facecolor="white")
+    return paths
+
+
+def write_html(run_dir: str | os.PathLike) -> Path:
+    """Write ``run_dir``/report.html, one self-contained page, and return its path. Draws missing plots first."""
+    from . import page
+
+    run_dir = Path(run_dir)
+    results = read_results(run_dir)
+    images = {name: run_dir / "plots" / f"{name}.png" for name in PLOTS}
+    if not all(image.is_file() for image in images.values()):
+        write_plots(run_dir)
+    path = run_dir / "report.html"
+    with replacing(path) as scratch:
+        scratch.write_text(page.render(run_dir, results, images), encoding="utf-8")
+    return path
