@@ -64,14 +64,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("d_sae", "batch_size"):
             check_int(name, getattr(self, name), 1)
-        for name in (
-            "steps",
-            "lr_warmup_steps",
-            "lr_decay_steps",
-            "l0_warmup_steps",
-            "resample_every",
-            "resample_until",
-        ):
+        for name in ("steps", "lr_warmup_steps", "lr_decay_steps", "l0_warmup_steps"):
             check_int(name, getattr(self, name), 0)
         check_int("seed", self.seed, 0)
         check_number("learning_rate", self.learning_rate, 0, 1, open_low=True)
@@ -105,6 +98,7 @@ class TrainConfig:
             "l0_warmup_steps": 300,
             "threshold_init": 0.03,
             "threshold_parametrisation": "raw",
+            "b_dec_init": "mean",
         }
         return cls(**(defaults | changes))
 
