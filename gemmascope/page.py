@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -96,6 +95,9 @@ MODEL_LABELS = {
     "d_model": "Width (d_model)",
     "parameters": "Parameters",
     "text": "Text",
+    "text_bytes": "Text, bytes",
+    "held_out_tokens": "Held-out tokens",
+    "seed": "Seed",
     "tokens": "Training tokens",
     "loss": "Held-out loss, nats a token",
     "bigram_loss": "Bigram baseline, nats a token",
@@ -111,7 +113,7 @@ def shown(value: Any) -> str:
     elif isinstance(value, int):
         text = f"{value:,}"
     elif isinstance(value, float):
-        text = f"{value:.4g}" if math.isfinite(value) else "–"
+        text = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     elif isinstance(value, str):
         text = value
     else:
@@ -199,7 +201,7 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
         ("Environment", facts(environment.items())),
     ]
     if seconds:
-        sections.append(("Time, in seconds", facts([*seconds.items(), ("all", float(sum(seconds.values())))])))
+        sections.append(("Time, in seconds", facts((name.replace("_", " "), value) for name, value in seconds.items())))
     body = "\n".join(f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" for title, content in sections)
     return f"""<!DOCTYPE html>
 <html lang="en">

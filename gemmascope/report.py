@@ -4,17 +4,16 @@ A run folder holds `results.json`, `train_log.jsonl` and `frequencies.npz`; `plo
 """
 
 import json
-import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import BadFileError
+from .files import atomic_write, open_file, read_json
 
 if TYPE_CHECKING:
     import rich.table
@@ -46,17 +45,12 @@ REQUIRED_NUMBERS = ("l0", "fvu", "pca_fvu")
 
 
 def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
-    """The checked contents of ``run_dir``/results.json; numbers that are missing or not finite become None.
+    """The checked contents of ``run_dir``/results.json; measures that are missing become None.
 
     Raises BadFileError when the file is missing or is not what a finished run writes.
     """
     path = Path(run_dir) / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadFileError(f"{path}: expected the results of a finished run, found no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadFileError(f"{path}: expected JSON, found {error}") from None
+    results = read_json(path)
     if not isinstance(results, dict) or not isinstance(results.get("model"), dict):
         raise BadFileError(f"{path}: expected an object with the object 'model'")
     if not isinstance(results.get("saes"), list) or not results["saes"]:
@@ -75,7 +69,7 @@ def _checked_sae(path: Path, position: int, sae: Any) -> dict[str, Any]:
     sae = {**sae, **{key: _number(where, key, sae.get(key)) for key, *_ in COLUMNS}}
     for key in REQUIRED_NUMBERS:
         if sae[key] is None:
-            raise BadFileError(f"{where}: expected a finite number {key!r}")
+            raise BadFileError(f"{where}: expected a number {key!r}, found none")
     return sae
 
 
@@ -84,7 +78,7 @@ def _number(where: str, key: str, value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadFileError(f"{where}: expected a number {key!r}, found {value!r}")
-    return float(value) if math.isfinite(value) else None
+    return float(value)
 
 
 def read_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -93,19 +87,15 @@ def read_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     An incomplete last line, as a kill leaves it, is ignored. Raises BadFileError when anything else is not a row.
     """
     path = Path(run_dir) / "train_log.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        raise BadFileError(f"{path}: expected the log of a training, found no such file") from None
-    except UnicodeDecodeError as error:
-        raise BadFileError(f"{path}: expected JSON lines, found {error}") from None
+    with open_file(path) as file:
+        lines = file.read().splitlines(keepends=True)
     rows = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             rows[row["step"], row["site"]] = row
-        except (json.JSONDecodeError, TypeError, KeyError):
-            if number == len(lines) and not line.endswith("\n"):
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise BadFileError(f"{path}: line {number}: expected an object with 'step' and 'site'") from None
     return sorted(rows.values(), key=lambda row: row["step"])
@@ -115,12 +105,12 @@ def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
     """Firing frequency of every latent, [width] by SAE name, from ``run_dir``/frequencies.npz."""
     path = Path(run_dir) / "frequencies.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise BadFileError(f"{path}: expected the firing frequencies of a run, found no such file") from None
+        with open_file(path) as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except BadFileError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadFileError(f"{path}: expected an npz of arrays, found {error}") from None
+        raise BadFileError(f"{path}: expected an npz of arrays, found {error}") from error
 
 
 def beats_pca(sae: Mapping[str, Any]) -> bool:
@@ -171,17 +161,6 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
     return table
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A scratch path beside ``path`` which takes its place only when the block succeeds."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def write_plots(run_dir: str | os.PathLike) -> list[Path]:
     """Draw the figures of a run into ``run_dir``/plots and return their paths. Needs matplotlib."""
     from . import plots
@@ -194,12 +173,11 @@ def write_plots(run_dir: str | os.PathLike) -> list[Path]:
         "delta_loss": plots.loss_increases(saes),
     }
     folder = Path(run_dir) / "plots"
-    folder.mkdir(exist_ok=True)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        with replacing(paths[-1]) as scratch:
-            figure.savefig(scratch, format="png", facecolor="white")
+        with atomic_write(paths[-1]) as temporary:
+            figure.savefig(temporary, format="png", facecolor="white")
     return paths
 
 
@@ -213,6 +191,6 @@ def write_html(run_dir: str | os.PathLike) -> Path:
     if not all(image.is_file() for image in images.values()):
         write_plots(run_dir)
     path = run_dir / "report.html"
-    with replacing(path) as scratch:
-        scratch.write_text(page.render(run_dir, results, images), encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(page.render(run_dir, results, images), encoding="utf-8")
     return path

@@ -112,7 +112,7 @@ def test_equal_to_pca_does_not_beat_it():
 def test_unmeasured_values_show_as_a_dash(tmp_path):
     results = make_results()
     results["saes"] = results["saes"][:1]
-    results["saes"][0] |= {"loss_recovered": None, "delta_loss": float("nan")}
+    results["saes"][0] |= {"loss_recovered": None, "delta_loss": None}
     del results["saes"][0]["pair_table_fvu"]
     write_run(tmp_path, results)
     read = report.read_results(tmp_path)
@@ -136,6 +136,8 @@ def test_plots_are_four_opaque_png_files(run):
 
 
 def test_plots_show_what_was_measured(run):
+    from matplotlib.patches import StepPatch
+
     from gemmascope import plots
 
     saes = report.read_results(run)["saes"]
@@ -146,8 +148,10 @@ def test_plots_show_what_was_measured(run):
     drawn = sorted(line.get_ydata()[-1] for axes in curves.axes[: len(SITES)] for line in axes.lines)
     assert drawn == sorted(last.values())
 
+    figure = plots.firing_frequencies(saes, frequencies)
+    patches = [patch for axes in figure.axes for patch in axes.patches]
     heights = [
-        patch.get_height() for axes in plots.firing_frequencies(saes, frequencies).axes for patch in axes.patches
+        patch.get_data().values.sum() if isinstance(patch, StepPatch) else patch.get_height() for patch in patches
     ]
     assert sum(heights) == len(saes) * WIDTH, "every latent is in one bar"
 
@@ -231,21 +235,6 @@ def test_plots_and_page_replace_old_ones_and_leave_no_scratch_files(tmp_path):
     }
 
 
-def test_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def fail():
-        with report.replacing(path) as scratch:
-            scratch.write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
-    assert path.read_text() == "old"
-
-
 def test_log_keeps_the_last_row_of_a_step_and_drops_a_cut_line(tmp_path):
     rows = [{"step": 2, "site": "a", "l0": 1.0}, {"step": 1, "site": "a"}, {"step": 2, "site": "a", "l0": 3.0}]
     (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "si')
@@ -267,8 +256,8 @@ def changed(**changes):
         pytest.param({"model": {}, "saes": [3]}, r"saes\[0\]: expected an object with the string 'site'", id="row"),
         pytest.param(changed(layer="0"), "expected an integer 'layer', found '0'", id="layer"),
         pytest.param(changed(fvu="low"), "expected a number 'fvu', found 'low'", id="text"),
-        pytest.param(changed(fvu=None), "expected a finite number 'fvu'", id="missing"),
-        pytest.param(changed(l0=float("inf")), "expected a finite number 'l0'", id="infinite"),
+        pytest.param(changed(fvu=None), "expected a number 'fvu', found none", id="missing"),
+        pytest.param(changed(l0=float("inf")), "expected JSON, found the constant Infinity", id="infinite"),
     ],
 )
 def test_bad_results(tmp_path, content, message):
@@ -278,17 +267,17 @@ def test_bad_results(tmp_path, content, message):
 
 
 def test_missing_and_bad_companions(tmp_path):
-    with pytest.raises(BadFileError, match="expected the results of a finished run, found no such file"):
+    with pytest.raises(BadFileError, match=r"results.json: expected a file, found none"):
         report.read_results(tmp_path)
-    with pytest.raises(BadFileError, match="expected the log of a training, found no such file"):
+    with pytest.raises(BadFileError, match=r"train_log.jsonl: expected a file, found none"):
         report.read_log(tmp_path)
-    with pytest.raises(BadFileError, match="expected the firing frequencies of a run, found no such file"):
+    with pytest.raises(BadFileError, match=r"frequencies.npz: expected a file, found none"):
         report.read_frequencies(tmp_path)
     (tmp_path / "train_log.jsonl").write_text('[1]\n{"step": 1, "site": "a"}\n')
     with pytest.raises(BadFileError, match="line 1: expected an object with 'step' and 'site'"):
         report.read_log(tmp_path)
     (tmp_path / "train_log.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(BadFileError, match="expected JSON lines, found"):
+    with pytest.raises(BadFileError, match="line 1: expected an object"):
         report.read_log(tmp_path)
     (tmp_path / "frequencies.npz").write_bytes(b"PK not a zip")
     with pytest.raises(BadFileError, match="expected an npz of arrays, found"):
