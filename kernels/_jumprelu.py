@@ -162,6 +162,21 @@ def _launch_forward(pre: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tens
     return f, l0.to(torch.float32), firing_count
 
 
+def _sum_partials(partial: Tensor, db_enc: Tensor, dthreshold: Tensor) -> None:
+    """partial [2, programs over N, F] fp32, summed over the programs into db_enc [F] and dthreshold [F]."""
+    _, n_partial, F = partial.shape
+    _sum_partials_kernel[(triton.cdiv(F, REDUCE.block_f),)](
+        partial_ptr=partial,
+        db_enc_ptr=db_enc,
+        dthreshold_ptr=dthreshold,
+        N_PARTIAL=n_partial,
+        F=F,
+        BLOCK_N=REDUCE.block_n,
+        BLOCK_F=REDUCE.block_f,
+        num_warps=REDUCE.num_warps,
+    )
+
+
 def _launch_backward(
     grad_f: Tensor, grad_l0: Tensor, pre: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,16 +212,7 @@ def _launch_backward(
             TILES=config.tiles,
             num_warps=config.num_warps,
         )
-        _sum_partials_kernel[(triton.cdiv(F, REDUCE.block_f),)](
-            partial_ptr=partial,
-            db_enc_ptr=db_enc,
-            dthreshold_ptr=dthreshold,
-            N_PARTIAL=grid[1],
-            F=F,
-            BLOCK_N=REDUCE.block_n,
-            BLOCK_F=REDUCE.block_f,
-            num_warps=REDUCE.num_warps,
-        )
+        _sum_partials(partial, db_enc, dthreshold)
     return dpre, db_enc, dthreshold
 
 

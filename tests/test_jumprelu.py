@@ -67,15 +67,14 @@ def test_matches_reference(n, f, dtype, device):
     assert torch.equal(actual["firing_count"], exact["firing_count"])
 
 
-def test_second_stage_of_more_than_one_step(device):
-    rows_of_a_step = _jumprelu.BACKWARD.block_n * _jumprelu.BACKWARD.tiles * _jumprelu.REDUCE.block_n
-    pre, b_enc, threshold, grad_f, grad_l0 = inputs(rows_of_a_step + 1, 2, device=device)
-    _, db_enc, dthreshold = _jumprelu.jumprelu_backward(grad_f, grad_l0, pre, b_enc, threshold, BANDWIDTH)
-    eager = reference.jumprelu_backward(grad_f, grad_l0, pre, b_enc, threshold, BANDWIDTH)
-    doubles = (t.double() for t in (grad_f, grad_l0, pre, b_enc, threshold))
-    exact = reference.jumprelu_backward(*doubles, BANDWIDTH)
-    assert_within_budget("db_enc", db_enc, exact[1], eager[1])
-    assert_within_budget("dthreshold", dthreshold, exact[2], eager[2])
+@pytest.mark.parametrize("n_partial", [1, _jumprelu.REDUCE.block_n, 2 * _jumprelu.REDUCE.block_n + 1])
+def test_second_stage_of_the_sums(n_partial, device):
+    """Alone, because it takes thousands of tokens to fill more than one of its steps."""
+    partial = normal(2, n_partial, 37, device=device)
+    db_enc, dthreshold = torch.empty(2, 37, device=device)
+    _jumprelu._sum_partials(partial, db_enc, dthreshold)
+    for name, actual, rows in (("db_enc", db_enc, partial[0]), ("dthreshold", dthreshold, partial[1])):
+        assert_within_budget(name, actual, rows.double().sum(0), rows.sum(0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
