@@ -26,8 +26,8 @@ class Mutant(NamedTuple):
     new: str
 
 
-# The tests that must notice a mutant of a file.
-TESTS = {"_jumprelu.py": ["tests/test_jumprelu.py", "-k", "not compiled and not opcheck"]}
+# The tests that must notice a mutant of a file: one dtype, to be quick; "float16" is in "bfloat16".
+TESTS = {"_jumprelu.py": ["tests/test_jumprelu.py", "-k", "not compiled and not opcheck and not float16"]}
 
 JUMPRELU = [
     ("value at a tie", "f = tl.where(z > threshold, z,", "f = tl.where(z >= threshold, z,"),
