@@ -61,7 +61,8 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that whatever build of the pinned version is at hand (a CPU build, say) is taken and
-# nothing later asks for another; --no-deps then installs the pins and nothing else; wheels only, so no compiler.
+# nothing later asks for another; --no-deps then installs the pins and nothing else; wheels only, so no C compiler.
+# Byte-compiling all of torch up front takes a minute; Python compiles what it imports.
 # CUDA builds of torch require a triton of their own, which is left as it is.
 # $(call install,environment,triton requirement)
 TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)
@@ -71,10 +72,10 @@ define install
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { echo "$(TOO_OLD)" >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
 	grep -v '^triton==' constraints.txt > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --only-binary :all: -c $(1)/constraints.txt torch
-	$(1)/bin/python -m pip install --only-binary :all: --no-deps -r $(1)/constraints.txt
+	$(1)/bin/python -m pip install --no-compile --only-binary :all: -c $(1)/constraints.txt torch
+	$(1)/bin/python -m pip install --no-compile --only-binary :all: --no-deps -r $(1)/constraints.txt
 	if ! $(1)/bin/python -c "$(TORCH_BRINGS_TRITON)"; then \
-		$(1)/bin/python -m pip install --only-binary :all: --no-deps $(2); fi
+		$(1)/bin/python -m pip install --no-compile --only-binary :all: --no-deps $(2); fi
 	$(1)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	touch $@
 endef
