@@ -60,14 +60,14 @@ clean:
 	rm -rf .venv .venv-triton36 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)
+TORCH_BRINGS_TRITON = import importlib.metadata as m; exit(not any('triton' in r for r in m.requires('torch')))
+
 # torch comes first and alone, so that whatever build of the pinned version is at hand (a CPU build, say) is taken and
 # nothing later asks for another; --no-deps then installs the pins and nothing else; wheels only, so no C compiler.
 # Byte-compiling all of torch up front takes a minute; Python compiles what it imports.
 # CUDA builds of torch require a triton of their own, which is left as it is.
 # $(call install,environment,triton requirement)
-TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)
-TORCH_BRINGS_TRITON = import importlib.metadata as m; exit(not any('triton' in r for r in m.requires('torch')))
-
 define install
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { echo "$(TOO_OLD)" >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
