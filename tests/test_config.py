@@ -1,0 +1,75 @@
+"""The recipe: the published numbers, the schedules, and one test per message."""
+
+import math
+
+import pytest
+
+from gemmascope.config import TrainConfig
+
+
+def test_gemma_scope_is_the_published_recipe():
+    config = TrainConfig.gemma_scope()
+    assert (config.learning_rate, config.adam_beta2, config.adam_eps) == (7e-5, 0.999, 1e-8)
+    assert (config.batch_size, config.bandwidth, config.threshold_init) == (4096, 1e-3, 1e-3)
+    assert (config.lr_warmup_steps, config.lr_warmup_start, config.l0_warmup_steps) == (1000, 0.1, 10_000)
+    assert (config.threshold_parametrisation, config.b_dec_init) == ("log", "zeros")
+    assert 3.99e9 < config.steps * config.batch_size < 4e9
+
+
+def test_learning_rate_warms_up_along_a_cosine_and_decays_to_zero():
+    config = TrainConfig(
+        steps=1000, learning_rate=0.01, lr_warmup_steps=100, lr_warmup_start=0.2, lr_decay_steps=50, l0_warmup_steps=0
+    )
+    assert config.learning_rate_at(0) == pytest.approx(0.002)
+    assert config.learning_rate_at(50) == pytest.approx(0.006)
+    assert config.learning_rate_at(25) == pytest.approx(0.01 * (0.2 + 0.8 * 0.5 * (1 - math.cos(math.pi / 4))))
+    assert config.learning_rate_at(500) == 0.01
+    assert config.learning_rate_at(975) == pytest.approx(0.005)
+    assert config.learning_rate_at(999) == pytest.approx(0.01 / 50)
+
+
+def test_l0_coefficient_rises_linearly():
+    config = TrainConfig(l0_coefficient=0.5, l0_warmup_steps=200)
+    assert [config.l0_coefficient_at(step) for step in (0, 50, 200, 9999)] == [0, 0.125, 0.5, 0.5]
+    assert TrainConfig(l0_coefficient=0.5, l0_warmup_steps=0).l0_coefficient_at(0) == 0.5
+
+
+def test_short_takes_changes():
+    config = TrainConfig.short(d_sae=77, seed=3)
+    assert (config.d_sae, config.seed, config.threshold_parametrisation) == (77, 3, "raw")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param({"d_sae": 0}, ValueError, "d_sae: expected at least 1, got 0", id="d_sae"),
+        pytest.param({"d_sae": 16.0}, TypeError, "d_sae: expected an int, got float", id="d_sae-type"),
+        pytest.param({"steps": -1}, ValueError, "steps: expected at least 0, got -1", id="steps"),
+        pytest.param({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0", id="batch_size"),
+        pytest.param({"lr_warmup_steps": True}, TypeError, "lr_warmup_steps: expected an int, got bool", id="warmup"),
+        pytest.param({"seed": -2}, ValueError, "seed: expected at least 0, got -2", id="seed"),
+        pytest.param(
+            {"learning_rate": 0.0}, ValueError, "learning_rate: expected a finite number > 0 and ≤ 1", id="lr"
+        ),
+        pytest.param({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str", id="lr-type"),
+        pytest.param({"lr_warmup_start": 1.5}, ValueError, "lr_warmup_start: .*≥ 0 and ≤ 1, got 1.5", id="lr-start"),
+        pytest.param({"adam_beta2": 1.0}, ValueError, "adam_beta2: expected a finite number ≥ 0 and ≤ 1", id="beta2"),
+        pytest.param({"adam_eps": 0}, ValueError, "adam_eps: expected a finite number > 0, got 0", id="eps"),
+        pytest.param({"l0_coefficient": math.nan}, ValueError, "l0_coefficient: .* got nan", id="l0-nan"),
+        pytest.param(
+            {"bandwidth": 0.0}, ValueError, "bandwidth: expected a finite number > 0, got 0.0", id="bandwidth"
+        ),
+        pytest.param({"threshold_init": 0.0}, ValueError, "threshold_init: .* > 0, got 0.0", id="log-theta-zero"),
+        pytest.param(
+            {"threshold_parametrisation": "exp"}, ValueError, "expected 'log' or 'raw', got 'exp'", id="parametrisation"
+        ),
+        pytest.param({"b_dec_init": "median"}, ValueError, "expected 'zeros' or 'mean', got 'median'", id="b_dec"),
+    ],
+)
+def test_messages(changes, error, message):
+    with pytest.raises(error, match=message):
+        TrainConfig(**changes)
+
+
+def test_raw_threshold_may_start_at_zero():
+    assert TrainConfig(threshold_parametrisation="raw", threshold_init=0.0).threshold_init == 0

@@ -1,0 +1,169 @@
+"""One SAE's update against formulas in fp64, and the training of several against what they must achieve."""
+
+import math
+
+import pytest
+import torch
+from gemmascope.kernels import reference
+
+from gemmascope.buffer import batches
+from gemmascope.config import TrainConfig
+from gemmascope.errors import TrainingFailedError
+from gemmascope.sites import Site
+from gemmascope.trainer import DEAD_AFTER_TOKENS, SAETrainer, train
+
+
+def sample(n=400, d=8, seed=0, scale=7.0):
+    """Activations that are sparse in an overcomplete dictionary, off centre."""
+    generator = torch.Generator().manual_seed(seed)
+    dictionary = torch.randn(20, d, generator=generator)
+    dictionary /= dictionary.norm(dim=1, keepdim=True)
+    codes = torch.rand(n, 20, generator=generator) * (torch.rand(n, 20, generator=generator) < 0.1)
+    return scale * (codes @ dictionary + 0.3)
+
+
+def config(**changes):
+    defaults = {"d_sae": 24, "steps": 50, "batch_size": 64, "bandwidth": 0.05, "threshold_init": 0.07}
+    return TrainConfig.short(**(defaults | changes))
+
+
+def written_adam(rows, settings, batch_list):
+    """The recipe of arXiv 2408.05147 §3.2 written out in fp64, from the same start."""
+    trainer = SAETrainer(settings, rows)
+    sae = trainer.sae
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    p = {name: getattr(sae, name).detach().double().clone() for name in names}
+    v = {name: torch.zeros_like(p[name]) for name in names}
+    for step, batch in enumerate(batch_list):
+        x = batch.double() / sae.input_scale
+        parameters = reference.Parameters(*(p[name] for name in names))
+        forward = reference.sae_forward(x, parameters)
+        gradients = reference.sae_backward(
+            x, parameters, forward, settings.l0_coefficient_at(step), settings.bandwidth,
+            threshold_parametrisation=settings.threshold_parametrisation,
+        )._asdict()  # fmt: skip
+        unit = p["W_dec"]
+        gradients["W_dec"] = gradients["W_dec"] - (gradients["W_dec"] * unit).sum(1, keepdim=True) * unit
+        for name in names:
+            g = gradients[name]
+            v[name] = settings.adam_beta2 * v[name] + (1 - settings.adam_beta2) * g**2
+            v_hat = v[name] / (1 - settings.adam_beta2 ** (step + 1))
+            move = settings.learning_rate_at(step) * g / (v_hat.sqrt() + settings.adam_eps)
+            if name == "threshold" and settings.threshold_parametrisation == "log":
+                p[name] = torch.exp(torch.log(p[name]) - move)
+            else:
+                p[name] = p[name] - move
+        p["threshold"] = p["threshold"].clamp(min=0)
+        p["W_dec"] = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
+    return p
+
+
+@pytest.mark.parametrize("parametrisation", ["raw", "log"])
+def test_updates_equal_the_written_recipe(parametrisation):
+    rows = sample()
+    settings = config(threshold_parametrisation=parametrisation, lr_warmup_steps=3, l0_warmup_steps=4)
+    stream = [batch[Site(0, "resid")] for batch in batches({Site(0, "resid"): rows}, 64, 6, seed=0)]
+    trainer = SAETrainer(settings, rows)
+    for batch in stream:
+        trainer.update(batch)
+    for name, exact in written_adam(rows, settings, stream).items():
+        ours = getattr(trainer.sae, name).detach().double()
+        assert (ours - exact).norm() <= 2e-5 * exact.norm() + 1e-7, name
+
+
+def test_start_follows_the_recipe():
+    rows = sample()
+    trainer = SAETrainer(config(b_dec_init="zeros"), rows)
+    sae = trainer.sae
+    assert sae.input_scale == pytest.approx(rows.square().sum(1).mean().sqrt().item())
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+    torch.testing.assert_close(sae.threshold, torch.full((24,), 0.07))
+    centred = SAETrainer(config(b_dec_init="mean"), rows)
+    torch.testing.assert_close(centred.sae.b_dec * centred.sae.input_scale, rows.mean(0))
+
+
+def test_decoder_stays_unit_norm_and_threshold_non_negative():
+    trainer = SAETrainer(config(threshold_init=0.0, learning_rate=0.05), sample())
+    for seed in range(20):
+        trainer.update(sample(64, seed=seed))
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(24))
+    assert trainer.sae.threshold.min() == 0
+
+
+def test_threshold_moves_as_far_as_its_learning_rate_allows():
+    """A log θ can move lr·θ a step, a raw one lr: the reason why short runs are raw."""
+    rows = sample()
+    moved = {}
+    for parametrisation in ("raw", "log"):
+        trainer = SAETrainer(
+            config(threshold_parametrisation=parametrisation, learning_rate=1e-3, lr_warmup_steps=0), rows
+        )
+        before = trainer.sae.threshold.detach().clone()
+        for batch in batches({Site(0, "mlp"): rows}, 64, 20, seed=0):
+            trainer.update(batch[Site(0, "mlp")])
+        moved[parametrisation] = (trainer.sae.threshold - before).abs().max().item()
+    assert moved["raw"] > 5 * moved["log"] > 0
+
+
+def test_suite_learns_and_is_deterministic():
+    sites = {Site(0, "resid"): sample(2000, seed=1), Site(1, "att"): sample(2000, d=6, seed=2)}
+    settings = config(steps=150, learning_rate=5e-3, l0_coefficient=0.01, l0_warmup_steps=50, lr_warmup_steps=10)
+
+    def run():
+        trainers = {site: SAETrainer(settings, rows) for site, rows in sites.items()}
+        logged = []
+        stream = batches(sites, settings.batch_size, settings.steps, seed=3)
+        train(trainers, stream, log_every=10, log=lambda step, rows: logged.append((step, rows)))
+        return trainers, logged
+
+    trainers, logged = run()
+    assert [step for step, _ in logged] == list(range(1, 151))
+    assert all((rows is None) == bool(step % 10) for step, rows in logged)
+    first, last = logged[9][1], logged[-1][1]
+    assert set(last) == {"layer_0/resid", "layer_1/att"}
+    for name, row in last.items():
+        assert row["fvu"] < 0.5 * first[name]["fvu"], name
+        assert 0 < row["l0"] < 12, name
+    again, _ = run()
+    for site, trainer in trainers.items():
+        for ours, theirs in zip(trainer.sae.parameters(), again[site].sae.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_one_sae_is_the_same_alone_and_in_company():
+    rows, site = sample(), Site(2, "mlp")
+    company = {site: rows, Site(0, "att"): sample(seed=9)}
+    trainers = {key: SAETrainer(config(), value) for key, value in company.items()}
+    train(trainers, batches(company, 64, 5, seed=0))
+    alone = {site: SAETrainer(config(), rows)}
+    train(alone, batches({site: rows}, 64, 5, seed=0))
+    assert torch.equal(alone[site].sae.W_enc, trainers[site].sae.W_enc)
+
+
+def test_dead_latents_are_counted_by_tokens():
+    trainer = SAETrainer(config(batch_size=64), sample())
+    with torch.no_grad():
+        trainer.sae.threshold[:3] = 1e6
+    out = None
+    for _ in range(math.ceil(DEAD_AFTER_TOKENS / 400)):
+        out = trainer.update(sample(400))
+    assert trainer.report(out)["dead"] >= 3 / 24
+    assert (trainer.tokens_since_fired[:3] >= DEAD_AFTER_TOKENS).all()
+
+
+def test_a_loss_that_is_not_finite_ends_training():
+    rows, site = sample(), Site(1, "resid")
+    trainer = SAETrainer(config(), rows)
+    bad = rows[:64].clone()
+    bad[5, 2] = math.nan
+    with pytest.raises(TrainingFailedError, match=r"layer_1/resid: the loss is nan at step 1; lower the learning rate"):
+        train({site: trainer}, [{site: bad}], log_every=1)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(5, 4), torch.full((5, 4), math.inf), torch.ones(5, 4)])
+def test_samples_that_set_no_scale(rows):
+    with pytest.raises(ValueError, match="sample: expected finite activations that vary, got mean squared norm"):
+        SAETrainer(config(), rows)
