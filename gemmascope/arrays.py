@@ -198,7 +198,6 @@ def _read_npy(
     with archive.open(info) as member:
         member.read(start)
         _fill(tensor, member, where)
-        member.read(1)  # the CRC is compared at the end of the member
     if byte_order == ">":
         _bytes_of(tensor).view(f"u{header.dtype.itemsize}").byteswap(inplace=True)
     return tensor.permute(*reversed(range(tensor.ndim))) if fortran_order else tensor
