@@ -264,9 +264,6 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._fired is not None:  # a forward was cut short
-            self._captured.clear()
-            self._fired = None
 
     def __getitem__(self, site: Site | str) -> Tensor:
         site = _as_site(site)

@@ -201,10 +201,7 @@ class TestCapture:
             model(tiny.tokens(seed=1))
             first = capture[RESID]
             model(tiny.tokens(rows=3, seed=2))
-            assert capture["model.layers.1.output"].shape[0] == 3
-        assert first.shape[0] == 2
-        assert capture[RESID].shape[0] == 3
-        assert hook_count(model) == 0
+        assert (first.shape[0], capture["model.layers.1.output"].shape[0], hook_count(model)) == (2, 3, 0)
 
     def test_a_layer_that_returns_a_tuple(self):
         """transformers 4 did; the rest of the tuple must survive."""
@@ -297,6 +294,10 @@ class TestProbe:
         assert hook_count(model) == 0
         with torch.no_grad():
             assert torch.equal(text(ids).last_hidden_state, clean)
+
+    def test_a_model_whose_scores_are_far_below_the_cap(self):
+        """The cap changes no bit of bf16 until the probe scales the scores up."""
+        probe(tiny.gemma2(initializer_range=0.01, dtype=torch.bfloat16))
 
     def test_a_stream_that_does_not_add_up(self):
         model = tiny.gemma2()
