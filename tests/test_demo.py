@@ -1,7 +1,9 @@
 """The demo end to end, at a size of seconds: what it writes, that it reloads, resumes and survives an interruption."""
 
+import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ class TinyConfig(DemoConfig):
 @pytest.fixture
 def corpus(tmp_path):
     path = tmp_path / "own.txt"
-    path.write_bytes(text.python_documentation()[:60_000])
+    path.write_bytes(Path(argparse.__file__).read_bytes()[:60_000])
     return path
 
 
