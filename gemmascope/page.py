@@ -62,7 +62,7 @@ code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
   th, td { padding: .12rem .25rem; }
   h2 { break-after: avoid; }
   tr, dt, dd { break-inside: avoid; }
-  pre { white-space: pre-wrap; border: 1px solid var(--line); }
+  pre { break-inside: avoid; white-space: pre-wrap; border: 1px solid var(--line); }
 }
 """
 
