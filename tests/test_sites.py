@@ -312,9 +312,9 @@ class TestProbe:
 
     def test_attached_saes_are_refused(self):
         model = tiny.gemma2()
-        with attach(model, {RESID: nn.Identity()}):
-            with pytest.raises(ValueError, match=r"^model: expected no SAE attached while probing, .* layer_1/resid$"):
-                probe(model)
+        message = r"^model: expected no SAE attached while probing, found one at layer_1/resid$"
+        with attach(model, {RESID: nn.Identity()}), pytest.raises(ValueError, match=message):
+            probe(model)
         probe(model)
 
     @pytest.mark.parametrize("failing_forward", [0, 1, 2])
