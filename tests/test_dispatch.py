@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from gemmascope.kernels import dispatch
 
 from gemmascope import kernels
+from gemmascope.kernels import dispatch
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from gemmascope.kernels.dispatch import interpreting
 
 from gemmascope import kernels
+from gemmascope.kernels.dispatch import interpreting
 from tests.helpers import (
     DTYPES,
     LAYOUTS,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gemmascope.kernels import reference
 
+from gemmascope.kernels import reference
 from gemmascope.losses import loss_and_gradients
 from gemmascope.sae import JumpReLUSAE
 

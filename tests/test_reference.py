@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from gemmascope.kernels import reference
 
 from gemmascope import kernels
+from gemmascope.kernels import reference
 from tests.helpers import lattice, normal
 
 THETA, EPSILON = 1.5, 0.5  # neither 0 nor 1, so that no factor of them can go missing unseen

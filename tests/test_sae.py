@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from gemmascope.kernels import reference
 
 from gemmascope import JumpReLUSAE, SparseCode
+from gemmascope.kernels import reference
 
 D_MODEL, D_SAE = 5, 23
 # Relative error allowed between two orders of summation of a few dozen fp64 terms.

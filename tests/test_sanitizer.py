@@ -10,8 +10,9 @@ from tests.helpers import assert_bitwise_equal, normal
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from gemmascope.kernels.dispatch import interpreting  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterError  # noqa: E402
+
+from gemmascope.kernels.dispatch import interpreting  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="kernels are compiled here, not interpreted")
 

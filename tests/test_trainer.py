@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from gemmascope.kernels import reference
 
 from gemmascope.buffer import batches
 from gemmascope.config import TrainConfig
 from gemmascope.errors import TrainingFailedError
+from gemmascope.kernels import reference
 from gemmascope.sites import Site
 from gemmascope.trainer import DEAD_AFTER_TOKENS, SAETrainer, train
 
