@@ -1,7 +1,8 @@
-"""What every Triton operator needs around its kernels: the target of a device, and launching on that device."""
+"""What every Triton operator needs around its kernels: the target of a device, launching there, registration."""
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,3 +22,18 @@ def architecture(device: torch.device) -> str:
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the one that holds the tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+_LIBRARY = torch.library.Library("gemmascope", "FRAGMENT")
+
+
+def register(schema: str, launch: Callable, fake: Callable):
+    """Registers an operator, so that `torch.compile` keeps its launches whole, and binds it.
+
+    launch: runs the kernels, on CUDA and, in the interpreter, on the CPU. fake: makes outputs of the right shape.
+    """
+    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for dispatch_key in ("CUDA", "CPU"):
+        _LIBRARY.impl(name, launch, dispatch_key)
+    torch.library.register_fake(f"gemmascope::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.gemmascope, name).default

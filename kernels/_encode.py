@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._common import architecture, on_device
+from ._common import architecture, on_device, register
 
 # Scratch for one chunk of tokens: fp32 z, of which only the kept entries are written, and one bit per entry.
 SCRATCH_BYTES = 1 << 30
-# Latents per program of the compaction: 128 words, a few values a row at usual L0, and enough programs at N = 1.
+# Latents per program of the compaction: 128 words, four for each lane of one warp, which needs no barrier. Work goes by
+# the word: one lane per latent was compiled too, and its registers leave half as many rows under way.
 SEGMENT = 4096
 
 
@@ -39,20 +40,31 @@ class EncodeConfig:
     group_m: int = 8  # row tiles that run side by side so that a column of W_enc tiles stays in L2
 
 
+# Compiled for these with room for three stages of [128 + 256, 64] tiles, and real TMA loads.
 DATACENTRE = ("sm_90", "sm_100", "sm_103")
 
-FP32 = EncodeConfig(64, 64, 32, 1, 4, 3)
+# fp32 products run on the FP32 units (matrix cores on AMD) and keep accumulator and operands in registers: with 32
+# accumulators a thread two blocks fit an SM; 64, as of 128 x 128, took 236-255 registers and spilt on sm_100.
+FP32 = EncodeConfig(128, 64, 32, 1, 8, 3)
+# Up to 16 tokens the product is bound by reading W_enc: the smallest row tile there is, and a deep, narrow tile of
+# W_enc so that even F = 16k gives every SM work.
+FP32_TINY = EncodeConfig(16, 64, 64, 1, 4, 3)
 TINY = EncodeConfig(16, 64, 128, 1, 4, 3)
+# Up to 128 tokens tiles of 128 x 256 would be too few: 64 of them for F = 16k.
 SMALL = EncodeConfig(64, 128, 64, 2, 4, 3)
+# 64 KiB of shared memory fits every card since sm_80. In two slabs the epilogue needs 157-184 registers.
 POINTERS = EncodeConfig(128, 128, 64, 2, 8, 3)
+# 64 KiB is all there is on gfx942, so two stages.
 POINTERS_AMD = EncodeConfig(128, 128, 64, 2, 8, 2)
+# In two slabs this epilogue spills on sm_100 with Triton 3.6, in one on every target; in four nowhere. Persistent and
+# warp-specialised forms of it spill too.
 DESCRIPTORS = EncodeConfig(128, 256, 64, 4, 8, 3, descriptors=True)
 
 
 def encode_config(arch: str, dtype: torch.dtype, n_tokens: int, describable: bool) -> EncodeConfig:
     """The launch of one GEMM, from the target, the operands' dtype, N, and whether descriptors can address them."""
     if dtype == torch.float32:
-        return FP32
+        return FP32_TINY if n_tokens <= 16 else FP32
     if n_tokens <= 16:
         return TINY
     if n_tokens <= 128:
@@ -84,7 +96,17 @@ def _tile(N, F, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.conste
 
 @triton.jit
 def _gate_slab(
-    acc, rows, first_column, b_enc_ptr, threshold_ptr, z_ptr, words_ptr, N, F, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
+    acc,
+    rows,
+    first_column,
+    b_enc_ptr,
+    threshold_ptr,
+    z_ptr,
+    words_ptr,
+    N,
+    F,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Bias, gate, bits and kept values of one [BLOCK_M, WIDTH] slab of the accumulator."""
     columns = first_column + tl.arange(0, WIDTH)
@@ -248,15 +270,16 @@ def _compact_kernel(
         word_columns = (segment % per_row) * WORDS + tl.arange(0, WORDS)
         words = tl.load(words_ptr + row * n_words + word_columns, mask=word_columns < n_words, other=0).to(tl.uint32)
         counts = _popcount(words)
-        before = tl.cumsum(counts, 0) - counts
-        lane = tl.arange(0, 32)
-        lower_lanes = ((tl.full((32,), 1, tl.uint32) << lane) - 1)[None, :]
-        kept = ((words[:, None] >> lane[None, :]) & 1) != 0
-        position = before[:, None] + _popcount(words[:, None] & lower_lanes)
-        latent = word_columns[:, None] * 32 + lane[None, :]
-        z = tl.load(z_ptr + row * F + latent, mask=kept, other=0.0)
-        tl.store(values_ptr + start + position, z, mask=kept)
-        tl.store(indices_ptr + start + position, latent, mask=kept)
+        position = tl.cumsum(counts, 0) - counts
+        for _ in range(tl.max(counts, 0)):  # each word gives up its lowest bit
+            kept = words != 0
+            lower = words - kept.to(tl.uint32)
+            latent = word_columns * 32 + _popcount(lower & ~words)
+            z = tl.load(z_ptr + row * F + latent, mask=kept, other=0.0)
+            tl.store(values_ptr + start + position, z, mask=kept)
+            tl.store(indices_ptr + start + position, latent, mask=kept)
+            words = words & lower
+            position += 1
 
 
 def _describable(matrix: Tensor) -> bool:
@@ -284,23 +307,36 @@ def _gemm(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, z: Tensor,
         _encode_fwd_kernel[grid](x, W_enc, *outputs, *x.stride(), *W_enc.stride(), **tiles)
 
 
+def _count(words: Tensor, counts: Tensor, per_row: int):
+    block = 8
+    grid = (triton.cdiv(counts.shape[0], block),)
+    _count_kernel[grid](
+        words, counts, counts.shape[0], words.shape[1], per_row, WORDS=SEGMENT // 32, BLOCK=block, num_warps=4
+    )
+
+
+def _compact(words: Tensor, z: Tensor, starts: Tensor, values: Tensor, indices: Tensor):
+    F, segments = z.shape[1], starts.shape[0] - 1
+    _compact_kernel[(segments,)](
+        words, z, starts, values, indices, F, words.shape[1], triton.cdiv(F, SEGMENT), WORDS=SEGMENT // 32, num_warps=1
+    )
+
+
 def _encode_chunk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, config: EncodeConfig):
     """values, indices and offsets of a few tokens; waits for the device once, to learn nnz."""
     N, F = x.shape[0], W_enc.shape[1]
-    n_words, per_row, segment_words = triton.cdiv(F, 32), triton.cdiv(F, SEGMENT), SEGMENT // 32
+    per_row = triton.cdiv(F, SEGMENT)
     z = x.new_empty(N, F, dtype=torch.float32)
-    words = x.new_empty(N, n_words, dtype=torch.int32)
+    words = x.new_empty(N, triton.cdiv(F, 32), dtype=torch.int32)
     counts = x.new_empty(N * per_row, dtype=torch.int32)
     _gemm(x, W_enc, b_enc, threshold, z, words, config)
-    shape = {"n_words": n_words, "per_row": per_row, "WORDS": segment_words}
-    grid = (triton.cdiv(counts.shape[0], 8),)
-    _count_kernel[grid](words, counts, n_segments=counts.shape[0], BLOCK=8, **shape)
-    starts = counts.new_zeros(counts.shape[0] + 1, dtype=torch.int64)
+    _count(words, counts, per_row)
+    starts = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=x.device)
     torch.cumsum(counts, 0, dtype=torch.int64, out=starts[1:])
     nnz = int(starts[-1])
     values = x.new_empty(nnz, dtype=torch.float32)
     indices = x.new_empty(nnz, dtype=torch.int32)
-    _compact_kernel[(counts.shape[0],)](words, z, starts, values, indices, F=F, **shape)
+    _compact(words, z, starts, values, indices)
     return values, indices, starts[::per_row]
 
 
@@ -330,13 +366,12 @@ def _encode_fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> 
     return x.new_empty(nnz, dtype=torch.float32), x.new_empty(nnz, dtype=torch.int32), offsets
 
 
-torch.library.define(
-    "gemmascope::encode",
-    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold) -> (Tensor values, Tensor indices, Tensor offsets)",
+_op = register(
+    "encode_forward(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold)"
+    " -> (Tensor values, Tensor indices, Tensor offsets)",
+    _encode,
+    _encode_fake,
 )
-torch.library.impl("gemmascope::encode", ("CPU", "CUDA"), _encode)
-torch.library.register_fake("gemmascope::encode", _encode_fake)
-_op = torch.ops.gemmascope.encode.default
 
 
 def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
