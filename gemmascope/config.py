@@ -90,12 +90,13 @@ class TrainConfig:
         """A recipe for small models and short runs: hundreds of updates instead of a million."""
         defaults = {
             "d_sae": 512,
-            "steps": 600,
+            "steps": 700,
             "batch_size": 1024,
             "learning_rate": 3e-3,
             "lr_warmup_steps": 100,
-            "l0_coefficient": 1e-2,
+            "l0_coefficient": 8e-3,
             "l0_warmup_steps": 300,
+            "bandwidth": 5e-3,
             "threshold_init": 0.03,
             "threshold_parametrisation": "raw",
             "b_dec_init": "mean",

@@ -29,9 +29,12 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, l0_coefficient: float, bandw
     """L = mean_n(‖x_n − x̂_n‖² + λ‖f_n‖₀) and its straight-through gradients (arXiv 2407.14435, equations 11 and 12).
 
     x: [N, d_model], N ≥ 1, already divided by the SAE's input_scale, on its device and in its dtype. l0_coefficient: λ;
-    bandwidth: ε. The threshold's gradient is with respect to θ itself.
+    bandwidth: ε. The threshold's gradient is with respect to θ itself. Raises ValueError for an empty batch, which has
+    no mean.
     """
     n = x.shape[0]
+    if n == 0:
+        raise ValueError("x: expected at least one token, got an empty batch")
     impl = choose(sae.impl, x.device, x.dtype).impl
     jumprelu = operator("jumprelu", impl)
     centred = x - sae.b_dec if sae.pre_encoder_bias else x

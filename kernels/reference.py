@@ -176,7 +176,7 @@ def sae_backward(
     u = g @ p.W_dec.T
     dz = u * gate(out.z, p.threshold)
     db_enc = dz.sum(0)
-    s = torch.full_like(out.l0, l0_coefficient / n)
+    s = torch.full_like(out.l0, l0_coefficient) / n
     dtheta = threshold_gradient(window(out.z, p.threshold, bandwidth), u, s, p.threshold, bandwidth)
     if threshold_parametrisation == "log":
         dtheta = p.threshold * dtheta

@@ -55,3 +55,9 @@ def test_the_encoder_gradient_is_stored_latent_major():
     sae, x = make(torch.float32)
     gradients = loss_and_gradients(sae, x, L0_COEFFICIENT, BANDWIDTH).gradients
     assert gradients.W_enc.stride() == sae.W_enc.stride() == (1, 6)
+
+
+def test_an_empty_batch_has_no_loss():
+    sae, x = make()
+    with pytest.raises(ValueError, match="x: expected at least one token, got an empty batch"):
+        loss_and_gradients(sae, x[:0], L0_COEFFICIENT, BANDWIDTH)
