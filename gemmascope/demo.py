@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,15 +71,18 @@ class Run:
 
     config: DemoConfig
     stages: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        path = self.config.out / "stages.json"
+        out = self.config.out
+        path = out / "stages.json"
         if path.exists() and not self.config.fresh:
             try:
                 self.stages = dict(read_json(path))
             except (BadFileError, ValueError, TypeError):
                 self.stages = {}
+        elif not path.exists() and out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"out: expected a new folder or that of an earlier demo, found other files in {out}")
+        write_json(path, self.stages)
 
     def done(self, stage: str, key: str, *files: Path) -> bool:
         stored = self.stages.get(stage)
@@ -217,6 +221,7 @@ def train_saes(work: Run, activations: dict[Site, Tensor], activations_key: str)
             train(trainers, stream, log_every=LOG_EVERY, log=log)
         with atomic_write(out / "train_log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in log_rows), encoding="utf-8")
+        shutil.rmtree(out / "saes", ignore_errors=True)  # those of an earlier training in this folder
         facts["paths"] = {
             str(site): str(save_sae(out, site, trainer.sae, activations[site])) for site, trainer in trainers.items()
         }

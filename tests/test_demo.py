@@ -110,6 +110,20 @@ def test_fresh_starts_over(config, monkeypatch):
         demo.run(dataclasses.replace(config, fresh=True))
 
 
+def test_another_training_leaves_no_old_saes(config):
+    demo.run(config)
+    results = demo.run(dataclasses.replace(config, seed=1))
+    found = {path.relative_to(config.out).as_posix() for path in config.out.rglob("params.npz")}
+    assert found == {row["path"] for row in results["saes"]}
+
+
+def test_a_folder_of_something_else_is_left_alone(config):
+    (config.out / "saes").mkdir(parents=True)
+    with pytest.raises(ValueError, match="out: expected a new folder or that of an earlier demo, found other files in"):
+        demo.run(config)
+    assert [path.name for path in config.out.iterdir()] == ["saes"]
+
+
 def test_a_damaged_model_is_named(config):
     demo.run(config)
     path = config.out / "model" / "model.safetensors"

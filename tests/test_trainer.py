@@ -8,6 +8,7 @@ import torch
 from gemmascope.buffer import batches
 from gemmascope.config import TrainConfig
 from gemmascope.errors import TrainingFailedError
+from gemmascope.evaluate import evaluate_sae
 from gemmascope.kernels import reference
 from gemmascope.sites import Site
 from gemmascope.trainer import DEAD_AFTER_TOKENS, SAETrainer, train
@@ -167,3 +168,18 @@ def test_a_loss_that_is_not_finite_ends_training():
 def test_samples_that_set_no_scale(rows):
     with pytest.raises(ValueError, match="sample: expected finite activations that vary, got mean squared norm"):
         SAETrainer(config(), rows)
+
+
+@pytest.mark.gpu
+def test_triton_and_reference_train_alike():
+    """Adam amplifies rounding in single weights; what the SAEs do must agree between kernels, reference and CPU."""
+    rows, site = sample(4000, d=64, seed=5), Site(0, "resid")
+    settings = config(d_sae=512, batch_size=256, steps=50)
+    figures = {}
+    for impl, device in (("reference", "cpu"), ("reference", "cuda"), ("triton", "cuda")):
+        trainer = SAETrainer(settings, rows, impl=impl, device=device)
+        train({site: trainer}, batches({site: rows}, settings.batch_size, settings.steps, seed=0))
+        metrics = evaluate_sae(trainer.sae, rows)
+        figures[impl, device] = [metrics.l0, metrics.fvu]
+    for found in figures.values():
+        assert found == pytest.approx(figures["reference", "cpu"], rel=0.02)
