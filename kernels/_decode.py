@@ -178,12 +178,12 @@ decode_forward = register(
     _forward,
     _fake_forward,
 )
-_op_backward_values = register(
+backward_values_op = register(
     "decode_backward_values(Tensor grad, Tensor values, Tensor indices, Tensor offsets, Tensor W_dec) -> Tensor",
     _backward_values,
     _fake_backward_values,
 )
-_op_backward_weight = register(
+backward_weight_op = register(
     "decode_backward_weight(Tensor grad, Tensor values, Tensor indices, Tensor offsets, Tensor W_dec) -> Tensor",
     _backward_weight,
     _fake_backward_weight,
@@ -195,4 +195,4 @@ def decode_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dvalues [nnz] and dW_dec [F, d] in the dtypes of ``values`` and ``W_dec``, each None unless needed."""
     arguments = (grad, values, indices, offsets, W_dec)
-    return _op_backward_values(*arguments) if need_values else None, _op_backward_weight(*arguments) if need_W else None
+    return backward_values_op(*arguments) if need_values else None, backward_weight_op(*arguments) if need_W else None

@@ -26,6 +26,8 @@ SCRATCH_BYTES = 1 << 30
 # Latents per program of the compaction: 128 words, four for each lane of one warp, which needs no barrier. Work goes by
 # the word: one lane per latent was compiled too, and its registers leave half as many rows under way.
 SEGMENT = 4096
+# Segments per program of the count: 4 KiB of words for four warps.
+COUNT_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _gate_slab(
     active = z > threshold
     # What is neither active nor a finite z at most θ is bad input and must stay visible: NaN, -Inf, or a NaN θ.
     inactive = (z <= threshold) & (tl.abs(z) < float("inf"))
-    kept = (active | ~inactive) & in_rows[:, None] & in_columns[None, :]
+    kept = ~inactive & in_rows[:, None] & in_columns[None, :]
     value = tl.where(active, z, float("nan"))
     tl.store(z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :], value, mask=kept)
     bits = kept.to(tl.int32) << (tl.arange(0, WIDTH) % 32)[None, :]
@@ -308,10 +310,9 @@ def _gemm(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, z: Tensor,
 
 
 def _count(words: Tensor, counts: Tensor, per_row: int):
-    block = 8
-    grid = (triton.cdiv(counts.shape[0], block),)
+    grid = (triton.cdiv(counts.shape[0], COUNT_BLOCK),)
     _count_kernel[grid](
-        words, counts, counts.shape[0], words.shape[1], per_row, WORDS=SEGMENT // 32, BLOCK=block, num_warps=4
+        words, counts, counts.shape[0], words.shape[1], per_row, WORDS=SEGMENT // 32, BLOCK=COUNT_BLOCK, num_warps=4
     )
 
 
@@ -347,6 +348,8 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
     config = encode_config(architecture(x.device), x.dtype, N, _describable(x) and _describable(W_enc.T))
     rows = max(1, SCRATCH_BYTES // (4 * F + 4 * triton.cdiv(F, 32)))
+    if rows > config.block_m:
+        rows -= rows % config.block_m
     values, indices, nnz = [], [], 0
     with on_device(x):
         for start in range(0, N, rows):
@@ -366,7 +369,7 @@ def _encode_fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> 
     return x.new_empty(nnz, dtype=torch.float32), x.new_empty(nnz, dtype=torch.int32), offsets
 
 
-_op = register(
+encode_op = register(
     "encode_forward(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold)"
     " -> (Tensor values, Tensor indices, Tensor offsets)",
     _encode,
@@ -380,4 +383,4 @@ def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -
     x [N, d] and W_enc [d, F] may have any strides. Latent-major W_enc (a transposed contiguous [F, d]) and row-major x
     whose rows start on 16-byte boundaries are the fast path; others are read in place, never copied, by narrower loads.
     """
-    return _op(x, W_enc, b_enc, threshold)
+    return encode_op(x, W_enc, b_enc, threshold)

@@ -197,6 +197,18 @@ def test_chunks_equal_the_whole(device, dtype, monkeypatch):
     assert_same_code(chunked, whole)
 
 
+@interpreted
+def test_chunks_are_whole_tiles(use, monkeypatch):
+    use(SPLIT_2)
+    arguments = operands(40, 3, 10)
+    launches = []
+    gemm = _encode._gemm
+    monkeypatch.setattr(_encode, "SCRATCH_BYTES", 18 * (4 * 10 + 4))
+    monkeypatch.setattr(_encode, "_gemm", lambda x, *rest: (launches.append(len(x)), gemm(x, *rest)))
+    assert_matches_reference(*arguments)
+    assert launches == [16, 16, 8]
+
+
 def test_a_row_larger_than_the_scratch_still_runs(device, monkeypatch):
     monkeypatch.setattr(_encode, "SCRATCH_BYTES", 64)
     assert_matches_reference(*operands(3, 5, 100, device=device))
@@ -212,19 +224,16 @@ def test_repeats_bit_for_bit(device):
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("stride_n", "stride_d"), [pytest.param(2**31 + 7, 1, id="row"), pytest.param(1, 2**29 + 1, id="column")]
-)
-def test_operand_offsets_beyond_32_bits(use, stride_n, stride_d):
-    """Strides alone reach past 2³¹ elements: the memory between the elements is never touched."""
+@pytest.mark.parametrize(("far_row", "far_column"), [(2**30 + 7, 1), (1, 2**28 + 1)], ids=["row", "column"])
+def test_operand_offsets_beyond_32_bits(use, far_row, far_column):
+    """Strides alone reach past 2³¹ elements, untouched in between; each stride fits 32 bits, the products do not."""
     use(SPLIT_1)
-    x, W_enc, b_enc, threshold = operands(2, 5, 2, torch.float16)
-    memory = torch.empty(stride_n + 4 * stride_d + 2, dtype=torch.float16)
-    far_x = memory.as_strided((2, 5), (stride_n, stride_d)).copy_(x)
-    other = torch.empty_like(memory)
-    far_W = other.as_strided((2, 5), (stride_n, stride_d)).copy_(W_enc.T).T
+    d = SPLIT_1.block_k + 4  # the step from one block of columns to the next is such a product too
+    x, W_enc, b_enc, threshold = operands(3, d, 3, torch.float16)
+    memory = torch.empty(2, 2 * far_row + (d - 1) * far_column + 1, dtype=torch.float16)
+    far_x, far_W = (m.as_strided((3, d), (far_row, far_column)) for m in memory)
     with sanitizer.sanitize(race=False):
-        assert_matches_reference(far_x, far_W, b_enc, threshold - 2)
+        assert_matches_reference(far_x.copy_(x), far_W.copy_(W_enc.T).T, b_enc, threshold - 9)
 
 
 @interpreted
