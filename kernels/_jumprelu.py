@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on_device
+from ._common import on_device, register
 
 
 @dataclass(frozen=True)
@@ -228,23 +228,12 @@ def _fake_backward(
     return pre.new_empty(N, F), b_enc.new_empty(F), threshold.new_empty(F)
 
 
-_LIBRARY = torch.library.Library("gemmascope", "FRAGMENT")
-
-
-def _register(schema: str, launch, fake):
-    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for dispatch_key in ("CUDA", "CPU"):  # on the CPU: the interpreter
-        _LIBRARY.impl(name, launch, dispatch_key)
-    torch.library.register_fake(f"gemmascope::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.gemmascope, name).default
-
-
-jumprelu_forward = _register(
+jumprelu_forward = register(
     "jumprelu_forward(Tensor pre, Tensor b_enc, Tensor threshold) -> (Tensor, Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
 )
-jumprelu_backward = _register(
+jumprelu_backward = register(
     "jumprelu_backward(Tensor grad_f, Tensor grad_l0, Tensor pre, Tensor b_enc, Tensor threshold, float bandwidth)"
     " -> (Tensor, Tensor, Tensor)",
     _launch_backward,
