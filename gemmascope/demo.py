@@ -108,11 +108,12 @@ def say(message: str) -> None:
 def run(config: DemoConfig) -> dict[str, Any]:
     """Do what is missing of the run in ``config.out`` and return its results, also written to results.json there."""
     started = time.monotonic()
-    work = Run(config)
+    config.sae()  # refuses a bad seed before anything is written
     corpus = text.read_files(config.text) if config.text else text.python_documentation()
     rows, held_out = text.split(corpus, CONTEXT)
     source = ", ".join(path.name for path in config.text) or "documentation of Python " + platform.python_version()
     text_key = key_of(hashlib.sha256(corpus).hexdigest(), __version__)
+    work = Run(config)
 
     model, model_key = language_model(work, rows, text_key)
     # The language model has seen the first rows of its own shuffled order; all rows are equally real text for the SAEs.

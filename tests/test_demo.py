@@ -124,6 +124,19 @@ def test_a_folder_of_something_else_is_left_alone(config):
     assert [path.name for path in config.out.iterdir()] == ["saes"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"seed": -1}, "seed: expected at least 0, got -1", id="seed"),
+        pytest.param({"text": (Path("no such file"),)}, "text: cannot read no such file", id="text"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        demo.run(dataclasses.replace(config, **changes))
+    assert not config.out.exists()
+
+
 def test_a_damaged_model_is_named(config):
     demo.run(config)
     path = config.out / "model" / "model.safetensors"
