@@ -276,7 +276,7 @@ def _compact_kernel(
         for _ in range(tl.max(counts, 0)):  # each word gives up its lowest bit
             kept = words != 0
             lower = words - kept.to(tl.uint32)
-            latent = word_columns * 32 + _popcount(lower & ~words)
+            latent = word_columns * 32 + _popcount(lower & (lower ^ words))
             z = tl.load(z_ptr + row * F + latent, mask=kept, other=0.0)
             tl.store(values_ptr + start + position, z, mask=kept)
             tl.store(indices_ptr + start + position, latent, mask=kept)

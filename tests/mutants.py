@@ -27,7 +27,11 @@ class Mutant(NamedTuple):
 
 
 # The tests that must notice a mutant of a file: one dtype, to be quick; "float16" is in "bfloat16".
-TESTS = {"_jumprelu.py": ["tests/test_jumprelu.py", "-k", "not compiled and not opcheck and not float16"]}
+TESTS = {
+    "_jumprelu.py": ["tests/test_jumprelu.py", "-k", "not compiled and not opcheck and not float16"],
+    "_encode.py": ["tests/test_encode.py", "-k", "not float16 and not shipped_tiles"],
+    "_decode.py": ["tests/test_decode.py", "-k", "not float16"],
+}
 
 JUMPRELU = [
     ("value at a tie", "f = tl.where(z > threshold, z,", "f = tl.where(z >= threshold, z,"),
@@ -69,7 +73,83 @@ JUMPRELU = [
     ("dθ from the sums of db_enc", "partial_ptr + second + offsets", "partial_ptr + offsets"),
 ]  # fmt: skip
 
-MUTANTS = [Mutant(name, "_jumprelu.py", old, new) for name, old, new in JUMPRELU]
+ENCODE = [
+    ("a tie is kept", "inactive = (z <= threshold)", "inactive = (z < threshold)"),
+    ("value at infinite z and threshold", "active = z > threshold", "active = z >= threshold"),
+    ("-Inf hidden", "(z <= threshold) & (tl.abs(z) < float(\"inf\"))", "(z <= threshold)"),
+    ("-Inf as a value", "value = tl.where(active, z, float(\"nan\"))", "value = z"),
+    ("bias dropped", "z = acc + b_enc[None, :]", "z = acc"),
+    ("row mask of the entries", "kept = ~inactive & in_rows[:, None] &", "kept = ~inactive &"),
+    ("column mask of the entries", "in_rows[:, None] & in_columns[None, :]\n    value", "in_rows[:, None]\n    value"),
+    ("mask of the words", "mask=in_rows[:, None] & (word_columns < n_words)[None, :],", "mask=in_rows[:, None],"),
+    ("last bit of a word lost", "kept.to(tl.int32) << (tl.arange(0, WIDTH) % 32)",
+     "kept.to(tl.int32) << (tl.arange(0, WIDTH) % 31)"),
+    ("32-bit scratch rows", "z_ptr + rows.to(tl.int64)[:, None] * F", "z_ptr + rows[:, None] * F"),
+    ("halves exchanged",
+     "left, right = _halves(acc, BLOCK_M, BLOCK_N)", "right, left = _halves(acc, BLOCK_M, BLOCK_N)"),
+    ("quarters exchanged", "_gate_slab(left_1, rows, first + WIDTH,", "_gate_slab(left_1, rows, first + 2 * WIDTH,"),
+    ("ragged group of row tiles", "rows = tl.minimum(tiles_m - first_m, GROUP_M)", "rows = GROUP_M"),
+    ("column past the depth", "in_depth = start + depth < D", "in_depth = start + depth < D + 1"),
+    ("rows of x unmasked", "mask=in_rows & in_depth[None, :]", "mask=in_depth[None, :]"),
+    ("columns of W unmasked", "mask=in_depth[:, None] & in_columns", "mask=in_depth[:, None]"),
+    ("32-bit rows of x", "rows.to(tl.int64)[:, None] * stride_xn", "rows[:, None] * stride_xn"),
+    ("32-bit columns of x", "depth.to(tl.int64)[None, :] * stride_xd", "depth[None, :] * stride_xd"),
+    ("32-bit columns of W", "columns.to(tl.int64)[None, :] * stride_wf", "columns[None, :] * stride_wf"),
+    ("32-bit step", "step = tl.full((), BLOCK_K, tl.int64)", "step = tl.full((), BLOCK_K, tl.int32)"),
+    ("descriptor of the wrong tile", "W_enc_desc.load([pid_n * BLOCK_N, start])",
+     "W_enc_desc.load([pid_m * BLOCK_N, start])"),
+    ("full word counts 0", "(halves >> 16)) & 0x3F)", "(halves >> 16)) & 0x1F)"),
+    ("count past the row", "[:, None] & (word_columns < n_words),\n        other=0", "[:, None],\n        other=0"),
+    ("count past the segments", "mask=segments < n_segments)", "mask=segments <= n_segments)"),
+    ("compaction past the row", "+ word_columns, mask=word_columns < n_words, other=0).to(tl.uint32)",
+     "+ word_columns).to(tl.uint32)"),
+    ("inclusive scan", "tl.cumsum(counts, 0) - counts", "tl.cumsum(counts, 0)"),
+    ("one bit short", "range(tl.max(counts, 0))", "range(tl.max(counts, 0) - 1)"),
+    ("position not advanced", "            position += 1\n", ""),
+    ("32-bit row of the compaction", "row = (segment // per_row).to(tl.int64)", "row = segment // per_row"),
+    ("chunks not added up", "chunk[2][1:] + nnz", "chunk[2][1:]"),
+    ("tiling of the chunk", "config = encode_config(architecture(x.device), x.dtype, N,",
+     "config = encode_config(architecture(x.device), x.dtype, min(N, 16),"),
+    ("descriptors everywhere", "if describable and arch in DATACENTRE:", "if describable:"),
+    ("unaligned descriptor", "matrix.data_ptr() % 16 == 0", "True"),
+]  # fmt: skip
+
+DECODE = [
+    ("bias dropped", "    if HAS_BIAS:\n", "    if False:\n"),
+    ("value dropped", "acc += values[:, None] * table.to(tl.float32)", "acc += table.to(tl.float32)"),
+    ("entry past the list",
+     "valid = start + lanes < length\n        values", "valid = start + lanes <= length\n        values"),
+    ("column past the row", "mask = valid[:, None] & in_columns[None, :]", "mask = valid[:, None]"),
+    ("store past the row", "out.to(out_ptr.dtype.element_ty), mask=in_columns)", "out.to(out_ptr.dtype.element_ty))"),
+    ("first gather only",
+     "tl.range(0, length, LANES, num_stages=NUM_STAGES)", "tl.range(0, LANES, LANES, num_stages=NUM_STAGES)"),
+    ("32-bit table rows", "rows = tl.load(rows_ptr + first + start + lanes, mask=valid, other=0).to(tl.int64)",
+     "rows = tl.load(rows_ptr + first + start + lanes, mask=valid, other=0)"),
+    ("32-bit table columns", "columns.to(tl.int64)[None, :] * stride_column", "columns[None, :] * stride_column"),
+    ("32-bit output rows", "i.to(tl.int64) * D", "i * D"),
+    ("32-bit list starts", "first = tl.load(offsets_ptr + i)", "first = tl.load(offsets_ptr + i).to(tl.int32)"),
+    ("gradient taken for contiguous", "n.to(tl.int64) * stride_grad_n", "n.to(tl.int64) * D"),
+    ("32-bit gradient rows", "n.to(tl.int64) * stride_grad_n", "n * stride_grad_n"),
+    ("32-bit gradient columns", "columns.to(tl.int64) * stride_grad_d", "columns * stride_grad_d"),
+    ("32-bit W rows", "latents = tl.load(indices_ptr + first + start + lanes, mask=valid, other=0).to(tl.int64)",
+     "latents = tl.load(indices_ptr + first + start + lanes, mask=valid, other=0)"),
+    ("32-bit W columns", "columns.to(tl.int64) * stride_wd", "columns * stride_wd"),
+    ("last column block only", "acc += W.to(tl.float32) * grad", "acc = W.to(tl.float32) * grad"),
+    ("dot past the row", "in_columns = columns < D\n            grad", "in_columns = columns <= D\n            grad"),
+    ("dot of the first entries only", "for start in range(0, length, LANES):", "for start in range(0, LANES, LANES):"),
+    ("dvalues past the list", "+ lanes, dvalues, mask=valid)", "+ lanes, dvalues)"),
+    ("latents one off",
+     "torch.searchsorted(latents, boundaries)", "torch.searchsorted(latents, boundaries, right=True)"),
+    ("tokens not sorted along", "values[order], tokens[order]", "values[order], tokens"),
+    ("tokens in reverse", "latents, order = torch.sort(indices, stable=True)",
+     "latents, order = torch.sort(indices.flip(0), stable=True)\n    order = indices.shape[0] - 1 - order"),
+]  # fmt: skip
+
+MUTANTS = [
+    Mutant(name, file, old, new)
+    for file, mutants in (("_jumprelu.py", JUMPRELU), ("_encode.py", ENCODE), ("_decode.py", DECODE))
+    for name, old, new in mutants
+]
 
 
 def copy_project(to: Path) -> None:
