@@ -33,7 +33,7 @@ def without_autocast(function):
 
 def greater(a: Tensor, b: Tensor) -> Tensor:
     """1[a > b] in the dtype of a [N, F]: ten times faster on a CPU than by way of bool."""
-    return torch.gt(a, b, out=torch.empty_like(a))
+    return a.clone().gt_(b)
 
 
 def nan_or_zero(a: Tensor) -> Tensor:
@@ -54,7 +54,8 @@ def activation(z: Tensor, threshold: Tensor) -> Tensor:
 def window(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """1[|z − θ| < ε/2], both sides of the threshold; NaN where z or θ is NaN."""
     distance = (z - threshold).abs_()
-    return torch.lt(distance, bandwidth / 2, out=torch.empty_like(distance)).add_(nan_or_zero(distance))
+    poison = nan_or_zero(distance)
+    return distance.lt_(bandwidth / 2).add_(poison)
 
 
 def threshold_gradient(inside: Tensor, u: Tensor, s: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
