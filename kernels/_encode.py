@@ -98,18 +98,9 @@ def _tile(N, F, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.conste
 
 @triton.jit
 def _gate_slab(
-    acc,
-    rows,
-    first_column,
-    b_enc_ptr,
-    threshold_ptr,
-    z_ptr,
-    words_ptr,
-    N,
-    F,
-    BLOCK_M: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    acc, rows, first_column, b_enc_ptr, threshold_ptr, z_ptr, words_ptr, N, F,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Bias, gate, bits and kept values of one [BLOCK_M, WIDTH] slab of the accumulator."""
     columns = first_column + tl.arange(0, WIDTH)
     in_rows, in_columns = rows < N, columns < F
@@ -140,19 +131,9 @@ def _halves(acc, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _gate(
-    acc,
-    pid_m,
-    pid_n,
-    b_enc_ptr,
-    threshold_ptr,
-    z_ptr,
-    words_ptr,
-    N,
-    F,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    acc, pid_m, pid_n, b_enc_ptr, threshold_ptr, z_ptr, words_ptr, N, F,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = pid_n * BLOCK_N
     out = (b_enc_ptr, threshold_ptr, z_ptr, words_ptr, N, F)
@@ -175,25 +156,11 @@ def _gate(
 
 @triton.jit(do_not_specialize=["N"])
 def _encode_fwd_kernel(
-    x_ptr,
-    W_enc_ptr,
-    b_enc_ptr,
-    threshold_ptr,
-    z_ptr,  # [N, F] fp32 scratch
-    words_ptr,  # [N, ceil(F / 32)] int32
-    N,
-    F,
-    D,
-    stride_xn,
-    stride_xd,
-    stride_wd,
-    stride_wf,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, z_ptr, words_ptr, N, F, D,
+    stride_xn, stride_xd, stride_wd, stride_wf,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of z, gated: into z [N, F] fp32 where kept, and one bit an entry into words [N, ceil(F / 32)] int32."""
     pid_m, pid_n = _tile(N, F, BLOCK_M, BLOCK_N, GROUP_M)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -215,21 +182,10 @@ def _encode_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _encode_fwd_descriptor_kernel(
-    x_desc,  # [N, d], blocks of [BLOCK_M, BLOCK_K]
-    W_enc_desc,  # [F, d], blocks of [BLOCK_N, BLOCK_K]
-    b_enc_ptr,
-    threshold_ptr,
-    z_ptr,
-    words_ptr,
-    N,
-    F,
-    D,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    x_desc, W_enc_desc, b_enc_ptr, threshold_ptr, z_ptr, words_ptr, N, F, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """The same by descriptors: x [N, d] in blocks of [BLOCK_M, BLOCK_K], W_enc [F, d] in [BLOCK_N, BLOCK_K]."""
     pid_m, pid_n = _tile(N, F, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
@@ -254,17 +210,9 @@ def _count_kernel(words_ptr, counts_ptr, n_segments, n_words, per_row, WORDS: tl
 
 @triton.jit
 def _compact_kernel(
-    words_ptr,
-    z_ptr,
-    starts_ptr,  # [segments + 1] int64
-    values_ptr,
-    indices_ptr,
-    F,
-    n_words,
-    per_row,
-    WORDS: tl.constexpr,
-):
-    """One program per segment moves its kept entries to their place; most segments of a wide code are empty."""
+    words_ptr, z_ptr, starts_ptr, values_ptr, indices_ptr, F, n_words, per_row, WORDS: tl.constexpr
+):  # fmt: skip
+    """Moves the kept entries of a segment to starts[segment] (int64) and on; most segments of a wide code are empty."""
     segment = tl.program_id(0)
     start = tl.load(starts_ptr + segment)
     if tl.load(starts_ptr + segment + 1) > start:
