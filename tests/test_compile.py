@@ -17,11 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 
 
 @pytest.fixture
-def poisoned_memory():
-    """Memory is left as it comes: Dynamo would trace the poisoning of what the reference allocates."""
-
-
-@pytest.fixture
 def counter():
     """A fresh compiler, allowed to trace outputs whose size depends on the data; counts what it compiles."""
     torch._dynamo.reset()
