@@ -79,5 +79,5 @@ def sanitized_interpreter():
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the Triton kernels run in this session: the GPU, or the CPU under the interpreter."""
+    """Where the Triton kernels run: on the GPU, or on the CPU under the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
