@@ -30,9 +30,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo "make demo | test | test-gpu | test-triton36 | lint | format | aot | install | clean"
 
-# Idle threads sleep: on a machine that does anything else at the time, spinning ones made training up to 8 times slower.
 demo: $(VENV)/.installed
-	OMP_WAIT_POLICY=passive $(VENV)/bin/gemmascope demo $(ARGS)
+	$(VENV)/bin/gemmascope demo $(ARGS)
 
 test: $(VENV)/.installed
 	$(call PYTEST,$(VENV)) -m "not gpu" $(ARGS)
