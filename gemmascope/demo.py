@@ -128,7 +128,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
         say(f"{config.out}: finished before; start over with --fresh")
         return read_json(results_path)
     with work.doing("results", key, {}):
-        saes = judge(config, model, train_tokens, held_out, activations, paths)
+        loss = language_model_loss(model, held_out)
+        saes = judge(config, model, train_tokens, held_out, activations, paths, loss)
     facts = {
         "layers": model.config.num_hidden_layers,
         "d_model": model.config.hidden_size,
@@ -138,7 +139,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
         "tokens": config.language_model().steps * config.language_model().batch_rows * CONTEXT,
         "steps": config.language_model().steps,
         "seconds": work.stages["model"]["seconds"],
-        "loss": language_model_loss(model, held_out),
+        "loss": loss,
         "bigram_loss": text.bigram_loss(rows, held_out),
         "held_out_tokens": held_out[:, 1:].numel(),
         "seed": config.seed,
@@ -246,13 +247,13 @@ def judge(
     held_out: Tensor,
     activations: dict[Site, Tensor],
     paths: dict[Site, Path],
+    clean_loss: float,
 ) -> list[dict[str, Any]]:
     """Every metric of every SAE, as read back from its file, on held-out text."""
     held_out_activations = harvest(model, held_out, paths)
     train_pairs, held_out_pairs = (
         torch.stack([tokens[:, :-1].flatten(), tokens[:, 1:].flatten()], 1) for tokens in (train_tokens, held_out)
     )
-    clean = language_model_loss(model, held_out)
     saes, frequencies = [], {}
     with StageProgress("Evaluation", len(paths), "SAE") as bar:
         for done, (site, path) in enumerate(paths.items(), start=1):
@@ -260,7 +261,7 @@ def judge(
             sae.impl = config.impl
             rows = held_out_activations[site]
             metrics = evaluate_sae(sae, rows, activations[site])
-            splice = evaluate_splice(model, held_out, site, sae, rows.mean(0), clean_loss=clean)
+            splice = evaluate_splice(model, held_out, site, sae, rows.mean(0), clean_loss=clean_loss)
             frequencies[str(site)] = metrics.firing_frequency.numpy()
             saes.append(
                 {
