@@ -62,7 +62,7 @@ class DemoConfig:
 
     @property
     def held_out_rows(self) -> int:
-        return 32 if self.fast else 160
+        return 32 if self.fast else 128
 
 
 @dataclass

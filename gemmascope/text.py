@@ -6,6 +6,7 @@ A token is a byte (0-255); `BOS` (256) starts every row. Nothing is downloaded.
 import ast
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -44,11 +45,18 @@ def docstrings(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return
-    for node in ast.walk(tree):
+    # As ast.walk, but not into expressions, where no definition can be.
+    queue = deque([tree])
+    while queue:
+        node = queue.popleft()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node)
             if text:
                 yield text
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            children = getattr(node, block, ())
+            if isinstance(children, list):  # a conditional expression's are not
+                queue.extend(children)
 
 
 def read_files(paths: Iterable[Path]) -> bytes:
