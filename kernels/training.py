@@ -1,0 +1,123 @@
+"""The operators of one exact training step: what they exchange, and who implements them.
+
+A JumpReLU step needs the pre-activations z of every latent, but beyond them only the *entries*: the pairs (token n,
+latent j) that are active, z > θ, or in the window of the threshold's straight-through gradient, |z − θ| < ε/2. With
+g_n = (2/N)·r_n and r_n = x̂_n − x_n, every gradient is a sum over entries (arXiv 2407.14435, equations 11 and 12):
+
+    u_e   = (2/N)·⟨r_n, W_dec[j]⟩ (+ the slope of a tanh penalty)
+    q_e   = 1[window]·( −(θ_j/ε)·u_e − (s_n + t_j)/ε )        the entry's share of dθ_j
+    dz_e  = 1[active]·u_e  (− q_e with the straight-through estimator on z too)
+    dW_dec[j] = Σ_e f_e·g_n;   dW_enc[j] = Σ_e dz_e·(x_n − b_dec);   db_enc_j = Σ_e dz_e
+
+where s_n = ∂L/∂l0_n and t_j is the same for a penalty on the latent's frequency. A latent without entries has zero
+gradients: under Adam with β1 = 0 it does not move and its second moments decay, by a factor that can be owed.
+
+The sparse route runs, in this order: `encode_entries`, `residual_pass` (token by token), `by_latent`, `latent_pass` and
+`update_from_entries` (latent by latent). The dense route, for a code that is not sparse yet: `dense_encode`, products
+of whole matrices, `dense_backward`, `update_from_dense`. Symbols as in `reference.py`; capacity is the room for
+entries, a number on the host, while how many there are is only known on the device.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Added to the latent of an entry that is active, that is, above the threshold and not merely in the window.
+ACTIVE = 1 << 30
+LATENT = ACTIVE - 1
+
+
+class Entries(NamedTuple):
+    """The entries of N tokens, token after token, latents ascending within a token.
+
+    Token n owns ``offsets[n]:offsets[n + 1]``. When ``offsets[N] > capacity`` the entries beyond the capacity are
+    missing and nothing computed from the rest may be used; ``offsets`` itself is always right.
+    """
+
+    z: Tensor  # [capacity] fp32
+    latents: Tensor  # [capacity] int32: the latent, plus ACTIVE where z > θ; d_sae beyond the last entry
+    tokens: Tensor  # [capacity] int32, undefined beyond the last entry
+    offsets: Tensor  # [N + 1] int64
+
+
+class Residual(NamedTuple):
+    residual: Tensor  # [N, d] x̂ − x, in the dtype of W_dec
+    squared_error: Tensor  # [N] fp32 ‖x̂ − x‖² before that rounding
+    l0: Tensor  # [N] fp32, active entries
+    u: Tensor  # [capacity] fp32 ⟨r_n, W_dec[j]⟩ of each entry, r as rounded; without the factor 2/N
+
+
+class ByLatent(NamedTuple):
+    """The entries latent after latent, tokens ascending: entry order[i] for i in offsets[j]:offsets[j + 1]."""
+
+    order: Tensor  # [capacity] int64
+    offsets: Tensor  # [F + 1] int64
+
+
+class LatentSums(NamedTuple):
+    """The first three are coefficients by entry in the order of `ByLatent`, undefined beyond the last entry."""
+
+    dec: Tensor  # [capacity] fp32 (2/N)·f_e: dW_dec[j] = Σ dec·r_n
+    dz: Tensor  # [capacity] fp32: dW_enc[j] = Σ dz·(x_n − b_dec)
+    tokens: Tensor  # [capacity] int32
+    db_enc: Tensor  # [F] fp32
+    dthreshold: Tensor  # [F] fp32
+    along: Tensor  # [F] fp32 ⟨dW_dec[j], W_dec[j]⟩ = Σ dec·u
+    firing_count: Tensor  # [F] int32, active entries
+
+
+class DenseCode(NamedTuple):
+    f: Tensor  # [N, F] in the dtype of x
+    active: Tensor  # z > θ: bool [N, F], or int32 words [N, ⌈F/32⌉] of one bit a latent, lowest first
+    window: Tensor  # |z − θ| < ε/2, likewise
+    l0: Tensor  # [N] fp32
+    firing_count: Tensor  # [F] int32, active
+    touched: Tensor  # [F] int32, active or in the window
+    n_entries: Tensor  # [] int64, their sum
+
+
+class Objective(NamedTuple):
+    """What the entries need to know of the loss."""
+
+    bandwidth: float
+    frequency_slope: float = 0.0  # t_j = frequency_slope · firing_count_j
+    tanh_slope: float = 0.0  # adds tanh_slope·(1 − tanh²(tanh_scale·f)) to u: λ·c/N of a penalty λ·tanh(c·f)
+    tanh_scale: float = 0.0
+    ste_to_z: bool = False
+
+
+class Rule(NamedTuple):
+    """Adam with β1 = 0."""
+
+    learning_rate: float
+    beta2: float
+    eps: float
+    log_threshold: bool  # Adam moves log θ instead of θ
+
+
+class LatentState(NamedTuple):
+    """Everything a training step holds by latent, updated in place. Second moments are as of step last[j]."""
+
+    W_enc: Tensor  # [F, d] fp32: the transposed weight, contiguous
+    W_dec: Tensor  # [F, d] fp32
+    b_enc: Tensor  # [F] fp32
+    threshold: Tensor  # [F] fp32
+    W_enc_v: Tensor  # second moments, shapes as above
+    W_dec_v: Tensor
+    b_enc_v: Tensor
+    threshold_v: Tensor
+    last: Tensor  # [F] int64, updates made when the latent was last touched
+    W_enc_low: Tensor | None = None  # [F, d] bf16 copies that the products read; None: they read the weights
+    W_dec_low: Tensor | None = None
+
+
+def training_operators(impl: str) -> ModuleType:
+    """The module that implements the operators: "reference" or "triton"."""
+    if impl == "reference":
+        from . import training_reference
+
+        return training_reference
+    from . import _training
+
+    return _training
