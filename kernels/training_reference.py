@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._transpose import by_latent as by_latent
 from .reference import activation, compute_dtype, gate, window
 from .training import (
     ACTIVE,
@@ -59,7 +60,8 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
     dtype, nnz = compute_dtype(x, W_dec), _count(entries)
     latents, tokens = entries.latents[:nnz] & LATENT, entries.tokens[:nnz]
     active = entries.latents[:nnz] >= ACTIVE
-    f = torch.where(active, entries.z[:nnz], 0).to(dtype)
+    z = entries.z[:nnz]
+    f = torch.where(active, z, z - z).to(dtype)  # z − z is 0, or NaN for −Inf: a plain 0 would hide it
     W = W_dec.to(dtype)
     starts = entries.offsets[:-1].clamp(max=nnz)
     x_hat = F.embedding_bag(latents.long(), W, starts, mode="sum", per_sample_weights=f) + b_dec
@@ -69,12 +71,6 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
     _dot_rows(rounded.to(dtype), tokens, W, latents, u[:nnz])
     l0 = torch.zeros(x.shape[0], dtype=dtype, device=x.device).index_add_(0, tokens, active.to(dtype))
     return Residual(rounded, residual.square().sum(1), l0, u)
-
-
-def by_latent(entries: Entries, d_sae: int) -> ByLatent:
-    latents, order = torch.sort(entries.latents & LATENT, stable=True)
-    boundaries = torch.arange(d_sae + 1, dtype=latents.dtype, device=latents.device)
-    return ByLatent(order, torch.searchsorted(latents, boundaries))
 
 
 def _penalised(u: Tensor, f: Tensor, objective: Objective) -> Tensor:
