@@ -4,12 +4,13 @@ To add an operator: write a generator that takes the target and yields `Spec`s, 
 the operator's own configuration table, and name it in `OPERATORS`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from gemmascope.kernels import _decode, _encode, _jumprelu
+from gemmascope.kernels import _decode, _encode, _encode_gemm, _jumprelu, _latents, _residual, _update
 
 
 @dataclass(frozen=True)
@@ -114,29 +115,34 @@ def matrix_instruction(target: str, dtype: str, block_m: int) -> str:
     return wide if wide and block_m >= 64 else "HMMA"
 
 
-def encode_gemm(target: str, name: str, config: _encode.EncodeConfig, dtype: str, **overrides) -> Spec:
+def encode_gemm(
+    target: str, name: str, config: _encode_gemm.EncodeConfig, dtype: str, mode: str = "inference", **overrides
+) -> Spec:
     sizes = {"N": "i32", "F": "i32", "D": "i32"}
-    outputs = {"b_enc_ptr": "*fp32", "threshold_ptr": "*fp32", "z_ptr": "*fp32", "words_ptr": "*i32", **sizes}
+    outputs = {"b_enc_ptr": "*fp32", "threshold_ptr": "*fp32", "half_bandwidth": "fp32", "words_ptr": "*i32"}
+    outputs |= {"z_ptr": f"*{dtype}" if mode == "dense" else "*fp32", "window_ptr": "*i32", **sizes}
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SPLIT": config.split,
         "GROUP_M": config.group_m,
+        "MODE": mode,
+        "INPUT_PRECISION": config.input_precision,
     }
     if config.descriptors:
-        kernel = _encode._encode_fwd_descriptor_kernel
+        kernel = _encode_gemm._encode_fwd_descriptor_kernel
         operands = {
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
             "W_enc_desc": f"tensordesc<{dtype}[{config.block_n},{config.block_k}]>",
         }
         expects = ("TMA",)
     else:
-        kernel = _encode._encode_fwd_kernel
+        kernel = _encode_gemm._encode_fwd_kernel
         operands = {"x_ptr": f"*{dtype}", "W_enc_ptr": f"*{dtype}", "stride_xn": "i32", "stride_wf": "i32"}
         constants |= {"stride_xd": 1, "stride_wd": 1}
         expects = ("load128",) if target.startswith("gfx") else ("cp.async",)
-    if dtype != "fp32" or target.startswith("gfx"):
+    if dtype != "fp32" or config.input_precision == "tf32" or target.startswith("gfx"):
         expects += (matrix_instruction(target, dtype, config.block_m),)
     arguments = {key: kind for key, kind in {**operands, **outputs}.items() if key not in overrides}
     return Spec(
@@ -155,7 +161,7 @@ def encode(target: str) -> Iterator[Spec]:
         chosen = {}
         for n_tokens in (16, 128, 4096) if dtype != "fp16" else (4096,):
             for describable in (True, False):
-                config = _encode.encode_config(target, torch_dtype, n_tokens, describable)
+                config = _encode_gemm.encode_config(target, torch_dtype, n_tokens, describable)
                 kind = "tma" if config.descriptors else "ptr"
                 chosen[f"encode_{kind}_{config.block_m}x{config.block_n}x{config.block_k}_{dtype}"] = config
         for name, config in chosen.items():
@@ -190,11 +196,32 @@ def encode(target: str) -> Iterator[Spec]:
     )
     if target == "sm_90":  # sizes of 1 are compile-time constants, which the interpreter does not show
         ones = {"F": 1, "D": 1, "stride_xn": 1, "stride_wf": 1}
-        yield encode_gemm(target, "encode_ptr_ones", _encode.TINY, "bf16", **ones)
+        yield encode_gemm(target, "encode_ptr_ones", _encode_gemm.TINY, "bf16", **ones)
         ones = {"F": 1, "n_words": 1, "per_row": 1}
         arguments = {key: kind for key, kind in compact.items() if key not in ones}
         constants = {"WORDS": words, **ones}
         yield Spec("encode_compact_ones", _encode._compact_kernel, arguments, constants, num_warps=1)
+
+
+def training_encode(target: str) -> Iterator[Spec]:
+    """The product of a training step: batches are large, operands aligned."""
+    for dtype, torch_dtype, tf32 in (
+        ("bf16", torch.bfloat16, False),
+        ("fp32", torch.float32, False),
+        ("fp32", torch.float32, True),
+    ):
+        for n_tokens, describable in ((128, True), (4096, True), (4096, False)):
+            config = _encode_gemm.encode_config(target, torch_dtype, n_tokens, describable, tf32)
+            if (
+                not describable
+                and not _encode_gemm.encode_config(target, torch_dtype, n_tokens, True, tf32).descriptors
+            ):
+                continue
+            kind = "tma" if config.descriptors else "ptr"
+            tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+            for mode in ("entries", "dense"):
+                name = f"training_{mode}_{kind}_{tile}_{config.input_precision if tf32 else dtype}"
+                yield encode_gemm(target, name, config, dtype, mode)
 
 
 def decode(target: str) -> Iterator[Spec]:
@@ -257,7 +284,107 @@ def decode(target: str) -> Iterator[Spec]:
         )
 
 
-OPERATORS = (jumprelu, encode, decode)
+def sparse_step(target: str) -> Iterator[Spec]:
+    """The passes of a training step over the entries, and the update."""
+    prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
+    entries = {"z_ptr": "*fp32", "latents_ptr": "*i32", "offsets_ptr": "*i64"}
+    config = _residual.CONFIG
+    for dtype in ("bf16", "fp32"):
+        yield Spec(
+            name=f"residual_{dtype}",
+            kernel=_residual._residual_kernel,
+            arguments={
+                **entries,
+                "x_ptr": "*fp32",
+                "W_dec_ptr": f"*{dtype}",
+                "b_dec_ptr": "*fp32",
+                "residual_ptr": f"*{dtype}",
+                "squared_error_ptr": "*fp32",
+                "l0_ptr": "*fp32",
+                "u_ptr": "*fp32",
+                "capacity": "i32",
+                "D": "i32",
+                "stride_xn": "i32",
+                "stride_wf": "i32",
+            },
+            constants={
+                "stride_xd": 1,
+                "stride_wd": 1,
+                "LANES": config.lanes,
+                "BLOCK_D": config.block_d,
+                "NUM_STAGES": config.num_stages,
+            },
+            num_warps=config.num_warps,
+            expects=prefetch,
+        )
+    config = _latents.CONFIG
+    for suffix, options in (("", False), ("_all_options", True)):
+        floats = ("scale", "bandwidth", "half_bandwidth", "frequency_slope", "tanh_slope", "tanh_scale")
+        outputs = ("dec_ptr", "dz_ptr", "db_enc_ptr", "dthreshold_ptr", "along_ptr")
+        yield Spec(
+            name=f"latents{suffix}",
+            kernel=_latents._latents_kernel,
+            arguments={
+                **entries,
+                "tokens_ptr": "*i32",
+                "order_ptr": "*i64",
+                **dict.fromkeys(("u_ptr", "threshold_ptr", "s_ptr", *outputs), "*fp32"),
+                "tokens_out_ptr": "*i32",
+                "count_ptr": "*i32",
+                "F": "i32",
+                **dict.fromkeys(floats, "fp32"),
+            },
+            constants={
+                **dict.fromkeys(("HAS_FREQUENCY", "HAS_TANH", "STE_TO_Z"), options),
+                "BLOCK_F": config.block_f,
+                "LANES": config.lanes,
+                "NUM_STAGES": config.num_stages,
+            },
+            num_warps=config.num_warps,
+        )
+    config = _update.CONFIG
+    parameters = ("W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "threshold_ptr")
+    second_moments = ("W_enc_v_ptr", "W_dec_v_ptr", "b_enc_v_ptr", "threshold_v_ptr")
+    gradients = ("db_enc_ptr", "dthreshold_ptr")
+    low = ("W_enc_low_ptr", "W_dec_low_ptr")
+    of_entries = {"dz_ptr": "*fp32", "dec_ptr": "*fp32", "tokens_ptr": "*i32", "along_ptr": "*fp32"}
+    for source in ("entries", "dense"):
+        for dtype in ("bf16", "fp32"):
+            arguments = {
+                **dict.fromkeys((*parameters, *second_moments, *gradients), "*fp32"),
+                **{"last_ptr": "*i64", "step_ptr": "*i64", "ok_ptr": "*i32", "D": "i32"},
+                **{"learning_rate": "fp32", "eps": "fp32"},
+            }
+            if source == "entries":
+                rows = f"*{dtype}"
+                arguments |= of_entries | {"lists_ptr": "*i64"}
+            else:
+                rows = "*fp32"
+                arguments |= {"lists_ptr": "*i32"}
+            arguments |= {"enc_rows_ptr": rows, "dec_rows_ptr": rows}
+            if dtype == "bf16":
+                arguments |= dict.fromkeys(low, "*bf16")
+            absent = {name: None for name in (*low, *of_entries) if name not in arguments}
+            yield Spec(
+                name=f"update_{source}_{dtype}",
+                kernel=_update._update_kernel,
+                arguments=arguments,
+                constants={
+                    **absent,
+                    "BETA2": 0.999,
+                    "LOG2_BETA2": math.log2(0.999),
+                    "LOG_THRESHOLD": dtype == "bf16",
+                    "FROM_ENTRIES": source == "entries",
+                    "LANES": config.lanes,
+                    "BLOCK_D": config.block_d,
+                    "NUM_STAGES": config.num_stages,
+                },
+                num_warps=config.num_warps,
+                expects=prefetch if source == "entries" else ("load128",),
+            )
+
+
+OPERATORS = (jumprelu, encode, training_encode, decode, sparse_step)
 
 
 def specs(target: str) -> list[Spec]:

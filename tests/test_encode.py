@@ -11,14 +11,14 @@ from tests import sanitizer
 from tests.helpers import DTYPES, LAYOUTS, assert_bitwise_equal, assert_within_budget, lattice, normal, shape_cases
 
 pytest.importorskip("triton")
-from gemmascope.kernels import _encode
+from gemmascope.kernels import _encode, _encode_gemm
 from gemmascope.kernels._common import architecture
-from gemmascope.kernels._encode import EncodeConfig, encode_config
+from gemmascope.kernels._encode_gemm import EncodeConfig, encode_config
 from gemmascope.kernels.dispatch import interpreting
 
 SHIPPED = {
     name: config
-    for name, config in vars(_encode).items()
+    for name, config in vars(_encode_gemm).items()
     if isinstance(config, EncodeConfig) and name != "EncodeConfig"
 }
 SPLIT_1 = EncodeConfig(16, 32, 16, 1, 1, 1)
@@ -33,7 +33,7 @@ interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or pro
 @pytest.fixture
 def use(monkeypatch):
     """Forces a launch configuration on every encode of the test."""
-    return lambda config: monkeypatch.setattr(_encode, "encode_config", lambda *_: config)
+    return lambda config: monkeypatch.setattr(_encode_gemm, "encode_config", lambda *_: config)
 
 
 def operands(N, d, F, dtype=torch.float32, device="cpu", make=normal, seed=0):
@@ -107,7 +107,7 @@ def test_descriptors_match_reference(use, N, d, F, dtype):
 def test_shipped_tiles_match_reference(use, name):
     config = SHIPPED[name]
     use(config)
-    dtype = torch.float32 if name.startswith("FP32") else torch.bfloat16
+    dtype = torch.float32 if name.startswith(("FP32", "TF32")) else torch.bfloat16
     assert_matches_reference(*operands(config.block_m + 1, config.block_k + 8, config.block_n + 33, dtype))
 
 
@@ -186,10 +186,10 @@ def test_chunks_equal_the_whole(device, monkeypatch):
     # Lattice: the BLAS behind the interpreter rounds by a row's place in its tile, tensor cores do not.
     arguments = operands(20, 20, 100, torch.bfloat16, device, make=lattice)
     whole = encode(*arguments, impl="triton")
-    monkeypatch.setattr(_encode, "SCRATCH_BYTES", 6 * (4 * 100 + 4 * 4))
+    monkeypatch.setattr(_encode_gemm, "SCRATCH_BYTES", 6 * (4 * 100 + 4 * 4))
     launches = []
-    gemm = _encode._gemm
-    monkeypatch.setattr(_encode, "_gemm", lambda x, *rest: (launches.append((len(x), rest[-1])), gemm(x, *rest)))
+    gemm = _encode.encode_gemm
+    monkeypatch.setattr(_encode, "encode_gemm", lambda x, *rest: (launches.append((len(x), rest[-1])), gemm(x, *rest)))
     chunked = encode(*arguments, impl="triton")
     config = encode_config(architecture(device), torch.bfloat16, 20, False)
     assert launches == [(6, config)] * 3 + [(2, config)], "the tiling is that of the whole batch"
@@ -201,15 +201,15 @@ def test_chunks_are_whole_tiles(use, monkeypatch):
     use(SPLIT_2)
     arguments = operands(40, 3, 10)
     launches = []
-    gemm = _encode._gemm
-    monkeypatch.setattr(_encode, "SCRATCH_BYTES", 18 * (4 * 10 + 4))
-    monkeypatch.setattr(_encode, "_gemm", lambda x, *rest: (launches.append(len(x)), gemm(x, *rest)))
+    gemm = _encode.encode_gemm
+    monkeypatch.setattr(_encode_gemm, "SCRATCH_BYTES", 18 * (4 * 10 + 4))
+    monkeypatch.setattr(_encode, "encode_gemm", lambda x, *rest: (launches.append(len(x)), gemm(x, *rest)))
     assert_matches_reference(*arguments)
     assert launches == [16, 16, 8]
 
 
 def test_a_row_larger_than_the_scratch_still_runs(device, monkeypatch):
-    monkeypatch.setattr(_encode, "SCRATCH_BYTES", 64)
+    monkeypatch.setattr(_encode_gemm, "SCRATCH_BYTES", 64)
     assert_matches_reference(*operands(3, 5, 100, device=device))
 
 
@@ -243,7 +243,7 @@ def test_scratch_offsets_beyond_32_bits(use):
     config = SPLIT_2
     z, words = torch.empty(N, F), torch.empty(N, F // 32, dtype=torch.int32)
     with sanitizer.sanitize(race=False, programs=lambda dims: [dims[0] - 1]):
-        _encode._gemm(x, W_enc, b_enc, threshold, z, words, config)
+        _encode_gemm.encode_gemm(x, W_enc, b_enc, threshold, z, words, config)
     kept = (words[-16:, -2:, None] >> torch.arange(32) & 1).bool().view(16, 64)
     exact = x[-16:].double() @ W_enc[:, -64:].double() + b_enc[-64:].double()
     assert torch.equal(kept, exact > threshold[-64:])
@@ -262,13 +262,19 @@ def test_scratch_offsets_beyond_32_bits(use):
 
 def test_configurations_suit_their_kernels():
     chosen = set()
-    for arch, dtype, n, describable in itertools.product(ARCHITECTURES, DTYPES, (1, 16, 17, 128, 129, 4096), (0, 1)):
-        config = encode_config(arch, dtype, n, bool(describable))
+    sizes = (1, 16, 17, 128, 129, 4096)
+    for arch, dtype, n, describable, tf32 in itertools.product(
+        ARCHITECTURES, DTYPES, sizes, (False, True), (False, True)
+    ):
+        config = encode_config(arch, dtype, n, describable, tf32)
         chosen.add(config)
         assert config.block_n % (32 * config.split) == 0, "a slab must be whole words"
         assert config.split in (1, 2, 4)
         # Below Hopper the compiler turns descriptors into two-byte loads; elsewhere they need aligned rows.
         assert not config.descriptors or (describable and arch in ("sm_90", "sm_100", "sm_103"))
+        # On the other cards of AMD it is not a precision that the compiler knows.
+        allowed = tf32 and dtype == torch.float32 and (arch == "gfx942" or not arch.startswith("gfx"))
+        assert config.input_precision == "ieee" or allowed
     assert chosen == set(SHIPPED.values()), "a configuration that nothing chooses, or one that is not in the table"
 
 
@@ -287,7 +293,7 @@ def test_configurations_suit_their_kernels():
 )
 def test_what_descriptors_can_address(shape, strides, start, answer):
     memory = torch.empty(256, dtype=torch.bfloat16)
-    assert _encode._describable(memory.as_strided(shape, strides, start)) is answer
+    assert _encode_gemm.describable(memory.as_strided(shape, strides, start)) is answer
 
 
 @pytest.mark.gpu
@@ -336,5 +342,5 @@ def test_shipped_tiles_on_the_device(device, use, name):
     if config.descriptors and torch.cuda.get_device_capability(device) < (9, 0):
         pytest.skip("tensor descriptors need compute capability 9.0")
     use(dataclasses.replace(config))
-    dtype = torch.float32 if name.startswith("FP32") else torch.bfloat16
+    dtype = torch.float32 if name.startswith(("FP32", "TF32")) else torch.bfloat16
     assert_matches_reference(*operands(config.block_m + 1, 2 * config.block_k + 8, config.block_n + 33, dtype, device))
