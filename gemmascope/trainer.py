@@ -1,20 +1,42 @@
 """Training of many SAEs from one stream of activations, with the recipe of Gemma Scope (arXiv 2408.05147 §3.2)."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .errors import TrainingFailedError
-from .kernels.reference import Parameters
-from .losses import LossAndGradients, loss_and_gradients
+from .errors import EnvironmentProblemError, TrainingFailedError
+from .kernels.training import Rule
+from .memory import training_memory
 from .sae import JumpReLUSAE
 from .sites import Site
+from .step import StepFigures, TrainState, dense_step, reference_step, sparse_step
 
-DEAD_AFTER_TOKENS = 20_000
+# Share of the entries of [N, d_sae] that are active or in the window, above which the dense route is the faster one and
+# below which the sparse one is, by type of device; between the two nothing changes.
+DENSE_ABOVE = {"cpu": 0.16, "cuda": 0.010}
+SPARSE_BELOW = {"cpu": 0.12, "cuda": 0.007}
+# Steps that a GPU is given before the host looks at the figures of the first of them.
+RUN_AHEAD = 4
+# Room for entries is made in these units, half as much again as were seen.
+CAPACITY_UNIT = 4096
+CAPACITY_MARGIN = 1.5
+
+
+@dataclass
+class _Job:
+    """A step the device has been given, with what it takes to give it again."""
+
+    x: Tensor
+    step: int
+    route: str
+    figures: Tensor
+    copied: "torch.cuda.Event | None"
 
 
 class SAETrainer:
@@ -23,6 +45,8 @@ class SAETrainer:
     sample: [n, d_model] activations that set the input scale C (mean squared norm 1 after division), the variance that
     FVU is measured against and, with ``b_dec_init="mean"``, b_dec. Raises ValueError when they are not finite, are all
     zero or do not vary.
+
+    A step whose loss is not finite changes nothing but the count of skipped steps.
     """
 
     def __init__(
@@ -56,51 +80,112 @@ class SAETrainer:
         if config.b_dec_init == "mean":
             with torch.no_grad():
                 self.sae.b_dec.copy_(mean / scale)
-        self.second_moments = Parameters(*(torch.zeros_like(p) for p in self._parameters()))
-        self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=self.sae.b_enc.device)
+        self.state = TrainState.start(self.sae, config.compute_dtype)
         self.step = 0
+        self.route = "dense" if config.route == "auto" else config.route
+        self.capacity: int | None = None
+        self.figures: dict[str, float] = {}
+        self.run_ahead = RUN_AHEAD if self.sae.W_dec.is_cuda else 0
+        self._pending: deque[_Job] = deque()
 
-    def _parameters(self) -> Parameters:
+    def update(self, x_raw: Tensor) -> None:
+        """One step on activations [N, d_model] as harvested.
+
+        On a GPU it returns before the step is made. Raises ValueError for an empty batch and EnvironmentProblemError
+        when memory runs out.
+        """
         sae = self.sae
-        return Parameters(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold)
-
-    @torch.no_grad()
-    def update(self, x_raw: Tensor) -> LossAndGradients:
-        """One step on activations [N, d_model] as harvested; returns what the loss was before it."""
-        sae, config = self.sae, self.config
-        x = x_raw.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype) / sae.input_scale
-        out = loss_and_gradients(sae, x, config.l0_coefficient_at(self.step), config.bandwidth)
-        self._adam(out.gradients, config.learning_rate_at(self.step))
-        self.tokens_since_fired.add_(len(x)).masked_fill_(out.firing_count > 0, 0)
+        if x_raw.shape[0] == 0:
+            raise ValueError("x: expected at least one token, got an empty batch")
+        x = x_raw.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype) / sae.input_scale
+        self._launch(x, self.step, self.route)
         self.step += 1
-        return out
+        while len(self._pending) > self.run_ahead:
+            self._retire()
 
-    def _adam(self, gradients: Parameters, learning_rate: float) -> None:
-        """Adam with β1 = 0. The decoder moves orthogonally to its rows and is renormalised; θ stays ≥ 0."""
-        config, sae = self.config, self.sae
-        along = (gradients.W_dec * sae.W_dec).sum(1, keepdim=True)
-        gradients.W_dec.sub_(along * sae.W_dec)
-        logarithmic = config.threshold_parametrisation == "log"
-        if logarithmic:
-            gradients.threshold.mul_(sae.threshold)  # dL/dt = θ·dL/dθ for θ = exp(t)
-        correction = 1 - config.adam_beta2 ** (self.step + 1)
-        for parameter, gradient, v in zip(self._parameters(), gradients, self.second_moments, strict=True):
-            v.mul_(config.adam_beta2).addcmul_(gradient, gradient, value=1 - config.adam_beta2)
-            scale = (v / correction).sqrt_().add_(config.adam_eps)
-            if parameter is sae.threshold and logarithmic:
-                parameter.mul_(torch.exp(-learning_rate * gradient / scale))
+    def flush(self) -> None:
+        """Wait for every step that was given to the device."""
+        while self._pending:
+            self._retire()
+
+    def _launch(self, x: Tensor, step: int, route: str) -> None:
+        config, state = self.config, self.state
+        loss = config.loss_at(step)
+        rule = Rule(
+            config.learning_rate_at(step),
+            config.adam_beta2,
+            config.adam_eps,
+            config.threshold_parametrisation == "log",
+        )
+        try:
+            if route == "sparse":
+                figures = sparse_step(state, x, loss, rule, self._room(len(x)))
+            elif route == "dense":
+                figures = dense_step(state, x, loss, rule)
             else:
-                parameter.addcdiv_(gradient, scale, value=-learning_rate)
-        sae.threshold.clamp_(min=0)
-        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+                dead = state.tokens_since_fired >= config.dead_after_tokens if config.pre_act_coefficient else None
+                figures = reference_step(state, x, loss, rule, dead)
+        except torch.OutOfMemoryError as error:
+            raise EnvironmentProblemError(self._out_of_memory(len(x))) from error
+        packed, copied = figures.pack(), None
+        if packed.is_cuda:
+            packed = packed.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending.append(_Job(x, step, route, packed, copied))
 
-    def report(self, out: LossAndGradients) -> dict[str, float]:
-        """The figures of the step that `update` returned ``out`` for."""
+    def _room(self, n_tokens: int) -> int | None:
+        """Entries the sparse route makes room for; the reference needs no limit."""
+        if self.state.impl == "reference":
+            return None
+        if self.capacity is None:
+            self._make_room(self.figures.get("n_entries", 64 * n_tokens))
+        return self.capacity
+
+    def _make_room(self, n_entries: float) -> None:
+        self.capacity = CAPACITY_UNIT * math.ceil(CAPACITY_MARGIN * max(1, n_entries) / CAPACITY_UNIT)
+
+    def _retire(self) -> None:
+        """Read the figures of the oldest step; if its entries did not fit, repeat it and all since, with room."""
+        job = self._pending.popleft()
+        if job.copied is not None:
+            job.copied.synchronize()
+        figures = StepFigures.unpack(job.figures)
+        if figures["stalled"]:
+            repeat = [job, *self._pending]
+            self._pending.clear()
+            self._make_room(figures["n_entries"])
+            self.state.stalled.zero_()
+            for again in repeat:
+                self._launch(again.x, again.step, again.route)
+                self._retire()
+            return
+        self.figures = figures
+        if self.config.route == "auto":
+            self._choose_route(figures["n_entries"] / (len(job.x) * self.sae.d_sae))
+
+    def _choose_route(self, density: float) -> None:
+        device = "cuda" if self.sae.W_dec.is_cuda else "cpu"
+        if density > DENSE_ABOVE[device]:
+            self.route = "dense"
+        elif density < SPARSE_BELOW[device]:
+            self.route = "sparse"
+
+    def _out_of_memory(self, n_tokens: int) -> str:
+        config, d_model = self.config, self.sae.d_model
+        device = self.sae.W_dec.device
+        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        return training_memory(d_model, config.d_sae, n_tokens, config.compute_dtype).advice(total)
+
+    def report(self) -> dict[str, float]:
+        """The figures of the last step, measured before its update."""
+        self.flush()
         return {
-            "loss": out.loss.item(),
-            "l0": out.l0.item(),
-            "fvu": out.squared_error.item() / self.variance,
-            "dead": (self.tokens_since_fired >= DEAD_AFTER_TOKENS).double().mean().item(),
+            "loss": self.figures["loss"],
+            "l0": self.figures["l0"],
+            "fvu": self.figures["squared_error"] / self.variance,
+            "dead": (self.state.tokens_since_fired >= self.config.dead_after_tokens).double().mean().item(),
+            "skipped": int(self.figures["skipped"]),
             "lr": self.config.learning_rate_at(self.step - 1),
             "l0_coefficient": self.config.l0_coefficient_at(self.step - 1),
         }
@@ -116,16 +201,26 @@ def train(
     """Give every batch {site: [N, width]} of ``stream`` to the trainer of its site.
 
     ``log(step, rows)`` is called after each step, every ``log_every``-th with {str(site): figures}. Raises
-    TrainingFailedError naming the site when its loss is not finite.
+    TrainingFailedError naming the site when every step since the last such call was skipped, its loss not finite.
     """
+    skipped = dict.fromkeys(trainers, 0)
+    since = 0
     for batch in stream:
-        outs = {site: trainer.update(batch[site]) for site, trainer in trainers.items()}
+        for site, trainer in trainers.items():
+            trainer.update(batch[site])
         step = next(iter(trainers.values())).step
+        since += 1
         if step % log_every:
             log(step, None)
             continue
-        rows = {str(site): trainers[site].report(out) for site, out in outs.items()}
-        for name, row in rows.items():
-            if not math.isfinite(row["loss"]):
-                raise TrainingFailedError(f"{name}: the loss is {row['loss']} at step {step}; lower the learning rate")
-        log(step, rows)
+        rows = {site: trainer.report() for site, trainer in trainers.items()}
+        for site, row in rows.items():
+            if row["skipped"] - skipped[site] == since:
+                raise TrainingFailedError(
+                    f"{site}: the loss was not finite in the {since} steps up to step {step}; lower the learning rate"
+                )
+            skipped[site] = row["skipped"]
+        since = 0
+        log(step, {str(site): row for site, row in rows.items()})
+    for trainer in trainers.values():
+        trainer.flush()

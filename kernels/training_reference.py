@@ -4,6 +4,8 @@
 40 times faster than the dense products it replaces. Computes in fp32, or in fp64 when the state is fp64.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,36 +25,52 @@ from .training import (
     Rule,
 )
 
-# Entries whose rows of W_dec are held at a time.
-_CHUNK = 1 << 14
-
 
 def encode_entries(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, capacity: int, tf32: bool = False
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    capacity: int | None,
+    tf32: bool = False,
 ) -> Entries:
-    """x [N, d] and W_enc [d, F] of one dtype (fp32, bf16; fp64), b_enc and θ [F]. tf32: only the GPU has it."""
+    """x [N, d] and W_enc [d, F] of one dtype (fp32, bf16; fp64), b_enc and θ [F]. capacity: None for as much as there
+    is. tf32: only the GPU has it."""
     dtype = compute_dtype(x)
     z = torch.addmm(b_enc.to(dtype), x.to(dtype), W_enc.to(dtype))
-    # Not ≤, so that a NaN is an entry and spoils the loss.
-    kept = ~((z <= threshold) & ((z - threshold).abs() >= bandwidth / 2) & (z.abs() < torch.inf))
-    token, latent = torch.nonzero(kept, as_tuple=True)
-    offsets = F.pad(kept.sum(1).cumsum(0), (1, 0))
-    token, latent = token[:capacity], latent[:capacity]
-    values = z[token, latent]
-    latents = torch.full((capacity,), W_enc.shape[1], dtype=torch.int32, device=x.device)
-    latents[: len(latent)] = latent + ACTIVE * ~(values <= threshold[latent])
-    room = capacity - len(latent)
-    return Entries(F.pad(values, (0, room)), latents, F.pad(token.to(torch.int32), (0, room)), offsets)
+    near = z > threshold - bandwidth  # all that may be entries, in one pass
+    if not z.sum().isfinite():  # NaN and ±Inf are entries, so that they spoil the loss
+        near |= ~(z <= threshold) | (z == -torch.inf)
+    token, latent = torch.nonzero(near, as_tuple=True)
+    values, theta = z[token, latent], threshold[latent]
+    active = ~(values <= theta)
+    kept = active | ((values - theta).abs() < bandwidth / 2) | values.isinf()
+    offsets = F.pad(torch.bincount(token[kept], minlength=x.shape[0]).cumsum(0), (1, 0))
+    latent = latent.to(torch.int32) + ACTIVE * active
+    values, latent, token = (t[kept][:capacity] for t in (values, latent, token.to(torch.int32)))
+    room = 0 if capacity is None else capacity - len(values)
+    return Entries(
+        F.pad(values, (0, room)), F.pad(latent, (0, room), value=W_enc.shape[1]), F.pad(token, (0, room)), offsets
+    )
 
 
 def _count(entries: Entries) -> int:
     return min(int(entries.offsets[-1]), entries.z.shape[0])
 
 
-def _dot_rows(a: Tensor, rows_a: Tensor, b: Tensor, rows_b: Tensor, out: Tensor) -> None:
-    for start in range(0, len(out), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        torch.sum(a[rows_a[part]] * b[rows_b[part]], 1, out=out[part])
+def _dot_rows(a: Tensor, b: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
+    """⟨a[n], b[columns_e]⟩ for the entries e of each row n in compressed rows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse")  # a notice that CSR tensors are new, once a process
+        pattern = torch.sparse_csr_tensor(
+            offsets.to(torch.int32),
+            columns,
+            torch.zeros(columns.shape, dtype=a.dtype, device=a.device),
+            size=(a.shape[0], b.shape[0]),
+            check_invariants=False,
+        )
+        return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
 
 
 def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> Residual:
@@ -67,8 +85,7 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
     x_hat = F.embedding_bag(latents.long(), W, starts, mode="sum", per_sample_weights=f) + b_dec
     residual = x_hat - x
     rounded = residual.to(W_dec.dtype)
-    u = torch.zeros(entries.z.shape, dtype=dtype, device=x.device)
-    _dot_rows(rounded.to(dtype), tokens, W, latents, u[:nnz])
+    u = F.pad(_dot_rows(rounded.to(dtype), W, entries.offsets.clamp(max=nnz), latents), (0, entries.z.shape[0] - nnz))
     l0 = torch.zeros(x.shape[0], dtype=dtype, device=x.device).index_add_(0, tokens, active.to(dtype))
     return Residual(rounded, residual.square().sum(1), l0, u)
 

@@ -1,0 +1,83 @@
+"""How much memory training an SAE takes, counted before it is asked for."""
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+# What the encode holds for one chunk of tokens, as `kernels/_encode.py` has it.
+SCRATCH = GIB
+# Bytes the sparse step holds for each entry: z, latent, token, u, sort keys and order, coefficients by latent.
+ENTRY_BYTES = 56
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes, by what they hold. n_entries: the room for active or nearly active pairs of token and latent."""
+
+    d_model: int
+    d_sae: int
+    batch_size: int
+    n_entries: int
+    weights: int
+    second_moments: int
+    copies: int
+    activations: int
+    entries: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.second_moments + self.copies + self.activations + self.entries + self.scratch
+
+    def table(self) -> str:
+        rows = {
+            "weights, fp32": self.weights,
+            "second moments, fp32": self.second_moments,
+            "bf16 copies of the weights": self.copies,
+            f"activations of {self.batch_size:,} tokens": self.activations,
+            f"{self.n_entries:,} entries": self.entries,
+            "scratch": self.scratch,
+            "total": self.total,
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {size / GIB:8.2f} GiB" for name, size in rows.items())
+
+    def advice(self, available: int) -> str:
+        """The message for memory that ran out: the sizes, and what would fit into ``available`` bytes."""
+        message = (
+            f"out of memory: d_model {self.d_model}, d_sae {self.d_sae}, batch of {self.batch_size} tokens take about "
+            f"{self.total / GIB:.1f} GiB"
+        )
+        if not available:
+            return message + "; make d_sae or batch_size smaller"
+        message += f" of the {available / GIB:.1f} GiB there are"
+        per_token = (self.activations + self.entries + self.scratch) / self.batch_size
+        fixed = self.total - per_token * self.batch_size
+        tokens = int((0.9 * available - fixed) / per_token)
+        if tokens >= self.batch_size:
+            return message + "; something else holds memory on this device"
+        if tokens >= 256:
+            return message + f"; a batch_size of {tokens // 256 * 256} would fit"
+        width = int((0.9 * available - per_token * self.batch_size) / (fixed / self.d_sae))
+        if width < 1:
+            return message + "; make d_sae and batch_size smaller"
+        return message + f"; a d_sae of {1 << (width.bit_length() - 1)} would fit"
+
+
+def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128) -> TrainingMemory:
+    """What one SAE in training holds on its device, with room for ``l0`` entries a token."""
+    weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
+    operand = 2 if compute_dtype == "bf16" else 4
+    n_entries = int(l0 * batch_size)
+    return TrainingMemory(
+        d_model=d_model,
+        d_sae=d_sae,
+        batch_size=batch_size,
+        n_entries=n_entries,
+        weights=weights,
+        second_moments=weights,
+        copies=4 * d_model * d_sae if compute_dtype == "bf16" else 0,
+        # x, x − b_dec, x̂ − x and its rounding
+        activations=batch_size * d_model * (8 + 2 * operand),
+        entries=ENTRY_BYTES * n_entries,
+        scratch=min(SCRATCH, batch_size * d_sae * 33 // 8) + 24 * d_sae,
+    )

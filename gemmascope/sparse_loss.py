@@ -1,0 +1,86 @@
+"""The training loss as a differentiable scalar, its gradients formed on the entries: for one's own optimiser.
+
+    loss = sparse_loss(sae, x, Loss(coefficient=6e-4, bandwidth=1e-3))
+    loss.backward()
+
+Gradients add up over calls and can be clipped like any others. `SAETrainer` is faster: it never stores a gradient.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .kernels.dispatch import choose
+from .kernels.training import ACTIVE, Entries, training_operators
+from .losses import Loss
+from .sae import JumpReLUSAE
+
+# Room for this many entries a token is tried first, then as much as is needed.
+FIRST_ROOM = 128
+
+
+def _entries(ops, impl: str, arguments: tuple, n: int) -> Entries:
+    if impl == "reference":
+        return ops.encode_entries(*arguments, None)
+    room = FIRST_ROOM * n
+    while True:
+        entries = ops.encode_entries(*arguments, room)
+        n_entries = int(entries.offsets[-1])
+        if n_entries <= room:
+            return entries
+        room = n_entries
+
+
+class _SparseLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, pre_encoder_bias, loss, impl):
+        ops, n, d_sae = training_operators(impl), x.shape[0], threshold.shape[0]
+        x_centred = x - b_dec if pre_encoder_bias else x
+        entries = _entries(ops, impl, (x_centred, W_enc, b_enc, threshold, loss.bandwidth), n)
+        out = ops.residual_pass(entries, x, W_dec, b_dec)
+        transposed = ops.by_latent(entries, d_sae)
+        penalty, s = loss.l0_penalty(out.l0)
+        sums = ops.latent_pass(entries, out.u, transposed, threshold, s, loss.objective(n))
+        dW_enc, dW_dec = ops.weight_gradients(transposed, sums, out.residual, x_centred)
+        db_dec = out.residual.sum(0) * (2 / n)
+        if pre_encoder_bias:
+            db_dec = db_dec - ops.encoder_times(W_enc.T, sums.db_enc)
+        total = out.squared_error.mean() + penalty + loss.frequency_penalty(sums.firing_count, n)
+        if loss.sparsity == "tanh":
+            stored = torch.arange(len(entries.z), device=x.device) < entries.offsets[-1]
+            total = total + loss.tanh_penalty(torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0), n)
+        ctx.save_for_backward(dW_enc.T, sums.db_enc, dW_dec, db_dec, sums.dthreshold)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, *(grad * gradient for gradient in ctx.saved_tensors), None, None, None
+
+
+def sparse_loss(sae: JumpReLUSAE, x: Tensor, loss: Loss) -> Tensor:
+    """The scalar ``loss`` of x [N, d_model], N ≥ 1, with gradients for the five parameters of ``sae``.
+
+    x: fp32, on the SAE's device, divided by its input_scale; it gets no gradient. The SAE must be fp32 and store W_enc
+    latent-major, as `JumpReLUSAE` does. Waits for the device once, to learn how many latents fire. Raises ValueError or
+    TypeError for other inputs, and for a pre-activation loss, which only `loss_and_gradients` has.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.ndim != 2 or x.shape[1] != sae.d_model or x.shape[0] == 0:
+        raise ValueError(f"x: expected shape [N ≥ 1, {sae.d_model}], got {list(x.shape)}")
+    if x.dtype != sae.W_dec.dtype or x.dtype not in (torch.float32, torch.float64):
+        found = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, sae.W_dec))
+        raise TypeError(f"x: expected float32 for x and sae alike, got {found}")
+    if x.requires_grad:
+        raise ValueError("x: expected activations that need no gradient, got requires_grad=True")
+    if loss.pre_act_coefficient:
+        raise ValueError(
+            f"loss.pre_act_coefficient: expected 0 (loss_and_gradients has it), got {loss.pre_act_coefficient}"
+        )
+    if not (math.isfinite(loss.bandwidth) and loss.bandwidth > 0):
+        raise ValueError(f"loss.bandwidth: expected a finite number > 0, got {loss.bandwidth}")
+    impl = choose(sae.impl, x.device, x.dtype).impl
+    weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold)
+    return _SparseLoss.apply(x, *weights, sae.pre_encoder_bias, loss, impl)

@@ -1,0 +1,298 @@
+"""The routes of the training step against plain Adam on the written gradients, in fp64."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from gemmascope import step as step_module
+from gemmascope.kernels.dispatch import triton_problem
+from gemmascope.kernels.reference import Parameters
+from gemmascope.kernels.training import Rule
+from gemmascope.losses import loss_and_gradients
+from gemmascope.sae import JumpReLUSAE
+from gemmascope.step import TrainState, dense_step, reference_step, sparse_step
+from tests.test_losses import LOSSES
+
+D_MODEL, D_SAE, N = 10, 37, 21
+NAMES = Parameters._fields
+MOMENTS = {"W_enc": "W_enc_v", "b_enc": "b_enc_v", "W_dec": "W_dec_v", "threshold": "threshold_v"}
+
+needs_triton = pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
+IMPLS = [pytest.param("reference", id="reference"), pytest.param("triton", id="triton", marks=needs_triton)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def start(impl="reference", dtype=torch.float32, compute_dtype="fp32", seed=0, pre_encoder_bias=True, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    sae = JumpReLUSAE(
+        D_MODEL, D_SAE, threshold_init=0.15, pre_encoder_bias=pre_encoder_bias, impl=impl, generator=generator
+    )
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "b_dec", "threshold"):
+            parameter = getattr(sae, name)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        sae.threshold.clamp_(min=0.02)
+        sae.threshold[:3] = 3.0  # never fire, never move
+    sae = sae.to(device, dtype)
+    with torch.no_grad():
+        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))  # unit to the last digit: idle rows are not touched again
+    return TrainState.start(sae, compute_dtype)
+
+
+def copy_of(state):
+    """A state of its own; deepcopy would part the SAE's weights from the same weights by latent."""
+    twin = TrainState.start(copy.deepcopy(state.sae), state.compute_dtype)
+    for ours, theirs in zip(twin.latents, state.latents, strict=True):
+        if ours is not None:
+            ours.copy_(theirs)
+    for name in ("b_dec_v", "updates", "skipped", "stalled", "tokens_since_fired"):
+        getattr(twin, name).copy_(getattr(state, name))
+    return twin
+
+
+def data(steps, n=N, seed=7):
+    """Batches in which some latents fire rarely; one token twice, one that is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(n, D_MODEL, generator=generator) / D_MODEL**0.5
+        if n > 3:
+            x[1], x[2] = x[0], 0
+        yield x
+
+
+def rule(log_threshold=False, learning_rate=2e-3):
+    return Rule(learning_rate, 0.99, 1e-8, log_threshold)
+
+
+def take(route, state, x, loss, rule):
+    x = x.to(state.sae.W_dec)
+    if route == "sparse":
+        return sparse_step(state, x, loss, rule, None if state.impl == "reference" else N * D_SAE)
+    return {"dense": dense_step, "reference": reference_step}[route](state, x, loss, rule)
+
+
+def plain_adam(state, batches, loss, rule):
+    """Every parameter at every step, no latent skipped, in the dtype of the SAE; returns the second moments."""
+    sae = state.sae
+    v = {name: torch.zeros_like(getattr(sae, name)) for name in NAMES}
+    for step, x in enumerate(batches, start=1):
+        gradients = loss_and_gradients(sae, x.to(sae.W_dec), loss).gradients._asdict()
+        with torch.no_grad():
+            along = (gradients["W_dec"] * sae.W_dec).sum(1, keepdim=True)
+            gradients["W_dec"] = gradients["W_dec"] - along * sae.W_dec
+            if rule.log_threshold:
+                gradients["threshold"] = gradients["threshold"] * sae.threshold
+            for name, g in gradients.items():
+                p = getattr(sae, name)
+                v[name] = rule.beta2 * v[name] + (1 - rule.beta2) * g * g
+                change = rule.learning_rate * g / ((v[name] / (1 - rule.beta2**step)).sqrt() + rule.eps)
+                if name == "threshold" and rule.log_threshold:
+                    p.copy_(torch.exp(torch.log(p) - change))
+                else:
+                    p.sub_(change)
+            sae.threshold.clamp_(min=0)
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+    return v
+
+
+def everything(state):
+    """Parameters and settled second moments, by name."""
+    state = copy_of(state)
+    state.settle(0.99)
+    found = {name: getattr(state.sae, name).detach() for name in NAMES}
+    found |= {f"v of {name}": getattr(state.latents, field) for name, field in MOMENTS.items()}
+    found["v of W_enc"] = found["v of W_enc"].T
+    return found | {"v of b_dec": state.b_dec_v}
+
+
+def distance(found, exact):
+    return {
+        name: ((value.double().cpu() - exact[name].double()).norm() / exact[name].double().norm()).item()
+        for name, value in found.items()
+    }
+
+
+def expected_after(steps, loss, rule, dtype=torch.float64, pre_encoder_bias=True):
+    state = start(dtype=dtype, pre_encoder_bias=pre_encoder_bias)
+    v = plain_adam(state, data(steps), loss, rule)
+    return {name: getattr(state.sae, name).detach() for name in NAMES} | {f"v of {name}": v[name] for name in NAMES}
+
+
+ROUTES_64 = ["sparse", "dense", "reference"]
+FAST_LOSSES = {name: loss for name, loss in LOSSES.items() if not loss.pre_act_coefficient}
+
+
+@pytest.mark.parametrize("log_threshold", [False, True], ids=["raw", "log"])
+@pytest.mark.parametrize("loss", FAST_LOSSES.values(), ids=FAST_LOSSES)
+@pytest.mark.parametrize("route", ROUTES_64)
+def test_fifty_steps_equal_plain_adam_in_fp64(route, loss, log_threshold):
+    """In fp64 the routes are the same mathematics to the last digits: lazy decay, projection, every loss."""
+    state = start(dtype=torch.float64)
+    for x in data(50):
+        take(route, state, x, loss, rule(log_threshold))
+    assert state.updates == 50
+    for name, error in distance(everything(state), expected_after(50, loss, rule(log_threshold))).items():
+        assert error < 1e-9, f"{name}: {error:.2g}"
+
+
+def assert_as_good_as_eager(state, loss, rule, band):
+    """err(route) ≤ 2·err(plain PyTorch in fp32) + ``band``, after 50 steps, for every tensor."""
+    exact = expected_after(50, loss, rule)
+    eager = distance(expected_after(50, loss, rule, torch.float32), exact)
+    for name, error in distance(everything(state), exact).items():
+        assert error <= 2 * eager[name] + band, f"{name}: {error:.2g}, eager {eager[name]:.2g}"
+
+
+@pytest.mark.parametrize("log_threshold", [False, True], ids=["raw", "log"])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fifty_steps_in_fp32(impl, route, log_threshold):
+    state = start(impl, device=DEVICE if impl == "triton" else "cpu")
+    for x in data(50):
+        take(route, state, x, LOSSES["l0"], rule(log_threshold))
+    assert_as_good_as_eager(state, LOSSES["l0"], rule(log_threshold), torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("loss", FAST_LOSSES.values(), ids=FAST_LOSSES)
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+@needs_triton
+def test_every_loss_by_the_kernels(route, loss):
+    """A few steps from one state; fifty are the business of the test above."""
+    kernels, exact = start("triton", device=DEVICE), start(dtype=torch.float64)
+    eager = start()
+    for x in data(3):
+        for state in (kernels, exact, eager):
+            figures = take(route, state, x, loss, rule())
+    exact = everything(exact)
+    allowed = distance(everything(eager), exact)
+    for name, error in distance(everything(kernels), exact).items():
+        assert error <= 2 * allowed[name] + torch.finfo(torch.float32).eps, name
+    assert figures.loss.isfinite()
+
+
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bf16_operands(impl, route):
+    """Weights, second moments and the gate stay fp32; what separates bf16 from fp32 is the rounding of operands."""
+    state = start(impl, compute_dtype="bf16", device=DEVICE if impl == "triton" else "cpu")
+    for x in data(50):
+        take(route, state, x, LOSSES["l0"], rule())
+    exact = expected_after(50, LOSSES["l0"], rule())
+    found = everything(state)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    for name, error in distance(found, exact).items():
+        assert error <= 4 * torch.finfo(torch.bfloat16).eps, f"{name}: {error:.2g}"
+    assert torch.equal(state.latents.W_dec_low, state.latents.W_dec.bfloat16())
+    assert torch.equal(state.latents.W_enc_low, state.latents.W_enc.bfloat16())
+
+
+@needs_triton
+def test_bf16_kernels_equal_bf16_arithmetic():
+    """One step from one state: the kernels round where `training_reference` says, and nowhere else."""
+    for route in ("sparse", "dense"):
+        found = {}
+        for impl in ("reference", "triton"):
+            state = start(impl, compute_dtype="bf16", device=DEVICE if impl == "triton" else "cpu")
+            take(route, state, next(data(1)), LOSSES["l0"], rule())
+            found[impl] = everything(state)
+        for name, error in distance(found["triton"], {k: v.double() for k, v in found["reference"].items()}).items():
+            assert error <= 1e-3 * (10 if name.startswith("v of") else 1), f"{route} {name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_without_a_pre_encoder_bias(route):
+    state = start(dtype=torch.float64, pre_encoder_bias=False)
+    for x in data(20):
+        take(route, state, x, LOSSES["l0"], rule())
+    exact = expected_after(20, LOSSES["l0"], rule(), pre_encoder_bias=False)
+    assert max(distance(everything(state), exact).values()) < 1e-9
+
+
+def test_figures_are_the_loss_and_its_parts():
+    for route in ("sparse", "dense", "reference"):
+        for name, loss in FAST_LOSSES.items():
+            state, x = start(dtype=torch.float64), next(data(1)).double()
+            out = loss_and_gradients(state.sae, x, loss)
+            figures = take(route, state, x, loss, rule())
+            for field in ("loss", "squared_error", "l0", "n_entries"):
+                value, expected = getattr(figures, field).double(), getattr(out, field).double()
+                torch.testing.assert_close(value, expected, msg=f"{route} {name} {field}")
+
+
+def test_tiles_of_latents_change_nothing(monkeypatch):
+    loss = LOSSES["ste-all"]
+    states = []
+    for elements in (step_module.DENSE_ELEMENTS, N * 8):
+        monkeypatch.setattr(step_module, "DENSE_ELEMENTS", elements)
+        state = start(dtype=torch.float64)
+        for x in data(10):
+            dense_step(state, x.double(), loss, rule())
+        states.append(everything(state))
+    assert max(distance(states[0], states[1]).values()) < 1e-12
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("route", ["sparse", "dense", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_loss_that_is_not_finite_changes_no_bit(impl, route, value):
+    state = start(impl, device=DEVICE if impl == "triton" else "cpu")
+    batches = list(data(3))
+    take(route, state, batches[0], LOSSES["l0"], rule())
+    before = copy_of(state)
+    bad = batches[1].clone()
+    bad[4, 3] = value
+    figures = take(route, state, bad, LOSSES["l0"], rule())
+    assert not figures.loss.isfinite()
+    assert (state.updates, state.skipped) == (1, 1)
+    for ours, theirs in zip(state.latents, before.latents, strict=True):
+        assert ours is None or torch.equal(ours, theirs)
+    for name in ("b_dec_v", "tokens_since_fired"):
+        assert torch.equal(getattr(state, name), getattr(before, name))
+    assert torch.equal(state.sae.b_dec, before.sae.b_dec)
+    for after in (state, before):
+        take(route, after, batches[2], LOSSES["l0"], rule())
+    assert torch.equal(state.sae.W_dec, before.sae.W_dec)
+
+
+@needs_triton
+def test_entries_that_do_not_fit_change_no_bit():
+    state = start("triton", device=DEVICE)
+    batches = [x.to(DEVICE) for x in data(2)]
+    sparse_step(state, batches[0], LOSSES["l0"], rule(), N * D_SAE)
+    before = copy_of(state)
+    figures = sparse_step(state, batches[1], LOSSES["l0"], rule(), 50)
+    assert figures.n_entries > 50
+    assert (figures.stalled, state.updates, state.skipped) == (True, 1, 0)
+    for route in ("sparse", "dense"):  # until somebody makes room
+        take(route, state, batches[1], LOSSES["l0"], rule())
+    assert (state.updates, state.skipped) == (1, 0)
+    for ours, theirs in zip(state.latents, before.latents, strict=True):
+        assert ours is None or torch.equal(ours, theirs)
+    state.stalled.zero_()
+    for after in (state, before):
+        sparse_step(after, batches[1], LOSSES["l0"], rule(), N * D_SAE)
+    assert torch.equal(state.sae.W_dec, before.sae.W_dec)
+    assert torch.equal(state.sae.b_dec, before.sae.b_dec)
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+@needs_triton
+def test_same_input_same_bits(route, compute_dtype):
+    states = []
+    for _ in range(2):
+        state = start("triton", compute_dtype=compute_dtype, device=DEVICE)
+        for x in data(3):
+            take(route, state, x, LOSSES["l0"], rule())
+        states.append(everything(state))
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_other_strides():
+    state = start()
+    state.sae.W_enc.data = state.sae.W_enc.data.contiguous()
+    with pytest.raises(ValueError, match="sae: expected latent-major W_enc and W_dec, found other strides"):
+        TrainState.start(state.sae)
