@@ -380,7 +380,7 @@ def sparse_step(target: str) -> Iterator[Spec]:
                     "NUM_STAGES": config.num_stages,
                 },
                 num_warps=config.num_warps,
-                expects=prefetch if source == "entries" else ("load128",),
+                expects=prefetch if source == "entries" and not target.startswith("gfx") else (),
             )
 
 
