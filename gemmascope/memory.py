@@ -1,5 +1,6 @@
 """How much memory training an SAE takes, counted before it is asked for."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 GIB = 1 << 30
@@ -50,17 +51,22 @@ class TrainingMemory:
         if not available:
             return message + "; make d_sae or batch_size smaller"
         message += f" of the {available / GIB:.1f} GiB there are"
-        per_token = (self.activations + self.entries + self.scratch) / self.batch_size
-        fixed = self.total - per_token * self.batch_size
-        tokens = int((0.9 * available - fixed) / per_token)
-        if tokens >= self.batch_size:
+        if self.total < 0.9 * available:
             return message + "; something else holds memory on this device"
-        if tokens >= 256:
-            return message + f"; a batch_size of {tokens // 256 * 256} would fit"
-        width = int((0.9 * available - per_token * self.batch_size) / (fixed / self.d_sae))
-        if width < 1:
-            return message + "; make d_sae and batch_size smaller"
-        return message + f"; a d_sae of {1 << (width.bit_length() - 1)} would fit"
+        for name, smaller in (("batch_size", self._halvings("batch_size", 256)), ("d_sae", self._halvings("d_sae", 1))):
+            for size, total in smaller:
+                if total < 0.9 * available:
+                    return message + f"; a {name} of {size} would fit"
+        return message + "; make d_sae and batch_size smaller"
+
+    def _halvings(self, name: str, smallest: int) -> Iterator[tuple[int, int]]:
+        """Halves, quarters, … of a size and the total each would take."""
+        sizes = {"d_model": self.d_model, "d_sae": self.d_sae, "batch_size": self.batch_size}
+        sizes[name] //= 2
+        while sizes[name] >= smallest:
+            dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
+            yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0).total
+            sizes[name] //= 2
 
 
 def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128) -> TrainingMemory:

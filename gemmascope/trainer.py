@@ -161,7 +161,7 @@ class SAETrainer:
                 self._retire()
             return
         self.figures = figures
-        if self.config.route == "auto":
+        if self.config.route == "auto" and math.isfinite(figures["loss"]):
             self._choose_route(figures["n_entries"] / (len(job.x) * self.sae.d_sae))
 
     def _choose_route(self, density: float) -> None:

@@ -64,6 +64,30 @@ def test_short_takes_changes():
             {"threshold_parametrisation": "exp"}, ValueError, "expected 'log' or 'raw', got 'exp'", id="parametrisation"
         ),
         pytest.param({"b_dec_init": "median"}, ValueError, "expected 'zeros' or 'mean', got 'median'", id="b_dec"),
+        pytest.param({"sparsity": "l1"}, ValueError, "sparsity: expected 'l0' or .*, got 'l1'", id="sparsity"),
+        pytest.param({"l0_of": "row"}, ValueError, "l0_of: expected 'token' or 'batch', got 'row'", id="l0_of"),
+        pytest.param({"compute_dtype": "fp8"}, ValueError, "compute_dtype: expected .*, got 'fp8'", id="compute_dtype"),
+        pytest.param({"route": "fast"}, ValueError, "route: expected 'auto' or .*, got 'fast'", id="route"),
+        pytest.param({"ste_to_z": 1}, TypeError, "ste_to_z: expected a bool, got int", id="ste_to_z"),
+        pytest.param({"tanh_scale": 0}, ValueError, "tanh_scale: expected a finite number > 0, got 0", id="tanh_scale"),
+        pytest.param({"frequency_scale": -1}, ValueError, "frequency_scale: .* > 0, got -1", id="frequency_scale"),
+        pytest.param({"dead_after_tokens": 0}, ValueError, "dead_after_tokens: expected at least 1, got 0", id="dead"),
+        pytest.param({"sparsity": "target_l0", "target_l0": 0}, ValueError, "target_l0: .* > 0, got 0", id="target"),
+        pytest.param(
+            {"sparsity": "quadratic_l0"}, ValueError, "target_l0: expected a number with sparsity='quad", id="no-target"
+        ),
+        pytest.param(
+            {"pre_act_coefficient": 0.1},
+            ValueError,
+            "route: expected 'reference', the one with a pre-act",
+            id="pre-act",
+        ),
+        pytest.param(
+            {"compute_dtype": "bf16", "route": "reference"},
+            ValueError,
+            "compute_dtype: expected 'fp32' with route='reference', got 'bf16'",
+            id="reference-bf16",
+        ),
     ],
 )
 def test_messages(changes, error, message):

@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
+from gemmascope import trainer as trainer_module
 from gemmascope.buffer import batches
 from gemmascope.config import TrainConfig
-from gemmascope.errors import TrainingFailedError
+from gemmascope.errors import EnvironmentProblemError, TrainingFailedError
 from gemmascope.evaluate import evaluate_sae
 from gemmascope.kernels import reference
+from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.sites import Site
-from gemmascope.trainer import DEAD_AFTER_TOKENS, SAETrainer, train
+from gemmascope.trainer import SAETrainer, train
 
 
 def sample(n=400, d=8, seed=0, scale=7.0):
@@ -145,23 +147,103 @@ def test_one_sae_is_the_same_alone_and_in_company():
 
 
 def test_dead_latents_are_counted_by_tokens():
-    trainer = SAETrainer(config(batch_size=64), sample())
+    trainer = SAETrainer(config(dead_after_tokens=1500), sample())
     with torch.no_grad():
         trainer.sae.threshold[:3] = 1e6
-    out = None
-    for _ in range(math.ceil(DEAD_AFTER_TOKENS / 400)):
-        out = trainer.update(sample(400))
-    assert trainer.report(out)["dead"] >= 3 / 24
-    assert (trainer.tokens_since_fired[:3] >= DEAD_AFTER_TOKENS).all()
+    for _ in range(3):
+        trainer.update(sample(400))
+    assert trainer.report()["dead"] == 0
+    trainer.update(sample(400))
+    assert trainer.report()["dead"] >= 3 / 24
+    assert (trainer.state.tokens_since_fired[:3] == 1600).all()
 
 
-def test_a_loss_that_is_not_finite_ends_training():
+def test_steps_that_are_not_finite_are_skipped_and_counted():
     rows, site = sample(), Site(1, "resid")
-    trainer = SAETrainer(config(), rows)
     bad = rows[:64].clone()
     bad[5, 2] = math.nan
-    with pytest.raises(TrainingFailedError, match=r"layer_1/resid: the loss is nan at step 1; lower the learning rate"):
-        train({site: trainer}, [{site: bad}], log_every=1)
+    good = list(batches({site: rows}, 64, 4, seed=0))
+    trainers, logged = [SAETrainer(config(lr_warmup_steps=0, l0_warmup_steps=0), rows) for _ in range(2)], []
+    stream = [good[0], good[1], {site: bad}, good[2], good[3]]
+    train({site: trainers[0]}, stream, log_every=5, log=lambda step, rows: logged.append(rows))
+    train({site: trainers[1]}, good, log_every=4)
+    assert logged[-1]["layer_1/resid"]["skipped"] == 1
+    for ours, theirs in zip(trainers[0].sae.parameters(), trainers[1].sae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_training_ends_when_no_step_is_finite():
+    rows, site = sample(), Site(1, "resid")
+    bad = torch.full((64, 8), math.nan)
+    message = r"layer_1/resid: the loss was not finite in the 2 steps up to step 4; lower the learning rate"
+    with pytest.raises(TrainingFailedError, match=message):
+        train({site: SAETrainer(config(), rows)}, [{site: x} for x in (rows[:64], bad, bad, bad)], log_every=2)
+
+
+def test_an_empty_batch():
+    with pytest.raises(ValueError, match="x: expected at least one token, got an empty batch"):
+        SAETrainer(config(), sample()).update(torch.zeros(0, 8))
+
+
+def trained(route, steps=120, impl="auto", run_ahead=0, room=None, **changes):
+    rows, site = sample(2000, seed=1), Site(0, "resid")
+    settings = config(steps=steps, learning_rate=5e-3, l0_coefficient=0.01, l0_warmup_steps=50, route=route, **changes)
+    trainer = SAETrainer(settings, rows, impl=impl)
+    trainer.run_ahead, trainer.capacity = run_ahead, room
+    routes = []
+    for batch in batches({site: rows}, settings.batch_size, steps, seed=3):
+        trainer.update(batch[site])
+        routes.append(trainer.route)
+    trainer.flush()
+    return trainer, routes
+
+
+def test_a_run_that_switches_equals_those_that_do_not(monkeypatch):
+    for name, value in (("DENSE_ABOVE", 0.3), ("SPARSE_BELOW", 0.25)):
+        monkeypatch.setitem(getattr(trainer_module, name), "cpu", value)
+    switched, routes = trained("auto")
+    first = routes.index("sparse")
+    assert 0 < first < 100
+    assert routes[:first] == ["dense"] * first
+    for route in ("dense", "sparse", "reference"):
+        other, _ = trained(route)
+        for name, figure in switched.report().items():
+            assert other.report()[name] == pytest.approx(figure, rel=1e-3, abs=1e-6), f"{route}: {name}"
+        for ours, theirs in zip(switched.sae.parameters(), other.sae.parameters(), strict=True):
+            assert (ours - theirs).norm() <= 1e-3 * ours.norm()
+
+
+def test_the_switch_has_hysteresis():
+    trainer = SAETrainer(config(route="auto"), sample())
+    seen = []
+    for density in (0.9, 0.14, 0.13, 0.11, 0.13, 0.15, 0.17, 0.13):
+        trainer._choose_route(density)
+        seen.append(trainer.route)
+    assert seen == ["dense"] * 3 + ["sparse"] * 3 + ["dense"] * 2
+
+
+@pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
+def test_steps_without_room_are_repeated_in_order():
+    """The host looks at a step's figures two steps later; the repetition must leave the same bits all the same."""
+    changes = {"steps": 7, "impl": "triton", "batch_size": 16, "lr_warmup_steps": 0}
+    roomy, _ = trained("sparse", room=16 * 24, **changes)
+    cramped, _ = trained("sparse", run_ahead=2, room=8, **changes)
+    assert cramped.capacity > 8
+    assert cramped.state.updates == 7
+    for ours, theirs in zip(roomy.state.latents[:9], cramped.state.latents[:9], strict=True):
+        assert torch.equal(ours, theirs)
+    assert roomy.report() == cramped.report()
+
+
+def test_out_of_memory_names_sizes_and_a_way_out(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer_module, "dense_step", fail)
+    trainer = SAETrainer(config(), sample())
+    with pytest.raises(EnvironmentProblemError, match=r"^out of memory: d_model 8, d_sae 24, batch of 64 tokens take"):
+        trainer.update(sample(64))
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(5, 4), torch.full((5, 4), math.inf), torch.ones(5, 4)])
