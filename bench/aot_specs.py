@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gemmascope.kernels import _decode, _encode, _encode_gemm, _jumprelu, _latents, _residual, _update
+from gemmascope.kernels import _decode, _dense, _encode, _encode_gemm, _entries, _jumprelu, _latents, _residual, _update
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,78 @@ def training_encode(target: str) -> Iterator[Spec]:
                 name = f"training_{mode}_{kind}_{tile}_{config.input_precision if tf32 else dtype}"
                 yield encode_gemm(target, name, config, dtype, mode)
 
+    segments = {"n_words": "i32", "per_row": "i32"}
+    yield Spec(
+        name="training_entries_move",
+        kernel=_entries._entries_kernel,
+        arguments={
+            "words_ptr": "*i32",
+            "z_ptr": "*fp32",
+            "threshold_ptr": "*fp32",
+            "starts_ptr": "*i64",
+            "z_out_ptr": "*fp32",
+            "latents_ptr": "*i32",
+            "tokens_ptr": "*i32",
+            "first_token": "i32",
+            "capacity": "i32",
+            "F": "i32",
+            **segments,
+        },
+        constants={"WORDS": _encode.SEGMENT // 32},
+        num_warps=1,
+        unaligned=("per_row",),
+        expects=() if target.startswith("gfx") else ("load128",),  # two words a lane of 64
+    )
+
+
+def dense(target: str) -> Iterator[Spec]:
+    sizes = {"N": "i32", "F": "i32", "n_words": "i32"}
+    count, backward = _dense.COUNT, _dense.BACKWARD
+    yield Spec(
+        name="dense_count",
+        kernel=_dense._count_bits_kernel,
+        arguments={
+            "active_ptr": "*i32",
+            "window_ptr": "*i32",
+            "l0_ptr": "*i32",
+            "firing_count_ptr": "*i32",
+            "touched_ptr": "*i32",
+            **sizes,
+        },
+        constants={"BLOCK_N": count.block_n, "WORDS": count.words, "TILES": count.tiles},
+        num_warps=count.num_warps,
+        expects=("atomic",),
+    )
+    for dtype, options in (("bf16", False), ("bf16", True), ("fp32", False)):
+        yield Spec(
+            name=f"dense_bwd_{dtype}{'_tanh_ste' if options else ''}",
+            kernel=_dense._dense_bwd_kernel,
+            arguments={
+                "u_ptr": f"*{dtype}",
+                "f_ptr": f"*{dtype}",
+                "active_ptr": "*i32",
+                "window_ptr": "*i32",
+                "threshold_ptr": "*fp32",
+                "s_ptr": "*fp32",
+                "firing_count_ptr": "*i32",
+                "partial_ptr": "*fp32",
+                "stride_un": "i32",
+                **dict.fromkeys(("scale", "bandwidth", "frequency_slope", "tanh_slope", "tanh_scale"), "fp32"),
+                **sizes,
+            },
+            constants={
+                "stride_uf": 1,
+                "HAS_TANH": options,
+                "STE_TO_Z": options,
+                "BLOCK_N": backward.block_n,
+                "WORDS": backward.words,
+                "TILES": backward.tiles,
+            },
+            num_warps=backward.num_warps,
+            # Four waves of 64 have eight bytes each of a tile of bf16.
+            expects=() if target.startswith("gfx") and dtype == "bf16" else ("load128", "store128"),
+        )
+
 
 def decode(target: str) -> Iterator[Spec]:
     gather, dot = _decode.GATHER, _decode.DOT
@@ -384,7 +456,7 @@ def sparse_step(target: str) -> Iterator[Spec]:
             )
 
 
-OPERATORS = (jumprelu, encode, training_encode, decode, sparse_step)
+OPERATORS = (jumprelu, encode, training_encode, dense, decode, sparse_step)
 
 
 def specs(target: str) -> list[Spec]:

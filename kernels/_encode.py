@@ -31,13 +31,6 @@ def _popcount(words):  # uint32
     return ((halves + (halves >> 16)) & 0x3F).to(tl.int32)
 
 
-@triton.jit
-def _without_lowest(words):
-    """The words (uint32) without their lowest bit, and its number; an empty word stays empty."""
-    lower = words - (words != 0).to(tl.uint32)
-    return words & lower, _popcount(lower & (lower ^ words))
-
-
 @triton.jit(do_not_specialize=["n_segments"])
 def _count_kernel(words_ptr, counts_ptr, n_segments, n_words, per_row, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     """Kept entries of each segment: WORDS words of one row, ``per_row`` segments a row, BLOCK segments a program."""
@@ -66,12 +59,12 @@ def _compact_kernel(
         position = tl.cumsum(counts, 0) - counts
         for _ in range(tl.max(counts, 0)):  # each word gives up its lowest bit
             kept = words != 0
-            rest, bit = _without_lowest(words)
-            latent = word_columns * 32 + bit
+            lower = words - kept.to(tl.uint32)
+            latent = word_columns * 32 + _popcount(lower & (lower ^ words))
             z = tl.load(z_ptr + row * F + latent, mask=kept, other=0.0)
             tl.store(values_ptr + start + position, z, mask=kept)
             tl.store(indices_ptr + start + position, latent, mask=kept)
-            words = rest
+            words = words & lower
             position += 1
 
 

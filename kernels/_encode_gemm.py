@@ -117,31 +117,33 @@ def _gate_slab(
     acc, rows, first_column, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F,
     MODE: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Bias, gate, bits and values of one [BLOCK_M, WIDTH] slab of the accumulator."""
+    """Bias, gate, values and bits of one [BLOCK_M, WIDTH] slab of the accumulator."""
     columns = first_column + tl.arange(0, WIDTH)
-    in_columns = columns < F
-    in_slab = (rows < N)[:, None] & in_columns[None, :]
+    in_rows, in_columns = rows < N, columns < F
     b_enc = tl.load(b_enc_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
     threshold = tl.load(threshold_ptr + columns, mask=in_columns, other=0.0)[None, :]
     z = acc + b_enc[None, :]
-    # Not the opposite of z > θ: what is neither active nor a finite z at most θ is bad input.
+    active = z > threshold
+    # What is neither active nor a finite z at most θ is bad input and must stay visible: NaN, -Inf, or a NaN θ.
     inactive = (z <= threshold) & (tl.abs(z) < float("inf"))
-    outputs = z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
-    if MODE == "dense":
-        f = tl.where(z > threshold, z, tl.where(inactive, 0.0, float("nan")))
-        tl.store(outputs, f.to(z_ptr.dtype.element_ty), mask=in_slab)
-        _store_bits(words_ptr, ~inactive & in_slab, rows, first_column, N, F, BLOCK_M, WIDTH)
-        inside = ~(tl.abs(z - threshold) >= half_bandwidth)
-        _store_bits(window_ptr, inside & in_slab, rows, first_column, N, F, BLOCK_M, WIDTH)
+    marked = ~inactive & in_rows[:, None] & in_columns[None, :]
+    stored = marked
+    if MODE == "inference":
+        value = tl.where(active, z, float("nan"))
+    elif MODE == "entries":
+        value = z
+        inside = (tl.abs(z - threshold) < half_bandwidth) & in_rows[:, None] & in_columns[None, :]
+        marked = marked | inside
+        stored = marked
     else:
-        if MODE == "entries":
-            value = z
-            kept = ~(inactive & (tl.abs(z - threshold) >= half_bandwidth)) & in_slab
-        else:
-            value = tl.where(z > threshold, z, float("nan"))
-            kept = ~inactive & in_slab
-        tl.store(outputs, value, mask=kept)
-        _store_bits(words_ptr, kept, rows, first_column, N, F, BLOCK_M, WIDTH)
+        value = tl.where(active, z, tl.where(inactive, 0.0, float("nan")))
+        stored = in_rows[:, None] & in_columns[None, :]
+        # Not <, so that NaN counts as touched.
+        inside = ~(tl.abs(z - threshold) >= half_bandwidth) & stored
+        _store_bits(window_ptr, inside, rows, first_column, N, F, BLOCK_M, WIDTH)
+    outputs = z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
+    tl.store(outputs, value.to(z_ptr.dtype.element_ty), mask=stored)
+    _store_bits(words_ptr, marked, rows, first_column, N, F, BLOCK_M, WIDTH)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import on_device
-from ._encode import SEGMENT, _count, _popcount, _without_lowest
+from ._encode import SEGMENT, _count, _popcount
 from ._encode_gemm import encode_gemm, launch_config, tokens_per_chunk, words_per_row
 from .training import ACTIVE, Entries
 
@@ -37,10 +37,10 @@ def _entries_kernel(
         words = tl.load(words_ptr + row * n_words + word_columns, mask=word_columns < n_words, other=0).to(tl.uint32)
         counts = _popcount(words)
         position = start + tl.cumsum(counts, 0) - counts
-        for _ in range(tl.max(counts, 0)):
+        for _ in range(tl.max(counts, 0)):  # each word gives up its lowest bit
             kept = words != 0
-            words, bit = _without_lowest(words)
-            latent = word_columns * 32 + bit
+            lower = words - kept.to(tl.uint32)
+            latent = word_columns * 32 + _popcount(lower & (lower ^ words))
             z = tl.load(z_ptr + row * F + latent, mask=kept, other=0.0)
             threshold = tl.load(threshold_ptr + latent, mask=kept, other=0.0)
             inactive = (z <= threshold) & (tl.abs(z) < float("inf"))
@@ -48,6 +48,7 @@ def _entries_kernel(
             tl.store(z_out_ptr + position, z, mask=stored)
             tl.store(latents_ptr + position, tl.where(inactive, latent, latent | _ACTIVE), mask=stored)
             tl.store(tokens_ptr + position, tl.zeros([WORDS], tl.int32) + first_token + row.to(tl.int32), mask=stored)
+            words = words & lower
             position += 1
 
 
