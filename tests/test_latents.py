@@ -88,7 +88,8 @@ def test_lists_around_the_gather(small_tiles, tokens):
 def test_ties(objective, device):
     """Multiples of ε/2: z = θ is in the window but not active, |z − θ| = ε/2 is out of the window."""
     z, threshold = lattice(9, 11, step=BANDWIDTH / 2, reach=3), lattice(11, step=BANDWIDTH / 2, reach=2, seed=1).abs()
-    assert (z == threshold).any() and ((z - threshold) == BANDWIDTH / 2).any()
+    assert (z == threshold).any()
+    assert ((z - threshold) == BANDWIDTH / 2).any()
     entries = Entries(*(t.to(device) for t in from_pre_activations(z, threshold)))
     u = normal(len(entries.z), device=device)
     arguments = entries, u, by_latent(entries, 11), threshold.to(device), normal(9, device=device, seed=1)
@@ -188,7 +189,8 @@ def test_by_latent_sorts_tokens_within_latents(device):
     assert torch.equal(order[:nnz].sort().values, torch.arange(nnz, device=device))
     assert (keys[order[:nnz]].diff() > 0).all()
     counts = torch.bincount((entries.latents[:nnz] & LATENT).long(), minlength=7)
-    assert torch.equal(offsets.diff(), counts) and offsets[0] == 0
+    assert torch.equal(offsets.diff(), counts)
+    assert offsets[0] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
