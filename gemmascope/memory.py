@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 GIB = 1 << 30
 # What the encode holds for one chunk of tokens, as `kernels/_encode.py` has it.
 SCRATCH = GIB
@@ -67,6 +69,11 @@ class TrainingMemory:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
             yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0).total
             sizes[name] //= 2
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; 0 for other devices, where it is not known."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128) -> TrainingMemory:

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .errors import EnvironmentProblemError, TrainingFailedError
 from .kernels.training import Rule
-from .memory import training_memory
+from .memory import TrainingMemory, available_memory, training_memory
 from .sae import JumpReLUSAE
 from .sites import Site
 from .step import StepFigures, TrainState, dense_step, reference_step, sparse_step
@@ -44,7 +44,7 @@ class SAETrainer:
 
     sample: [n, d_model] activations that set the input scale C (mean squared norm 1 after division), the variance that
     FVU is measured against and, with ``b_dec_init="mean"``, b_dec. Raises ValueError when they are not finite, are all
-    zero or do not vary.
+    zero or do not vary, and EnvironmentProblemError when the device has too little free memory.
 
     A step whose loss is not finite changes nothing but the count of skipped steps.
     """
@@ -66,6 +66,10 @@ class SAETrainer:
             raise ValueError(f"sample: expected finite activations that vary, got mean squared norm {mean_square:.3g}")
         scale = math.sqrt(mean_square)
         self.config = config
+        device = torch.device(device or "cpu")
+        memory, available = self.memory(config, sample.shape[1]), available_memory(device)
+        if available and memory.total > available:
+            raise EnvironmentProblemError(memory.advice(available))
         self.variance = float(variance) / scale**2
         self.sae = JumpReLUSAE(
             sample.shape[1],
@@ -88,6 +92,11 @@ class SAETrainer:
         self.run_ahead = RUN_AHEAD if self.sae.W_dec.is_cuda else 0
         self._pending: deque[_Job] = deque()
 
+    @staticmethod
+    def memory(config: TrainConfig, d_model: int) -> TrainingMemory:
+        """What training an SAE on activations of that width takes on its device."""
+        return training_memory(d_model, config.d_sae, config.batch_size, config.compute_dtype)
+
     def update(self, x_raw: Tensor) -> None:
         """One step on activations [N, d_model] as harvested.
 
@@ -109,7 +118,7 @@ class SAETrainer:
             self._retire()
 
     def _launch(self, x: Tensor, step: int, route: str) -> None:
-        config, state = self.config, self.state
+        config, state, sae = self.config, self.state, self.sae
         loss = config.loss_at(step)
         rule = Rule(
             config.learning_rate_at(step),
@@ -126,7 +135,8 @@ class SAETrainer:
                 dead = state.tokens_since_fired >= config.dead_after_tokens if config.pre_act_coefficient else None
                 figures = reference_step(state, x, loss, rule, dead)
         except torch.OutOfMemoryError as error:
-            raise EnvironmentProblemError(self._out_of_memory(len(x))) from error
+            memory = self.memory(replace(config, batch_size=len(x)), sae.d_model)
+            raise EnvironmentProblemError(memory.advice(available_memory(x.device))) from error
         packed, copied = figures.pack(), None
         if packed.is_cuda:
             packed = packed.to("cpu", non_blocking=True)
@@ -170,12 +180,6 @@ class SAETrainer:
             self.route = "dense"
         elif density < SPARSE_BELOW[device]:
             self.route = "sparse"
-
-    def _out_of_memory(self, n_tokens: int) -> str:
-        config, d_model = self.config, self.sae.d_model
-        device = self.sae.W_dec.device
-        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        return training_memory(d_model, config.d_sae, n_tokens, config.compute_dtype).advice(total)
 
     def report(self) -> dict[str, float]:
         """The figures of the last step, measured before its update."""

@@ -6,7 +6,7 @@ import torch
 from gemmascope import sparse_loss as sparse_loss_module
 from gemmascope.losses import Loss, loss_and_gradients
 from gemmascope.sparse_loss import sparse_loss
-from tests.test_step import DEVICE, FAST_LOSSES, NAMES, N, data, needs_triton, start
+from tests.test_step import DEVICE, FAST_LOSSES, LARGE, NAMES, SMALL, data, needs_triton, start
 
 
 def gradients(sae):
@@ -30,9 +30,9 @@ def test_gradients_are_the_written_ones(loss, pre_encoder_bias):
 @pytest.mark.parametrize("first_room", [1, 128], ids=["grows", "fits"])
 def test_the_kernels(monkeypatch, first_room):
     monkeypatch.setattr(sparse_loss_module, "FIRST_ROOM", first_room)
-    loss, x = FAST_LOSSES["ste-all"], next(data(1))
-    sae, exact = start("triton", device=DEVICE).sae, start(dtype=torch.float64).sae
-    eager = start().sae
+    loss, x = FAST_LOSSES["ste-all"], next(data(1, SMALL))
+    sae, exact = start("triton").sae, start(dtype=torch.float64, sizes=SMALL).sae
+    eager = start(sizes=SMALL).sae
     sparse_loss(sae, x.to(DEVICE), loss).backward()
     expected = loss_and_gradients(exact, x.double(), loss).gradients
     allowed = loss_and_gradients(eager, x, loss).gradients
@@ -55,7 +55,7 @@ def test_gradients_add_up_and_scale():
 def test_any_optimiser_and_clipping():
     sae, loss = start().sae, Loss(1e-3, 0.05)
     optimiser = torch.optim.AdamW(sae.parameters(), lr=3e-3)
-    batches = list(data(60, n=4 * N))
+    batches = list(data(60, LARGE._replace(n=80)))
     values = []
     for x in batches:
         optimiser.zero_grad()

@@ -226,11 +226,11 @@ def test_the_switch_has_hysteresis():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
 def test_steps_without_room_are_repeated_in_order():
     """The host looks at a step's figures two steps later; the repetition must leave the same bits all the same."""
-    changes = {"steps": 7, "impl": "triton", "batch_size": 16, "lr_warmup_steps": 0}
-    roomy, _ = trained("sparse", room=16 * 24, **changes)
+    changes = {"steps": 6, "impl": "triton", "batch_size": 6, "d_sae": 10, "lr_warmup_steps": 0}
+    roomy, _ = trained("sparse", room=60, **changes)
     cramped, _ = trained("sparse", run_ahead=2, room=8, **changes)
     assert cramped.capacity > 8
-    assert cramped.state.updates == 7
+    assert cramped.state.updates == 6
     for ours, theirs in zip(roomy.state.latents[:9], cramped.state.latents[:9], strict=True):
         assert torch.equal(ours, theirs)
     assert roomy.report() == cramped.report()
@@ -244,6 +244,13 @@ def test_out_of_memory_names_sizes_and_a_way_out(monkeypatch):
     trainer = SAETrainer(config(), sample())
     with pytest.raises(EnvironmentProblemError, match=r"^out of memory: d_model 8, d_sae 24, batch of 64 tokens take"):
         trainer.update(sample(64))
+
+
+def test_too_little_memory_is_said_before_anything_is_allocated(monkeypatch):
+    monkeypatch.setattr(trainer_module, "available_memory", lambda device: 1 << 30)
+    message = r"d_sae 1048576, batch of 4096 tokens take about .* of the 1.0 GiB there are; a d_sae of 32768 would"
+    with pytest.raises(EnvironmentProblemError, match=message):
+        SAETrainer(TrainConfig(d_sae=1 << 20, batch_size=4096), sample())
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(5, 4), torch.full((5, 4), math.inf), torch.ones(5, 4)])
