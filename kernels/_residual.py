@@ -70,7 +70,7 @@ def _residual_kernel(
         x = tl.load(x_ptr + n * stride_xn + wide_columns * stride_xd, mask=in_columns, other=0.0).to(tl.float32)
         b_dec = tl.load(b_dec_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
         residual = tl.sum(acc, 0) + b_dec - x
-        squared += residual * residual
+        squared += tl.where(in_columns, residual * residual, 0.0)  # an infinite f is NaN past the row
         tl.store(residual_row + columns, residual.to(residual_ptr.dtype.element_ty), mask=in_columns)
     tl.store(squared_error_ptr + n, tl.sum(squared, 0))
 

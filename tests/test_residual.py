@@ -130,10 +130,10 @@ def test_wide_input_is_not_rounded_first(device):
 def test_bad_input_stays_visible(where, bad, device):
     inputs = batch(6, 12, 9, device=device)
     if where == "z":
-        z = normal(6, 12)
-        z[2, 5] = bad
-        entries = from_pre_activations(z, inputs.threshold.cpu())
-        inputs = inputs._replace(entries=Entries(*(t.to(device) for t in entries)))
+        place = int(inputs.entries.offsets[2])
+        inputs.entries.z[place] = bad
+        flag = 0 if bad == -torch.inf else ACTIVE
+        inputs.entries.latents[place] = (inputs.entries.latents[place] & LATENT) + flag
     else:
         latent = (inputs.entries.latents[inputs.entries.offsets[4]] & LATENT).item()
         target = getattr(inputs, where)
