@@ -132,8 +132,8 @@ def _dense_bwd_kernel(
         if STE_TO_Z:
             dz -= q
         tl.store(u_ptrs, dz.to(u_ptr.dtype.element_ty), mask=mask)
-        db_enc += tl.where(mask, dz, 0.0)
-        dthreshold += tl.where(mask, q, 0.0)
+        db_enc += dz  # masked lanes have no bits and add 0
+        dthreshold += q
     # partial [2, programs over N, F]: the sums for db_enc, then those for dθ
     partial = partial_ptr + tl.program_id(1).to(tl.int64) * F + columns
     tl.store(partial, tl.sum(db_enc, axis=0), mask=in_columns)
