@@ -1,0 +1,47 @@
+"""The comparison of the routes, on activations small enough for a test."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bench import routes
+from tests.test_trainer import sample
+
+
+@pytest.fixture
+def activations(tmp_path):
+    path = tmp_path / "activations.safetensors"
+    rows = {f"layer_{layer}/resid": sample(3000, seed=layer).bfloat16() for layer in range(2)}
+    save_file(rows, path)
+    return path
+
+
+def test_the_routes_train_the_same_saes(activations, capsys):
+    assert routes.main([str(activations), "--steps", "60", "--sites", "1", "--device", "cpu"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(routes.ROUTES)]
+    assert [row[0] for row in rows] == list(routes.ROUTES)
+    assert all(float(row[2].rstrip("%")) < 1 for row in rows)
+
+
+def test_a_route_that_differs_is_noticed(activations, monkeypatch):
+    train_suite = routes.train_suite
+
+    def spoilt(rows, config, impl, device):
+        found = train_suite(rows, config, impl, device)
+        if config.route == "sparse":
+            found["figures"]["layer_0/resid"]["fvu"] *= 1.02
+        return found
+
+    monkeypatch.setattr(routes, "train_suite", spoilt)
+    assert routes.main([str(activations), "--steps", "10", "--sites", "1", "--device", "cpu"]) == 1
+
+
+def test_deviations_are_the_worst_site():
+    figures = {"a": {"l0": 2.0, "fvu": 0.5}, "b": {"l0": 4.0, "fvu": 0.25}}
+    reference = {"figures": figures, "curves": {"a": [1.0, 2.0], "b": [1.0, 1.0]}}
+    found = {
+        "figures": {"a": {"l0": 2.2, "fvu": 0.5}, "b": {"l0": 4.0, "fvu": 0.2}},
+        "curves": {"a": [1.0, 2.0], "b": [1.0, 1.5]},
+    }
+    assert routes.deviations(found, reference) == pytest.approx({"l0": 0.1, "fvu": 0.2, "curve": 0.5})
+    assert torch.tensor(list(routes.deviations(reference, reference).values())).eq(0).all()
