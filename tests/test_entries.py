@@ -121,8 +121,8 @@ def test_matches_reference(use, N, F, d):
 )
 def test_every_tiling_matches_reference(use, config, dtype):
     use(config)
-    # A tail along every dimension; rows of 16-byte words, which descriptors need.
-    arguments = operands(config.block_m + 1, config.block_k + 8, config.block_n + 33, dtype, sigmas=2.5)
+    # Tails; rows of 16-byte words, which descriptors need.
+    arguments = operands(17, config.block_k + 8, config.block_n + 33, dtype, sigmas=2.5)
     assert_matches_reference(*arguments, encode_entries(*arguments, BANDWIDTH, 9000))
 
 
@@ -143,10 +143,13 @@ def test_ties(device, dtype):
 
 
 def test_several_segments(device):
-    # Three segments a row, the last a partial one that ends inside a word.
-    arguments = lattice_operands(3, 5, 2 * _encode.SEGMENT + 45, device=device)
-    capacity = 3 * arguments[1].shape[1]
-    assert_equals_reference(arguments, capacity, encode_entries(*arguments, BANDWIDTH, capacity))
+    # Two segments a row, the last a partial one that ends inside a word.
+    *rest, threshold = lattice_operands(2, 5, _encode.SEGMENT + 45, device=device)
+    arguments = *rest, threshold + 6
+    capacity = 2 * arguments[1].shape[1]
+    entries = encode_entries(*arguments, BANDWIDTH, capacity)
+    assert entries.offsets[-1] > 50
+    assert_equals_reference(arguments, capacity, entries)
 
 
 def test_rows_with_nothing_and_with_everything(device):
