@@ -6,7 +6,7 @@ the operator's own configuration table, and name it in `OPERATORS`.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -356,8 +356,24 @@ def decode(target: str) -> Iterator[Spec]:
         )
 
 
+def with_ones(spec: Spec, *sizes: str) -> Spec:
+    """The compilation for sizes of 1, which the JIT makes constants and the interpreter does not show."""
+    arguments = {name: kind for name, kind in spec.arguments.items() if name not in sizes}
+    constants = spec.constants | dict.fromkeys(sizes, 1)
+    return replace(spec, name=f"{spec.name}_ones", arguments=arguments, constants=constants, expects=())
+
+
 def sparse_step(target: str) -> Iterator[Spec]:
     """The passes of a training step over the entries, and the update."""
+    chosen = list(sparse_step_specs(target))
+    yield from chosen
+    if target == "sm_90":
+        sizes = {"residual_bf16": ("capacity", "D", "stride_xn", "stride_wf"), "latents": ("F",)}
+        sizes |= dict.fromkeys(("update_entries_bf16", "update_dense_bf16"), ("D",))
+        yield from (with_ones(spec, *sizes[spec.name]) for spec in chosen if spec.name in sizes)
+
+
+def sparse_step_specs(target: str) -> Iterator[Spec]:
     prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
     entries = {"z_ptr": "*fp32", "latents_ptr": "*i32", "offsets_ptr": "*i64"}
     config = _residual.CONFIG
