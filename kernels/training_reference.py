@@ -47,7 +47,7 @@ def encode_entries(
     active = ~(values <= theta)
     kept = active | ((values - theta).abs() < bandwidth / 2) | values.isinf()
     offsets = F.pad(torch.bincount(token[kept], minlength=x.shape[0]).cumsum(0), (1, 0))
-    latent = latent.to(torch.int32) + ACTIVE * active
+    latent = (latent + ACTIVE * active).to(torch.int32)
     values, latent, token = (t[kept][:capacity] for t in (values, latent, token.to(torch.int32)))
     room = 0 if capacity is None else capacity - len(values)
     return Entries(

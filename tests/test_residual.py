@@ -64,6 +64,11 @@ def test_entries_around_the_gather(small_tiles, F):
     check(entries, normal(2, 7), normal(F, 7, seed=1), normal(7, seed=2))
 
 
+def test_entries_of_the_reference_have_the_dtypes_of_the_contract():
+    """What the kernels are tested with must be what they will meet."""
+    assert [t.dtype for t in batch(3, 4, 2).entries] == [torch.float32, torch.int32, torch.int32, torch.int64]
+
+
 def test_window_entries_have_u_but_no_part_in_the_reconstruction(device):
     z = torch.tensor([[0.4, 0.8, 0.6]])  # below θ inside the window, active in it, a tie
     entries = Entries(*(t.to(device) for t in from_pre_activations(z, torch.full((3,), 0.6))))
@@ -103,6 +108,19 @@ def test_entries_beyond_the_capacity(missing, device):
     entries = int(whole.entries.offsets[complete])
     assert_bitwise_equal("u", part.u[:entries], full.u[:entries])
     assert part.l0.sum() == (cut.entries.latents[:capacity] >= ACTIVE).sum()
+
+
+def test_capacity_short_by_billions(device):
+    """What a dense batch of a wide SAE needs: the distance to the capacity does not fit 32 bits."""
+    inputs = batch(2, 9, 4, device=device)
+    capacity = len(inputs.entries.z)
+    offsets = torch.tensor([0, capacity + 2**31 + 10, capacity + 2**32], device=device)
+    entries = inputs.entries._replace(
+        offsets=offsets, z=torch.ones_like(inputs.entries.z), latents=torch.full_like(inputs.entries.latents, ACTIVE)
+    )
+    out = residual_pass(entries, inputs.x, inputs.W_dec, inputs.b_dec)
+    assert_bitwise_equal("residual", out.residual[1], inputs.b_dec - inputs.x[1])
+    assert out.l0.tolist() == [capacity, 0]
 
 
 @interpreted
