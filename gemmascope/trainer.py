@@ -139,8 +139,8 @@ class SAETrainer:
             raise EnvironmentProblemError(memory.advice(available_memory(x.device))) from error
         packed, copied = figures.pack(), None
         if packed.is_cuda:
-            packed = packed.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
+            pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)  # else the copy would wait
+            packed, copied = pinned.copy_(packed, non_blocking=True), torch.cuda.Event()
             copied.record()
         self._pending.append(_Job(x, step, route, packed, copied))
 
