@@ -202,6 +202,8 @@ def train_saes(work: Run, activations: dict[Site, Tensor], activations_key: str)
         say(f"SAEs: resumed from {out / 'saes'}")
         return {Site.parse(name): out / path for name, path in stored.items()}, key
     facts: dict[str, Any] = {}
+    memory = sum(SAETrainer.memory(config, rows.shape[1]).total for rows in activations.values())
+    say(f"SAEs: {len(activations)} of {config.d_sae} latents, at most {memory / 1e9:.2f} GB in training")
     with work.doing("saes", key, facts):
         trainers = {
             site: SAETrainer(

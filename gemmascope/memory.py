@@ -8,6 +8,8 @@ import torch
 GIB = 1 << 30
 # What the encode holds for one chunk of tokens, as `kernels/_encode.py` has it.
 SCRATCH = GIB
+# Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, which are encoded twice.
+DENSE_ELEMENTS = 1 << 29
 # Bytes the sparse step holds for each entry: z, latent, token, u, sort keys and order, coefficients by latent.
 ENTRY_BYTES = 56
 
@@ -71,6 +73,11 @@ class TrainingMemory:
             sizes[name] //= 2
 
 
+def dense_tile(n_tokens: int, d_sae: int) -> int:
+    """Latents that the dense route takes at a time."""
+    return max(1, min(d_sae, DENSE_ELEMENTS // n_tokens))
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU; 0 for other devices, where it is not known."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
@@ -80,7 +87,10 @@ def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: st
     """What one SAE in training holds on its device, with room for ``l0`` entries a token."""
     weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
     operand = 2 if compute_dtype == "bf16" else 4
-    n_entries = int(l0 * batch_size)
+    n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae)
+    sparse = min(SCRATCH, batch_size * d_sae * 33 // 8)  # z where kept, and a bit for each
+    # f, u, two bits, and the gradients of both weights
+    dense = batch_size * tile * (8 * operand + 1) // 4 + 8 * d_model * tile
     return TrainingMemory(
         d_model=d_model,
         d_sae=d_sae,
@@ -92,5 +102,5 @@ def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: st
         # x, x − b_dec, x̂ − x and its rounding
         activations=batch_size * d_model * (8 + 2 * operand),
         entries=ENTRY_BYTES * n_entries,
-        scratch=min(SCRATCH, batch_size * d_sae * 33 // 8) + 24 * d_sae,
+        scratch=max(sparse, dense) + 24 * d_sae,
     )

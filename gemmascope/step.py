@@ -19,11 +19,10 @@ from torch import Tensor
 from .kernels.dispatch import choose
 from .kernels.training import ACTIVE, LatentState, Rule, training_operators
 from .losses import Loss, loss_and_gradients
+from .memory import dense_tile
 from .sae import JumpReLUSAE
 
 COMPUTE_DTYPES = ("fp32", "tf32", "bf16")
-# Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, encoded twice.
-DENSE_ELEMENTS = 1 << 30
 
 
 @dataclass
@@ -200,7 +199,7 @@ def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigu
     """The same update without a limit on the entries."""
     sae, n = state.sae, x.shape[0]
     with _tf32() if state.compute_dtype == "tf32" else nullcontext():
-        width = max(1, min(sae.d_sae, DENSE_ELEMENTS // n))
+        width = dense_tile(n, sae.d_sae)
         tiles = [slice(start, start + width) for start in range(0, sae.d_sae, width)]
         return _dense_step(state, x, loss, rule, tiles)
 

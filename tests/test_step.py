@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from gemmascope import step as step_module
+from gemmascope import memory
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.kernels.reference import Parameters
 from gemmascope.kernels.training import Rule
@@ -242,8 +242,8 @@ def test_figures_are_the_loss_and_its_parts():
 def test_tiles_of_latents_change_nothing(monkeypatch):
     loss = LOSSES["ste-all"]
     states = []
-    for elements in (step_module.DENSE_ELEMENTS, LARGE.n * 8):
-        monkeypatch.setattr(step_module, "DENSE_ELEMENTS", elements)
+    for elements in (memory.DENSE_ELEMENTS, LARGE.n * 8):
+        monkeypatch.setattr(memory, "DENSE_ELEMENTS", elements)
         state = start(dtype=torch.float64)
         for x in data(10):
             dense_step(state, x.double(), loss, rule())

@@ -248,7 +248,7 @@ def test_out_of_memory_names_sizes_and_a_way_out(monkeypatch):
 
 def test_too_little_memory_is_said_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(trainer_module, "available_memory", lambda device: 1 << 30)
-    message = r"d_sae 1048576, batch of 4096 tokens take about .* of the 1.0 GiB there are; a d_sae of 32768 would"
+    message = r"d_sae 1048576, batch of 4096 tokens take about .* of the 1.0 GiB there are; a d_sae of 16384 would"
     with pytest.raises(EnvironmentProblemError, match=message):
         SAETrainer(TrainConfig(d_sae=1 << 20, batch_size=4096), sample())
 
