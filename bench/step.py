@@ -264,7 +264,7 @@ def shape_rows(d: int, f: int, options, device: torch.device, peaks) -> Iterator
     base = JumpReLUSAE(d, f, impl=impl, generator=torch.Generator().manual_seed(0))
     ours = [name for name in options.only if name in OURS]
     try:
-        shares = gate(ours, base, activations(GATE_TOKENS, d, device, seed=0), LOSS, options.dtype)
+        shares = gate(ours, base, activations(GATE_TOKENS, d, device, seed=0), options.dtype)
     except torch.OutOfMemoryError as error:
         yield {"kind": "gate", "skipped": f"OutOfMemoryError: {error}"}
         return

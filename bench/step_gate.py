@@ -14,6 +14,8 @@ from gemmascope.step import StepFigures, TrainState, dense_step, reference_step,
 # eps far above every gradient: the step is then proportional to the gradient, so that an error in one shows in the
 # other, where Adam's own first step would be ±learning_rate whatever the gradient.
 GATE_RULE = Rule(learning_rate=1.0, beta2=0.999, eps=1.0, log_threshold=True)
+# A window so wide that dθ is never the rounding error of one entry, and λ of the size of what it is added to.
+GATE_LOSS = Loss(coefficient=0.02, bandwidth=1e-2)
 GATE_TOKENS, GATE_LATENTS, GATE_DENSITY = 128, 4096, 0.01
 GATE_MARGIN = 1e-6  # no z of the gate is closer to a decision than this
 ULPS = {"fp32": 0.0, "tf32": 4 * 2.0**-10, "bf16": 4 * torch.finfo(torch.bfloat16).eps}
@@ -37,7 +39,7 @@ def threshold_at(mean: Tensor, deviation: Tensor, l0: float, skew: float = 0.0) 
     return (mean + deviation * quantile).clamp(min=1e-6)
 
 
-def _gate_saes(base: JumpReLUSAE, x: Tensor, loss: Loss) -> tuple[JumpReLUSAE, JumpReLUSAE, Tensor, Tensor]:
+def _gate_saes(base: JumpReLUSAE, x: Tensor) -> tuple[JumpReLUSAE, JumpReLUSAE, Tensor, Tensor]:
     """The SAE at full width and the same in fp64, narrow; their common latents; activations.
 
     The narrow one has the first and the last latents; all others of the wide one never fire, so that both make the same
@@ -65,7 +67,7 @@ def _gate_saes(base: JumpReLUSAE, x: Tensor, loss: Loss) -> tuple[JumpReLUSAE, J
     narrow.to(x.device)
     z = (x.double() - narrow.b_dec.detach()) @ narrow.W_enc.detach() + narrow.b_enc.detach()
     distance = (z - narrow.threshold.detach()).abs()
-    clear = torch.minimum(distance, (distance - loss.bandwidth / 2).abs()).amin(1) > GATE_MARGIN
+    clear = torch.minimum(distance, (distance - GATE_LOSS.bandwidth / 2).abs()).amin(1) > GATE_MARGIN
     return wide, narrow, latents.to(x.device), x[clear]
 
 
@@ -80,25 +82,25 @@ def take(route: str, state: TrainState, x: Tensor, loss: Loss, rule: Rule, capac
     return sparse_step(state, x, loss, rule, capacity) if route == "sparse" else dense_step(state, x, loss, rule)
 
 
-def gate(routes: Sequence[str], base: JumpReLUSAE, x: Tensor, loss: Loss, dtype: str) -> dict[str, float]:
+def gate(routes: Sequence[str], base: JumpReLUSAE, x: Tensor, dtype: str) -> dict[str, float]:
     """Largest share of its budget that an error of each route takes; SystemExit above 1.
 
     base: an SAE on the CPU; x [N, d_model] on the device. ‖found − exact‖ ≤ one fp32 ulp of the tensor, plus
     2·‖eager − exact‖ in fp32, or plus 4 ulp of the operands' dtype, of what the step changed, in tf32 and bf16; twice
     that for second moments, which are squares.
     """
-    wide, narrow, latents, x = _gate_saes(base, x, loss)
+    wide, narrow, latents, x = _gate_saes(base, x)
     every = torch.arange(len(latents), device=x.device)
     exact, eager = (TrainState.start(copy.deepcopy(narrow).to(precision)) for precision in (torch.float64, x.dtype))
     before = {name: value.clone() for name, value in _tensors(exact, every).items()}
     for state in (exact, eager):
-        reference_step(state, x.to(state.sae.W_dec.dtype), loss, GATE_RULE)
+        reference_step(state, x.to(state.sae.W_dec.dtype), GATE_LOSS, GATE_RULE)
     expected, plain = _tensors(exact, every), _tensors(eager, every)
 
     shares = {}
     for route in routes:
         ours = TrainState.start(copy.deepcopy(wide).to(x.device), dtype)
-        take(route, ours, x, loss, GATE_RULE, len(x) * len(latents))
+        take(route, ours, x, GATE_LOSS, GATE_RULE, len(x) * len(latents))
         touched = ours.latents.last[latents] > 0
         worst, place = 0.0, ""
         if ours.latents.last.count_nonzero() != touched.count_nonzero():
