@@ -197,7 +197,7 @@ def changed_bits(state: TrainState, step: Callable[[], object], repeats: int) ->
 
 
 def operator_rows(state: TrainState, x: Tensor, capacity: int, step: Callable, options, peaks) -> Iterator[dict]:
-    """A row for each operator of the sparse step and one for the rest of it."""
+    """A row for each operator of the sparse step."""
     times = time_operators(step, state.impl, x.device, options.steps)
     figures = step()
     size = Size(

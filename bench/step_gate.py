@@ -21,14 +21,15 @@ GATE_MARGIN = 1e-6  # no z of the gate is closer to a decision than this
 ULPS = {"fp32": 0.0, "tf32": 4 * 2.0**-10, "bf16": 4 * torch.finfo(torch.bfloat16).eps}
 
 
+@torch.no_grad()
 def spread_of_z(sae: JumpReLUSAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent's z over a sample, [d_sae] fp32 on the CPU."""
     parts = []
-    for rows in sae.W_enc.detach().T.split(16384):
+    for rows in sae.W_enc.T.split(16384):
         z = (x - sae.b_dec.to(x)) @ rows.to(x).T
         parts.append(torch.stack([z.mean(0), z.std(0)]).cpu())
     mean, deviation = torch.cat(parts, dim=1)
-    return mean + sae.b_enc.detach(), deviation
+    return mean + sae.b_enc, deviation
 
 
 def threshold_at(mean: Tensor, deviation: Tensor, l0: float, skew: float = 0.0) -> Tensor:
@@ -39,6 +40,7 @@ def threshold_at(mean: Tensor, deviation: Tensor, l0: float, skew: float = 0.0) 
     return (mean + deviation * quantile).clamp(min=1e-6)
 
 
+@torch.no_grad()
 def _gate_saes(base: JumpReLUSAE, x: Tensor) -> tuple[JumpReLUSAE, JumpReLUSAE, Tensor, Tensor]:
     """The SAE at full width and the same in fp64, narrow; their common latents; activations.
 
@@ -48,25 +50,23 @@ def _gate_saes(base: JumpReLUSAE, x: Tensor) -> tuple[JumpReLUSAE, JumpReLUSAE, 
     generator = torch.Generator().manual_seed(2)
     wide, d, F = copy.deepcopy(base), base.d_model, base.d_sae
     latents = torch.arange(F)[(torch.arange(F) < GATE_LATENTS) | (torch.arange(F) >= F - GATE_LATENTS)]
-    with torch.no_grad():
-        for weight in (wide.W_enc, wide.W_dec):
-            weight.copy_(weight.bfloat16())
-        wide.b_enc.copy_(0.01 * torch.randn(F, generator=generator))
-        wide.b_dec.copy_(torch.randint(-1, 2, (d,), generator=generator) / 256)
-    x = x.bfloat16().float() + wide.b_dec.detach().to(x)
+    for weight in (wide.W_enc, wide.W_dec):
+        weight.copy_(weight.bfloat16())
+    wide.b_enc.copy_(0.01 * torch.randn(F, generator=generator))
+    wide.b_dec.copy_(torch.randint(-1, 2, (d,), generator=generator) / 256)
+    x = x.bfloat16().float() + wide.b_dec.to(x)
     narrow = JumpReLUSAE(d, len(latents), dtype=torch.float64, impl="reference")
-    with torch.no_grad():
-        narrow.W_enc.copy_(wide.W_enc[:, latents])
-        narrow.W_dec.copy_(wide.W_dec[latents])
-        narrow.b_enc.copy_(wide.b_enc[latents])
-        narrow.b_dec.copy_(wide.b_dec)
-        theta = threshold_at(*spread_of_z(narrow, x.double()), GATE_DENSITY * len(latents)).float()
-        narrow.threshold.copy_(theta)
-        wide.threshold.fill_(1e3)
-        wide.threshold[latents] = theta
+    narrow.W_enc.copy_(wide.W_enc[:, latents])
+    narrow.W_dec.copy_(wide.W_dec[latents])
+    narrow.b_enc.copy_(wide.b_enc[latents])
+    narrow.b_dec.copy_(wide.b_dec)
+    theta = threshold_at(*spread_of_z(narrow, x.double()), GATE_DENSITY * len(latents)).float()
+    narrow.threshold.copy_(theta)
+    wide.threshold.fill_(1e3)
+    wide.threshold[latents] = theta
     narrow.to(x.device)
-    z = (x.double() - narrow.b_dec.detach()) @ narrow.W_enc.detach() + narrow.b_enc.detach()
-    distance = (z - narrow.threshold.detach()).abs()
+    z = (x.double() - narrow.b_dec) @ narrow.W_enc + narrow.b_enc
+    distance = (z - narrow.threshold).abs()
     clear = torch.minimum(distance, (distance - GATE_LOSS.bandwidth / 2).abs()).amin(1) > GATE_MARGIN
     return wide, narrow, latents.to(x.device), x[clear]
 

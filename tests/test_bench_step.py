@@ -177,6 +177,7 @@ def test_changed_bits_counts_the_runs_that_differ(base):
 def test_the_threshold_gives_the_wanted_l0(base):
     x = bench.activations(4000, D, CPU, seed=1)
     spread = step_gate.spread_of_z(base, bench.activations(4000, D, CPU, seed=2))
+    assert not any(part.requires_grad for part in spread)  # a graph would hold every z
     for skew, first, last in ((0.0, 2 / F, 2 / F), (1.0, 2 / HARMONIC, 2 / HARMONIC / F)):
         theta = step_gate.threshold_at(*spread, l0=2, skew=skew)
         frequency = (x @ base.W_enc.detach() > theta).double().mean(0)
