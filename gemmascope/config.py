@@ -95,7 +95,7 @@ class TrainConfig:
         check_int("seed", self.seed, 0)
         check_number("learning_rate", self.learning_rate, 0, 1, open_low=True)
         check_number("lr_warmup_start", self.lr_warmup_start, 0, 1)
-        check_number("adam_beta2", self.adam_beta2, 0, 1 - 1e-9)
+        check_number("adam_beta2", self.adam_beta2, 0, 1 - 1e-9, open_low=True)
         check_number("adam_eps", self.adam_eps, 0, open_low=True)
         check_number("l0_coefficient", self.l0_coefficient, 0)
         check_number("bandwidth", self.bandwidth, 0, open_low=True)

@@ -53,7 +53,7 @@ def test_short_takes_changes():
         ),
         pytest.param({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str", id="lr-type"),
         pytest.param({"lr_warmup_start": 1.5}, ValueError, "lr_warmup_start: .*≥ 0 and ≤ 1, got 1.5", id="lr-start"),
-        pytest.param({"adam_beta2": 1.0}, ValueError, "adam_beta2: expected a finite number ≥ 0 and ≤ 1", id="beta2"),
+        pytest.param({"adam_beta2": 1.0}, ValueError, "adam_beta2: expected a finite number > 0 and ≤ 1", id="beta2"),
         pytest.param({"adam_eps": 0}, ValueError, "adam_eps: expected a finite number > 0, got 0", id="eps"),
         pytest.param({"l0_coefficient": math.nan}, ValueError, "l0_coefficient: .* got nan", id="l0-nan"),
         pytest.param(
