@@ -16,6 +16,10 @@ from gemmascope.sae import JumpReLUSAE
 from gemmascope.step import TrainState, dense_step, reference_step, sparse_step
 from tests.test_losses import LOSSES
 
+# In the interpreter, or on a GPU where there is one.
+ON_GPU = torch.cuda.is_available()
+needs_triton = pytest.mark.gpu if ON_GPU else pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
+
 
 class Sizes(NamedTuple):
     n: int
@@ -29,9 +33,6 @@ SIZES = {"reference": LARGE, "triton": SMALL}
 NAMES = Parameters._fields
 MOMENTS = {"W_enc": "W_enc_v", "b_enc": "b_enc_v", "W_dec": "W_dec_v", "threshold": "threshold_v"}
 
-# In the interpreter, or on a GPU where there is one.
-ON_GPU = torch.cuda.is_available()
-needs_triton = pytest.mark.gpu if ON_GPU else pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
 IMPLS = [pytest.param("reference", id="reference"), pytest.param("triton", id="triton", marks=needs_triton)]
 DEVICE = "cuda" if ON_GPU else "cpu"
 
