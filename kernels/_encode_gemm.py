@@ -138,8 +138,7 @@ def _gate_slab(
     else:
         value = tl.where(active, z, tl.where(inactive, 0.0, float("nan")))
         stored = in_rows[:, None] & in_columns[None, :]
-        # Not <, so that NaN counts as touched.
-        inside = ~(tl.abs(z - threshold) >= half_bandwidth) & stored
+        inside = (tl.abs(z - threshold) < half_bandwidth) & stored
         _store_bits(window_ptr, inside, rows, first_column, N, F, BLOCK_M, WIDTH)
     outputs = z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
     tl.store(outputs, value.to(z_ptr.dtype.element_ty), mask=stored)

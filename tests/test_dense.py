@@ -232,8 +232,8 @@ def test_backward_of_nothing(device, N, F):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_every_objective(device, objective, dtype):
-    # Three programs of 128 rows, the last ragged.
-    assert_backward_matches_reference(*backward_operands(261, 40, dtype, device), objective)
+    # Two programs of 128 rows, the last ragged.
+    assert_backward_matches_reference(*backward_operands(133, 40, dtype, device), objective)
 
 
 @pytest.mark.parametrize("layout", [every_other, transposed])
@@ -288,10 +288,9 @@ def test_repeats_bit_for_bit(device):
         return *code, *dense_backward(u.clone(), code, arguments[3], s, OBJECTIVES["all"])
 
     first = run()
-    for seed in (1, 2):
-        with sanitizer.sanitize(seed=seed):
-            again = run()
-        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    with sanitizer.sanitize(seed=1):
+        again = run()
+    assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
 @interpreted
