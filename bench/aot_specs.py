@@ -210,19 +210,15 @@ def training_encode(target: str) -> Iterator[Spec]:
         ("fp32", torch.float32, False),
         ("fp32", torch.float32, True),
     ):
+        chosen = {}
         for n_tokens, describable in ((128, True), (4096, True), (4096, False)):
             config = _encode_gemm.encode_config(target, torch_dtype, n_tokens, describable, tf32)
-            if (
-                not describable
-                and not _encode_gemm.encode_config(target, torch_dtype, n_tokens, True, tf32).descriptors
-            ):
-                continue
             kind = "tma" if config.descriptors else "ptr"
             tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+            chosen[f"{kind}_{tile}_{'tf32' if tf32 else dtype}"] = config
+        for name, config in chosen.items():
             for mode in ("entries", "dense"):
-                name = f"training_{mode}_{kind}_{tile}_{config.input_precision if tf32 else dtype}"
-                yield encode_gemm(target, name, config, dtype, mode)
-
+                yield encode_gemm(target, f"training_{mode}_{name}", config, dtype, mode)
     segments = {"n_words": "i32", "per_row": "i32"}
     yield Spec(
         name="training_entries_move",
