@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 GIB = 1 << 30
-# What the encode holds for one chunk of tokens, as `kernels/_encode.py` has it.
+# What the encode holds for one chunk of tokens, as `kernels/_encode_gemm.py` has it.
 SCRATCH = GIB
 # Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, which are encoded twice.
 DENSE_ELEMENTS = 1 << 29

@@ -44,8 +44,8 @@ def encode_entries(
         near |= ~(z <= threshold) | (z == -torch.inf)
     token, latent = torch.nonzero(near, as_tuple=True)
     values, theta = z[token, latent], threshold[latent]
-    active = ~(values <= theta)
-    kept = active | ((values - theta).abs() < bandwidth / 2) | values.isinf()
+    active = ~(values <= theta) | (values == -torch.inf)
+    kept = active | ((values - theta).abs() < bandwidth / 2)
     offsets = F.pad(torch.bincount(token[kept], minlength=x.shape[0]).cumsum(0), (1, 0))
     latent = (latent + ACTIVE * active).to(torch.int32)
     values, latent, token = (t[kept][:capacity] for t in (values, latent, token.to(torch.int32)))

@@ -64,9 +64,9 @@ def copy_of(state):
     return twin
 
 
-def data(steps, sizes=LARGE):
+def data(steps, sizes=LARGE, seed=0):
     """Batches in which some latents fire rarely; one token twice, one that is zero."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         x = torch.randn(sizes.n, sizes.d_model, generator=generator) / sizes.d_model**0.5
         x[1], x[2] = x[0], 0
@@ -136,16 +136,26 @@ def distance(found, exact):
     return errors
 
 
-def expected_after(steps, loss, rule, dtype=torch.float64, pre_encoder_bias=True, sizes=LARGE):
+def expected_after(steps, loss, rule, dtype=torch.float64, pre_encoder_bias=True, sizes=LARGE, seed=0):
     state = start(dtype=dtype, pre_encoder_bias=pre_encoder_bias, sizes=sizes)
-    v = plain_adam(state, data(steps, sizes), loss, rule)
+    v = plain_adam(state, data(steps, sizes, seed), loss, rule)
     return {name: getattr(state.sae, name).detach() for name in NAMES} | {f"v of {name}": v[name] for name in NAMES}
 
 
-def assert_budget(found, eager, exact):
-    """err(found) ≤ 2·err(plain PyTorch in fp32) + one ulp for each tensor, two for second moments, being squares."""
-    allowed = distance(eager, exact)
-    for name, error in distance(found, exact).items():
+def assert_budget(state, steps, loss, rule, sizes):
+    """err ≤ 2·err(plain PyTorch in fp32) + one ulp for each tensor, two for second moments, being squares.
+
+    The error of plain PyTorch is its worst on eight sets of data: on any one of them a sum of few terms may come out
+    exact, or cancel, by luck.
+    """
+    allowed = {}
+    for seed in range(8):
+        exact, eager = (
+            expected_after(steps, loss, rule, dtype, sizes=sizes, seed=seed) for dtype in (torch.float64, torch.float32)
+        )
+        for name, error in distance(eager, exact).items():
+            allowed[name] = max(error, allowed.get(name, 0))
+    for name, error in distance(everything(state), expected_after(steps, loss, rule, sizes=sizes)).items():
         limit = 2 * allowed[name] + torch.finfo(torch.float32).eps * (2 if name.startswith("v of") else 1)
         assert error <= limit, f"{name}: {error:.2g}, allowed {limit:.2g}"
 
@@ -175,8 +185,7 @@ def test_fifty_steps_in_fp32(impl, route, log_threshold):
     state = start(impl)
     for x in data(50, sizes):
         take(route, state, x, *arguments)
-    exact, eager = (expected_after(50, *arguments, dtype, sizes=sizes) for dtype in (torch.float64, torch.float32))
-    assert_budget(everything(state), eager, exact)
+    assert_budget(state, 50, *arguments, sizes)
 
 
 @pytest.mark.parametrize("loss", FAST_LOSSES.values(), ids=FAST_LOSSES)
@@ -184,12 +193,10 @@ def test_fifty_steps_in_fp32(impl, route, log_threshold):
 @needs_triton
 def test_every_loss_by_the_kernels(route, loss):
     """A few steps from one state; fifty are the business of the test above."""
-    kernels, exact = start("triton"), start(dtype=torch.float64, sizes=SMALL)
-    eager = start(sizes=SMALL)
+    state = start("triton")
     for x in data(2, SMALL):
-        for state in (kernels, exact, eager):
-            figures = take(route, state, x, loss, rule())
-    assert_budget(everything(kernels), everything(eager), everything(exact))
+        figures = take(route, state, x, loss, rule())
+    assert_budget(state, 2, loss, rule(), SMALL)
     assert figures.loss.isfinite()
 
 
@@ -197,14 +204,25 @@ def test_every_loss_by_the_kernels(route, loss):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bf16_operands(impl, route):
     """Weights, second moments and the gate stay fp32; what separates bf16 from fp32 is the rounding of operands."""
-    state, sizes, steps = start(impl, compute_dtype="bf16"), SIZES[impl], 50 if SIZES[impl] == LARGE else 8
-    for x in data(steps, sizes):
-        take(route, state, x, LOSSES["l0"], rule())
-    exact = expected_after(steps, LOSSES["l0"], rule(), sizes=sizes)
-    found = everything(state)
-    assert {value.dtype for value in found.values()} == {torch.float32}
-    for name, error in distance(found, exact).items():
-        assert error <= 4 * torch.finfo(torch.bfloat16).eps, f"{name}: {error:.2g}"
+    sizes = SIZES[impl]
+    steps, loss = 50 if sizes == LARGE else 8, LOSSES["l0"]
+
+    def trained(impl, seed):
+        state = start(impl, compute_dtype="bf16", sizes=sizes)
+        for x in data(steps, sizes, seed):
+            take(route, state, x, loss, rule())
+        return state
+
+    def error(state, seed):
+        return distance(everything(state), expected_after(steps, loss, rule(), sizes=sizes, seed=seed))
+
+    state = trained(impl, 0)
+    assert {value.dtype for value in everything(state).values()} == {torch.float32}
+    by_arithmetic = [error(trained("reference", seed), seed) for seed in range(4)]
+    for name, found in error(state, 0).items():
+        allowed = max(errors[name] for errors in by_arithmetic)
+        assert allowed < 0.3, f"{name}: bf16 itself is {allowed:.2g} off"
+        assert found <= 2 * allowed + torch.finfo(torch.bfloat16).eps, f"{name}: {found:.2g}, allowed {allowed:.2g}"
     assert torch.equal(state.latents.W_dec_low, state.latents.W_dec.bfloat16())
     assert torch.equal(state.latents.W_enc_low, state.latents.W_enc.bfloat16())
 
