@@ -51,18 +51,18 @@ class DemoConfig:
     impl: str = "auto"
 
     def language_model(self) -> LanguageModelConfig:
-        return LanguageModelConfig(steps=120 if self.fast else 500, seed=self.seed)
+        return LanguageModelConfig(steps=220 if self.fast else 500, seed=self.seed)
 
     def sae(self) -> TrainConfig:
-        return TrainConfig.short(seed=self.seed, **({"steps": 150, "l0_warmup_steps": 75} if self.fast else {}))
+        return TrainConfig.short(seed=self.seed, **({"steps": 300, "l0_warmup_steps": 130} if self.fast else {}))
 
     @property
     def harvest_rows(self) -> int:
-        return 400 if self.fast else 1600
+        return 640 if self.fast else 1600
 
     @property
     def held_out_rows(self) -> int:
-        return 32 if self.fast else 128
+        return 64 if self.fast else 128
 
 
 @dataclass
