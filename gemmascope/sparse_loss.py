@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .kernels.dispatch import choose
-from .kernels.training import ACTIVE, Entries, training_operators
+from .kernels.training import Entries, training_operators
 from .losses import Loss
 from .sae import JumpReLUSAE
+from .step import sparse_gradients
 
 # Room for this many entries a token is tried first, then as much as is needed.
 FIRST_ROOM = 128
@@ -35,23 +36,13 @@ def _entries(ops, impl: str, arguments: tuple, n: int) -> Entries:
 class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, pre_encoder_bias, loss, impl):
-        ops, n, d_sae = training_operators(impl), x.shape[0], threshold.shape[0]
+        ops = training_operators(impl)
         x_centred = x - b_dec if pre_encoder_bias else x
-        entries = _entries(ops, impl, (x_centred, W_enc, b_enc, threshold, loss.bandwidth), n)
-        out = ops.residual_pass(entries, x, W_dec, b_dec)
-        transposed = ops.by_latent(entries, d_sae)
-        penalty, s = loss.l0_penalty(out.l0)
-        sums = ops.latent_pass(entries, out.u, transposed, threshold, s, loss.objective(n))
-        dW_enc, dW_dec = ops.weight_gradients(transposed, sums, out.residual, x_centred)
-        db_dec = out.residual.sum(0) * (2 / n)
-        if pre_encoder_bias:
-            db_dec = db_dec - ops.encoder_times(W_enc.T, sums.db_enc)
-        total = out.squared_error.mean() + penalty + loss.frequency_penalty(sums.firing_count, n)
-        if loss.sparsity == "tanh":
-            stored = torch.arange(len(entries.z), device=x.device) < entries.offsets[-1]
-            total = total + loss.tanh_penalty(torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0), n)
-        ctx.save_for_backward(dW_enc.T, sums.db_enc, dW_dec, db_dec, sums.dthreshold)
-        return total
+        entries = _entries(ops, impl, (x_centred, W_enc, b_enc, threshold, loss.bandwidth), x.shape[0])
+        out = sparse_gradients(impl, entries, x, W_enc.T, W_dec, b_dec, threshold, loss, pre_encoder_bias)
+        dW_enc, dW_dec = ops.weight_gradients(out.transposed, out.sums, out.residual, x_centred)
+        ctx.save_for_backward(dW_enc.T, out.sums.db_enc, dW_dec, out.db_dec, out.sums.dthreshold)
+        return out.loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable

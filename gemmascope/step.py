@@ -12,12 +12,13 @@ finite or the entries did not fit; `SAETrainer` reads that later and repeats the
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels.dispatch import choose
-from .kernels.training import ACTIVE, LatentState, Rule, training_operators
+from .kernels.training import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Rule, training_operators
 from .losses import Loss, loss_and_gradients
 from .memory import dense_tile
 from .sae import JumpReLUSAE
@@ -158,40 +159,64 @@ def _finish(state: TrainState, db_dec: Tensor, firing_count: Tensor, n: int, rul
     state.updates += ok
 
 
+class SparseGradients(NamedTuple):
+    """What the entries say of the loss and of every gradient but those of the weights, which `transposed`, `sums` and
+    `residual` still hold by entry."""
+
+    loss: Tensor
+    squared_error: Tensor
+    l0: Tensor
+    transposed: ByLatent
+    sums: LatentSums
+    residual: Tensor
+    db_dec: Tensor
+
+
+def sparse_gradients(
+    impl: str,
+    entries: Entries,
+    x: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor,
+    loss: Loss,
+    pre_encoder_bias: bool,
+) -> SparseGradients:
+    """From the entries of x [N, d_model] on. W_enc and W_dec: [d_sae, d_model], as the products read them."""
+    ops, n = training_operators(impl), x.shape[0]
+    out = ops.residual_pass(entries, x, W_dec, b_dec)
+    transposed = ops.by_latent(entries, threshold.shape[0])
+    penalty, s = loss.l0_penalty(out.l0)
+    sums = ops.latent_pass(entries, out.u, transposed, threshold, s, loss.objective(n))
+    squared_error = out.squared_error.mean()
+    total = squared_error + penalty + loss.frequency_penalty(sums.firing_count, n)
+    if loss.sparsity == "tanh":
+        stored = torch.arange(len(entries.z), device=x.device) < entries.offsets[-1]
+        total = total + loss.tanh_penalty(torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0), n)
+    db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
+    if pre_encoder_bias:
+        db_dec = db_dec - ops.encoder_times(W_enc, sums.db_enc)
+    return SparseGradients(total, squared_error, out.l0.mean(), transposed, sums, out.residual, db_dec)
+
+
 @torch.no_grad()
 def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None) -> StepFigures:
     """Update ``state`` by the loss on x [N, d_model] fp32, divided by the input scale. capacity: room for entries; the
     reference, which knows how many there are, also takes None."""
-    sae, ops, n = state.sae, training_operators(state.impl), x.shape[0]
-    x_centred = _centred(state, x)
-    entries = ops.encode_entries(
-        x_centred,
-        state.encoder_rows.T,
-        sae.b_enc,
-        sae.threshold,
-        loss.bandwidth,
-        capacity,
-        state.compute_dtype == "tf32",
-    )
-    out = ops.residual_pass(entries, x, state.decoder_rows, sae.b_dec)
-    transposed = ops.by_latent(entries, sae.d_sae)
-    penalty, s = loss.l0_penalty(out.l0)
-    sums = ops.latent_pass(entries, out.u, transposed, sae.threshold, s, loss.objective(n))
-    squared_error, n_entries = out.squared_error.mean(), entries.offsets[-1]
-    total = squared_error + penalty + loss.frequency_penalty(sums.firing_count, n)
-    if loss.sparsity == "tanh":
-        stored = torch.arange(len(entries.z), device=x.device) < n_entries
-        total = total + loss.tanh_penalty(torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0), n)
-
-    ok = _permission(state, total, n_entries <= len(entries.z))
-    db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
-    if sae.pre_encoder_bias:
-        db_dec = db_dec - ops.encoder_times(state.encoder_rows, sums.db_enc)
+    sae, ops = state.sae, training_operators(state.impl)
+    x_centred, W_enc, W_dec = _centred(state, x), state.encoder_rows, state.decoder_rows
+    tf32 = state.compute_dtype == "tf32"
+    entries = ops.encode_entries(x_centred, W_enc.T, sae.b_enc, sae.threshold, loss.bandwidth, capacity, tf32)
+    weights = (W_enc, W_dec, sae.b_dec, sae.threshold)
+    out = sparse_gradients(state.impl, entries, x, *weights, loss, sae.pre_encoder_bias)
+    n_entries = entries.offsets[-1]
+    ok = _permission(state, out.loss, n_entries <= len(entries.z))
     ops.update_from_entries(
-        state.latents, transposed, sums, out.residual, x_centred, rule=rule, ok=ok, step=state.updates
+        state.latents, out.transposed, out.sums, out.residual, x_centred, rule=rule, ok=ok, step=state.updates
     )
-    _finish(state, db_dec, sums.firing_count, n, rule, ok)
-    return StepFigures(total, squared_error, out.l0.mean(), n_entries, state.stalled, state.skipped)
+    _finish(state, out.db_dec, out.sums.firing_count, x.shape[0], rule, ok)
+    return StepFigures(out.loss, out.squared_error, out.l0, n_entries, state.stalled, state.skipped)
 
 
 @torch.no_grad()

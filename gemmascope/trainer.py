@@ -46,6 +46,8 @@ class SAETrainer:
     FVU is measured against and, with ``b_dec_init="mean"``, b_dec. Raises ValueError when they are not finite, are all
     zero or do not vary, and EnvironmentProblemError when the device has too little free memory.
 
+    dtype: fp64 is for comparisons, on a CPU.
+
     A step whose loss is not finite changes nothing but the count of skipped steps.
     """
 
@@ -57,6 +59,7 @@ class SAETrainer:
         impl: str = "auto",
         metadata: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         sample = sample.float()
         mean = sample.mean(0)
@@ -80,6 +83,7 @@ class SAETrainer:
             metadata=metadata,
             generator=torch.Generator().manual_seed(config.seed),
             device=device,
+            dtype=dtype,
         )
         if config.b_dec_init == "mean":
             with torch.no_grad():

@@ -20,20 +20,29 @@ def test_the_routes_train_the_same_saes(activations, capsys):
     assert routes.main([str(activations), "--steps", "60", "--sites", "1", "--device", "cpu"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(routes.ROUTES)]
     assert [row[0] for row in rows] == list(routes.ROUTES)
-    assert all(float(row[2].rstrip("%")) < 1 for row in rows)
+    assert all(float(figure.rstrip("%")) < 1e-6 for row in rows for figure in row[2:])
+
+
+def test_the_control_differs_by_rounding(activations, capsys):
+    arguments = ["--routes", "sparse", "control", "--steps", "40", "--sites", "1", "--device", "cpu"]
+    assert routes.main([str(activations), *arguments, "--dtype", "fp32"]) == 0
+    control = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("control"))
+    assert 0 < float(control[4].rstrip("%")) < 1
 
 
 def test_a_route_that_differs_is_noticed(activations, monkeypatch):
     train_suite = routes.train_suite
 
-    def spoilt(rows, config, impl, device):
-        found = train_suite(rows, config, impl, device)
+    def spoilt(rows, config, *machine, moved):
+        found = train_suite(rows, config, *machine, moved=moved)
         if config.route == "sparse":
             found["figures"]["layer_0/resid"]["fvu"] *= 1.02
         return found
 
     monkeypatch.setattr(routes, "train_suite", spoilt)
-    assert routes.main([str(activations), "--steps", "10", "--sites", "1", "--device", "cpu"]) == 1
+    arguments = [str(activations), "--steps", "10", "--sites", "1", "--device", "cpu"]
+    assert routes.main(arguments) == 1
+    assert routes.main([*arguments, "--dtype", "fp32"]) == 0
 
 
 def test_deviations_are_the_worst_site():
@@ -43,5 +52,7 @@ def test_deviations_are_the_worst_site():
         "figures": {"a": {"l0": 2.2, "fvu": 0.5}, "b": {"l0": 4.0, "fvu": 0.2}},
         "curves": {"a": [1.0, 2.0], "b": [1.0, 1.5]},
     }
-    assert routes.deviations(found, reference) == pytest.approx({"l0": 0.1, "fvu": 0.2, "curve": 0.5})
+    means = {"mean_l0": 6.2 / 6 - 1, "mean_fvu": 1 - 0.7 / 0.75}
+    expected = {"l0": 0.1, "fvu": 0.2, "curve": 0.5} | means
+    assert routes.deviations(found, reference) == pytest.approx(expected)
     assert torch.tensor(list(routes.deviations(reference, reference).values())).eq(0).all()
