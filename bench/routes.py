@@ -6,7 +6,7 @@ more than one percent.
 
 Training amplifies rounding: in fp32 the paths of two exact implementations part after some hundred steps. In fp64, the
 default, they do not get that far apart, so that a difference means different mathematics. With --dtype fp32 the route
-`control`, the first route from a start with one weight moved by one unit in the last place, shows what rounding alone
+`control`, the first route from a start with W_enc moved by one unit in the last place, shows what rounding alone
 does, and the exit status says nothing.
 """
 
@@ -35,7 +35,7 @@ TOLERANCE = 0.01
 @torch.no_grad()
 def move_one_ulp(trainer: SAETrainer) -> None:
     weight = trainer.state.latents.W_enc
-    weight[0, 0] = torch.nextafter(weight[0, 0], weight.new_tensor(torch.inf))
+    weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
 
 
 def train_suite(
