@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from bench import routes
+from gemmascope.config import TrainConfig
+from gemmascope.trainer import SAETrainer
 from tests.test_trainer import sample
 
 
@@ -23,11 +25,16 @@ def test_the_routes_train_the_same_saes(activations, capsys):
     assert all(float(figure.rstrip("%")) < 1e-6 for row in rows for figure in row[2:])
 
 
-def test_the_control_differs_by_rounding(activations, capsys):
-    arguments = ["--routes", "sparse", "control", "--steps", "40", "--sites", "1", "--device", "cpu"]
-    assert routes.main([str(activations), *arguments, "--dtype", "fp32"]) == 0
-    control = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("control"))
-    assert 0 < float(control[4].rstrip("%")) < 1
+def test_the_control_starts_one_ulp_away(activations, capsys):
+    trainer = SAETrainer(TrainConfig.short(d_sae=16), sample())
+    before = trainer.sae.W_enc.detach().clone()
+    routes.move_one_ulp(trainer)
+    change = (trainer.sae.W_enc - before).abs()
+    assert (change > 0).all()
+    assert (change <= torch.finfo(torch.float32).eps * before.abs()).all()
+    arguments = ["--routes", "sparse", "control", "--steps", "10", "--dtype", "fp32", "--device", "cpu"]
+    assert routes.main([str(activations), *arguments]) == 0
+    assert "control" in capsys.readouterr().out
 
 
 def test_a_route_that_differs_is_noticed(activations, monkeypatch):
