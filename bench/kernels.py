@@ -113,7 +113,7 @@ def provenance(device: torch.device) -> dict[str, object]:
     import triton
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=RESULTS.parent)
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
         return done.stdout.strip()
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} (interpreter)"
@@ -154,6 +154,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
             f"{name:18s} {impl:20s} {middle:9.3f} ms  {row['tflops']:7.1f} TFLOP/s  {row['gbps']:7.0f} GB/s", flush=True
         )
     if options.save:
+        RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     print(json.dumps(rows))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gemmascope import memory
+from gemmascope import step as step_module
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.kernels.reference import Parameters
 from gemmascope.kernels.training import Rule
@@ -270,6 +271,15 @@ def test_tiles_of_latents_change_nothing(monkeypatch):
             dense_step(state, x.double(), loss, rule())
         states.append(everything(state))
     assert max(distance(states[0], states[1]).values()) < 1e-12
+
+
+def test_tf32_is_asked_for_and_given_back(monkeypatch):
+    products, seen, matmul = torch.backends.cuda.matmul, [], step_module.matmul
+    monkeypatch.setattr(step_module, "matmul", lambda a, b: seen.append(products.fp32_precision) or matmul(a, b))
+    before = products.fp32_precision
+    dense_step(start(compute_dtype="tf32"), next(data(1)), LOSSES["l0"], rule())
+    assert set(seen) == {"tf32"}
+    assert products.fp32_precision == before
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
