@@ -113,7 +113,8 @@ def provenance(device: torch.device) -> dict[str, object]:
     import triton
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=here)
         return done.stdout.strip()
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} (interpreter)"
