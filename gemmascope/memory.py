@@ -79,8 +79,11 @@ def dense_tile(n_tokens: int, d_sae: int) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU; 0 for other devices, where it is not known."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    """Bytes that can still be allocated on a GPU, those PyTorch keeps for reuse included; 0 where it is not known."""
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128) -> TrainingMemory:

@@ -3,7 +3,6 @@
 * `sparse_step`: only the pre-activations are dense; everything else runs on the entries, the active or nearly active
   pairs of token and latent. For trained SAEs, of which less than a percent of the latents fire.
 * `dense_step`: products of whole matrices with everything elementwise fused. For the first steps, when half fire.
-
 * `reference_step`: the written formulas, densely, for every loss there is.
 
 The first two never ask the device for a number. An update is withheld on the device, bit for bit, when the loss is not
@@ -139,9 +138,9 @@ def _centred(state: TrainState, x: Tensor) -> Tensor:
 
 def _permission(state: TrainState, loss: Tensor, fits: Tensor | bool) -> Tensor:
     """int32 scalar: 1 when the update may be made. Counts what is withheld."""
-    if fits is not True:
-        state.stalled |= ~fits
     finite = loss.isfinite()
+    if fits is not True:  # room would not help a batch that is not finite, whose NaN are all entries
+        state.stalled |= ~fits & finite
     state.skipped += ~finite & ~state.stalled
     return (finite & ~state.stalled).to(torch.int32)
 

@@ -70,9 +70,9 @@ class SAETrainer:
         scale = math.sqrt(mean_square)
         self.config = config
         device = torch.device(device or "cpu")
-        memory, available = self.memory(config, sample.shape[1]), available_memory(device)
-        if available and memory.total > available:
-            raise EnvironmentProblemError(memory.advice(available))
+        memory, self._available = self.memory(config, sample.shape[1]), available_memory(device)
+        if self._available and memory.total > self._available:
+            raise EnvironmentProblemError(memory.advice(self._available))
         self.variance = float(variance) / scale**2
         self.sae = JumpReLUSAE(
             sample.shape[1],
@@ -92,6 +92,7 @@ class SAETrainer:
         self.step = 0
         self.route = "dense" if config.route == "auto" else config.route
         self.capacity: int | None = None
+        self._n_entries = 0.0  # of the last step whose loss was finite
         self.figures: dict[str, float] = {}
         self.run_ahead = RUN_AHEAD if self.sae.W_dec.is_cuda else 0
         self._pending: deque[_Job] = deque()
@@ -140,7 +141,7 @@ class SAETrainer:
                 figures = reference_step(state, x, loss, rule, dead)
         except torch.OutOfMemoryError as error:
             memory = self.memory(replace(config, batch_size=len(x)), sae.d_model)
-            raise EnvironmentProblemError(memory.advice(available_memory(x.device))) from error
+            raise EnvironmentProblemError(memory.advice(self._available)) from error
         packed, copied = figures.pack(), None
         if packed.is_cuda:
             pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)  # else the copy would wait
@@ -153,7 +154,7 @@ class SAETrainer:
         if self.state.impl == "reference":
             return None
         if self.capacity is None:
-            self._make_room(self.figures.get("n_entries", 64 * n_tokens))
+            self._make_room(self._n_entries or 64 * n_tokens)
         return self.capacity
 
     def _make_room(self, n_entries: float) -> None:
@@ -175,8 +176,11 @@ class SAETrainer:
                 self._retire()
             return
         self.figures = figures
-        if self.config.route == "auto" and math.isfinite(figures["loss"]):
-            self._choose_route(figures["n_entries"] / (len(job.x) * self.sae.d_sae))
+        if not math.isfinite(figures["loss"]):
+            return
+        self._n_entries = figures["n_entries"]
+        if self.config.route == "auto":
+            self._choose_route(self._n_entries / (len(job.x) * self.sae.d_sae))
 
     def _choose_route(self, density: float) -> None:
         device = "cuda" if self.sae.W_dec.is_cuda else "cpu"

@@ -331,6 +331,17 @@ def test_entries_that_do_not_fit_change_no_bit():
     assert torch.equal(state.sae.b_dec, before.sae.b_dec)
 
 
+@needs_triton
+def test_a_batch_that_is_not_finite_asks_for_no_room():
+    """Every latent of a NaN token is an entry; the step is skipped, not repeated with room for all of them."""
+    state = start("triton")
+    x = next(data(1, SMALL)).to(DEVICE)
+    x[3:] = math.nan
+    figures = sparse_step(state, x, LOSSES["l0"], rule(), 7)
+    assert figures.n_entries > 7
+    assert (figures.stalled, state.skipped, state.updates) == (False, 1, 0)
+
+
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("route", ["sparse", "dense"])
 @needs_triton
