@@ -11,31 +11,22 @@ residual, then it goes through its entries once more, each against the whole row
 then. The order of every sum depends on the token alone, so a token's results do not depend on its batch.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._common import on_device
+from ._decode import GatherConfig
 from .training import ACTIVE, LATENT, Entries, Residual
 
 _ACTIVE = tl.constexpr(ACTIVE)
 _LATENT = tl.constexpr(LATENT)
 
 
-@dataclass(frozen=True)
-class ResidualConfig:
-    lanes: int  # entries gathered together
-    block_d: int  # columns of a gather
-    num_warps: int
-    num_stages: int  # gathers under way while one is summed, plus one
-
-
 # A warp reads 256 columns of a bf16 row as one 16-byte word a lane, so that each entry's dot product stays inside one
 # warp and the entries of a gather are spread over the warps.
-CONFIG = ResidualConfig(lanes=8, block_d=256, num_warps=4, num_stages=3)
+CONFIG = GatherConfig(lanes=8, block_d=256, num_warps=4, num_stages=3)
 
 
 @triton.jit

@@ -16,30 +16,22 @@ so the result depends on the latent's entries alone. The host reads neither `ok`
 """
 
 import math
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._common import on_device
+from ._decode import GatherConfig
 from .training import ByLatent, LatentState, LatentSums, Rule
 from .training_reference import settle
 
 __all__ = ["settle", "update_from_dense", "update_from_entries"]
 
 
-@dataclass(frozen=True)
-class UpdateConfig:
-    lanes: int  # entries gathered together, from two tables
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
 # The two gathers and the update of a block take 64 registers on sm_90 (fp32 rows: 72), hence 28 warps a multiprocessor;
 # twice the columns or lanes take 110 and leave 16.
-CONFIG = UpdateConfig(lanes=4, block_d=256, num_warps=4, num_stages=3)
+CONFIG = GatherConfig(lanes=4, block_d=256, num_warps=4, num_stages=3)
 
 
 @triton.jit

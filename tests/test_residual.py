@@ -19,7 +19,8 @@ from tests.helpers import (
 
 pytest.importorskip("triton")
 from gemmascope.kernels import _residual
-from gemmascope.kernels._residual import ResidualConfig, residual_pass
+from gemmascope.kernels._decode import GatherConfig
+from gemmascope.kernels._residual import residual_pass
 
 DTYPES = (torch.float32, torch.bfloat16)
 interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
@@ -27,7 +28,7 @@ interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or pro
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_residual, "CONFIG", ResidualConfig(lanes=4, block_d=16, num_warps=1, num_stages=3))
+    monkeypatch.setattr(_residual, "CONFIG", GatherConfig(lanes=4, block_d=16, num_warps=1, num_stages=3))
 
 
 def check(entries, x, W_dec, b_dec, *_):
@@ -191,7 +192,7 @@ def test_operand_offsets_beyond_32_bits(small_tiles, far_row, far_column):
 @interpreted
 def test_result_and_entry_offsets_beyond_32_bits(monkeypatch):
     """The last token of a residual of 2³¹ + 2¹⁵ elements, its entries beyond 2³¹."""
-    monkeypatch.setattr(_residual, "CONFIG", ResidualConfig(lanes=4, block_d=4096, num_warps=1, num_stages=3))
+    monkeypatch.setattr(_residual, "CONFIG", GatherConfig(lanes=4, block_d=4096, num_warps=1, num_stages=3))
     N, d, capacity = 2**16 + 1, 2**15, 2**31 + 3
     z, latents, tokens = (torch.empty(capacity, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.int32))
     z[-3:], latents[-3:] = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 1], dtype=torch.int32) + ACTIVE

@@ -19,7 +19,8 @@ from tests.helpers import (
 
 pytest.importorskip("triton")
 from gemmascope.kernels import _update
-from gemmascope.kernels._update import UpdateConfig, settle, update_from_dense, update_from_entries
+from gemmascope.kernels._decode import GatherConfig
+from gemmascope.kernels._update import settle, update_from_dense, update_from_entries
 
 RULE = Rule(learning_rate=1e-2, beta2=0.999, eps=1e-8, log_threshold=False)
 LOG = RULE._replace(log_threshold=True)
@@ -28,7 +29,7 @@ interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or pro
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_update, "CONFIG", UpdateConfig(lanes=4, block_d=16, num_warps=1, num_stages=3))
+    monkeypatch.setattr(_update, "CONFIG", GatherConfig(lanes=4, block_d=16, num_warps=1, num_stages=3))
 
 
 def uniform(*shape, seed):
@@ -324,7 +325,7 @@ def far_state(F, d):
 @pytest.mark.parametrize("source", ["entries", "dense"])
 def test_offsets_beyond_32_bits(source, monkeypatch):
     """The last latent of weights of 2³¹ + 2¹⁵ elements, and entries, tokens and gradients as far out."""
-    monkeypatch.setattr(_update, "CONFIG", UpdateConfig(lanes=4, block_d=4096, num_warps=1, num_stages=3))
+    monkeypatch.setattr(_update, "CONFIG", GatherConfig(lanes=4, block_d=4096, num_warps=1, num_stages=3))
     F, d = 2**16 + 1, 2**15
     state, near = far_state(F, d)
     ok, step = scalars()
