@@ -54,9 +54,7 @@ def docstrings(path: Path) -> Iterator[str]:
             if text:
                 yield text
         for block in ("body", "handlers", "orelse", "finalbody", "cases"):
-            children = getattr(node, block, ())
-            if isinstance(children, list):  # a conditional expression's are not
-                queue.extend(children)
+            queue.extend(getattr(node, block, ()))
 
 
 def read_files(paths: Iterable[Path]) -> bytes:
