@@ -1,0 +1,133 @@
+"""What is timed: one class for each implementation of the same work, behind one boundary for all.
+
+A contender takes x that is already on the device and returns what the part is named after, on the device:
+
+| part | from | to |
+|---|---|---|
+| `step` | x | updated weights: loss, gradients, optimiser, and whatever else its users' trainers do |
+| `forward` | x | the training loss, as a tensor |
+| `backward` | what `forward` left | gradients of all parameters (ours: and the update, which is one with them) |
+| `encode` | x | the active latents, dense or sparse |
+| `decode` | what `encode` gives | x̂ [N, d_model] |
+| `infer` | x | x̂ by `encode` and `decode`, or however the package does it, without gradients |
+
+The operators by themselves, for the suite `kernels`: `decode_backward`, `jumprelu`, `jumprelu_backward`.
+
+Third-party packages are imported in `set_up`, never when a module of contenders is. A contender is made, set up, used
+for one case and dropped with all it holds. `cases.CONTENDERS` says where each is found.
+"""
+
+import importlib.metadata
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gemmascope.kernels.training import Rule
+from gemmascope.losses import Loss
+from gemmascope.sae import JumpReLUSAE
+
+TRAINING = ("step", "forward", "backward")
+INFERENCE = ("infer", "encode", "decode")
+OPERATORS = ("encode", "decode", "decode_backward", "jumprelu", "jumprelu_backward")
+PARTS = tuple(dict.fromkeys((*TRAINING, *INFERENCE, *OPERATORS)))
+
+
+class UnavailableError(Exception):
+    """The contender cannot run here; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every contender of a case is given. Nothing here may be written to."""
+
+    sae: JumpReLUSAE
+    """fp32, on the device, rows of W_dec of unit norm, thresholds at which about ``l0`` latents a token fire."""
+    x: Tensor
+    """[N, d_model] fp32, on the device, mean squared norm 1."""
+    loss: Loss
+    rule: Rule
+    l0: float
+    dtype: str = "fp32"
+    """The arithmetic of our own and of plain PyTorch's products: "fp32", "tf32" or "bf16". A package whose users run
+    it otherwise keeps to its own and says so in its name."""
+
+    @property
+    def k(self) -> int:
+        """Latents a token for those that fix their number."""
+        return max(1, round(self.l0))
+
+    def first(self, tokens: int) -> "Inputs":
+        """The same with the first tokens only, on which outputs are compared."""
+        return replace(self, x=self.x[:tokens].contiguous())
+
+
+class Contender:
+    """An implementation of some of the `PARTS`.
+
+    Subclasses set ``name`` (as the command line and the table have it), ``parts``, ``differs`` (one sentence: what it
+    does more or less than ours in these parts; "" where it does the same) and ``requires`` (distributions that must be
+    installed and whose versions go into every row), and define `set_up` and a method for each part. Everything that is
+    not the part's own work belongs into `set_up` or `before`, which are not timed.
+    """
+
+    name: str = ""
+    parts: tuple[str, ...] = ()
+    differs: str = ""
+    requires: tuple[str, ...] = ()
+    ours: bool = False
+    """A failure or a red gate of ours ends in exit status 1; a peer's is a row."""
+    tolerance: float = 1e-4
+    """Largest relative error, in the Euclidean norm, of each of `outputs`; a contender beyond it is not timed."""
+
+    def check_available(self, device: torch.device) -> None:
+        """Raise `UnavailableError` when the contender cannot run on this machine. Cheap: nothing is imported."""
+        for package in self.requires:
+            try:
+                importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                raise UnavailableError(f"{package} is not installed") from None
+
+    def versions(self) -> dict[str, str]:
+        return {package: importlib.metadata.version(package) for package in self.requires}
+
+    def set_up(self, inputs: Inputs) -> None:
+        """Take over weights and activations. Runs once, before any part; may raise `UnavailableError`."""
+        raise NotImplementedError
+
+    def before(self, part: str) -> None:
+        """What a call of ``part`` needs beforehand; not timed. `decode` needs a code, `backward` a graph."""
+        if part == "backward":
+            self.forward()
+
+    def outputs(self) -> dict[str, Tensor]:
+        """What this contender computes from ``inputs`` and must agree on with the fp64 reference, after `set_up`.
+
+        Names: ``x_hat`` [N, d_model] of `infer`; ``loss``, the scalar of `forward`; gradients of that loss by the name
+        of the parameter, in our shapes: ``W_enc`` [d_model, d_sae], ``b_enc``, ``W_dec`` [d_sae, d_model], ``b_dec``,
+        ``threshold``. Leave out what is defined differently, and say so in ``differs``.
+        """
+        return {}
+
+    def exact(self, inputs: Inputs) -> dict[str, Tensor] | None:
+        """What `outputs` should be, in fp64, for a contender that computes something else than a JumpReLU SAE (TopK,
+        say) and brings a formula of its own. None: the reference of the JumpReLU SAE."""
+        return None
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError
+
+    def backward(self) -> None:
+        raise NotImplementedError
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def encode(self) -> object:
+        raise NotImplementedError
+
+    def decode(self) -> Tensor:
+        raise NotImplementedError
+
+    def infer(self) -> Tensor:
+        raise NotImplementedError
