@@ -1,5 +1,52 @@
-"""The one thing pyproject.toml cannot say: the folder kernels/ is imported as gemmascope.kernels."""
+"""What pyproject.toml cannot say: the folder kernels/ is imported as gemmascope.kernels, and GEMMASCOPE_NATIVE=1 builds
+the native CPU backend with the package. A build that fails leaves an installation without it and says why in a line.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup(package_dir={"gemmascope": "gemmascope", "gemmascope.kernels": "kernels"})
+PACKAGE_DIR = {"gemmascope": "gemmascope", "gemmascope.kernels": "kernels"}
+
+
+def native_backend() -> dict:
+    if os.environ.get("GEMMASCOPE_NATIVE", "").lower() not in ("1", "true", "on", "yes"):
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print("gemmascope: no torch to build the native CPU backend with; add --no-build-isolation", file=sys.stderr)
+        return {}
+    spec = importlib.util.spec_from_file_location("native", "kernels/_native.py")
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+
+    class Build(BuildExtension):
+        def run(self):
+            library = Path(self.get_ext_fullpath("gemmascope.kernels._csrc"))
+            library.unlink(missing_ok=True)  # what an earlier build left is not what these sources make
+            try:
+                super().run()
+            except Exception as error:
+                print(f"gemmascope: the native CPU backend could not be built: {error}", file=sys.stderr)
+                self.extensions = []
+                return
+            native.version_file(library).write_text(native.torch_version() + "\n")
+
+    return {
+        "ext_modules": [
+            CppExtension(
+                "gemmascope.kernels._csrc",
+                [str(Path(path).relative_to(Path.cwd())) for path in native.sources()],
+                extra_compile_args=list(native.COMPILER_FLAGS),
+                extra_link_args=list(native.LINKER_FLAGS),
+            )
+        ],
+        "cmdclass": {"build_ext": Build},
+    }
+
+
+setup(package_dir=PACKAGE_DIR, **native_backend())

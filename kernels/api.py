@@ -2,8 +2,11 @@
 
 Every operator has an eager PyTorch reference (`reference.py`) which is its specification. ``impl`` says who runs it:
 
-* ``"auto"``: the Triton kernels on a GPU, the reference elsewhere (`choose` tells which and why);
+* ``"auto"``: the Triton kernels on a GPU; on a CPU the native backend where it was built, else plain PyTorch (`choose`
+  tells which and why);
 * ``"reference"``: plain PyTorch, any device, any float dtype; fp64 stays fp64;
+* ``"pytorch"``: the same, written for speed on a CPU;
+* ``"cpu"``: the native CPU backend, or a ValueError saying why it cannot run;
 * ``"triton"``: the kernels, or a ValueError saying why they cannot run. Never a silent fallback.
 
 Gates and windows are decided in fp32 (fp64 for fp64 inputs). Results repeat bit for bit from run to run. NaN or Inf in

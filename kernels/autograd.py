@@ -1,7 +1,7 @@
 """The autograd glue of the operators, one Function for all implementations.
 
 An implementation is a module with `jumprelu_forward`, `jumprelu_backward`, `encode_forward`, `decode_forward`,
-`decode_backward`; `reference.py` has all of them, each Triton operator file has its own.
+`decode_backward`; `reference.py`, `_pytorch.py` and `_cpu.py` have all of them, each Triton operator file has its own.
 """
 
 import torch
@@ -19,6 +19,14 @@ def operator(name: str, impl: str):
         from . import reference
 
         return reference
+    if impl == "pytorch":
+        from . import _pytorch
+
+        return _pytorch
+    if impl == "cpu":
+        from . import _cpu
+
+        return _cpu
     if name == "jumprelu":
         from . import _jumprelu
 

@@ -1,6 +1,11 @@
 """Which implementation of an operator runs, and why.
 
 ``impl="auto"`` chooses and never fails; an explicit request is met or raises, it never falls back.
+
+* ``"reference"``: the specification, plain PyTorch written to be read;
+* ``"pytorch"``: plain PyTorch written for speed on a CPU;
+* ``"cpu"``: the native backend, where it was built (`_native.py`);
+* ``"triton"``: the GPU kernels.
 """
 
 import importlib.util
@@ -9,13 +14,16 @@ from typing import NamedTuple
 
 import torch
 
-IMPLS = ("auto", "reference", "triton")
+from . import _native
+
+IMPLS = ("auto", "reference", "pytorch", "cpu", "triton")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_TRITON = (3, 6)
 
 
 class Choice(NamedTuple):
-    impl: str  # "reference" or "triton"
+    impl: str  # one of IMPLS but "auto"
     reason: str
 
 
@@ -48,6 +56,15 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return triton_problem()
 
 
+def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the native CPU backend cannot take tensors of this device and dtype, or None."""
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}; the native backend is for the CPU"
+    if dtype not in NATIVE_DTYPES:
+        return f"the native backend takes float32 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return _native.problem()
+
+
 def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
     """The implementation that ``impl`` means for tensors of this device and dtype.
 
@@ -56,8 +73,16 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     device = torch.device(device)
-    if impl == "reference":
-        return Choice("reference", "asked for")
+    if impl in ("reference", "pytorch"):
+        return Choice(impl, "asked for")
+    if impl == "cpu":
+        problem = why_not_native(device, dtype)
+        if problem:
+            raise ValueError(f"impl='cpu': {problem}")
+        return Choice("cpu", "asked for")
+    if impl == "auto" and device.type == "cpu":
+        problem = why_not_native(device, dtype)
+        return Choice("pytorch", problem) if problem else Choice("cpu", f"the native backend, {_native.isa()}")
     problem = why_not_triton(device, dtype)
     if impl == "triton":
         if problem:
@@ -65,6 +90,4 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
         return Choice("triton", "asked for")
     if problem:
         return Choice("reference", problem)
-    if device.type == "cpu":
-        return Choice("reference", "the tensors are on cpu; the interpreter is for tests and must be asked for")
     return Choice("triton", f"{device.type} tensors and {str(dtype).removeprefix('torch.')}")

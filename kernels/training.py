@@ -113,11 +113,15 @@ class LatentState(NamedTuple):
 
 
 def training_operators(impl: str) -> ModuleType:
-    """The module that implements the operators: "reference" or "triton"."""
-    if impl == "reference":
-        from . import training_reference
+    """The module that implements the operators by ``impl``; "reference" and "pytorch" are one."""
+    if impl == "triton":
+        from . import _training
 
-        return training_reference
-    from . import _training
+        return _training
+    if impl == "cpu":
+        from . import _cpu_training
 
-    return _training
+        return _cpu_training
+    from . import training_reference
+
+    return training_reference

@@ -1,0 +1,116 @@
+"""The compiled CPU backend: where its library is, how it is built, whether it can be used.
+
+Nothing is ever compiled unasked. Three ways to ask:
+
+* ``GEMMASCOPE_NATIVE=1 pip install .`` (what `make native` does) builds the library with the package;
+* ``GEMMASCOPE_NATIVE=1`` in the environment of a process builds it at its first use, once, into PyTorch's folder of
+  extensions (``TORCH_EXTENSIONS_DIR``);
+* `build` does so from Python.
+
+``GEMMASCOPE_NATIVE=0`` leaves a library that is there unused. Sources: ``csrc/``, one file per instruction set and one for the
+operators; the best set that the processor has is taken at run time.
+"""
+
+import hashlib
+import os
+import sysconfig
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+# Loops are vectorised by hand, so -O3 is enough; sums may use fused multiply-adds but are never reordered.
+COMPILER_FLAGS = ("-O3", "-fopenmp", "-ffp-contract=fast")
+LINKER_FLAGS = ("-fopenmp",)
+
+_state: dict[str, str | None] = {}
+
+
+def torch_version() -> str:
+    """What a library is tied to: PyTorch promises its C++ interface for a minor version."""
+    return ".".join(torch.__version__.split("+")[0].split(".")[:2])
+
+
+def sources() -> list[str]:
+    return sorted(str(path) for path in SOURCES.glob("*.cpp"))
+
+
+def installed_library() -> Path:
+    """Where an installation puts the library."""
+    return Path(__file__).parent / f"_csrc{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
+
+
+def version_file(library: Path) -> Path:
+    """What says for which PyTorch a library was built."""
+    return library.with_name("_csrc_torch.txt")
+
+
+def build(verbose: bool = False) -> Path:
+    """Compile the library with the compiler at hand (``CXX``) and ninja; returns its path.
+
+    Raises RuntimeError, one line long, when that fails. What was built before from the same sources, for the same
+    PyTorch, is not built again.
+    """
+    from torch.utils import cpp_extension
+
+    digest = hashlib.sha256(" ".join((torch.__version__, *COMPILER_FLAGS)).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    name = f"gemmascope_native_{digest.hexdigest()[:12]}"
+    try:
+        cpp_extension.load(
+            name,
+            sources(),
+            extra_cflags=list(COMPILER_FLAGS),
+            extra_ldflags=list(LINKER_FLAGS),
+            is_python_module=False,
+            verbose=verbose,
+        )
+    except Exception as error:
+        raise RuntimeError(f"the native CPU backend could not be built: {_first_complaint(error)}") from error
+    return Path(cpp_extension._get_build_directory(name, verbose)) / f"{name}.so"
+
+
+def _first_complaint(error: BaseException) -> str:
+    """The line of a compiler's output that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error:" in line or "not found" in line), lines[0])[:300]
+
+
+def _load() -> str | None:
+    wish = os.environ.get("GEMMASCOPE_NATIVE", "").lower()
+    if wish in ("0", "false", "off", "no"):
+        return f"GEMMASCOPE_NATIVE={wish} turns the native backend off"
+    library = installed_library()
+    if library.exists():
+        version = version_file(library)
+        built_for = version.read_text().strip() if version.exists() else "another version"
+        if built_for != torch_version():
+            return f"the native backend was built for torch {built_for}, this is {torch_version()}: build it again"
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            return f"the native backend does not load: {str(error).splitlines()[0]}"
+        return None
+    if wish in ("1", "true", "on", "yes"):
+        try:
+            build()
+        except RuntimeError as error:
+            return str(error)
+        return None
+    return "the native backend is not built (make native, or GEMMASCOPE_NATIVE=1; it needs a C++ compiler)"
+
+
+@torch.compiler.assume_constant_result
+def problem() -> str | None:
+    """Why the native backend cannot be used in this process, or None. The first call loads it."""
+    if "problem" not in _state:
+        _state["problem"] = _load()
+        if _state["problem"] is None:
+            from . import _cpu  # noqa: F401  (registers the shapes of the operators' results)
+    return _state["problem"]
+
+
+def isa() -> str:
+    """The instruction set whose kernels are used: "avx512", "avx2" or "portable"."""
+    return torch.ops.gemmascope_cpu.isa()

@@ -1,0 +1,172 @@
+// The latent-major half of the training step: what the entries of a latent contribute to its gradients, and the update
+// of the latent, formulas as in kernels/_latents.py and kernels/_update.py. A latent is done by one thread, its entries
+// in token order: no result depends on the number of threads.
+#pragma once
+
+#include <cmath>
+
+#include "gather.h"
+#include "types.h"
+#include "vec.h"
+
+namespace ISA {
+
+// Latent j with entries order[first..last); dec, dz, tokens_out by entry, the other results are scalars.
+static void latent_sums(
+    int64_t first, int64_t last, const int64_t* order, const float* z, const int32_t* latents, const int32_t* tokens,
+    const float* u, float threshold, const float* s, const Objective& objective, float* dec, float* dz,
+    int32_t* tokens_out, float* db_enc, float* dthreshold, float* along, int32_t* firing_count) {
+  int32_t fired = 0;
+  for (int64_t i = first; i < last; ++i) fired += latents[order[i]] >= ACTIVE;
+  float penalty = objective.frequency_slope * static_cast<float>(fired);
+  double bias = 0, theta = 0, parallel = 0;
+  for (int64_t i = first; i < last; ++i) {
+    int64_t e = order[i];
+    bool active = latents[e] >= ACTIVE;
+    float f = active ? z[e] : 0.0f;
+    float du = objective.scale * u[e];
+    parallel += static_cast<double>(f) * du;
+    if (objective.tanh_slope != 0.0f) {
+      // 1 − tanh²(a) = 4t/(1 + t)² with t = exp(−2|a|), without cancellation
+      float t = std::exp(-2.0f * std::fabs(objective.tanh_scale * f));
+      du += objective.tanh_slope * (4.0f * t / ((1.0f + t) * (1.0f + t)));
+    }
+    bool inside = std::fabs(z[e] - threshold) < objective.bandwidth / 2;
+    float q = inside ? -(threshold * du + (s[tokens[e]] + penalty)) / objective.bandwidth : 0.0f;
+    float change = active ? du : 0.0f;
+    if (objective.ste_to_z) change -= q;
+    bias += change;
+    theta += q;
+    dec[i] = objective.scale * f;
+    dz[i] = change;
+    tokens_out[i] = tokens[e];
+  }
+  *db_enc = static_cast<float>(bias);
+  *dthreshold = static_cast<float>(theta);
+  *along = static_cast<float>(parallel);
+  *firing_count = fired;
+}
+
+struct AdamStep {
+  float decay, correction, learning_rate, eps, fresh;  // fresh: 1 − β2
+};
+
+INLINE float adam(float* v, float gradient, const AdamStep& step) {
+  *v = *v * step.decay + step.fresh * (gradient * gradient);
+  return step.learning_rate * gradient / (std::sqrt(*v / step.correction) + step.eps);
+}
+
+INLINE vec square_root(vec v) {
+#if defined(__AVX512F__) && LANES == 16
+  return (vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX__) && LANES == 8
+  return (vec)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < LANES; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+INLINE vec adam(vec* v, vec gradient, const AdamStep& step) {
+  *v = *v * splat(step.decay) + splat(step.fresh) * (gradient * gradient);
+  return splat(step.learning_rate) * gradient / (square_root(*v / splat(step.correction)) + splat(step.eps));
+}
+
+// Row of W_enc, by its gradient in memory.
+static void update_encoder(float* W, float* v, const float* gradient, int64_t d, const AdamStep& step, bf16* low) {
+  int64_t k = 0;
+  for (; k + LANES <= d; k += LANES) {
+    vec moment = load(v + k);
+    vec weight = load(W + k) - adam(&moment, load(gradient + k), step);
+    store(v + k, moment);
+    store(W + k, weight);
+    if (low) store(low + k, weight);
+  }
+  for (; k < d; ++k) {
+    W[k] -= adam(v + k, gradient[k], step);
+    if (low) store_one(low + k, W[k]);
+  }
+}
+
+// Row of W_dec: its gradient loses the component along it, and it returns to unit norm.
+static void update_decoder(
+    float* W, float* v, const float* gradient, float along, int64_t d, const AdamStep& step, bf16* low) {
+  vec squares = {};
+  float rest = 0.0f;
+  int64_t k = 0;
+  for (; k + LANES <= d; k += LANES) {
+    vec moment = load(v + k), weight = load(W + k);
+    weight -= adam(&moment, load(gradient + k) - splat(along) * weight, step);
+    store(v + k, moment);
+    store(W + k, weight);
+    squares += weight * weight;
+  }
+  for (; k < d; ++k) {
+    W[k] -= adam(v + k, gradient[k] - along * W[k], step);
+    rest += W[k] * W[k];
+  }
+  float norm = std::sqrt(sum(squares) + rest);
+  for (k = 0; k + LANES <= d; k += LANES) {
+    vec weight = load(W + k) / splat(norm);
+    store(W + k, weight);
+    if (low) store(low + k, weight);
+  }
+  for (; k < d; ++k) {
+    W[k] /= norm;
+    if (low) store_one(low + k, W[k]);
+  }
+}
+
+// gradients: dW_enc[j] and dW_dec[j], [d] each; along = ⟨dW_dec[j], W_dec[j]⟩.
+static void update_latent(
+    const State& state, int64_t j, int64_t d, const float* dW_enc, const float* dW_dec, float along, const Rule& rule,
+    int64_t step) {
+  AdamStep adam_step;
+  adam_step.decay = static_cast<float>(std::pow(rule.beta2, static_cast<double>(step - state.last[j])));
+  adam_step.correction = static_cast<float>(1.0 - std::pow(rule.beta2, static_cast<double>(step)));
+  adam_step.fresh = static_cast<float>(1.0 - rule.beta2);
+  adam_step.learning_rate = rule.learning_rate;
+  adam_step.eps = rule.eps;
+  bf16* enc_low = static_cast<bf16*>(state.W_enc_low);
+  bf16* dec_low = static_cast<bf16*>(state.W_dec_low);
+  update_encoder(state.W_enc + j * d, state.W_enc_v + j * d, dW_enc, d, adam_step, enc_low ? enc_low + j * d : nullptr);
+  update_decoder(
+      state.W_dec + j * d, state.W_dec_v + j * d, dW_dec, along, d, adam_step, dec_low ? dec_low + j * d : nullptr);
+  state.b_enc[j] -= adam(state.b_enc_v + j, state.db_enc[j], adam_step);
+  float theta = state.threshold[j];
+  // dL/dt = θ·dL/dθ for θ = exp(t)
+  float gradient = rule.log_threshold ? theta * state.dthreshold[j] : state.dthreshold[j];
+  float change = adam(state.threshold_v + j, gradient, adam_step);
+  theta = rule.log_threshold ? theta * std::exp(-change) : theta - change;
+  state.threshold[j] = theta < 0.0f ? 0.0f : theta;
+  state.last[j] = step;
+}
+
+// Σ over the entries of latent j of coefficients·table[tokens], to out [d].
+static void latent_gradient(
+    const Lists& lists, int64_t j, const float* coefficients, const void* table, int64_t d, float* out) {
+  int64_t first = lists.offsets[j], count = lists.offsets[j + 1] - first;
+  std::memset(out, 0, 4 * d);
+  if (lists.low)
+    add_rows(coefficients + first, lists.tokens + first, count, static_cast<const bf16*>(table), d, out);
+  else
+    add_rows(coefficients + first, lists.tokens + first, count, static_cast<const float*>(table), d, out);
+}
+
+static void update_from_lists(
+    const State& state, const Lists& lists, int64_t j, int64_t d, const Rule& rule, int64_t step, float* scratch) {
+  latent_gradient(lists, j, lists.dz, lists.x, d, scratch);
+  latent_gradient(lists, j, lists.dec, lists.residual, d, scratch + d);
+  update_latent(state, j, d, scratch, scratch + d, lists.along[j], rule, step);
+}
+
+static float dot(const float* a, const float* b, int64_t d) {
+  vec products = {};
+  float rest = 0.0f;
+  int64_t k = 0;
+  for (; k + LANES <= d; k += LANES) products += load(a + k) * load(b + k);
+  for (; k < d; ++k) rest += a[k] * b[k];
+  return sum(products) + rest;
+}
+
+}  // namespace ISA

@@ -1,0 +1,49 @@
+// What operators.cpp and the kernels of every instruction set exchange.
+#pragma once
+
+#include <cstdint>
+
+// The bits of a bfloat16: the upper half of an fp32.
+struct bf16 {
+  uint16_t bits;
+};
+
+struct Entry {
+  float z;
+  int32_t latent;
+  int32_t token;
+};
+
+// As in kernels/training.py.
+constexpr int32_t ACTIVE = 1 << 30;
+constexpr int32_t LATENT = ACTIVE - 1;
+
+struct Objective {
+  float scale;  // 2/N
+  float bandwidth, frequency_slope, tanh_slope, tanh_scale;
+  bool ste_to_z;
+};
+
+struct Rule {
+  double beta2;
+  float learning_rate, eps;
+  bool log_threshold;
+};
+
+// The state of the latents, [F, d] and [F], and their gradients.
+struct State {
+  float *W_enc, *W_dec, *b_enc, *threshold;
+  float *W_enc_v, *W_dec_v, *b_enc_v, *threshold_v;
+  int64_t* last;
+  void *W_enc_low, *W_dec_low;  // bf16, or null
+  const float *db_enc, *dthreshold;
+};
+
+// Gradients as sums over the entries of a latent: entries offsets[j] to offsets[j + 1].
+struct Lists {
+  const int64_t* offsets;
+  const float *dz, *dec, *along;
+  const int32_t* tokens;
+  const void *x, *residual;  // [N, d]
+  bool low;                  // bf16
+};

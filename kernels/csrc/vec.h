@@ -1,0 +1,82 @@
+// Vectors of LANES floats by the compilers' vector extension: one source for every instruction set. A file that is
+// compiled for one of them (isa_*.cpp) defines LANES and the namespace ISA, then includes the kernels.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+
+namespace ISA {
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halfvec __attribute__((vector_size(2 * LANES)));
+typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec splat(float s) { return s - vec{}; }
+
+INLINE vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
+INLINE vec load(const bf16* p) {
+  halfvec bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (vec)(__builtin_convertvector(bits, uvec) << 16);
+}
+
+INLINE void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
+// Rounds to nearest, ties to even; NaN stays NaN.
+INLINE void store(bf16* p, vec v) {
+  uvec u = (uvec)v;
+  uvec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  uvec nan = (u >> 16) | 0x40;
+  uvec is_nan = (uvec)(v != v);
+  halfvec bits = __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), halfvec);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+INLINE float load_one(const float* p) { return *p; }
+INLINE float load_one(const bf16* p) {
+  uint32_t u = static_cast<uint32_t>(p->bits) << 16;
+  float f;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+INLINE void store_one(float* p, float f) { *p = f; }
+INLINE void store_one(bf16* p, float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, sizeof u);
+  p->bits = static_cast<uint16_t>(f != f ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+INLINE vec select(ivec condition, vec a, vec b) {
+  return (vec)(((ivec)a & condition) | ((ivec)b & ~condition));
+}
+INLINE vec absolute(vec v) { return (vec)((ivec)v & 0x7fffffff); }
+
+INLINE float sum(vec v) {
+  float s[LANES];
+  std::memcpy(s, &v, sizeof s);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) s[i] += s[i + width];
+  return s[0];
+}
+
+// One bit a lane, lowest first.
+INLINE uint32_t bits_of(ivec condition) {
+#if defined(__AVX512F__) && LANES == 16
+  return static_cast<uint32_t>(__builtin_ia32_cvtd2mask512((__attribute__((vector_size(64))) int)condition));
+#elif defined(__AVX2__) && LANES == 8
+  return static_cast<uint32_t>(__builtin_ia32_movmskps256((__attribute__((vector_size(32))) float)condition));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>(condition[i] & 1) << i;
+  return bits;
+#endif
+}
+
+INLINE bool any(ivec condition) { return bits_of(condition) != 0; }
+
+}  // namespace ISA
