@@ -78,7 +78,8 @@ class Contender:
     ours: bool = False
     """A failure or a red gate of ours ends in exit status 1; a peer's is a row."""
     tolerance: float = 1e-4
-    """Largest relative error, in the Euclidean norm, of each of `outputs`; a contender beyond it is not timed."""
+    """Largest relative error, in the Euclidean norm, of each of `outputs`; a contender beyond it is not timed. One that
+    rounds to bf16 sets it to 1e-2 or so."""
 
     def check_available(self, device: torch.device) -> None:
         """Raise `UnavailableError` when the contender cannot run on this machine. Cheap: nothing is imported."""

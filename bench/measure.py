@@ -1,0 +1,209 @@
+"""Clocks, ceilings and memory."""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MIB = 1 << 20
+CLEARED_BYTES = 256 * MIB  # more than any GPU's L2
+HEAD_START = 20_000_000  # clock cycles, about 10 ms: the host is done launching before the device begins
+MEMORY_TIMEOUT = 300
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+class Clock:
+    """Milliseconds of one call. On a GPU between events, with the L2 cleared and the launches queued beforehand, so
+    that what is timed is the device; `latency` is what a caller waits, launches included."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.other = torch.empty(CLEARED_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
+
+    def synchronise(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def time(self, call: Callable[[], object]) -> float:
+        if not self.cuda:
+            return self.latency(call)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START)
+        self.other.zero_()
+        start.record()
+        result = call()
+        end.record()
+        self.synchronise()
+        del result
+        return start.elapsed_time(end)
+
+    def latency(self, call: Callable[[], object]) -> float:
+        self.synchronise()
+        start = time.perf_counter()
+        result = call()
+        self.synchronise()
+        elapsed = 1e3 * (time.perf_counter() - start)
+        del result  # not within the time: the caller would still be using it
+        return elapsed
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """p20, p50, p80 and the least, in milliseconds."""
+    if len(times) == 1:
+        low = middle = high = times[0]
+    else:
+        cuts = statistics.quantiles(times, n=10, method="inclusive")
+        low, middle, high = cuts[1], cuts[4], cuts[7]
+    return {"p20_ms": low, "p50_ms": middle, "p80_ms": high, "min_ms": min(times), "repeats": len(times)}
+
+
+def copy_rate(clock: Clock, n_bytes: int = CLEARED_BYTES) -> float:
+    """10^9 bytes a second of a large copy, read and written, at its best."""
+    source = torch.zeros(n_bytes // 4, device=clock.device)
+    target = torch.empty_like(source).copy_(source)
+    return 2 * n_bytes / min(clock.time(lambda: target.copy_(source)) for _ in range(5)) / 1e6
+
+
+def products(a: Tensor, b: Tensor) -> list[Callable[[], Tensor]]:
+    """The ways PyTorch has to multiply a [n, k] by b [m, k] transposed."""
+    ways = [lambda: torch.mm(a, b.T)]
+    if a.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    return ways
+
+
+def product_rate(clock: Clock, n: int, k: int, m: int, dtype: str) -> float:
+    """10^12 FLOP a second of the best dense product of [n, k] by [k, m], tf32 only when it is asked for."""
+    operand = torch.bfloat16 if dtype == "bf16" else torch.float32
+    a, b = (torch.randn(rows, k, device=clock.device).to(operand) for rows in (n, m))
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
+    try:
+        best = float("inf")
+        for way in products(a, b):
+            try:
+                best = min(best, *(clock.time(way) for _ in range(4)))
+            except RuntimeError as error:  # oneDNN has no product of this dtype on this machine
+                if is_out_of_memory(error):
+                    raise
+    finally:
+        matmul.fp32_precision = before
+    return 2 * n * k * m / best / 1e9
+
+
+def ceilings(clock: Clock, n: int, d: int, f: int, dtype: str) -> dict[str, float]:
+    """What this machine does at its best, now: the roofline of the rows of one case."""
+    return {"copy_gbps": copy_rate(clock), "product_tflops": product_rate(clock, n, d, min(f, 16384), dtype)}
+
+
+def floor_ms(work: tuple[int, int], ceiling: dict[str, float]) -> float:
+    """The least time for (FLOPs, bytes) under the ceilings."""
+    flops, n_bytes = work
+    return max(flops / ceiling["product_tflops"] / 1e9, n_bytes / ceiling["copy_gbps"] / 1e6)
+
+
+def available_bytes() -> int | None:
+    """Main memory that can be had without swapping, where the system says."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status: no {field}")
+
+
+def host_peak_mib(call: Callable[[], object]) -> float:
+    """Resident memory at the peak of a call, over that before it. Linux: the high-water mark is reset first."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _status_kib("VmRSS")
+        result = call()
+        peak = _status_kib("VmHWM")
+    except OSError:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 1024
+        result = call()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 1024
+    del result
+    return (peak - before) / 1024
+
+
+def device_peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """The allocator's peak during a call, over what was held before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return (torch.cuda.max_memory_allocated(device) - before) / MIB
+
+
+def peaks_in_fresh_process(arguments: list[str]) -> dict[str, float]:
+    """What `python -m bench memory ARGUMENTS` prints: MiB by part; empty when the process failed.
+
+    Large blocks go back to the system when they are freed, so that the baseline of one part is not what another left.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    command = [sys.executable, "-m", "bench", "memory", *arguments]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=MEMORY_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {}
+    lines = done.stdout.strip().splitlines()
+    return json.loads(lines[-1]) if done.returncode == 0 and lines else {}
+
+
+def interleaved(
+    clock: Clock,
+    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]],
+    rounds: int,
+    on_error: Callable[[str, Exception], None],
+    done: Callable[[str], None],
+) -> dict[str, dict[str, list[float]]]:
+    """Times of every call, A B C A B C …, so that what drifts hits all alike.
+
+    calls: name: (what comes before a call and is not timed, the call). One that raises is reported once, by
+    ``on_error``, and dropped with all its times.
+    """
+    times: dict[str, dict[str, list[float]]] = {name: {"ms": [], "latency_ms": []} for name in calls}
+    for _, name in itertools.product(range(rounds), calls):
+        if name not in times:
+            continue
+        before, call = calls[name]
+        try:
+            before()
+            times[name]["ms"].append(clock.time(call))
+            if clock.cuda:
+                before()
+                times[name]["latency_ms"].append(clock.latency(call))
+        except Exception as error:
+            del times[name]
+            on_error(name, error)
+        done(name)
+    return times

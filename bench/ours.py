@@ -1,0 +1,183 @@
+"""Our own contenders, and the bare products that theirs and ours are measured by."""
+
+import copy
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bench.contenders import INFERENCE, OPERATORS, TRAINING, Contender, Inputs, UnavailableError
+from gemmascope import kernels
+from gemmascope.kernels.autograd import operator
+from gemmascope.kernels.dispatch import choose
+from gemmascope.kernels.training import Residual, training_operators
+from gemmascope.step import StepFigures, TrainState, dense_step, sparse_step
+from gemmascope.trainer import CAPACITY_MARGIN, CAPACITY_UNIT
+
+OPERAND_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+BANDWIDTH = 0.1  # of the activation by itself: wide enough that the window is a share of the entries worth summing
+
+
+class WithheldError(Exception):
+    """An update was not made; the time is not that of a step."""
+
+
+class Ours(Contender):
+    """The training step by one route, inference, and the operators, by one implementation.
+
+    Training is in fp32 with products in ``inputs.dtype``; inference holds weights of that dtype.
+    """
+
+    ours = True
+    parts = tuple(dict.fromkeys((*TRAINING, *INFERENCE, *OPERATORS)))
+
+    def __init__(self, impl: str = "auto", route: str = "sparse"):
+        self.impl, self.route = impl, route
+        if route == "dense":
+            self.parts = ("step",)
+
+    def check_available(self, device: torch.device) -> None:
+        try:
+            choose(self.impl, device, torch.float32)
+        except ValueError as error:
+            raise UnavailableError(str(error)) from None
+
+    def set_up(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.operand_dtype = OPERAND_DTYPES[inputs.dtype]
+        self.tf32 = inputs.dtype == "tf32"
+        self.tolerance = 1e-4 if inputs.dtype == "fp32" else 1e-2
+
+    @cached_property
+    def state(self) -> TrainState:
+        sae = copy.deepcopy(self.inputs.sae)
+        sae.impl = self.impl
+        return TrainState.start(sae, self.inputs.dtype)
+
+    @cached_property
+    def capacity(self) -> int:
+        """Room for the entries of x, with the trainer's margin."""
+        inputs = self.inputs
+        seen = int(sparse_step(self.state, inputs.x, inputs.loss, inputs.rule, CAPACITY_UNIT).n_entries)
+        self.state.stalled.zero_()
+        return CAPACITY_UNIT * math.ceil(CAPACITY_MARGIN * max(1, seen) / CAPACITY_UNIT)
+
+    def step(self) -> StepFigures:
+        inputs = self.inputs
+        arguments = (self.state, inputs.x, inputs.loss, inputs.rule)
+        return dense_step(*arguments) if self.route == "dense" else sparse_step(*arguments, self.capacity)
+
+    def check_made(self) -> None:
+        """Raise `WithheldError` when any step so far did not update the weights. Waits for the device."""
+        if self.state.stalled or self.state.skipped:
+            raise WithheldError("updates were withheld; the times would not be those of a step")
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """Entries, residual and loss; keeps what `backward` needs."""
+        inputs, sae, ops = self.inputs, self.state.sae, training_operators(self.state.impl)
+        x_centred = (inputs.x - sae.b_dec).to(self.state.encoder_rows.dtype)
+        weights = (self.state.encoder_rows.T, sae.b_enc, sae.threshold)
+        entries = ops.encode_entries(x_centred, *weights, inputs.loss.bandwidth, self.capacity, self.tf32)
+        out: Residual = ops.residual_pass(entries, inputs.x, self.state.decoder_rows, sae.b_dec)
+        penalty, s = inputs.loss.l0_penalty(out.l0)
+        self.saved = (x_centred, entries, out, s)
+        return out.squared_error.mean() + penalty
+
+    @torch.no_grad()
+    def backward(self) -> None:
+        """Every gradient, and the update of all that is held by latent, in which the gradients of the weights are."""
+        x_centred, entries, out, s = self.saved
+        state, n, ops = self.state, len(x_centred), training_operators(self.state.impl)
+        transposed = ops.by_latent(entries, state.sae.d_sae)
+        objective = self.inputs.loss.objective(n)
+        sums = ops.latent_pass(entries, out.u, transposed, state.sae.threshold, s, objective)
+        self.db_dec = out.residual.sum(0, dtype=torch.float32) * (2 / n) - ops.encoder_times(
+            state.encoder_rows, sums.db_enc
+        )
+        ok = torch.ones((), dtype=torch.int32, device=x_centred.device)
+        ops.update_from_entries(
+            state.latents, transposed, sums, out.residual, x_centred, rule=self.inputs.rule, ok=ok, step=state.updates
+        )
+
+    @cached_property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """W_enc, b_enc, threshold, W_dec, b_dec of the folded SAE, as it would be released."""
+        sae = self.inputs.sae.fold()
+        W_enc, W_dec = (w.detach().to(self.operand_dtype) for w in (sae.W_enc.T, sae.W_dec))
+        return W_enc.T, sae.b_enc.detach(), sae.threshold.detach(), W_dec, sae.b_dec.detach()
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self.inputs.x.to(self.operand_dtype)
+
+    @cached_property
+    def code(self) -> kernels.SparseCode:
+        return self.encode()
+
+    @torch.no_grad()
+    def encode(self) -> kernels.SparseCode:
+        return kernels.encode(self.x, *self.weights[:3], impl=self.impl)
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        return kernels.decode(self.code, *self.weights[3:], impl=self.impl)
+
+    @torch.no_grad()
+    def infer(self) -> Tensor:
+        return kernels.decode(self.encode(), *self.weights[3:], impl=self.impl)
+
+    def decode_backward(self) -> tuple[Tensor, Tensor]:
+        impl = choose(self.impl, self.x.device, self.operand_dtype).impl
+        return operator("decode", impl).decode_backward(self.x, *self.code[:3], self.weights[3], True, True)
+
+    @cached_property
+    def pre(self) -> Tensor:
+        return self.x @ self.weights[0]
+
+    def jumprelu(self) -> kernels.JumpReLUOutput:
+        return kernels.jumprelu(self.pre, *self.weights[1:3], BANDWIDTH, impl=self.impl)
+
+    @cached_property
+    def upstream(self) -> tuple[Tensor, Tensor]:
+        """∂L/∂f [N, d_sae] and ∂L/∂l0 [N]; any numbers do, and those of ``pre`` are at hand."""
+        return self.pre.flip(0), torch.full((1,), 1e-3, device=self.pre.device).expand(len(self.pre))
+
+    def jumprelu_backward(self) -> tuple[Tensor, Tensor, Tensor]:
+        impl = choose(self.impl, self.x.device, self.operand_dtype).impl
+        backward = operator("jumprelu", impl).jumprelu_backward
+        return backward(*self.upstream, self.pre, *self.weights[1:3], BANDWIDTH)
+
+    def outputs(self) -> dict[str, Tensor]:
+        return {"x_hat": self.infer()} | ({"loss": self.forward()} if self.route == "sparse" else {})
+
+    def before(self, part: str) -> None:
+        super().before(part)
+        needs = {"step": "capacity", "forward": "capacity", "decode": "code", "decode_backward": "code"}
+        needs |= {"jumprelu": "pre", "jumprelu_backward": "upstream"}
+        getattr(self, needs.get(part, "weights"), None)
+
+
+class Products(Contender):
+    """The dense products alone: what any encoder, and a decoder of dense f, cannot do without."""
+
+    parts = INFERENCE
+    differs = "the two dense products alone: no bias, no gate"
+
+    def set_up(self, inputs: Inputs) -> None:
+        dtype = OPERAND_DTYPES[inputs.dtype]
+        sae = inputs.sae.fold()
+        self.x = inputs.x.to(dtype)
+        self.W_enc, self.W_dec = sae.W_enc.detach().T.to(dtype).T, sae.W_dec.detach().to(dtype)
+        z = self.x @ self.W_enc
+        self.f = torch.where(z + sae.b_enc > sae.threshold, z, 0)
+
+    def encode(self) -> Tensor:
+        return torch.mm(self.x, self.W_enc)
+
+    def decode(self) -> Tensor:
+        return torch.mm(self.f, self.W_dec)
+
+    def infer(self) -> Tensor:
+        return torch.mm(torch.mm(self.x, self.W_enc), self.W_dec)
