@@ -4,12 +4,22 @@
 40 times faster than the dense products it replaces. Computes in fp32, or in fp64 when the state is fp64.
 """
 
-import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._pytorch import (
+    CORE_ELEMENTS,
+    SHARED_ELEMENTS,
+    dot_rows,
+    near_threshold,
+    row_offsets,
+    row_pieces,
+    rows_in,
+    sum_rows,
+)
 from ._transpose import by_latent as by_latent
 from .reference import activation, compute_dtype, gate, window
 from .training import (
@@ -37,18 +47,13 @@ def encode_entries(
 ) -> Entries:
     """x [N, d] and W_enc [d, F] of one dtype (fp32, bf16; fp64), b_enc and θ [F]. capacity: None for as much as there
     is. tf32: only the GPU has it."""
-    dtype = compute_dtype(x)
-    z = torch.addmm(b_enc.to(dtype), x.to(dtype), W_enc.to(dtype))
-    near = z > threshold - bandwidth  # all that may be entries, in one pass
-    if not z.sum().isfinite():  # NaN and ±Inf are entries, so that they spoil the loss
-        near |= ~(z <= threshold) | (z == -torch.inf)
-    token, latent = torch.nonzero(near, as_tuple=True)
-    values, theta = z[token, latent], threshold[latent]
-    active = ~(values <= theta) | (values == -torch.inf)
-    kept = active | ((values - theta).abs() < bandwidth / 2)
-    offsets = F.pad(torch.bincount(token[kept], minlength=x.shape[0]).cumsum(0), (1, 0))
+    z, token, latent = near_threshold(x, W_enc, b_enc, threshold, bandwidth)
+    theta = threshold[latent]
+    active = ~(z <= theta) | (z == -torch.inf)  # NaN and ±Inf are entries, so that they spoil the loss
+    kept = active | ((z - theta).abs() < bandwidth / 2)
+    offsets = row_offsets(token[kept], x.shape[0])
     latent = (latent + ACTIVE * active).to(torch.int32)
-    values, latent, token = (t[kept][:capacity] for t in (values, latent, token.to(torch.int32)))
+    values, latent, token = (t[kept][:capacity] for t in (z, latent, token.to(torch.int32)))
     room = 0 if capacity is None else capacity - len(values)
     return Entries(
         F.pad(values, (0, room)), F.pad(latent, (0, room), value=W_enc.shape[1]), F.pad(token, (0, room)), offsets
@@ -59,20 +64,6 @@ def _count(entries: Entries) -> int:
     return min(int(entries.offsets[-1]), entries.z.shape[0])
 
 
-def _dot_rows(a: Tensor, b: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
-    """⟨a[n], b[columns_e]⟩ for the entries e of each row n in compressed rows."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse")  # a notice that CSR tensors are new, once a process
-        pattern = torch.sparse_csr_tensor(
-            offsets.to(torch.int32),
-            columns,
-            torch.zeros(columns.shape, dtype=a.dtype, device=a.device),
-            size=(a.shape[0], b.shape[0]),
-            check_invariants=False,
-        )
-        return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
-
-
 def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> Residual:
     """x [N, d] fp32 (not rounded, b_dec not subtracted), W_dec [F, d] fp32 or bf16, b_dec [d] fp32."""
     dtype, nnz = compute_dtype(x, W_dec), _count(entries)
@@ -80,14 +71,21 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
     active = entries.latents[:nnz] >= ACTIVE
     z = entries.z[:nnz]
     f = torch.where(active, z, z - z).to(dtype)  # z − z is 0, or NaN for −Inf: a plain 0 would hide it
-    W = W_dec.to(dtype)
-    starts = entries.offsets[:-1].clamp(max=nnz)
-    x_hat = F.embedding_bag(latents.long(), W, starts, mode="sum", per_sample_weights=f) + b_dec
-    residual = x_hat - x
-    rounded = residual.to(W_dec.dtype)
-    u = F.pad(_dot_rows(rounded.to(dtype), W, entries.offsets.clamp(max=nnz), latents), (0, entries.z.shape[0] - nnz))
+    offsets = entries.offsets.clamp(max=nnz)
+    residual = torch.empty(x.shape, dtype=W_dec.dtype, device=x.device)
+    squared_error = torch.empty(x.shape[0], dtype=dtype, device=x.device)
+    u = torch.zeros(entries.z.shape[0], dtype=dtype, device=x.device)
+    for rows, part in row_pieces(
+        offsets, max(1, SHARED_ELEMENTS // max(1, x.shape[1]))
+    ):  # both sums find the rows of W_dec in a cache
+        W, columns = rows_in(dtype, W_dec, latents[part])
+        r = sum_rows(f[part], columns, W, offsets[rows] - part.start).add_(b_dec).sub_(x[rows])
+        squared_error[rows] = r.square().sum(1)
+        residual[rows] = r
+        starts = offsets[rows.start : rows.stop + 1] - part.start
+        u[part] = dot_rows(residual[rows].to(dtype), W, starts, columns)
     l0 = torch.zeros(x.shape[0], dtype=dtype, device=x.device).index_add_(0, tokens, active.to(dtype))
-    return Residual(rounded, residual.square().sum(1), l0, u)
+    return Residual(residual, squared_error, l0, u)
 
 
 def _penalised(u: Tensor, f: Tensor, objective: Objective) -> Tensor:
@@ -124,21 +122,21 @@ def latent_pass(
     return LatentSums(*padded, by_latent_sum(dz), by_latent_sum(q), along, count)
 
 
-def _sum_rows(coefficients: Tensor, rows: Tensor, table: Tensor, offsets: Tensor) -> Tensor:
-    """Σ_e coefficients_e·table[rows_e] for each latent's entries e: [F, d]."""
-    nnz, dtype = int(offsets[-1]), coefficients.dtype
-    return F.embedding_bag(
-        rows[:nnz].long(), table.to(dtype), offsets[:-1], mode="sum", per_sample_weights=coefficients[:nnz]
-    )
+def _sum_by_latent(coefficients: Tensor, tokens: Tensor, table: Tensor, starts: Tensor, stop: int) -> Tensor:
+    """Σ_e coefficients_e·table[tokens_e] over the entries e of latents whose entries follow each other from
+    starts [n] on up to ``stop``: [n, d]."""
+    part = slice(int(starts[0]) if len(starts) else 0, stop)
+    return sum_rows(coefficients[part], tokens[part], table, starts - part.start)
 
 
 def weight_gradients(
     transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dW_enc and dW_dec, [F, d] each, fp32. residual and x_centred = x − b_dec: [N, d]."""
+    starts, stop, dtype = transposed.offsets[:-1], int(transposed.offsets[-1]), sums.dz.dtype
     return (
-        _sum_rows(sums.dz, sums.tokens, x_centred, transposed.offsets),
-        _sum_rows(sums.dec, sums.tokens, residual, transposed.offsets),
+        _sum_by_latent(sums.dz, sums.tokens, x_centred.to(dtype), starts, stop),
+        _sum_by_latent(sums.dec, sums.tokens, residual.to(dtype), starts, stop),
     )
 
 
@@ -202,10 +200,24 @@ def settle(state: LatentState, step: Tensor, beta2: float) -> None:
     state.last.copy_(step.expand_as(state.last))
 
 
-def adam_direction(v: Tensor, gradient: Tensor, decay: Tensor | float, rule: Rule, correction: float) -> Tensor:
-    """Bring the second moments v up to date in place; returns g / (√(v/correction) + eps)."""
+def _pieces(touched: Tensor, d: int) -> Iterator[slice | Tensor]:
+    """The latents with ``touched`` [F], a cache-full of rows at a time: a slice where they are most of it, whose rows
+    are then worked on where they lie, else their numbers."""
+    (latents,) = torch.nonzero(touched, as_tuple=True)
+    for piece in latents.split(max(1, CORE_ELEMENTS // max(1, d))):
+        if len(piece):
+            first, stop = int(piece[0]), int(piece[-1]) + 1
+            yield slice(first, stop) if stop - first <= 1.5 * len(piece) else piece
+
+
+def _adam_(weight: Tensor, v: Tensor, gradient: Tensor, decay: Tensor, rule: Rule, correction: float) -> None:
+    """v ← decay·v + (1 − β2)·g²;  weight ← weight − lr·g / (√(v/correction) + eps), in place.
+
+    A decay of 1 and a gradient of 0 leave a row bit for bit as it was.
+    """
     v.mul_(decay).addcmul_(gradient, gradient, value=1 - rule.beta2)
-    return gradient / (v / correction).sqrt_().add_(rule.eps)
+    root = correction**0.5
+    weight.addcdiv_(gradient, v.sqrt().add_(rule.eps * root), value=-rule.learning_rate * root)
 
 
 def update_from_entries(
@@ -224,10 +236,20 @@ def update_from_entries(
     """
     if not ok:
         return
-    dW_enc, dW_dec = weight_gradients(transposed, sums, residual, x_centred)
-    dW_dec -= sums.along[:, None] * state.W_dec
-    touched = transposed.offsets.diff() > 0
-    _update(state, dW_enc, dW_dec, sums.db_enc, sums.dthreshold, touched, rule, step)
+    dtype, offsets = sums.dz.dtype, transposed.offsets
+    residual, x_centred, touched = residual.to(dtype), x_centred.to(dtype), offsets.diff() > 0
+    along = torch.where(touched, sums.along, 0)
+
+    def gradients(piece: slice | Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+        starts = offsets[:-1][piece]
+        stop = int(offsets[1:][piece][-1])
+        dW_dec = _sum_by_latent(sums.dec, sums.tokens, residual, starts, stop)
+        return (
+            _sum_by_latent(sums.dz, sums.tokens, x_centred, starts, stop),
+            dW_dec.addcmul_(along[piece][:, None], W_dec, value=-1),
+        )
+
+    _update(state, gradients, sums.db_enc, sums.dthreshold, touched, rule, step)
 
 
 def update_from_dense(
@@ -242,44 +264,55 @@ def update_from_dense(
     step: Tensor,
 ) -> None:
     """The same from gradients [F, d] that stand in memory, of the latents with touched [F] (int32) > 0."""
-    if ok:
-        dW_dec = dW_dec - (dW_dec * state.W_dec).sum(1, keepdim=True) * state.W_dec
-        _update(state, dW_enc, dW_dec, db_enc, dthreshold, touched > 0, rule, step)
+    if not ok:
+        return
+    touched = touched > 0
+
+    def gradients(piece: slice | Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+        listed, g = touched[piece][:, None], dW_dec[piece]
+        along = (g * W_dec).sum(1, keepdim=True)
+        projected = torch.addcmul(g, along, W_dec, value=-1)
+        return torch.where(listed, dW_enc[piece], 0), torch.where(listed, projected, 0)
+
+    _update(state, gradients, db_enc, dthreshold, touched, rule, step)
 
 
 def _update(
     state: LatentState,
-    dW_enc: Tensor,
-    dW_dec: Tensor,
+    gradients: Callable[[slice | Tensor, Tensor], tuple[Tensor, Tensor]],
     db_enc: Tensor,
     dthreshold: Tensor,
     touched: Tensor,
     rule: Rule,
     step: Tensor,
 ) -> None:
-    (rows,) = torch.nonzero(touched, as_tuple=True)
+    """gradients(piece, W_dec): dW_enc and the projected dW_dec of the latents of a piece, 0 where none is touched."""
     step = step + 1
-    decay = _owed_decay(state.last[rows], step, rule.beta2).to(state.W_dec.dtype)
+    decay = torch.where(touched, _owed_decay(state.last, step, rule.beta2).to(state.W_dec.dtype), 1)
     correction = 1 - rule.beta2 ** int(step)
+    for piece in _pieces(touched, state.W_dec.shape[1]):
+        in_place = isinstance(piece, slice)
+        rows = LatentState(*(None if t is None else t[piece] for t in state))
+        dW_enc, dW_dec = gradients(piece, rows.W_dec)
+        _adam_(rows.W_enc, rows.W_enc_v, dW_enc, decay[piece][:, None], rule, correction)
+        _adam_(rows.W_dec, rows.W_dec_v, dW_dec, decay[piece][:, None], rule, correction)
+        rows.W_dec.div_(torch.where(touched[piece], rows.W_dec.norm(dim=1), 1)[:, None])
+        for weight, low in ((rows.W_enc, rows.W_enc_low), (rows.W_dec, rows.W_dec_low)):
+            if low is not None:
+                low.copy_(weight)
+        if not in_place:
+            for whole, part in zip(state, rows, strict=True):
+                if part is not None and part.ndim == 2:
+                    whole[piece] = part
 
-    def moved(parameter: Tensor, v: Tensor, gradient: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        v_rows = v[rows]
-        direction = adam_direction(v_rows, gradient[rows], factor, rule, correction)
-        v[rows] = v_rows
-        return parameter[rows], rule.learning_rate * direction
-
-    weight, change = moved(state.W_enc, state.W_enc_v, dW_enc, decay[:, None])
-    state.W_enc[rows] = weight - change
-    weight, change = moved(state.W_dec, state.W_dec_v, dW_dec, decay[:, None])
-    weight = weight - change
-    state.W_dec[rows] = weight / weight.norm(dim=1, keepdim=True)
-    bias, change = moved(state.b_enc, state.b_enc_v, db_enc, decay)
-    state.b_enc[rows] = bias - change
-    dt = state.threshold * dthreshold if rule.log_threshold else dthreshold  # dL/dt = θ·dL/dθ for θ = exp(t)
-    theta, change = moved(state.threshold, state.threshold_v, dt, decay)
-    theta = theta * torch.exp(-change) if rule.log_threshold else theta - change
-    state.threshold[rows] = theta.clamp(min=0)
-    state.last[rows] = step
-    for weight, low in ((state.W_enc, state.W_enc_low), (state.W_dec, state.W_dec_low)):
-        if low is not None:
-            low[rows] = weight[rows].to(low.dtype)
+    zero = torch.zeros_like(db_enc)
+    db_enc, dthreshold = torch.where(touched, db_enc, zero), torch.where(touched, dthreshold, zero)
+    _adam_(state.b_enc, state.b_enc_v, db_enc, decay, rule, correction)
+    if rule.log_threshold:  # dL/dt = θ·dL/dθ for θ = exp(t)
+        change = torch.zeros_like(state.threshold)
+        _adam_(change, state.threshold_v, state.threshold * dthreshold, decay, rule, correction)
+        state.threshold.mul_(change.exp())
+    else:
+        _adam_(state.threshold, state.threshold_v, dthreshold, decay, rule, correction)
+    state.threshold.copy_(torch.where(touched, state.threshold.clamp(min=0), state.threshold))
+    state.last.copy_(torch.where(touched, step, state.last))
