@@ -101,6 +101,9 @@ class Contender:
         if part == "backward":
             self.forward()
 
+    def check_made(self) -> None:
+        """Called after the timing: raise when the calls did not do their work. May wait for the device."""
+
     def outputs(self) -> dict[str, Tensor]:
         """What this contender computes from ``inputs`` and must agree on with the fp64 reference, after `set_up`.
 

@@ -1,5 +1,6 @@
 """Clocks, ceilings and memory."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -7,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -36,18 +37,31 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def time(self, call: Callable[[], object]) -> float:
+    def head_start(self) -> None:
+        """Keep a GPU busy until the host has launched what follows, and what was in its L2 out of it."""
+        if self.cuda:
+            torch.cuda._sleep(HEAD_START)
+            self.other.zero_()
+
+    def mark(self) -> "float | torch.cuda.Event":
         if not self.cuda:
-            return self.latency(call)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)
-        self.other.zero_()
-        start.record()
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+        """Milliseconds between two marks, after `synchronise`."""
+        return start.elapsed_time(end) if self.cuda else 1e3 * (end - start)
+
+    def time(self, call: Callable[[], object]) -> float:
+        self.head_start()
+        start = self.mark()
         result = call()
-        end.record()
+        end = self.mark()
         self.synchronise()
-        del result
-        return start.elapsed_time(end)
+        del result  # not within the time: the caller would still be using it
+        return self.between(start, end)
 
     def latency(self, call: Callable[[], object]) -> float:
         self.synchronise()
@@ -55,7 +69,7 @@ class Clock:
         result = call()
         self.synchronise()
         elapsed = 1e3 * (time.perf_counter() - start)
-        del result  # not within the time: the caller would still be using it
+        del result
         return elapsed
 
 
@@ -84,22 +98,28 @@ def products(a: Tensor, b: Tensor) -> list[Callable[[], Tensor]]:
     return ways
 
 
+@contextlib.contextmanager
+def allowing_tf32(allowed: bool) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def product_rate(clock: Clock, n: int, k: int, m: int, dtype: str) -> float:
     """10^12 FLOP a second of the best dense product of [n, k] by [k, m], tf32 only when it is asked for."""
     operand = torch.bfloat16 if dtype == "bf16" else torch.float32
     a, b = (torch.randn(rows, k, device=clock.device).to(operand) for rows in (n, m))
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
-    try:
-        best = float("inf")
+    best = float("inf")
+    with allowing_tf32(dtype == "tf32"):
         for way in products(a, b):
             try:
                 best = min(best, *(clock.time(way) for _ in range(4)))
             except RuntimeError as error:  # oneDNN has no product of this dtype on this machine
                 if is_out_of_memory(error):
                     raise
-    finally:
-        matmul.fp32_precision = before
     return 2 * n * k * m / best / 1e9
 
 
@@ -124,6 +144,14 @@ def available_bytes() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def resident_mib() -> float:
+    """Main memory this process holds; 0 where the system does not say."""
+    try:
+        return _status_kib("VmRSS") / 1024
+    except OSError:
+        return 0.0
 
 
 def _status_kib(field: str) -> int:
@@ -162,8 +190,8 @@ def device_peak_mib(call: Callable[[], object], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
-def peaks_in_fresh_process(arguments: list[str]) -> dict[str, float]:
-    """What `python -m bench memory ARGUMENTS` prints: MiB by part; empty when the process failed.
+def peaks_in_fresh_process(arguments: list[str]) -> dict[str, dict[str, float]]:
+    """What `python -m bench memory ARGUMENTS` prints, by part; empty when the process failed.
 
     Large blocks go back to the system when they are freed, so that the baseline of one part is not what another left.
     """
@@ -181,7 +209,7 @@ def peaks_in_fresh_process(arguments: list[str]) -> dict[str, float]:
 
 def interleaved(
     clock: Clock,
-    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]],
+    calls: Mapping[str, tuple[Callable[[], object], Callable[[], object]]],
     rounds: int,
     on_error: Callable[[str, Exception], None],
     done: Callable[[str], None],
@@ -189,7 +217,7 @@ def interleaved(
     """Times of every call, A B C A B C …, so that what drifts hits all alike.
 
     calls: name: (what comes before a call and is not timed, the call). One that raises is reported once, by
-    ``on_error``, and dropped with all its times.
+    ``on_error``, and dropped with all its times. done: told after every call.
     """
     times: dict[str, dict[str, list[float]]] = {name: {"ms": [], "latency_ms": []} for name in calls}
     for _, name in itertools.product(range(rounds), calls):

@@ -72,7 +72,7 @@ def part_work(part: str, size: Size) -> tuple[int, int]:
 
     step, forward, backward: the operators of the sparse step. encode: one [N, d]·[d, F] product; reads x and W_enc
     once, writes 8 bytes an active entry. decode: 2d FLOPs an active entry, each gathering a row of W_dec. infer: both.
-    decode_backward: 4d FLOPs an active entry, gathering a row of W_dec for its value and one of the gradient for dW_dec,
+    decode_backward: 4d FLOPs an active entry, gathering a row of W_dec for its value and one of ∂L/∂x̂ for dW_dec,
     which is written. jumprelu reads pre and writes f; its backward reads pre and ∂L/∂f and writes dpre.
     """
     n, d, f, active, _, _, b = size
