@@ -15,6 +15,7 @@ from gemmascope.kernels.training import Rule
 from gemmascope.losses import Loss, loss_and_gradients
 from gemmascope.sae import JumpReLUSAE
 from gemmascope.step import TrainState, dense_step, reference_step, sparse_step
+from tests.native import needs_native
 from tests.test_losses import LOSSES
 
 # In the interpreter, or on a GPU where there is one.
@@ -30,11 +31,15 @@ class Sizes(NamedTuple):
 
 LARGE = Sizes(21, 10, 37)
 SMALL = LARGE if ON_GPU else Sizes(5, 6, 12)  # a step takes the interpreter half a second
-SIZES = {"reference": LARGE, "triton": SMALL}
+SIZES = {"reference": LARGE, "cpu": LARGE, "triton": SMALL}
 NAMES = Parameters._fields
 MOMENTS = {"W_enc": "W_enc_v", "b_enc": "b_enc_v", "W_dec": "W_dec_v", "threshold": "threshold_v"}
 
-IMPLS = [pytest.param("reference", id="reference"), pytest.param("triton", id="triton", marks=needs_triton)]
+IMPLS = [
+    pytest.param("reference", id="reference"),
+    pytest.param("cpu", id="cpu", marks=needs_native),
+    pytest.param("triton", id="triton", marks=needs_triton),
+]
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
@@ -81,7 +86,9 @@ def rule(log_threshold=False, learning_rate=2e-3):
 def take(route, state, x, loss, rule):
     x = x.to(state.sae.W_dec)
     if route == "sparse":
-        return sparse_step(state, x, loss, rule, None if state.impl == "reference" else len(x) * state.sae.d_sae)
+        return sparse_step(
+            state, x, loss, rule, None if state.impl in ("reference", "cpu") else len(x) * state.sae.d_sae
+        )
     return {"dense": dense_step, "reference": reference_step}[route](state, x, loss, rule)
 
 
@@ -189,6 +196,18 @@ def test_fifty_steps_in_fp32(impl, route, log_threshold):
     assert_budget(state, 50, *arguments, sizes)
 
 
+@pytest.mark.parametrize("log_threshold", [False, True], ids=["raw", "log"])
+@pytest.mark.parametrize("loss", FAST_LOSSES.values(), ids=FAST_LOSSES)
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+@needs_native
+def test_fifty_steps_of_every_loss_natively(route, loss, log_threshold):
+    arguments = loss, rule(log_threshold)
+    state = start("cpu")
+    for x in data(50):
+        take(route, state, x, *arguments)
+    assert_budget(state, 50, *arguments, LARGE)
+
+
 @pytest.mark.parametrize("loss", FAST_LOSSES.values(), ids=FAST_LOSSES)
 @pytest.mark.parametrize("route", ["sparse", "dense"])
 @needs_triton
@@ -287,6 +306,7 @@ def test_tf32_is_asked_for_and_given_back(monkeypatch):
     ("impl", "route"),
     [
         *(("reference", route) for route in ("sparse", "dense", "reference")),
+        *(pytest.param("cpu", route, marks=needs_native) for route in ("sparse", "dense")),
         *(pytest.param("triton", route, marks=needs_triton) for route in ("sparse", "dense")),
     ],
 )

@@ -55,7 +55,7 @@ static void jumprelu_backward_row(
                  select(distance != distance, distance, vec{});
     store(dpre + j, dz);
     store(db_enc + j, load(db_enc + j) + dz);
-    store(dthreshold + j, load(dthreshold + j) - inside * (theta * u + splat(s)) / splat(bandwidth));
+    store(dthreshold + j, load(dthreshold + j) - (theta * (inside * u) + splat(s) * inside) / splat(bandwidth));
   }
   for (; j < F; ++j) {
     float z = load_one(pre + j) + b_enc[j], theta = threshold[j], u = load_one(grad_f + j), distance = z - theta;
@@ -64,7 +64,7 @@ static void jumprelu_backward_row(
     float inside = distance != distance ? distance : std::fabs(distance) < bandwidth / 2 ? 1.0f : 0.0f;
     store_one(dpre + j, dz);
     db_enc[j] += dz;
-    dthreshold[j] -= inside * (theta * u + s) / bandwidth;
+    dthreshold[j] -= (theta * (inside * u) + s * inside) / bandwidth;
   }
 }
 
@@ -130,8 +130,8 @@ static void dense_backward_row(
     for (int64_t j = 0; j < last; ++j) {
       // A product, not a choice: a NaN must not be lost. Bits become factors without a branch.
       float dz = du[j] * static_cast<float>((fires >> j) & 1);
-      float q = -static_cast<float>((inside >> j) & 1) *
-                (threshold[first + j] * du[j] + (s + penalty[first + j])) / objective.bandwidth;
+      float is_inside = static_cast<float>((inside >> j) & 1);
+      float q = -(threshold[first + j] * (is_inside * du[j]) + is_inside * (s + penalty[first + j])) / objective.bandwidth;
       if (objective.ste_to_z) dz -= q;
       store_one(u + first + j, dz);
       db_enc[first + j] += dz;
