@@ -150,8 +150,8 @@ class SAETrainer:
         self._pending.append(_Job(x, step, route, packed, copied))
 
     def _room(self, n_tokens: int) -> int | None:
-        """Entries the sparse route makes room for; the reference needs no limit."""
-        if self.state.impl == "reference":
+        """Entries the sparse route makes room for; plain PyTorch needs no limit."""
+        if self.state.impl in ("reference", "pytorch"):
             return None
         if self.capacity is None:
             self._make_room(self._n_entries or 64 * n_tokens)

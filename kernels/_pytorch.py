@@ -17,9 +17,11 @@ from torch import Tensor
 from . import reference
 from .reference import activation, compute_dtype, without_autocast
 
-# Elements of a temporary: as many as a core's own cache holds, and as many as the shared one has room for.
+# Elements of a temporary that is worked on in a core's own cache, of a tile of z, and of the rows that a piece of a
+# pass over the entries gathers. Smaller ones lose more to the calls than they save.
 CORE_ELEMENTS = 2**18
-SHARED_ELEMENTS = 2**20
+Z_ELEMENTS = 2**20
+GATHER_ELEMENTS = 2**22
 # Tokens of a product: their rows stay in the shared cache while W_enc passes once.
 PRODUCT_TOKENS = 1024
 
@@ -76,7 +78,7 @@ def near_threshold(
     parts = [(b_enc.new_empty(0), *(torch.empty(0, dtype=torch.int64, device=x.device),) * 2)]
     for start in range(0, N, PRODUCT_TOKENS):
         rows = x[start : start + PRODUCT_TOKENS].to(dtype)
-        width = max(1, SHARED_ELEMENTS // (len(rows) if W_enc.dtype == dtype else max(len(rows), d)))
+        width = max(1, Z_ELEMENTS // (len(rows) if W_enc.dtype == dtype else max(len(rows), d)))
         found = []
         for first in range(0, d_sae, width):
             tile = slice(first, first + width)
@@ -159,7 +161,7 @@ def decode_forward(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tens
         return sum_rows(values.contiguous(), indices.contiguous(), W_dec, offsets[:-1]).add_(b_dec)
     # In low precision `embedding_bag` would round the values, so rows are gathered and widened, a few at a time.
     x_hat = torch.empty(offsets.shape[0] - 1, W_dec.shape[1], dtype=W_dec.dtype, device=W_dec.device)
-    for tokens, entries in row_pieces(offsets, SHARED_ELEMENTS // max(1, W_dec.shape[1])):
+    for tokens, entries in row_pieces(offsets, GATHER_ELEMENTS // max(1, W_dec.shape[1])):
         rows, columns = rows_in(dtype, W_dec, indices[entries])
         x_hat[tokens] = sum_rows(values[entries].contiguous(), columns, rows, offsets[tokens] - entries.start) + b_dec
     return x_hat
@@ -181,7 +183,7 @@ def _backward_values(grad: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tens
     if W_dec.dtype == grad.dtype:
         return dot_rows(grad, W_dec.contiguous(), offsets, indices)
     dvalues = torch.empty(indices.shape, dtype=grad.dtype, device=grad.device)
-    for tokens, entries in row_pieces(offsets, SHARED_ELEMENTS // max(1, W_dec.shape[1])):
+    for tokens, entries in row_pieces(offsets, GATHER_ELEMENTS // max(1, W_dec.shape[1])):
         rows, columns = rows_in(grad.dtype, W_dec, indices[entries])
         starts = offsets[tokens.start : tokens.stop + 1] - entries.start
         dvalues[entries] = dot_rows(grad[tokens], rows, starts, columns)

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ._pytorch import (
     CORE_ELEMENTS,
-    SHARED_ELEMENTS,
+    GATHER_ELEMENTS,
     dot_rows,
     near_threshold,
     row_offsets,
@@ -76,7 +77,7 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
     squared_error = torch.empty(x.shape[0], dtype=dtype, device=x.device)
     u = torch.zeros(entries.z.shape[0], dtype=dtype, device=x.device)
     for rows, part in row_pieces(
-        offsets, max(1, SHARED_ELEMENTS // max(1, x.shape[1]))
+        offsets, max(1, GATHER_ELEMENTS // max(1, x.shape[1]))
     ):  # both sums find the rows of W_dec in a cache
         W, columns = rows_in(dtype, W_dec, latents[part])
         r = sum_rows(f[part], columns, W, offsets[rows] - part.start).add_(b_dec).sub_(x[rows])
@@ -122,21 +123,14 @@ def latent_pass(
     return LatentSums(*padded, by_latent_sum(dz), by_latent_sum(q), along, count)
 
 
-def _sum_by_latent(coefficients: Tensor, tokens: Tensor, table: Tensor, starts: Tensor, stop: int) -> Tensor:
-    """Σ_e coefficients_e·table[tokens_e] over the entries e of latents whose entries follow each other from
-    starts [n] on up to ``stop``: [n, d]."""
-    part = slice(int(starts[0]) if len(starts) else 0, stop)
-    return sum_rows(coefficients[part], tokens[part], table, starts - part.start)
-
-
 def weight_gradients(
     transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dW_enc and dW_dec, [F, d] each, fp32. residual and x_centred = x − b_dec: [N, d]."""
-    starts, stop, dtype = transposed.offsets[:-1], int(transposed.offsets[-1]), sums.dz.dtype
-    return (
-        _sum_by_latent(sums.dz, sums.tokens, x_centred.to(dtype), starts, stop),
-        _sum_by_latent(sums.dec, sums.tokens, residual.to(dtype), starts, stop),
+    nnz, dtype = int(transposed.offsets[-1]), sums.dz.dtype
+    return tuple(
+        sum_rows(coefficients[:nnz], sums.tokens[:nnz], table.to(dtype), transposed.offsets[:-1])
+        for coefficients, table in ((sums.dz, x_centred), (sums.dec, residual))
     )
 
 
@@ -200,20 +194,29 @@ def settle(state: LatentState, step: Tensor, beta2: float) -> None:
     state.last.copy_(step.expand_as(state.last))
 
 
-def _pieces(touched: Tensor, d: int) -> Iterator[slice | Tensor]:
+class _Piece(NamedTuple):
+    """Latents updated together, from ``first`` to before ``stop``: ``rows`` is that slice, or some numbers in it."""
+
+    rows: slice | Tensor
+    first: int
+    stop: int
+
+
+def _pieces(touched: Tensor, d: int) -> Iterator[_Piece]:
     """The latents with ``touched`` [F], a cache-full of rows at a time: a slice where they are most of it, whose rows
     are then worked on where they lie, else their numbers."""
     (latents,) = torch.nonzero(touched, as_tuple=True)
-    for piece in latents.split(max(1, CORE_ELEMENTS // max(1, d))):
-        if len(piece):
-            first, stop = int(piece[0]), int(piece[-1]) + 1
-            yield slice(first, stop) if stop - first <= 1.5 * len(piece) else piece
+    for numbers in latents.split(max(1, CORE_ELEMENTS // max(1, d))):
+        if len(numbers):
+            first, stop = int(numbers[0]), int(numbers[-1]) + 1
+            rows = slice(first, stop) if stop - first <= 1.5 * len(numbers) else numbers
+            yield _Piece(rows, first, stop)
 
 
 def _adam_(weight: Tensor, v: Tensor, gradient: Tensor, decay: Tensor, rule: Rule, correction: float) -> None:
     """v ← decay·v + (1 − β2)·g²;  weight ← weight − lr·g / (√(v/correction) + eps), in place.
 
-    A decay of 1 and a gradient of 0 leave a row bit for bit as it was.
+    A gradient of 0 with a decay of 1 leaves a row bit for bit as it was.
     """
     v.mul_(decay).addcmul_(gradient, gradient, value=1 - rule.beta2)
     root = correction**0.5
@@ -236,20 +239,21 @@ def update_from_entries(
     """
     if not ok:
         return
-    dtype, offsets = sums.dz.dtype, transposed.offsets
-    residual, x_centred, touched = residual.to(dtype), x_centred.to(dtype), offsets.diff() > 0
-    along = torch.where(touched, sums.along, 0)
+    dtype, bounds, touched = sums.dz.dtype, transposed.offsets.tolist(), transposed.offsets.diff() > 0
+    starts, along = transposed.offsets[:-1].to(sums.tokens.dtype), torch.where(touched, sums.along, 0)[:, None]
+    x_centred, residual = x_centred.to(dtype), residual.to(dtype)
 
-    def gradients(piece: slice | Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
-        starts = offsets[:-1][piece]
-        stop = int(offsets[1:][piece][-1])
-        dW_dec = _sum_by_latent(sums.dec, sums.tokens, residual, starts, stop)
-        return (
-            _sum_by_latent(sums.dz, sums.tokens, x_centred, starts, stop),
-            dW_dec.addcmul_(along[piece][:, None], W_dec, value=-1),
-        )
+    def gradient(coefficients: Tensor, table: Tensor, piece: _Piece) -> Tensor:
+        entries = slice(bounds[piece.first], bounds[piece.stop])  # idle latents between the others have none
+        return sum_rows(coefficients[entries], sums.tokens[entries], table, starts[piece.rows] - entries.start)
 
-    _update(state, gradients, sums.db_enc, sums.dthreshold, touched, rule, step)
+    def encoder(piece: _Piece, W_enc: Tensor) -> Tensor:
+        return gradient(sums.dz, x_centred, piece)
+
+    def decoder(piece: _Piece, W_dec: Tensor) -> Tensor:
+        return gradient(sums.dec, residual, piece).addcmul_(along[piece.rows], W_dec, value=-1)
+
+    _update(state, encoder, decoder, sums.db_enc, sums.dthreshold, touched, rule, step)
 
 
 def update_from_dense(
@@ -267,46 +271,51 @@ def update_from_dense(
     if not ok:
         return
     touched = touched > 0
+    every = bool(touched.all())
 
-    def gradients(piece: slice | Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
-        listed, g = touched[piece][:, None], dW_dec[piece]
-        along = (g * W_dec).sum(1, keepdim=True)
-        projected = torch.addcmul(g, along, W_dec, value=-1)
-        return torch.where(listed, dW_enc[piece], 0), torch.where(listed, projected, 0)
+    def of_touched(gradient: Tensor, piece: _Piece) -> Tensor:
+        return gradient if every else torch.where(touched[piece.rows, None], gradient, 0)
 
-    _update(state, gradients, db_enc, dthreshold, touched, rule, step)
+    def encoder(piece: _Piece, W_enc: Tensor) -> Tensor:
+        return of_touched(dW_enc[piece.rows], piece)
+
+    def decoder(piece: _Piece, W_dec: Tensor) -> Tensor:
+        g = dW_dec[piece.rows]
+        return of_touched(torch.addcmul(g, (g * W_dec).sum(1, keepdim=True), W_dec, value=-1), piece)
+
+    _update(state, encoder, decoder, db_enc, dthreshold, touched, rule, step)
 
 
 def _update(
     state: LatentState,
-    gradients: Callable[[slice | Tensor, Tensor], tuple[Tensor, Tensor]],
+    dW_enc: Callable[[_Piece, Tensor], Tensor],
+    dW_dec: Callable[[_Piece, Tensor], Tensor],
     db_enc: Tensor,
     dthreshold: Tensor,
     touched: Tensor,
     rule: Rule,
     step: Tensor,
 ) -> None:
-    """gradients(piece, W_dec): dW_enc and the projected dW_dec of the latents of a piece, 0 where none is touched."""
+    """dW_enc and dW_dec: from a piece and its weights to the gradient of those rows, 0 where nothing is touched."""
     step = step + 1
     decay = torch.where(touched, _owed_decay(state.last, step, rule.beta2).to(state.W_dec.dtype), 1)
-    correction = 1 - rule.beta2 ** int(step)
+    correction, by_row = 1 - rule.beta2 ** int(step), (touched[:, None], decay[:, None])
     for piece in _pieces(touched, state.W_dec.shape[1]):
-        in_place = isinstance(piece, slice)
-        rows = LatentState(*(None if t is None else t[piece] for t in state))
-        dW_enc, dW_dec = gradients(piece, rows.W_dec)
-        _adam_(rows.W_enc, rows.W_enc_v, dW_enc, decay[piece][:, None], rule, correction)
-        _adam_(rows.W_dec, rows.W_dec_v, dW_dec, decay[piece][:, None], rule, correction)
-        rows.W_dec.div_(torch.where(touched[piece], rows.W_dec.norm(dim=1), 1)[:, None])
-        for weight, low in ((rows.W_enc, rows.W_enc_low), (rows.W_dec, rows.W_dec_low)):
+        moving, factor = (column[piece.rows] for column in by_row)
+        for weights, moments, low, gradient in (
+            (state.W_enc, state.W_enc_v, state.W_enc_low, dW_enc),
+            (state.W_dec, state.W_dec_v, state.W_dec_low, dW_dec),
+        ):
+            weight, v = weights[piece.rows], moments[piece.rows]
+            _adam_(weight, v, gradient(piece, weight), factor, rule, correction)
+            if weights is state.W_dec:
+                weight.div_(torch.where(moving, weight.norm(dim=1, keepdim=True), 1))
+            if not isinstance(piece.rows, slice):
+                weights[piece.rows], moments[piece.rows] = weight, v
             if low is not None:
-                low.copy_(weight)
-        if not in_place:
-            for whole, part in zip(state, rows, strict=True):
-                if part is not None and part.ndim == 2:
-                    whole[piece] = part
+                low[piece.rows] = weight.to(low.dtype)
 
-    zero = torch.zeros_like(db_enc)
-    db_enc, dthreshold = torch.where(touched, db_enc, zero), torch.where(touched, dthreshold, zero)
+    db_enc, dthreshold = (torch.where(touched, gradient, 0) for gradient in (db_enc, dthreshold))
     _adam_(state.b_enc, state.b_enc_v, db_enc, decay, rule, correction)
     if rule.log_threshold:  # dL/dt = θ·dL/dθ for θ = exp(t)
         change = torch.zeros_like(state.threshold)
@@ -314,5 +323,5 @@ def _update(
         state.threshold.mul_(change.exp())
     else:
         _adam_(state.threshold, state.threshold_v, dthreshold, decay, rule, correction)
-    state.threshold.copy_(torch.where(touched, state.threshold.clamp(min=0), state.threshold))
+        state.threshold.copy_(torch.where(touched, state.threshold.clamp(min=0), state.threshold))
     state.last.copy_(torch.where(touched, step, state.last))
