@@ -108,6 +108,7 @@ class Case:
             "target_l0": self.l0,
             "dtype": self.dtype,
             "skew": self.skew,
+            "parts": list(self.parts),
         }
 
 

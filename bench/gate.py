@@ -137,7 +137,11 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 @torch.no_grad()
 def operator_gate(impl: str, inputs: Inputs) -> float:
-    """The same for the operators on ``inputs``: error ≤ 2·error of the reference in that dtype + one of its ulp."""
+    """The same for the operators on ``inputs``: error ≤ 2·error of the reference in that dtype + one of its ulp.
+
+    What holds sums over d_model terms is given √d_model roundings of fp32 more, as many as they leave when they are
+    made one after another: PyTorch's own products differ by that much between libraries.
+    """
     ours, eager, exact = Ours(impl), Ours("reference"), Ours("reference")
     for contender in (ours, eager, exact):
         contender.set_up(inputs)
@@ -152,6 +156,8 @@ def operator_gate(impl: str, inputs: Inputs) -> float:
     def judge(name: str, found: Tensor, plain: Tensor, goal: Tensor) -> None:
         nonlocal worst, place
         budget = 2 * relative_error(plain, goal) + torch.finfo(found.dtype).eps
+        if name in ("encode", "infer"):
+            budget += torch.finfo(torch.float32).eps / 2 * inputs.sae.d_model**0.5
         share = relative_error(found, goal) / budget
         if not share <= worst:
             worst, place = share, name

@@ -40,7 +40,8 @@ def aligned(table: Sequence[Sequence[str]], first: int = 1) -> list[str]:
 
 def part_lines(part: str, rows: Sequence[Row]) -> list[str]:
     """One part of one case: a line for each contender, the fastest first."""
-    ours = list(dict.fromkeys(name for row in rows for name in row["ratio_to"]))
+    known = {name for row in rows for name in row["ratio_to"]}
+    ours = [row["contender"] for row in rows if row["contender"] in known]
     head = [part, "p50 ms", "p20", "p80", *(f"x {name}" for name in ours), "roofline", "peak MiB"]
     table = [head]
     for row in sorted(rows, key=lambda row: row["p50_ms"]):
