@@ -97,7 +97,7 @@ def run(given: argparse.Namespace) -> int:
             if memory and device.type == "cpu":
                 told("memory", 0)
                 add_host_memory(found, case)
-            done = start + planned_calls(case, rounds)
+            told("done", start + planned_calls(case, rounds) - done)
             rows += found
             if given.save:
                 records.append(given.suite, [row | {"machine": machine} for row in found], given.results)

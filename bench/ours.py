@@ -170,8 +170,8 @@ class Products(Contender):
         sae = inputs.sae.fold()
         self.x = inputs.x.to(dtype)
         self.W_enc, self.W_dec = sae.W_enc.detach().T.to(dtype).T, sae.W_dec.detach().to(dtype)
-        z = self.x @ self.W_enc
-        self.f = torch.where(z + sae.b_enc > sae.threshold, z, 0)
+        z = self.x @ self.W_enc + sae.b_enc.detach()
+        self.f = torch.where(z > sae.threshold, z, 0).to(dtype)
 
     def encode(self) -> Tensor:
         return torch.mm(self.x, self.W_enc)

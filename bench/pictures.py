@@ -31,7 +31,7 @@ TITLES = {
     "step": "One training step",
     "forward": "Forward",
     "backward": "Backward",
-    "infer": "Inference: encode and decode",
+    "infer": "Inference, encode and decode",
     "encode": "Encode",
     "decode": "Decode",
     "decode_backward": "Backward of decode",
@@ -51,7 +51,9 @@ def label(row: Row) -> str:
 
 
 def duration(ms: float) -> str:
-    return f"{1e3 * ms:.0f} µs" if ms < 0.1 else f"{milliseconds(ms)} ms"
+    if ms < 0.1:
+        return f"{1e3 * ms:.0f} µs"
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{milliseconds(ms)} ms"
 
 
 def bars(axes: Axes, title: str, rows: Sequence[Row]) -> None:
@@ -86,6 +88,7 @@ def bars(axes: Axes, title: str, rows: Sequence[Row]) -> None:
         plain_log(axes.xaxis)
     else:
         axes.set_xlim(0, 1.3 * max(row["p80_ms"] for row in rows))
+        axes.xaxis.set_major_formatter("{x:,.10g}")
     scale = ", logarithmic" if log else ""
     axes.set_xlabel(f"milliseconds (median; line: 20th to 80th percentile{scale})", fontsize=9)
     axes.set_title(title, loc="left", fontsize=11)
@@ -137,7 +140,7 @@ def panels(suite: str, times: Sequence[Row]) -> list[tuple[str, Sequence[Row], b
     found = []
     for (part, shape, l0, dtype), rows in groups.items():
         tokens = sorted({row["tokens"] for row in rows})
-        title = f"{TITLES[part]}: {shape}, L0 {l0:g}, {dtype}"
+        title = f"{TITLES[part]}\n{shape}, L0 {l0:g}, {dtype}"
         if len(tokens) > 2:
             found.append((title, rows, True))
             continue
@@ -149,7 +152,7 @@ def panels(suite: str, times: Sequence[Row]) -> list[tuple[str, Sequence[Row], b
 def picture(suite: str, times: Sequence[Row], caption: str) -> Figure:
     """All panels of a suite on one machine, one above the other."""
     found = panels(suite, times)
-    heights = [3.6 if curve else 0.34 * len(rows) + 1.0 for _, rows, curve in found]
+    heights = [3.6 if curve else 0.32 * len(rows) + 1.25 for _, rows, curve in found]
     lines = textwrap.wrap(caption, 125)
     figure = new_figure(8.6, sum(heights) + 0.2 * len(lines) + 0.2)
     grid = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)

@@ -15,9 +15,10 @@ from bench.cases import Case, make
 from bench.contenders import Contender, Inputs, UnavailableError
 from bench.inputs import activations, construct
 from bench.measure import Clock, is_out_of_memory
-from bench.ours import Ours
+from bench.ours import OPERAND_DTYPES, Ours
 from bench.work import Size, measure_size, operator_work, part_work
 from gemmascope import step as step_module
+from gemmascope.kernels.dispatch import choose
 from gemmascope.kernels.training import training_operators
 from gemmascope.sae import JumpReLUSAE
 
@@ -178,6 +179,7 @@ def admitted(bench: Bench, inputs: list[Inputs], gates: Gates) -> dict[str, dict
             one.check_available(bench.options.device)
             facts: dict[str, Any] = {"versions": one.versions()}
             if isinstance(one, Ours):
+                facts["impl"] = choose(one.impl, bench.options.device, OPERAND_DTYPES[bench.case.dtype]).impl
                 facts["gate"] = gates.check(one, bench.case, bench.options.device, narrow)
             exact = exact or gate.exact_outputs(narrow)
             facts["agreement"] = gate.agreement(one, narrow, exact)
