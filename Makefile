@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TRITON36 ?= .venv-triton36
+VENV_PEERS ?= .venv-peers
 JOBS ?= 2
 ARGS ?=
 
@@ -24,11 +25,11 @@ KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -lE 'gemmascope.ker
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-gpu test-triton36 lint format aot install clean
+.PHONY: help demo test test-gpu test-triton36 lint format aot install bench-peers clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-gpu | test-triton36 | lint | format | aot | install | clean"
+	@echo "make demo | test | test-gpu | test-triton36 | lint | format | aot | install | bench-peers | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
@@ -56,8 +57,12 @@ aot: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# Exit status 1 when a package cannot be used; the others can be all the same.
+bench-peers: $(VENV_PEERS)/.peers
+	OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -W ignore -m bench.peers
+
 clean:
-	rm -rf .venv .venv-triton36 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton36 .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)
@@ -85,3 +90,13 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 
 $(VENV_TRITON36)/.installed: constraints.txt pyproject.toml setup.py
 	$(call install,$(VENV_TRITON36),triton==3.6.0)
+
+$(VENV_PEERS)/.installed: constraints.txt pyproject.toml setup.py
+	$(call install,$(VENV_PEERS),"$(shell grep '^triton==' constraints.txt | tr '"' "'")")
+
+# One by one when they do not come all together, so that a package that is not to be had is not the end of the others.
+$(VENV_PEERS)/.peers: $(VENV_PEERS)/.installed bench/peers-constraints.txt
+	pip="$(VENV_PEERS)/bin/python -m pip install -q --no-compile --only-binary :all: --no-deps"; \
+	$$pip -r bench/peers-constraints.txt || for pin in $$(grep -E '^[a-zA-Z]' bench/peers-constraints.txt); do \
+		$$pip $$pin 2>/dev/null || echo "bench-peers: $$pin cannot be installed" >&2; done
+	touch $@

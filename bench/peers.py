@@ -1,14 +1,26 @@
-"""The training steps that ours is measured against, as their users run them."""
+"""Plain PyTorch as a contender: the dense training step, and sparse decoders that come with PyTorch.
 
-import dataclasses
-from collections.abc import Callable
+Packages of others are in modules of their own, `peers_saelens`, `peers_dictionary_learning` and `peers_sparsify`.
+`python -m bench.peers` makes one step with each of them and prints their versions: the check of `make bench-peers`.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gemmascope.kernels.training import Rule
+from bench.contenders import INFERENCE, TRAINING, Contender, Inputs, UnavailableError
+from bench.measure import allowing_tf32
 from gemmascope.losses import Loss
 from gemmascope.sae import JumpReLUSAE
+
+OPERAND_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+# Rounding z to bf16 moves latents across the threshold; in fp32 only the order of sums differs.
+TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 5e-2}
 
 
 class JumpReLU(torch.autograd.Function):
@@ -43,7 +55,7 @@ class Step(torch.autograd.Function):
         return None, (-(1 / ctx.bandwidth) * window * u).sum(0), None
 
 
-def plain_loss(
+def dense_loss(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, log_threshold: Tensor, loss: Loss
 ) -> Tensor:
     threshold = log_threshold.exp()
@@ -51,6 +63,15 @@ def plain_loss(
     x_hat = JumpReLU.apply(z, threshold, loss.bandwidth) @ W_dec + b_dec
     l0 = Step.apply(z, threshold, loss.bandwidth).sum(1)
     return (x_hat - x).square().sum(1).mean() + loss.coefficient * l0.mean()
+
+
+def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Tensor:
+    z = torch.addmm(b_enc, x, W_enc)
+    return z * (z > threshold)
+
+
+def dense_decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    return torch.addmm(b_dec, f, W_dec)
 
 
 def project(gradient: Tensor, W_dec: Tensor) -> None:
@@ -61,61 +82,208 @@ def renormalise(W_dec: Tensor) -> None:
     W_dec /= W_dec.norm(dim=1, keepdim=True)
 
 
-def plain_parameters(sae: JumpReLUSAE) -> list[Tensor]:
-    """The SAE's own, but the logarithm of its threshold."""
-    return [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, torch.nn.Parameter(sae.threshold.detach().log())]
+def released_weights(sae: JumpReLUSAE, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """W_enc, b_enc, threshold, W_dec, b_dec of the folded SAE, contiguous, in one dtype."""
+    folded = sae.fold()
+    names = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+    return tuple(getattr(folded, name).detach().to(dtype).contiguous() for name in names)
 
 
-def plain_step(
-    parameters: list[Tensor], x: Tensor, loss: Loss, rule: Rule, autocast: bool = True, compiled: bool = False
-) -> Callable[[], None]:
-    """The step of dense PyTorch: autograd, projection of the decoder's gradient, fused Adam, renormalisation."""
-    W_dec = parameters[2]
-    optimiser = torch.optim.Adam(parameters, lr=rule.learning_rate, betas=(0.0, rule.beta2), eps=rule.eps, fused=True)
-    parts = [plain_loss, project, renormalise]
-    if compiled:
-        torch.compiler.reset()  # the limit on recompilations is not for a benchmark of many shapes
-    loss_of, project_, renormalise_ = [torch.compile(part, dynamic=False) for part in parts] if compiled else parts
+class DensePyTorch(Contender):
+    """Autograd through dense tensors, projection of the decoder's gradient, fused Adam, renormalisation; eager or by
+    torch.compile. With dtype "bf16" training runs under autocast and inference holds weights of that dtype."""
 
-    def step() -> None:
-        optimiser.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-            total = loss_of(x, *parameters, loss)
-        total.backward()
+    parts = (*TRAINING, *INFERENCE)
+
+    def __init__(self, compiled: bool = False):
+        self.compiled = compiled
+        self.differs = "dense autograd" + (", compiled" if compiled else "") + "; the same update as ours"
+
+    def set_up(self, inputs: Inputs) -> None:
+        self.inputs, self.tolerance = inputs, TOLERANCES[inputs.dtype]
+        sae, rule = inputs.sae, inputs.rule
+        trained = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold.log()]
+        self.parameters = [tensor.detach().clone().contiguous().requires_grad_() for tensor in trained]
+        self.optimiser = torch.optim.Adam(
+            self.parameters, lr=rule.learning_rate, betas=(0.0, rule.beta2), eps=rule.eps, fused=True
+        )
+        self.x = inputs.x.to(OPERAND_DTYPES[inputs.dtype])
+        *self.encoder, self.W_dec, self.b_dec = released_weights(sae, self.x.dtype)
+        self.f = None
+
+        def maybe_compiled(part):
+            return torch.compile(part, dynamic=False) if self.compiled else part
+
+        self.loss_of, self.project, self.renormalise, self.encode_of, self.decode_of = map(
+            maybe_compiled, (dense_loss, project, renormalise, dense_encode, dense_decode)
+        )
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        dtype = self.inputs.dtype
+        with allowing_tf32(dtype == "tf32"):
+            yield
+
+    def before(self, part: str) -> None:
+        if part == "backward":
+            self.optimiser.zero_grad()
+        if part == "decode" and self.f is None:
+            self.f = self.encode()
+        super().before(part)
+
+    def forward(self) -> Tensor:
+        x = self.inputs.x
+        with self.arithmetic(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.inputs.dtype == "bf16"):
+            self.total = self.loss_of(x, *self.parameters, self.inputs.loss)
+        return self.total
+
+    def backward(self) -> None:
+        with self.arithmetic():
+            self.total.backward()
+
+    def step(self) -> None:
+        W_dec = self.parameters[2]
+        self.optimiser.zero_grad()
+        self.forward()
+        self.backward()
         with torch.no_grad():
-            project_(W_dec.grad, W_dec)
-            optimiser.step()
-            renormalise_(W_dec)
+            self.project(W_dec.grad, W_dec)
+            self.optimiser.step()
+            self.renormalise(W_dec)
 
-    return step
+    @torch.no_grad()
+    def encode(self) -> Tensor:
+        with self.arithmetic():
+            return self.encode_of(self.x, *self.encoder)
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        with self.arithmetic():
+            return self.decode_of(self.f, self.W_dec, self.b_dec)
+
+    @torch.no_grad()
+    def infer(self) -> Tensor:
+        with self.arithmetic():
+            return self.decode_of(self.encode_of(self.x, *self.encoder), self.W_dec, self.b_dec)
+
+    def outputs(self) -> dict[str, Tensor]:
+        found = {"x_hat": self.infer(), "loss": self.forward()}
+        self.backward()
+        if self.inputs.dtype == "fp32":
+            found |= dict(zip(("W_enc", "b_enc", "W_dec", "b_dec"), (p.grad for p in self.parameters), strict=False))
+            log_threshold = self.parameters[4]
+            found["threshold"] = log_threshold.grad / log_threshold.exp()
+        self.optimiser.zero_grad()
+        return found
 
 
-def saelens_step(sae: JumpReLUSAE, x: Tensor, rule: Rule, autocast: bool) -> Callable[[], None]:
-    """SAELens' step as its trainer makes it: loss, firing counts, backward, clipping, Adam; its loss and defaults."""
-    from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-    from sae_lens.saes.sae import TrainStepInput
+class SparseDecoder(Contender):
+    """A dense encoder whose active latents go through a sparse product of PyTorch's own."""
 
-    config = JumpReLUTrainingSAEConfig(d_in=sae.d_model, d_sae=sae.d_sae, device=str(x.device))
-    theirs = JumpReLUTrainingSAE(config).to(x.device)
-    with torch.no_grad():
-        for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
-            getattr(theirs, name).copy_(getattr(sae, name))
-    values = {"sae_in": x, "coefficients": {"l0": config.l0_coefficient}, "dead_neuron_mask": None}
-    values |= {"n_training_steps": 0, "is_logging_step": False}
-    given = {field.name for field in dataclasses.fields(TrainStepInput)}  # versions differ in the last two
-    inputs = TrainStepInput(**{name: value for name, value in values.items() if name in given})
-    optimiser = torch.optim.Adam(theirs.parameters(), lr=rule.learning_rate)
-    since_fired = torch.zeros(sae.d_sae, device=x.device)
+    parts = INFERENCE
 
-    def step() -> None:
-        optimiser.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-            out = theirs.training_forward_pass(inputs)
-        with torch.no_grad():
-            fired = (out.feature_acts > 0).float().sum(0) > 0
-            since_fired.add_(1).masked_fill_(fired, 0)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimiser.step()
+    def set_up(self, inputs: Inputs) -> None:
+        self.tolerance = TOLERANCES[inputs.dtype]
+        self.x = inputs.x.to(OPERAND_DTYPES[inputs.dtype])
+        *self.encoder, self.W_dec, self.b_dec = released_weights(inputs.sae, self.x.dtype)
+        self.code = None
 
-    return step
+    def before(self, part: str) -> None:
+        if part.startswith("decode") and self.code is None:
+            self.code = self.encode()
+
+    def decode_of(self, code: tuple[Tensor, ...]) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        return self.decode_of(self.code)
+
+    @torch.no_grad()
+    def infer(self) -> Tensor:
+        return self.decode_of(self.encode())
+
+    def outputs(self) -> dict[str, Tensor]:
+        return {"x_hat": self.infer()}
+
+
+class EmbeddingBag(SparseDecoder):
+    parts = (*INFERENCE, "decode_backward")
+    differs = "dense encoder and nonzero(), then F.embedding_bag"
+
+    @torch.no_grad()
+    def encode(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and values of the active entries, and where each token's begin."""
+        f = dense_encode(self.x, *self.encoder)
+        tokens, latents = f.nonzero(as_tuple=True)
+        counts = torch.bincount(tokens, minlength=len(f))
+        return latents, f[tokens, latents], counts.cumsum(0) - counts
+
+    def decode_of(self, code: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        latents, values, offsets = code
+        return F.embedding_bag(latents, self.W_dec, offsets, mode="sum", per_sample_weights=values) + self.b_dec
+
+    def before(self, part: str) -> None:
+        super().before(part)
+        if part == "decode_backward":
+            latents, values, offsets = self.code
+            self.leaves = [values.detach().requires_grad_(), self.W_dec.detach().requires_grad_()]
+            self.x_hat = F.embedding_bag(
+                latents, self.leaves[1], offsets, mode="sum", per_sample_weights=self.leaves[0]
+            )
+
+    def decode_backward(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.x_hat, self.leaves, self.x)
+
+
+class TorchSparse(SparseDecoder):
+    differs = "dense encoder and to_sparse_csr(), then a product of torch.sparse"
+
+    def set_up(self, inputs: Inputs) -> None:
+        super().set_up(inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once in a process: "Sparse CSR tensor support is in beta state"
+            torch.eye(1).to_sparse_csr()
+
+    @torch.no_grad()
+    def encode(self) -> Tensor:
+        return dense_encode(self.x, *self.encoder).to_sparse_csr()
+
+    def decode_of(self, code: Tensor) -> Tensor:
+        return torch.addmm(self.b_dec.expand(len(self.x), -1), code, self.W_dec)
+
+
+def check_packages() -> int:
+    """Gate and one call of every part of each package's contender, tiny; a line for each. 1 when one failed."""
+    from bench.cases import CONTENDERS, make
+    from bench.gate import agreement, exact_outputs
+    from bench.inputs import construct
+
+    inputs = construct(16, 64, 32, 4, torch.device("cpu"))
+    exact, failed = exact_outputs(inputs), False
+    for name, (module, *_) in CONTENDERS.items():
+        if not module.startswith("bench.peers_"):
+            continue
+        try:
+            contender = make(name)
+            contender.check_available(inputs.x.device)
+            with contextlib.redirect_stdout(sys.stderr):
+                errors = agreement(contender, inputs, exact)
+                for part in contender.parts:
+                    contender.before(part)
+                    getattr(contender, part)()
+        except UnavailableError as error:
+            reason = str(error)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        else:
+            versions = ", ".join(f"{package} {version}" for package, version in contender.versions().items())
+            print(f"{name:20s} {versions}; agrees with fp64 within {max(errors.values()):.1g}", flush=True)
+            continue
+        failed = True
+        print(f"{name:20s} cannot be used: {reason}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(check_packages())
