@@ -11,7 +11,7 @@ from bench import compare, records, report, tables, worker
 from bench.cases import CONTENDERS, SHAPES, SUITES, Case, cases, judge
 from bench.inputs import SKEW
 from bench.measure import Clock
-from bench.run import Gates, Options, add_host_memory, run_case
+from bench.run import Gates, Options, run_case
 from gemmascope.progress import StageProgress
 from gemmascope.step import COMPUTE_DTYPES
 
@@ -96,7 +96,7 @@ def run(given: argparse.Namespace) -> int:
             failed |= wrong
             if memory and device.type == "cpu":
                 told("memory", 0)
-                add_host_memory(found, case)
+                worker.add_host_memory(found, case)
             told("done", start + planned_calls(case, rounds) - done)
             rows += found
             if given.save:

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from bench import measure, records, tables
+from bench import measure, records, tables, worker
 from bench.cases import CONTENDERS, Case
-from bench.run import worker_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = ("suite", "shape", "tokens", "target_l0", "dtype", "skew", "part", "contender")
@@ -87,7 +86,7 @@ def revisions(revision: str, plan: list[Case], device: torch.device, rounds: int
         for case in plan:
             for name in (name for name in case.contenders if CONTENDERS[name][0] == "bench.ours"):
                 row = case.facts() | {"contender": name, "revision": revision}
-                arguments = [*worker_arguments(case, name), "--device", str(device)]
+                arguments = [*worker.arguments_of(case, name), "--device", str(device)]
                 with contextlib.ExitStack() as stack:
                     servers = []
                     try:

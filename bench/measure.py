@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MIB = 1 << 20
-CLEARED_BYTES = 256 * MIB  # more than any GPU's L2
+CLEARED_BYTES = COPIED_BYTES = 256 * MIB  # more than any GPU's L2, and than any cache
 HEAD_START = 20_000_000  # clock cycles, about 10 ms: the host is done launching before the device begins
 MEMORY_TIMEOUT = 300
 
@@ -83,11 +83,11 @@ def percentiles(times: list[float]) -> dict[str, float]:
     return {"p20_ms": low, "p50_ms": middle, "p80_ms": high, "min_ms": min(times), "repeats": len(times)}
 
 
-def copy_rate(clock: Clock, n_bytes: int = CLEARED_BYTES) -> float:
+def copy_rate(clock: Clock) -> float:
     """10^9 bytes a second of a large copy, read and written, at its best."""
-    source = torch.zeros(n_bytes // 4, device=clock.device)
+    source = torch.zeros(COPIED_BYTES // 4, device=clock.device)
     target = torch.empty_like(source).copy_(source)
-    return 2 * n_bytes / min(clock.time(lambda: target.copy_(source)) for _ in range(5)) / 1e6
+    return 2 * COPIED_BYTES / min(clock.time(lambda: target.copy_(source)) for _ in range(5)) / 1e6
 
 
 def products(a: Tensor, b: Tensor) -> list[Callable[[], Tensor]]:

@@ -3,30 +3,26 @@
 import gc
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 
 from bench import gate, measure
 from bench.cases import Case, make
 from bench.contenders import Contender, Inputs, UnavailableError
-from bench.inputs import activations, construct
+from bench.inputs import activations
 from bench.measure import Clock, is_out_of_memory
 from bench.ours import OPERAND_DTYPES, Ours
-from bench.work import Size, measure_size, operator_work, part_work
-from gemmascope import step as step_module
+from bench.prepare import all_inputs, check_room, contender_of, set_up, warm
+from bench.probe import changed_bits, operator_rows
+from bench.work import measure_size, part_work
 from gemmascope.kernels.dispatch import choose
-from gemmascope.kernels.training import training_operators
 from gemmascope.sae import JumpReLUSAE
 
-WARM_UPS = 2
 DETERMINISM_RUNS = 50
 MIB = measure.MIB
-# Main memory that a trainer takes: weights, gradients and two moments of [d_model, d_sae] twice, and some [N, d_sae].
-TRAINING_WEIGHTS, INFERENCE_WEIGHTS, TRAINING_CODES, INFERENCE_CODES = 8, 2, 8, 3
 
 
 @dataclass
@@ -79,20 +75,6 @@ def settle() -> None:
         torch.cuda.empty_cache()
 
 
-def check_room(case: Case, device: torch.device) -> None:
-    """Raise MemoryError before the system starts to swap or to kill; a GPU's allocator does so by itself."""
-    free = measure.available_bytes()
-    if device.type == "cuda" or free is None:
-        return
-    training = "step" in case.parts
-    weights, codes = (
-        (TRAINING_WEIGHTS, TRAINING_CODES) if training else (INFERENCE_WEIGHTS * case.shape.count, INFERENCE_CODES)
-    )
-    needed = 4 * case.shape.d_sae * (weights * case.shape.d_model + codes * case.tokens)
-    if needed > free:
-        raise MemoryError(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB available")
-
-
 class Gates:
     """Parity of ours, once for each implementation, route, shape and dtype."""
 
@@ -113,56 +95,6 @@ class Gates:
                 shares["operators"] = gate.operator_gate(contender.impl, narrow)
             self.shares[key] = shares
         return self.shares[key]
-
-
-class Repeated(Contender):
-    """Inference by many SAEs, one after another, each with weights of its own."""
-
-    parts = ("infer",)
-
-    def __init__(self, name: str, case: Case):
-        self.contenders = [[make(name) for _ in range(shape.count)] for shape in case.shape.all]
-        one = self.contenders[0][0]
-        self.name, self.ours, self.differs, self.requires = one.name, one.ours, one.differs, one.requires
-        if "infer" not in one.parts:
-            self.parts = ()
-
-    def check_available(self, device: torch.device) -> None:
-        self.contenders[0][0].check_available(device)
-
-    def set_up_all(self, inputs: list[Inputs]) -> None:
-        for group, given in zip(self.contenders, inputs, strict=True):
-            for contender in group:
-                contender.set_up(given)
-
-    def infer(self) -> None:
-        for group in self.contenders:
-            for contender in group:
-                contender.infer()
-
-
-def contender_of(name: str, case: Case) -> Contender:
-    return Repeated(name, case) if case.shape.more else make(name)
-
-
-def set_up(contender: Contender, inputs: list[Inputs]) -> None:
-    if isinstance(contender, Repeated):
-        contender.set_up_all(inputs)
-    else:
-        contender.set_up(inputs[0])
-
-
-def warm(contender: Contender, parts: tuple[str, ...], clock: Clock) -> None:
-    for part in parts:
-        for _ in range(WARM_UPS):
-            contender.before(part)
-            getattr(contender, part)()
-    clock.synchronise()
-
-
-def all_inputs(case: Case, device: torch.device) -> list[Inputs]:
-    options = {"dtype": case.dtype, "skew": case.skew}
-    return [construct(s.d_model, s.d_sae, case.tokens, case.l0, device, **options) for s in case.shape.all]
 
 
 def admitted(bench: Bench, inputs: list[Inputs], gates: Gates) -> dict[str, dict[str, Any]]:
@@ -249,29 +181,33 @@ def time_group(bench: Bench, group: Group) -> None:
             row = measure.percentiles(found["ms"]) | {"in_turn_with": len(running) - 1}
             if found["latency_ms"]:
                 row["latency_p50_ms"] = statistics.median(found["latency_ms"])
-            if clock.cuda and options.memory:
-                running[name].before(part)
-                transient = measure.device_peak_mib(getattr(running[name], part), options.device)
-                row |= {"held_mib": group.held_mib[name], "peak_mib": group.held_mib[name] + transient}
             group.times[name][part] = row
     for contender in list(group.contenders.values()):
         try:
             contender.check_made()
+            if clock.cuda and options.memory:
+                add_device_memory(contender, group, options.device)
         except Exception as error:
             group.lose(contender, error, bench)
 
 
-def timed(bench: Bench, names: list[str], inputs: list[Inputs]) -> Iterator[tuple[Contender, str, dict[str, Any]]]:
-    """(contender, part, times) for all that can be timed."""
+def add_device_memory(contender: Contender, group: Group, device: torch.device) -> None:
+    held = group.held_mib[contender.name]
+    for part, row in group.times[contender.name].items():
+        contender.before(part)
+        row |= {"held_mib": held, "peak_mib": held + measure.device_peak_mib(getattr(contender, part), device)}
+
+
+def time_all(bench: Bench, names: list[str], inputs: list[Inputs], weigh: Callable[[Group], None]) -> None:
+    """Time those that fit into memory together, then those that did not; ``weigh`` is given each group while it is set
+    up, and must keep nothing of it."""
     waiting = names
     while waiting:
         group = gather(bench, waiting, inputs)
         time_group(bench, group)
-        for name, parts in group.times.items():
-            for part, row in parts.items():
-                yield group.contenders[name], part, row
+        weigh(group)
         waiting = group.postponed
-        group.contenders.clear()
+        del group
         settle()
 
 
@@ -295,20 +231,33 @@ def run_case(case: Case, options: Options, clock: Clock, gates: Gates) -> tuple[
         "touched": sizes[0].touched / sizes[0].f,
         "ceilings": ceiling,
     }
-    for contender, part, times in timed(bench, list(passed), inputs):
-        parts = [part_work(part, size) for size in sizes]
-        work = tuple(sum(w[i] * shape.count for w, shape in zip(parts, case.shape.all, strict=True)) for i in (0, 1))
-        least = measure.floor_ms(work, ceiling)
-        row = {"kind": "time", "contender": contender.name, "ours": contender.ours, "part": part} | times
-        row |= {"differs": contender.differs, "flops": work[0], "bytes": work[1], "floor_ms": least}
-        bench.rows.append(row | {"pct_roofline": 100 * least / times["p50_ms"]} | passed[contender.name] | shared)
-        if isinstance(contender, Ours) and part == "step" and contender.route == "sparse" and case.operators:
-            bench.rows += operator_rows(contender, sizes[0], clock, options.rounds, ceiling)
-        if isinstance(contender, Ours) and part == "step" and options.determinism:
-            different = changed_bits(contender, DETERMINISM_RUNS)
-            row = {"kind": "determinism", "contender": contender.name, "ours": True}
-            bench.rows.append(row | {"runs": DETERMINISM_RUNS, "different": different})
-            bench.failed |= different > 0
+
+    def weigh(group: Group) -> None:
+        for name, times_by_part in group.times.items():
+            contender = group.contenders[name]
+            same = {"contender": name, "ours": contender.ours}
+            for part, times in times_by_part.items():
+                parts = [part_work(part, size) for size in sizes]
+                flops, n_bytes = (
+                    sum(work[i] * shape.count for work, shape in zip(parts, case.shape.all, strict=True))
+                    for i in (0, 1)
+                )
+                least = measure.floor_ms((flops, n_bytes), ceiling)
+                row = {"kind": "time"} | same | {"part": part} | times | {"differs": contender.differs}
+                row |= {"flops": flops, "bytes": n_bytes, "floor_ms": least}
+                row["pct_roofline"] = 100 * least / times["p50_ms"]
+                bench.rows.append(row | passed[name] | shared)
+            if not isinstance(contender, Ours) or "step" not in times_by_part:
+                continue
+            if case.operators and contender.route == "sparse":
+                bench.rows += operator_rows(contender, sizes[0], clock, options.rounds, ceiling)
+            if options.determinism:
+                different = changed_bits(contender, DETERMINISM_RUNS)
+                row = {"kind": "determinism"} | same
+                bench.rows.append(row | {"runs": DETERMINISM_RUNS, "different": different})
+                bench.failed |= different > 0
+
+    time_all(bench, list(passed), inputs, weigh)
     add_ratios(bench.rows)
     return [case.facts() | row for row in bench.rows], bench.failed
 
@@ -320,76 +269,3 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
         if row["kind"] == "time":
             mine = {name: ms for (part, name), ms in ours.items() if part == row["part"] and name != row["contender"]}
             row["ratio_to"] = {name: row["p50_ms"] / ms for name, ms in mine.items()}
-
-
-class TimedOperators:
-    """An implementation of the training operators that keeps the time of each call."""
-
-    def __init__(self, impl: str, clock: Clock):
-        self.operators, self.clock, self.calls = training_operators(impl), clock, []
-
-    def __getattr__(self, name: str) -> Callable:
-        operator = getattr(self.operators, name)
-
-        def measured(*arguments, **named):
-            start = self.clock.mark()
-            result = operator(*arguments, **named)
-            self.calls.append((name, start, self.clock.mark()))
-            return result
-
-        return measured
-
-
-def operator_rows(
-    ours: Ours, size: Size, clock: Clock, rounds: int, ceiling: dict[str, float]
-) -> Iterator[dict[str, Any]]:
-    """A row for each operator of the sparse step, timed within it."""
-    found: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        operators = TimedOperators(ours.state.impl, clock)
-        clock.head_start()
-        with mock.patch.object(step_module, "training_operators", lambda impl, operators=operators: operators):
-            ours.step()
-        clock.synchronise()
-        for name, start, end in operators.calls:
-            found.setdefault(name, []).append(clock.between(start, end))
-    for name, times in found.items():
-        flops, n_bytes = operator_work(name, size)
-        least = measure.floor_ms((flops, n_bytes), ceiling)
-        row = {"kind": "operator", "contender": ours.name, "ours": True, "operator": name, "floor_ms": least}
-        row |= measure.percentiles(times) | {"flops": flops, "bytes": n_bytes} | size._asdict()
-        yield row | {"pct_roofline": 100 * least / row["p50_ms"]}
-
-
-def changed_bits(ours: Ours, repeats: int) -> int:
-    """Of ``repeats`` steps from one state, how many end in other bits than the first."""
-    state = ours.state
-    tensors = [t for t in state.latents if t is not None]
-    tensors += [state.sae.b_dec.data, state.b_dec_v, state.updates, state.tokens_since_fired]
-    start = [t.clone() for t in tensors]
-
-    def result() -> list[torch.Tensor]:
-        for tensor, value in zip(tensors, start, strict=True):
-            tensor.copy_(value)
-        ours.step()
-        return tensors
-
-    first = [t.clone() for t in result()]
-    return sum(not all(map(torch.equal, result(), first)) for _ in range(repeats - 1))
-
-
-def add_host_memory(rows: list[dict[str, Any]], case: Case) -> None:
-    """`held_mib` and `peak_mib` of each row, from a fresh process for each contender."""
-    for name in dict.fromkeys(row["contender"] for row in rows if row["kind"] == "time"):
-        peaks = measure.peaks_in_fresh_process(worker_arguments(case, name))
-        for row in rows:
-            if row["kind"] == "time" and row["contender"] == name and row["part"] in peaks:
-                row |= peaks[row["part"]]
-
-
-def worker_arguments(case: Case, contender: str) -> list[str]:
-    """Command line from which `worker` makes the same case with one contender."""
-    return [
-        *("--suite", case.suite, "--shape", case.shape.name, "--tokens", str(case.tokens), "--l0", str(case.l0)),
-        *("--dtype", case.dtype, "--skew", str(case.skew), "--contender", contender, "--parts", *case.parts),
-    ]

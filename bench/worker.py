@@ -5,13 +5,22 @@ import gc
 import json
 import sys
 from contextlib import redirect_stdout
+from typing import Any
 
 import torch
 
 from bench import measure
 from bench.cases import Case, shape_of
 from bench.gate import narrowed
-from bench.run import all_inputs, contender_of, set_up, warm
+from bench.prepare import all_inputs, contender_of, set_up, warm
+
+
+def arguments_of(case: Case, contender: str) -> list[str]:
+    """Command line from which `parse` makes the same case with one contender."""
+    return [
+        *("--suite", case.suite, "--shape", case.shape.name, "--tokens", str(case.tokens), "--l0", str(case.l0)),
+        *("--dtype", case.dtype, "--skew", str(case.skew), "--contender", contender, "--parts", *case.parts),
+    ]
 
 
 def parse(arguments: list[str]) -> tuple[Case, str, torch.device]:
@@ -79,3 +88,12 @@ def serve(arguments: list[str]) -> int:
             contender.before(part)
             print(json.dumps(clock.time(getattr(contender, part))), file=answers, flush=True)
     return 0
+
+
+def add_host_memory(rows: list[dict[str, Any]], case: Case) -> None:
+    """`held_mib` and `peak_mib` of each row, from a fresh process for each contender."""
+    for name in dict.fromkeys(row["contender"] for row in rows if row["kind"] == "time"):
+        peaks = measure.peaks_in_fresh_process(arguments_of(case, name))
+        for row in rows:
+            if row["kind"] == "time" and row["contender"] == name and row["part"] in peaks:
+                row |= peaks[row["part"]]
