@@ -27,14 +27,19 @@ def native_backend() -> dict:
     class Build(BuildExtension):
         def run(self):
             library = Path(self.get_ext_fullpath("gemmascope.kernels._csrc"))
-            library.unlink(missing_ok=True)  # what an earlier build left is not what these sources make
+            failure = native.failure_file(library)
+            for left in (library, failure):  # an earlier build's is not what these sources make
+                left.unlink(missing_ok=True)
             try:
                 super().run()
             except Exception as error:
-                print(f"gemmascope: the native CPU backend could not be built: {error}", file=sys.stderr)
+                why = native.first_complaint(error)
+                print(f"gemmascope: the native CPU backend could not be built: {why}", file=sys.stderr)
+                failure.parent.mkdir(parents=True, exist_ok=True)
+                failure.write_text(why + "\n", encoding="utf-8")
                 self.extensions = []
                 return
-            native.version_file(library).write_text(native.torch_version() + "\n")
+            native.version_file(library).write_text(native.torch_version() + "\n", encoding="utf-8")
 
     return {
         "ext_modules": [

@@ -42,7 +42,7 @@ def decode_backward(
     if need_values:
         dvalues = _ops.decode_values_gradient(_fp32(grad), indices, offsets, W_dec.contiguous()).to(values.dtype)
     if need_W:
-        order, starts = _ops.by_latent(indices, indices.shape[0], W_dec.shape[0])
+        order, starts = _ops.by_latent(indices, None, W_dec.shape[0])
         lengths = offsets[1:] - offsets[:-1]
         tokens = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
         dW_dec = _ops.sum_rows(_fp32(values)[order], tokens[order], starts, _fp32(grad)).to(W_dec.dtype)
@@ -84,7 +84,7 @@ def _register_fakes() -> None:
         return grad.new_empty(indices.shape[0])
 
     @fake("gemmascope_cpu::by_latent")
-    def _(latents, nnz, d_sae):
+    def _(latents, count, d_sae):
         return latents.new_empty(latents.shape[0], dtype=torch.int64), latents.new_empty(d_sae + 1, dtype=torch.int64)
 
     @fake("gemmascope_cpu::sum_rows")

@@ -7,8 +7,8 @@ Nothing is ever compiled unasked. Three ways to ask:
   extensions (``TORCH_EXTENSIONS_DIR``);
 * `build` does so from Python.
 
-``GEMMASCOPE_NATIVE=0`` leaves a library that is there unused. Sources: ``csrc/``, one file per instruction set and one for the
-operators; the best set that the processor has is taken at run time.
+``GEMMASCOPE_NATIVE=0`` leaves a library that is there unused. Sources: ``csrc/``, one file for each instruction set and
+one for the operators; the best set that the processor has is taken at run time.
 """
 
 import hashlib
@@ -45,6 +45,11 @@ def version_file(library: Path) -> Path:
     return library.with_name("_csrc_torch.txt")
 
 
+def failure_file(library: Path) -> Path:
+    """What says why an installation that was to build the library has none."""
+    return library.with_name("_csrc_failure.txt")
+
+
 def build(verbose: bool = False) -> Path:
     """Compile the library with the compiler at hand (``CXX``) and ninja; returns its path.
 
@@ -67,11 +72,11 @@ def build(verbose: bool = False) -> Path:
             verbose=verbose,
         )
     except Exception as error:
-        raise RuntimeError(f"the native CPU backend could not be built: {_first_complaint(error)}") from error
+        raise RuntimeError(f"the native CPU backend could not be built: {first_complaint(error)}") from error
     return Path(cpp_extension._get_build_directory(name, verbose)) / f"{name}.so"
 
 
-def _first_complaint(error: BaseException) -> str:
+def first_complaint(error: BaseException) -> str:
     """The line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "error:" in line or "not found" in line), lines[0])[:300]
@@ -98,10 +103,11 @@ def _load() -> str | None:
         except RuntimeError as error:
             return str(error)
         return None
+    if failure_file(library).exists():
+        return f"the native backend could not be built when installed: {failure_file(library).read_text().strip()}"
     return "the native backend is not built (make native, or GEMMASCOPE_NATIVE=1; it needs a C++ compiler)"
 
 
-@torch.compiler.assume_constant_result
 def problem() -> str | None:
     """Why the native backend cannot be used in this process, or None. The first call loads it."""
     if "problem" not in _state:
@@ -114,3 +120,7 @@ def problem() -> str | None:
 def isa() -> str:
     """The instruction set whose kernels are used: "avx512", "avx2" or "portable"."""
     return torch.ops.gemmascope_cpu.isa()
+
+
+# Constants to `torch.compile`. Its own `assume_constant_result` says the same, but would import Triton.
+problem._dynamo_marked_constant = isa._dynamo_marked_constant = True

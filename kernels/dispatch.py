@@ -82,7 +82,9 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
         return Choice("cpu", "asked for")
     if impl == "auto" and device.type == "cpu":
         problem = why_not_native(device, dtype)
-        return Choice("pytorch", problem) if problem else Choice("cpu", f"the native backend, {_native.isa()}")
+        if problem:  # what is written for speed loops over pieces, which a compiler would unroll
+            return Choice("reference" if torch.compiler.is_compiling() else "pytorch", problem)
+        return Choice("cpu", f"the native backend, {_native.isa()}")
     problem = why_not_triton(device, dtype)
     if impl == "triton":
         if problem:

@@ -7,9 +7,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from gemmascope.kernels import SparseCode, decode, encode
 from gemmascope.kernels.dispatch import triton_problem
 from tests.helpers import LAYOUTS, assert_bitwise_equal, expanded, normal
+from tests.native import needs_native
 
 needs_triton = pytest.mark.skipif(triton_problem() is not None, reason=triton_problem() or "")
-IMPLS = ["reference", pytest.param("triton", marks=needs_triton)]
+IMPLS = ["reference", pytest.param("cpu", marks=needs_native), pytest.param("triton", marks=needs_triton)]
 BATCHES = (5, 9, 2)
 
 # Dynamo itself makes what PyTorch deprecates.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemmascope import kernels
-from gemmascope.kernels import dispatch
+from gemmascope.kernels import _native, dispatch
 
 
 @pytest.fixture
@@ -19,23 +19,51 @@ def no_interpreter(monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"):
+    message = "impl: expected one of 'auto', 'reference', 'pytorch', 'cpu', 'triton', got 'cuda'"
+    with pytest.raises(ValueError, match=message):
         kernels.choose("cuda", "cpu", torch.float32)
 
 
-def test_reference_is_always_met():
-    assert kernels.choose("reference", "cuda", torch.float64) == ("reference", "asked for")
+@pytest.mark.parametrize("impl", ["reference", "pytorch"])
+def test_plain_pytorch_is_always_met(impl):
+    assert kernels.choose(impl, "cuda", torch.float64) == (impl, "asked for")
 
 
-def test_auto_on_the_cpu_says_why(no_interpreter):
-    choice = kernels.choose("auto", "cpu", torch.float32)
-    assert choice.impl == "reference"
-    assert "the tensors are on cpu; the kernels run on a GPU" in choice.reason
+@pytest.fixture
+def no_native(monkeypatch):
+    monkeypatch.setattr(_native, "problem", lambda: "the native backend is not built")
 
 
-def test_auto_does_not_choose_the_interpreter(interpreter):
-    choice = kernels.choose("auto", "cpu", torch.float32)
-    assert choice == ("reference", "the tensors are on cpu; the interpreter is for tests and must be asked for")
+@pytest.fixture
+def with_native(monkeypatch):
+    monkeypatch.setattr(_native, "problem", lambda: None)
+    monkeypatch.setattr(_native, "isa", lambda: "avx2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_on_the_cpu(with_native, interpreter, dtype):
+    """The native backend, and never Triton's interpreter, which is for tests."""
+    assert kernels.choose("auto", "cpu", dtype) == ("cpu", "the native backend, avx2")
+    assert kernels.choose("cpu", "cpu", dtype) == ("cpu", "asked for")
+
+
+def test_auto_on_the_cpu_without_the_native_backend(no_native, interpreter):
+    assert kernels.choose("auto", "cpu", torch.float32) == ("pytorch", "the native backend is not built")
+    with pytest.raises(ValueError, match="impl='cpu': the native backend is not built"):
+        kernels.choose("cpu", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_native_dtypes(with_native, dtype):
+    reason = f"the native backend takes float32 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    assert kernels.choose("auto", "cpu", dtype) == ("pytorch", reason)
+    with pytest.raises(ValueError, match=f"impl='cpu': {reason}"):
+        kernels.choose("cpu", "cpu", dtype)
+
+
+def test_explicit_native_refuses_the_gpu(with_native):
+    with pytest.raises(ValueError, match="impl='cpu': the tensors are on cuda; the native backend is for the CPU"):
+        kernels.choose("cpu", "cuda", torch.float32)
 
 
 def test_auto_on_a_gpu(interpreter):

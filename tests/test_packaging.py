@@ -58,6 +58,7 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel):
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     expected = {f"gemmascope/{path.name}" for path in (ROOT / "gemmascope").glob("*.py")}
     expected |= {f"gemmascope/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"gemmascope/kernels/csrc/{path.name}" for path in (ROOT / "kernels" / "csrc").iterdir()}
     assert names == expected
 
 

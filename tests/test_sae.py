@@ -113,7 +113,7 @@ def test_encode_sparse_and_its_decoding_equal_the_dense_path(dtype):
     code, f = sae.encode_sparse(x), sae.encode(x)
     assert isinstance(code, SparseCode)
     assert not code.values.requires_grad
-    assert torch.equal(code.to_dense(), f.reshape(14, D_SAE))
+    torch.testing.assert_close(code.to_dense(), f.reshape(14, D_SAE))
     torch.testing.assert_close(sae.decode(code), sae.decode(f).reshape(14, D_MODEL))
 
 
@@ -308,7 +308,7 @@ def test_bad_activations(f, error, message):
 def test_unknown_implementation_is_named():
     sae = JumpReLUSAE(D_MODEL, D_SAE, impl="cuda")
     for method in (sae.encode, sae.encode_sparse):
-        with pytest.raises(ValueError, match="impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"):
+        with pytest.raises(ValueError, match="impl: expected one of 'auto', 'reference', 'pytorch', 'cpu', 'triton', got 'cuda'"):
             method(torch.zeros(2, D_MODEL))
 
 

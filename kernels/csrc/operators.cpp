@@ -390,11 +390,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_pass(
   return {residual, squared_error, l0, u};
 }
 
-// The first `nnz` of `indices` [capacity], the flag aside, sorted by value, equal ones in their order; the others follow.
-std::tuple<Tensor, Tensor> by_latent(const Tensor& indices, int64_t nnz, int64_t F) {
-  int64_t capacity = indices.numel();
+// The first `count` of `indices` [capacity] (all, without one), the flag aside, sorted by value, equal ones in their
+// order; the others follow.
+std::tuple<Tensor, Tensor> by_latent(const Tensor& indices, optional<int64_t> count, int64_t F) {
+  int64_t capacity = indices.numel(), nnz = count.value_or(capacity);
   check("latents", indices, at::kInt, {capacity});
-  TORCH_CHECK_INDEX(nnz >= 0 && nnz <= capacity, "nnz: expected 0 to ", capacity, ", got ", nnz);
+  TORCH_CHECK_INDEX(nnz >= 0 && nnz <= capacity, "count: expected 0 to ", capacity, ", got ", nnz);
   check_indices("latents", indices, nnz, F, LATENT);
   Tensor order = at::empty({capacity}, at::kLong), offsets = at::zeros({F + 1}, at::kLong);
   const int32_t* latent = data<int32_t>(indices);
@@ -729,7 +730,7 @@ TORCH_LIBRARY(gemmascope_cpu, m) {
   m.def(
       "jumprelu_backward(Tensor grad_f, Tensor grad_l0, Tensor pre, Tensor b_enc, Tensor threshold, float bandwidth) "
       "-> (Tensor, Tensor, Tensor)");
-  m.def("by_latent(Tensor latents, int nnz, int d_sae) -> (Tensor, Tensor)");
+  m.def("by_latent(Tensor latents, int? count, int d_sae) -> (Tensor, Tensor)");
   m.def("sum_rows(Tensor coefficients, Tensor rows, Tensor offsets, Tensor table) -> Tensor");
   m.def("weighted_sum(Tensor W, Tensor weights) -> Tensor");
   m.def(
