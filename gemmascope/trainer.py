@@ -2,7 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,6 +205,26 @@ class SAETrainer:
         }
 
 
+@contextmanager
+def _updating(trainers: Mapping[Site, SAETrainer]) -> Iterator[Callable[[Mapping[Site, Tensor]], None]]:
+    """Gives every trainer its batch. On a CPU as many SAEs are trained side by side as PyTorch has threads, each by one
+    of them: small operations keep a second thread waiting more than working."""
+    threads = torch.get_num_threads()
+    if min(threads, len(trainers)) == 1 or any(trainer.sae.W_dec.is_cuda for trainer in trainers.values()):
+
+        def update(batch: Mapping[Site, Tensor]) -> None:
+            for site, trainer in trainers.items():
+                trainer.update(batch[site])
+
+        yield update
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield lambda batch: list(pool.map(lambda site: trainers[site].update(batch[site]), trainers))
+        finally:
+            torch.set_num_threads(threads)  # for threads that start later
+
+
 def train(
     trainers: Mapping[Site, SAETrainer],
     stream: Iterable[Mapping[Site, Tensor]],
@@ -217,22 +239,23 @@ def train(
     """
     skipped = dict.fromkeys(trainers, 0)
     since = 0
-    for batch in stream:
-        for site, trainer in trainers.items():
-            trainer.update(batch[site])
-        step = next(iter(trainers.values())).step
-        since += 1
-        if step % log_every:
-            log(step, None)
-            continue
-        rows = {site: trainer.report() for site, trainer in trainers.items()}
-        for site, row in rows.items():
-            if row["skipped"] - skipped[site] == since:
-                raise TrainingFailedError(
-                    f"{site}: the loss was not finite in the {since} steps up to step {step}; lower the learning rate"
-                )
-            skipped[site] = row["skipped"]
-        since = 0
-        log(step, {str(site): row for site, row in rows.items()})
+    with _updating(trainers) as update:
+        for batch in stream:
+            update(batch)
+            step = next(iter(trainers.values())).step
+            since += 1
+            if step % log_every:
+                log(step, None)
+                continue
+            rows = {site: trainer.report() for site, trainer in trainers.items()}
+            for site, row in rows.items():
+                if row["skipped"] - skipped[site] == since:
+                    raise TrainingFailedError(
+                        f"{site}: the loss was not finite in the {since} steps up to step {step}; "
+                        "lower the learning rate"
+                    )
+                skipped[site] = row["skipped"]
+            since = 0
+            log(step, {str(site): row for site, row in rows.items()})
     for trainer in trainers.values():
         trainer.flush()

@@ -2,11 +2,12 @@
 
 Same signatures, results and treatment of NaN as `reference.py`. Everything goes through memory a cache-full at a time:
 on a CPU a fresh tensor of 100 MB costs more in page faults than the arithmetic that fills it. The product that makes z
-comes in pieces that are searched for entries while they are still in a cache, by oneDNN where it can (MKL's product is
-up to twice slower on AMD); sums over entries are `embedding_bag`, products of pairs of rows `sampled_addmm`, which
-both work row by row in a fixed order, so that results repeat bit for bit.
+comes in pieces that are searched for entries while they are still in a cache; sums over entries are `embedding_bag`,
+products of pairs of rows `sampled_addmm`, which both work row by row in a fixed order, so that results repeat bit for
+bit.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
 
@@ -29,22 +30,22 @@ PRODUCT_TOKENS = 1024
 # ---- encode
 
 
-def _onednn_takes(x: Tensor, W: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.numel() > 0
-        and W.T.is_contiguous()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+def _onednn_is_faster(x: Tensor, W: Tensor) -> bool:
+    """Measured on AMD: with AVX-512 MKL is up to 2.5 times slower, with AVX2 only for a few dozen tokens; a small W is
+    repacked in vain."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] < 8 or W.numel() < 2**18:
+        return False
+    if not (W.T.is_contiguous() and torch.backends.mkldnn.is_available()):
+        return False
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return (wide or x.shape[0] <= 128) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """x·W + b for x [N, d], W [d, F] and b [F] of one dtype."""
-    if _onednn_takes(x, W):
+    if _onednn_is_faster(x, W):
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), W.T, b.contiguous(), "none", [], "")
-    return torch.addmm(b, x, W)
+    return torch.mm(x, W).add_(b)
 
 
 def true_positions(mask: Tensor) -> Tensor:
@@ -53,11 +54,12 @@ def true_positions(mask: Tensor) -> Tensor:
     `nonzero` takes as long for a byte as for a word, so a mask with few hits is searched eight bytes at a time.
     """
     flat = mask.view(-1)
-    if flat.numel() % 8:
-        return torch.nonzero(flat)[:, 0]
-    words = torch.nonzero(flat.view(torch.int64))[:, 0]
-    hits = torch.nonzero(flat.view(-1, 8)[words].view(-1))[:, 0]
-    return words[hits >> 3].mul_(8).add_(hits & 7)
+    if flat.numel() % 8 == 0:
+        words = torch.nonzero(flat.view(torch.int64))[:, 0]
+        if 32 * len(words) < flat.numel():
+            hits = torch.nonzero(flat.view(-1, 8).index_select(0, words).view(-1))[:, 0]
+            return words.index_select(0, hits >> 3).mul_(8).add_(hits & 7)
+    return torch.nonzero(flat)[:, 0]
 
 
 def _search(z: Tensor, threshold: Tensor, reach: float, comparable: bool) -> Tensor:
@@ -85,13 +87,13 @@ def near_threshold(
             z = linear(rows, W_enc[:, tile].to(dtype), b_enc[tile])
             position = _search(z, threshold[tile], reach, comparable)
             token = position // z.shape[1]
-            found.append((z.view(-1)[position], token + start, position - token * z.shape[1] + first))
+            found.append((z.view(-1).index_select(0, position), token + start, position - token * z.shape[1] + first))
         if len(found) > 1:
             values, token, latent = map(torch.cat, zip(*found, strict=True))
             token, order = torch.sort(token, stable=True)
-            found = [(values[order], token, latent[order])]
+            found = [(values.index_select(0, order), token, latent.index_select(0, order))]
         parts += found
-    values, token, latent = map(torch.cat, zip(*parts, strict=True))
+    values, token, latent = map(torch.cat, zip(*parts[-1:] if len(parts) == 2 else parts, strict=True))
     return values, token, latent
 
 
@@ -106,7 +108,7 @@ def row_offsets(token: Tensor, n_tokens: int) -> Tensor:
 def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values [nnz], indices [nnz] int32, offsets [N + 1] int64."""
     z, token, latent = near_threshold(x, W_enc, b_enc, threshold, 0.0)
-    values = torch.where(z > threshold.to(z.dtype)[latent], z, torch.nan)
+    values = torch.where(z > threshold.to(z.dtype).index_select(0, latent), z, torch.nan)
     return values, latent.to(torch.int32), row_offsets(token, x.shape[0])
 
 
@@ -115,6 +117,10 @@ def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -
 
 def row_pieces(offsets: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
     """Rows of a CSR and their entries, at most ``elements`` entries at a time where a row has not more itself."""
+    n, total = len(offsets) - 1, int(offsets[-1])
+    if n and total <= elements:
+        yield slice(0, n), slice(0, total)
+        return
     starts, first = offsets.tolist(), 0
     for row in range(1, len(starts)):
         if row == len(starts) - 1 or starts[row + 1] - starts[first] > elements:
@@ -135,18 +141,22 @@ def sum_rows(coefficients: Tensor, indices: Tensor, table: Tensor, starts: Tenso
     return F.embedding_bag(indices, table, starts.to(indices.dtype), mode="sum", per_sample_weights=coefficients)
 
 
+@functools.cache
+def _give_csr_notice() -> None:
+    """PyTorch says once a process that CSR tensors are in beta; here, unheard."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse")
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
+
+
 def dot_rows(a: Tensor, b: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
     """⟨a[n], b[columns_e]⟩ for the entries e of each row n in compressed rows; a and b of one dtype."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse")  # a notice that CSR tensors are new, once a process
-        pattern = torch.sparse_csr_tensor(
-            offsets.to(columns.dtype),
-            columns,
-            torch.zeros(columns.shape, dtype=a.dtype, device=a.device),
-            size=(a.shape[0], b.shape[0]),
-            check_invariants=False,
-        )
-        return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
+    _give_csr_notice()
+    zeros = torch.zeros(columns.shape, dtype=a.dtype, device=a.device)
+    pattern = torch.sparse_csr_tensor(
+        offsets.to(columns.dtype), columns, zeros, size=(a.shape[0], b.shape[0]), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
 
 
 # ---- decode

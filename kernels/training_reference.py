@@ -20,6 +20,7 @@ from ._pytorch import (
     row_pieces,
     rows_in,
     sum_rows,
+    true_positions,
 )
 from ._transpose import by_latent as by_latent
 from .reference import activation, compute_dtype, gate, window
@@ -49,12 +50,13 @@ def encode_entries(
     """x [N, d] and W_enc [d, F] of one dtype (fp32, bf16; fp64), b_enc and θ [F]. capacity: None for as much as there
     is. tf32: only the GPU has it."""
     z, token, latent = near_threshold(x, W_enc, b_enc, threshold, bandwidth)
-    theta = threshold[latent]
+    theta = threshold.index_select(0, latent)
     active = ~(z <= theta) | (z == -torch.inf)  # NaN and ±Inf are entries, so that they spoil the loss
-    kept = active | ((z - theta).abs() < bandwidth / 2)
-    offsets = row_offsets(token[kept], x.shape[0])
+    kept = true_positions(active | ((z - theta).abs() < bandwidth / 2))
     latent = (latent + ACTIVE * active).to(torch.int32)
-    values, latent, token = (t[kept][:capacity] for t in (z, latent, token.to(torch.int32)))
+    values, latent, token = (t.index_select(0, kept) for t in (z, latent, token.to(torch.int32)))
+    offsets = row_offsets(token, x.shape[0])
+    values, latent, token = values[:capacity], latent[:capacity], token[:capacity]
     room = 0 if capacity is None else capacity - len(values)
     return Entries(
         F.pad(values, (0, room)), F.pad(latent, (0, room), value=W_enc.shape[1]), F.pad(token, (0, room)), offsets
@@ -102,11 +104,12 @@ def latent_pass(
     d_sae, scale, bandwidth = threshold.shape[0], 2 / s.shape[0], objective.bandwidth
     nnz = int(transposed.offsets[-1])
     order, room = transposed.order[:nnz], transposed.order.shape[0] - nnz
-    latents = entries.latents[order]
+    latents = entries.latents.index_select(0, order)
     active, latents = latents >= ACTIVE, latents & LATENT
-    z, tokens, theta = entries.z[order].to(u.dtype), entries.tokens[order], threshold[latents]
+    z, tokens = (t.index_select(0, order) for t in (entries.z.to(u.dtype), entries.tokens))
+    theta = threshold.index_select(0, latents)
     inside = (z - theta).abs() < bandwidth / 2
-    f, u = torch.where(active, z, 0), scale * u[order]
+    f, u = torch.where(active, z, 0), scale * u.index_select(0, order)
 
     def by_latent_sum(values: Tensor) -> Tensor:
         return torch.zeros(d_sae, dtype=values.dtype, device=values.device).index_add_(0, latents, values)
@@ -114,7 +117,7 @@ def latent_pass(
     count = by_latent_sum(active.to(torch.int32))
     along = by_latent_sum(f * u)
     u = _penalised(u, f, objective)
-    penalty = s[tokens] + objective.frequency_slope * count[latents]
+    penalty = s.index_select(0, tokens) + objective.frequency_slope * count.index_select(0, latents)
     q = torch.where(inside, -(theta * u + penalty) / bandwidth, 0)
     dz = torch.where(active, u, 0)
     if objective.ste_to_z:

@@ -113,14 +113,15 @@ def test_true_positions(shape, density):
     assert torch.equal(_pytorch.true_positions(mask), torch.nonzero(mask.view(-1))[:, 0])
 
 
-def test_linear_without_onednn(monkeypatch):
-    x, W_enc, b_enc, _ = operands(5, 8, 13)
-    with_it = _pytorch.linear(x, W_enc, b_enc)
-    monkeypatch.setattr(_pytorch, "_onednn_takes", lambda *_: False)
+def test_linear_with_and_without_onednn(monkeypatch):
+    x, W_enc, b_enc, _ = operands(9, 300, 1000)
     exact = x.double() @ W_enc.double() + b_enc.double()
+    assert _pytorch._onednn_is_faster(x, W_enc) == torch.backends.mkldnn.is_available()
+    ours = _pytorch.linear(x, W_enc, b_enc)
+    monkeypatch.setattr(_pytorch, "_onednn_is_faster", lambda *_: False)
     without = _pytorch.linear(x, W_enc, b_enc)
-    assert_within_budget("addmm", without, exact, with_it)
-    assert_within_budget("oneDNN", with_it, exact, without)
+    assert_within_budget("oneDNN", ours, exact, without)
+    assert_within_budget("mm", without, exact, ours)
 
 
 # ---- decode
