@@ -27,7 +27,11 @@ class Server:
         self.process = subprocess.Popen(
             command, cwd=path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.parts: list[str] = self._answer()
+        try:
+            self.parts: list[str] = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def _answer(self) -> Any:
         line = self.process.stdout.readline()

@@ -75,10 +75,7 @@ def _gate_saes(base: JumpReLUSAE, x: Tensor) -> tuple[JumpReLUSAE, JumpReLUSAE, 
     wide.threshold.fill_(1e3)
     wide.threshold[latents] = theta
     narrow.to(x.device)
-    z = (x.double() - narrow.b_dec) @ narrow.W_enc + narrow.b_enc
-    distance = (z - narrow.threshold).abs()
-    clear = torch.minimum(distance, (distance - GATE_LOSS.bandwidth / 2).abs()).amin(1) > GATE_MARGIN
-    return wide, narrow, latents.to(x.device), x[clear]
+    return wide, narrow, latents.to(x.device), x[_decided(narrow, x, GATE_LOSS.bandwidth)]
 
 
 def _tensors(state: TrainState, latents: Tensor) -> dict[str, Tensor]:
@@ -179,7 +176,8 @@ def _floats(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def narrowed(inputs: Inputs) -> Inputs:
-    """The first tokens and latents: enough to tell whether two contenders do the same."""
+    """The first tokens and latents: enough to tell whether two contenders do the same. Tokens with a z within rounding
+    of a decision are left out: fp32 and fp64 may part there."""
     sae = inputs.sae
     if sae.d_sae > AGREEMENT_LATENTS:
         small = JumpReLUSAE(sae.d_model, AGREEMENT_LATENTS, device=inputs.x.device)
@@ -188,7 +186,16 @@ def narrowed(inputs: Inputs) -> Inputs:
                 wide = getattr(sae, name)
                 value.copy_(wide[:, :AGREEMENT_LATENTS] if name == "W_enc" else wide[: len(value)])
         sae = small
-    return dataclasses.replace(inputs.first(AGREEMENT_TOKENS), sae=sae)
+    x = inputs.x[: 2 * AGREEMENT_TOKENS]
+    return dataclasses.replace(inputs, sae=sae, x=x[_decided(sae, x, inputs.loss.bandwidth)][:AGREEMENT_TOKENS])
+
+
+@torch.no_grad()
+def _decided(sae: JumpReLUSAE, x: Tensor, bandwidth: float) -> Tensor:
+    """Bool [N]: tokens of which no latent is within `GATE_MARGIN` of its threshold or of an edge of its window."""
+    z = (x.double() - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
+    distance = (z - sae.threshold.double()).abs()
+    return torch.minimum(distance, (distance - bandwidth / 2).abs()).amin(1) > GATE_MARGIN
 
 
 @torch.no_grad()

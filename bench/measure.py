@@ -195,7 +195,7 @@ def device_peak_mib(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peaks_in_fresh_process(arguments: list[str]) -> dict[str, dict[str, float]]:
-    """What `python -m bench memory ARGUMENTS` prints, by part; empty when the process failed.
+    """What `python -m bench memory ARGUMENTS` prints, by part. Raises RuntimeError when that fails.
 
     Large blocks go back to the system when they are freed, so that the baseline of one part is not what another left.
     """
@@ -206,9 +206,11 @@ def peaks_in_fresh_process(arguments: list[str]) -> dict[str, dict[str, float]]:
             command, env=environment, capture_output=True, text=True, timeout=MEMORY_TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired:
-        return {}
-    lines = done.stdout.strip().splitlines()
-    return json.loads(lines[-1]) if done.returncode == 0 and lines else {}
+        raise RuntimeError(f"took more than {MEMORY_TIMEOUT} s") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise RuntimeError(said[-1] if said else f"ended with status {done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def interleaved(

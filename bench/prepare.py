@@ -8,7 +8,7 @@ from bench.contenders import Contender, Inputs
 from bench.inputs import construct
 from bench.measure import Clock
 
-WARM_UPS = 2
+WARM_UPS = {"cpu": 1, "cuda": 2}
 # Main memory that a trainer takes: weights, gradients and two moments of [d_model, d_sae] twice, and some [N, d_sae].
 TRAINING_WEIGHTS, INFERENCE_WEIGHTS, TRAINING_CODES, INFERENCE_CODES = 8, 2, 8, 3
 
@@ -66,7 +66,7 @@ def set_up(contender: Contender, inputs: list[Inputs]) -> None:
 
 def warm(contender: Contender, parts: tuple[str, ...], clock: Clock) -> None:
     for part in parts:
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UPS[clock.device.type]):
             contender.before(part)
             getattr(contender, part)()
     clock.synchronise()

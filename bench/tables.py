@@ -63,6 +63,7 @@ def operator_lines(rows: Sequence[Row]) -> list[str]:
 def note_lines(rows: Sequence[Row]) -> list[str]:
     """What the numbers do not say: what was left out and why, what contenders do differently."""
     lines = [f"{row['contender']}: {row['reason']}" for row in rows if row["kind"] == "skipped"]
+    lines += [f"{row['contender']}: no memory figure: {row['no_memory']}" for row in rows if "no_memory" in row]
     differs = {row["contender"]: row["differs"] for row in rows if row["kind"] == "time" and row["differs"]}
     lines += [f"{name}: {text}" for name, text in differs.items()]
     for row in rows:

@@ -5,6 +5,7 @@ import gc
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,9 +92,14 @@ def serve(arguments: list[str]) -> int:
 
 
 def add_host_memory(rows: list[dict[str, Any]], case: Case) -> None:
-    """`held_mib` and `peak_mib` of each row, from a fresh process for each contender."""
-    for name in dict.fromkeys(row["contender"] for row in rows if row["kind"] == "time"):
-        peaks = measure.peaks_in_fresh_process(arguments_of(case, name))
-        for row in rows:
-            if row["kind"] == "time" and row["contender"] == name and row["part"] in peaks:
-                row |= peaks[row["part"]]
+    """`held_mib` and `peak_mib` of the case's first part, from a fresh process for each contender; `no_memory` says why
+    there are none."""
+    part = case.parts[0]
+    for row in rows:
+        if row["kind"] == "time" and row["part"] == part:
+            try:
+                found = measure.peaks_in_fresh_process(arguments_of(replace(case, parts=(part,)), row["contender"]))
+            except RuntimeError as error:
+                row["no_memory"] = str(error)
+            else:
+                row |= found[part]

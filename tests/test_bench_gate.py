@@ -168,12 +168,25 @@ def test_other_shapes_and_nan_are_not_agreement(value, given):
 def test_narrowed_keeps_the_first_tokens_and_latents(given, monkeypatch):
     monkeypatch.setattr(gate, "AGREEMENT_TOKENS", 5)
     monkeypatch.setattr(gate, "AGREEMENT_LATENTS", 40)
+    monkeypatch.setattr(gate, "_decided", lambda sae, x, bandwidth: torch.arange(len(x)) != 1)
     small = gate.narrowed(given)
-    assert torch.equal(small.x, given.x[:5])
+    assert torch.equal(small.x, given.x[[0, 2, 3, 4, 5]])
     for name in ("W_enc", "b_enc", "threshold"):
         assert torch.equal(getattr(small.sae, name), getattr(given.sae, name)[..., :40])
     assert torch.equal(small.sae.W_dec, given.sae.W_dec[:40])
     assert torch.equal(small.sae.b_dec, given.sae.b_dec)
+
+
+def test_tokens_at_a_decision_are_undecided():
+    given = construct(D, F, 32, 6, CPU)
+    sae, half = given.sae.double(), given.loss.bandwidth / 2
+    z = ((given.x.double() - sae.b_dec) @ sae.W_enc + sae.b_enc).detach()
+    for distance, decided in ((0, False), (half, False), (-half, False), (1e-7, False), (1e-5, True)):
+        sae.threshold.data = z.amax(0) + 1  # no other latent is near
+        sae.threshold.data[7] = z[3, 7] + distance
+        found = gate._decided(sae, given.x, given.loss.bandwidth)
+        assert found[3] == decided
+        assert found.sum() >= 31
 
 
 @pytest.mark.parametrize("impl", IMPLS)

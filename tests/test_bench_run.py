@@ -288,9 +288,16 @@ def test_the_peak_is_that_of_the_call():
     assert measure.host_peak_mib(lambda: None) < 10
 
 
-def test_a_process_that_fails_has_no_peaks(monkeypatch):
+def test_a_process_that_fails_is_said(monkeypatch):
+    case = cases.cases("cpu", shapes=["16x96"], tokens=[32], l0=[6])[1]
+    rows = [{"kind": "time", "contender": "ours", "part": part} for part in ("infer", "decode")]
     monkeypatch.setattr(measure.sys, "executable", "false")
-    assert measure.peaks_in_fresh_process([]) == {}
+    worker.add_host_memory(rows, case)
+    assert rows[0]["no_memory"] == "ended with status 1"
+    assert rows[1] == {"kind": "time", "contender": "ours", "part": "decode"}
+    monkeypatch.setattr(measure, "peaks_in_fresh_process", lambda arguments: {"infer": {"peak_mib": 7.0}})
+    worker.add_host_memory(rows, case)
+    assert rows[0]["peak_mib"] == 7
 
 
 def test_ceilings_are_rates(monkeypatch):
