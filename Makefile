@@ -58,6 +58,14 @@ aot: $(VENV)/.installed
 install: $(VENV)/.installed
 
 # Exit status 1 when a package cannot be used; the others can be all the same.
+# In .venv-peers where `make bench-peers` has made it, so that the other packages contend too.
+BENCH_VENV = $(if $(wildcard $(VENV_PEERS)/.peers),$(VENV_PEERS),$(VENV))
+
+.PHONY: bench
+bench: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python -W ignore -m bench run --suite cpu --save $(ARGS)
+	$(BENCH_VENV)/bin/python -m bench report --suite cpu
+
 bench-peers: $(VENV_PEERS)/.peers
 	OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -W ignore -m bench.peers
 
