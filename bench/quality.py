@@ -1,0 +1,335 @@
+"""Does every trainer make an SAE as good? python -m bench quality [--sites layer_2/resid] [--save]
+
+Trains the same SAE (same width, start, activations in the same order, number of tokens) with each trainer at several
+sparsities, and measures L0, FVU, dead latents and PCA of equal rank on held-out activations of the demo. Trainers that
+are given an L0 (sparsify, dictionary_learning) are given what ours reached, so that the curves overlap. What a trainer
+does otherwise than ours is said under the table; --recipe shared takes away what a package's options let one take away.
+
+Ours against the reference is judged in fp64, where rounding has no time to grow; their fp32 figures are shown. The last
+line of standard output is one JSON document; --save appends its rows to the results. The exit status is 1 when a
+training of ours failed or ours differs from the reference by more than one percent.
+"""
+
+import argparse
+import bisect
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bench import quality_plots, records
+from bench.contenders import UnavailableError
+from bench.quality_trainers import RECIPES, Ours, Setting, Trainer, make
+from gemmascope.buffer import batches
+from gemmascope.config import TrainConfig
+from gemmascope.evaluate import evaluate_sae
+from gemmascope.progress import StageProgress
+from gemmascope.sites import Site
+from gemmascope.trainer import SAETrainer
+
+TRAINERS = ("ours", "reference", "saelens", "dictionary_learning", "sparsify")
+OURS = ("ours", "reference")
+PACKAGES = {"saelens": ("sae-lens",), "dictionary_learning": ("dictionary-learning",), "sparsify": ("eai-sparsify",)}
+ACTIVATIONS = Path("runs/demo/activations.safetensors")
+OUT = Path("runs/bench")
+L0_COEFFICIENTS = (2e-3, 4e-3, 8e-3, 16e-3)
+HELD_OUT = 0.1
+CURVE_POINTS, CURVE_TOKENS = 10, 8192
+PARITY = 0.01
+Row = dict[str, Any]
+
+
+def load(path: Path, sites: Sequence[str]) -> dict[Site, tuple[Tensor, Tensor]]:
+    """Training and held-out activations [n, width] of each site. Raises ValueError for what is not there."""
+    if not path.exists():
+        raise ValueError(f"activations: found no {path}; `make demo` makes it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, found = set(file.keys()), {}
+            for name in sites:
+                if name not in names:
+                    raise ValueError(f"sites: expected some of {', '.join(sorted(names))}, found {name!r}")
+                rows = file.get_tensor(name)
+                held_out = math.ceil(HELD_OUT * len(rows))
+                # The last rows: neighbouring tokens are alike, so held-out ones must not be drawn from among the rest.
+                found[Site.parse(name)] = rows[:-held_out], rows[-held_out:]
+            return found
+    except SafetensorError as error:
+        raise ValueError(f"activations: {path} is not a safetensors file ({error})") from None
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def train(trainer: Trainer, setting: Setting, site: Site, rows: Tensor, held_out: Tensor, tick=lambda: None) -> Row:
+    """One training: the figures on ``held_out`` and the curve on the way there. Evaluation is not in the seconds."""
+    config = setting.config
+    start = SAETrainer(config, rows).sae
+    marks = {round(config.steps * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
+    seconds, curve = 0.0, []
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.start(setting, start, rows)
+        for step, batch in enumerate(batches({site: rows}, config.batch_size, config.steps, config.seed), start=1):
+            begun = time.perf_counter()
+            trainer.update(batch[site])
+            if step in marks:
+                sae = trainer.sae()
+            seconds += time.perf_counter() - begun
+            if step in marks:
+                found = evaluate_sae(sae, held_out[:CURVE_TOKENS])
+                curve.append({"step": step, "seconds": seconds, "l0": found.l0, "fvu": finite(found.fvu)})
+            tick()
+    found = evaluate_sae(sae, held_out, rows)
+    return {
+        "l0": found.l0,
+        "fvu": finite(found.fvu),
+        "pca_fvu": finite(found.pca_fvu),
+        "dead": found.dead_fraction,
+        "high_frequency": found.high_freq_fraction,
+        "seconds": seconds,
+        "curve": curve,
+    }
+
+
+def interpolate(l0: float, points: Sequence[tuple[float, float]]) -> float | None:
+    """FVU at ``l0`` on the curve through (L0, FVU), a straight line between neighbours in logarithms; None outside."""
+    points = sorted(points)
+    place = bisect.bisect_left(points, (l0, -math.inf))
+    if place < len(points) and points[place][0] == l0:
+        return points[place][1]
+    if place in (0, len(points)):
+        return None
+    (l0_a, a), (l0_b, b) = points[place - 1 : place + 1]
+    share = math.log(l0 / l0_a) / math.log(l0_b / l0_a)
+    return math.exp((1 - share) * math.log(a) + share * math.log(b))
+
+
+def points_of(rows: Sequence[Row], contender: str, site: str) -> list[tuple[float, float]]:
+    mine = (row for row in rows if row["kind"] == "quality" and row["contender"] == contender and row["site"] == site)
+    return [(row["l0"], row["fvu"]) for row in mine if row["l0"] > 0 and row["fvu"]]
+
+
+def compare(rows: Sequence[Row], contender: str, site: str) -> Row:
+    """FVU of ours over the contender's at the same L0, wherever one has a point that the other's curve passes over."""
+    ours, theirs = points_of(rows, "ours", site), points_of(rows, contender, site)
+    ratios = [mine / fvu for l0, fvu in theirs if (mine := interpolate(l0, ours))]
+    ratios += [fvu / other for l0, fvu in ours if (other := interpolate(l0, theirs))]
+    least, most = min(ratios, default=None), max(ratios, default=None)
+    met = None if most is None else most <= 1
+    return {"contender": contender, "site": site, "least": least, "most": most, "points": len(ratios), "met": met}
+
+
+def parity(config: TrainConfig, site: Site, rows: Tensor, held_out: Tensor, impl: str, tick=lambda: None) -> Row:
+    """Ours against the reference in fp64: relative differences of L0 and FVU."""
+    runs = [
+        train(Ours(name, route, how, torch.float64), Setting(config, 0.0), site, rows, held_out, tick)
+        for name, route, how in (("ours", "auto", impl), ("reference", "reference", "reference"))
+    ]
+    row: Row = {"kind": "parity", "contender": "ours", "site": str(site), "dtype": "fp64", "steps": config.steps}
+    row |= {"l0_coefficient": config.l0_coefficient}
+    return row | {name: abs(runs[0][name] / runs[1][name] - 1) for name in ("l0", "fvu")}
+
+
+def settings(name: str, configs: Sequence[TrainConfig], reached: Sequence[float], recipe: str, fixes_l0: bool):
+    """A setting for each sparsity. reached: the L0 of ours at each; a whole number of latents for TopK."""
+    for config, l0 in zip(configs, reached, strict=True):
+        yield Setting(config, max(1, round(l0)) if fixes_l0 else l0, recipe)
+
+
+def facts_of(trainer: Trainer, setting: Setting, site: Site, width: int) -> Row:
+    config = setting.config
+    sparsity = {"target_l0": setting.l0} if trainer.fixes_l0 else {"l0_coefficient": config.l0_coefficient}
+    return {
+        "kind": "quality",
+        "contender": trainer.name,
+        "site": str(site),
+        "recipe": setting.recipe,
+        "sparsity": sparsity,
+        "d_model": width,
+        "d_sae": config.d_sae,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "tokens_seen": config.steps * config.batch_size,
+        "learning_rate": config.learning_rate,
+        "adam_beta2": config.adam_beta2,
+        "seed": config.seed,
+        "differs": trainer.differs,
+    }
+
+
+def run_site(given: argparse.Namespace, site: Site, rows: Tensor, held_out: Tensor, bar) -> list[Row]:
+    """Every trainer at every sparsity, and the comparison in fp64."""
+    found: list[Row] = []
+    configs = [config_of(given, coefficient) for coefficient in given.l0_coefficients]
+    reached = [float(l0) for l0 in given.l0 or (2 ** (5 - i) for i in range(len(configs)))]
+    for name in given.trainers:
+        try:
+            trainer = make(name, given.impl)
+            for setting in settings(name, configs, reached, given.recipe, trainer.fixes_l0):
+                bar.note(f"{site} {name}")
+                facts = facts_of(trainer, setting, site, rows.shape[1])
+                found.append(facts | train(trainer, setting, site, rows, held_out, bar.tick))
+        except Exception as error:
+            reason = str(error) if isinstance(error, UnavailableError) else f"failed: {type(error).__name__}: {error}"
+            first = (reason.strip().splitlines() or ["no reason given"])[0]
+            found.append({"kind": "skipped", "contender": name, "site": str(site), "reason": first})
+        if name == "ours" and not given.l0 and len(points := points_of(found, "ours", str(site))) == len(configs):
+            reached = [l0 for l0, _ in points]
+    if given.parity:
+        bar.note(f"{site} fp64")
+        middle = config_of(given, given.l0_coefficients[len(configs) // 2])
+        found.append(parity(middle, site, rows, held_out, given.impl, bar.tick))
+    return found
+
+
+def config_of(given: argparse.Namespace, coefficient: float) -> TrainConfig:
+    changes = {"steps": given.steps, "d_sae": given.d_sae, "batch_size": given.batch_size}
+    changes |= {"learning_rate": given.lr, "adam_beta2": given.beta2}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return TrainConfig.short(l0_coefficient=coefficient, seed=given.seed, **changes)
+
+
+class Bar:
+    """Progress over all trainings, in steps."""
+
+    def __init__(self, bar: StageProgress):
+        self.bar, self.steps, self.text = bar, 0, ""
+
+    def note(self, text: str) -> None:
+        self.text = text
+
+    def tick(self) -> None:
+        self.steps += 1
+        self.bar.update(self.steps, self.text)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines for the terminal: figures by site, then what each trainer does otherwise."""
+    lines, sites = [], dict.fromkeys(row["site"] for row in rows)
+    for site in sites:
+        lines += [
+            f"{site}",
+            f"  {'trainer':20s} {'sparsity':>12s} {'L0':>7s} {'FVU':>8s} {'PCA':>7s} {'dead':>6s} {'s':>7s}",
+        ]
+        for row in rows:
+            if row["site"] != site:
+                continue
+            if row["kind"] == "skipped":
+                lines.append(f"  {row['contender']:20s} {row['reason']}")
+            elif row["kind"] == "quality":
+                (sparsity,) = row["sparsity"].items()
+                sign = "λ" if sparsity[0] == "l0_coefficient" else "L0"
+                fvu, pca = (math.nan if row[name] is None else row[name] for name in ("fvu", "pca_fvu"))
+                lines.append(
+                    f"  {row['contender']:20s} {f'{sign} {sparsity[1]:g}':>12s} {row['l0']:7.2f} {fvu:8.4f} {pca:7.3f} "
+                    f"{100 * row['dead']:5.0f}% {row['seconds']:7.1f}"
+                )
+    told = {row["contender"]: row["differs"] for row in rows if row["kind"] == "quality" and row["differs"]}
+    recipes = {row["recipe"] for row in rows if row["kind"] == "quality"}
+    if told and recipes == {"published"}:
+        lines += ["Otherwise than ours:", *(f"  {name}: {differs}" for name, differs in told.items())]
+    return lines
+
+
+def verdicts(rows: Sequence[Row]) -> list[Row]:
+    """`parity` rows judged, and ours against every trainer that is not of ours."""
+    found = []
+    for site in dict.fromkeys(row["site"] for row in rows):
+        for row in rows:
+            if row["kind"] == "parity" and row["site"] == site:
+                found.append(row | {"met": max(row["l0"], row["fvu"]) <= PARITY})
+        others = [row["contender"] for row in rows if row["site"] == site and row["kind"] == "quality"]
+        for contender in dict.fromkeys(others):
+            if contender not in OURS:
+                found.append({"kind": "curves"} | compare(rows, contender, site))
+        pairs = zip(points_of(rows, "ours", site), points_of(rows, "reference", site), strict=False)
+        gaps = [(abs(a[0] / b[0] - 1), abs(a[1] / b[1] - 1)) for a, b in pairs]
+        if gaps:
+            l0, fvu = (max(column) for column in zip(*gaps, strict=True))
+            found.append({"kind": "fp32", "site": site, "l0": l0, "fvu": fvu})
+    return found
+
+
+def verdict_line(verdict: Row) -> str:
+    site = verdict["site"]
+    if verdict["kind"] == "parity":
+        said = "met" if verdict["met"] else "missed"
+        return f"{site}: ours against the reference in fp64: L0 {verdict['l0']:.1e}, FVU {verdict['fvu']:.1e}: {said}"
+    if verdict["kind"] == "fp32":
+        return (
+            f"{site}: in fp32 they part by rounding: L0 {100 * verdict['l0']:.1f} %, FVU {100 * verdict['fvu']:.1f} %"
+        )
+    if not verdict["points"]:
+        return f"{site}: ours against {verdict['contender']}: no common range of L0"
+    said = "on or below" if verdict["met"] else "not below everywhere"
+    spread = f"{verdict['least']:.2f} to {verdict['most']:.2f} times its FVU at equal L0 ({verdict['points']} points)"
+    return f"{site}: ours against {verdict['contender']}: {spread}: {said}"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--activations", type=Path, default=ACTIVATIONS, help="of a demo run")
+    top.add_argument("--sites", nargs="+", default=["layer_2/resid"])
+    top.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    top.add_argument("--l0-coefficients", nargs="+", type=float, default=list(L0_COEFFICIENTS))
+    top.add_argument(
+        "--l0", nargs="+", type=float, help="for trainers that are given an L0; default: what ours reached"
+    )
+    top.add_argument("--recipe", choices=RECIPES, default=RECIPES[0])
+    top.add_argument("--steps", type=int, help="of each training; default: the demo's, as are those below")
+    top.add_argument("--d-sae", type=int)
+    top.add_argument("--batch-size", type=int)
+    top.add_argument("--lr", type=float)
+    top.add_argument("--beta2", type=float, help="of our Adam")
+    top.add_argument("--seed", type=int, default=0)
+    top.add_argument("--impl", default="auto", help="of ours")
+    top.add_argument("--no-parity", dest="parity", action="store_false", help="leave out the comparison in fp64")
+    top.add_argument("--save", action="store_true", help="append the rows to the results")
+    top.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the results")
+    top.add_argument("--out", type=Path, default=OUT, help="folder for the picture")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    top = parser()
+    given = top.parse_args(arguments)
+    if given.l0 and len(given.l0) != len(given.l0_coefficients):
+        top.error(f"--l0: expected {len(given.l0_coefficients)} numbers, one a coefficient, found {len(given.l0)}")
+    try:
+        activations = load(given.activations, given.sites)
+        steps = config_of(given, given.l0_coefficients[0]).steps
+    except ValueError as error:
+        top.error(str(error))
+    packages = dict.fromkeys(package for name in given.trainers for package in PACKAGES.get(name, ()))
+    machine = records.provenance(torch.device("cpu"), packages)
+    trainings = len(given.trainers) * len(given.l0_coefficients) + 2 * given.parity
+    rows: list[Row] = []
+    with StageProgress("Quality", len(activations) * trainings * steps, "step") as progress:
+        bar = Bar(progress)
+        for site, (train_rows, held_out) in activations.items():
+            rows += run_site(given, site, train_rows, held_out, bar)
+    judged = verdicts(rows)
+    print("\n".join([*table(rows), *map(verdict_line, judged)]))
+    if given.save:
+        path = records.append("quality", [row | {"machine": machine} for row in rows], given.results)
+        print(f"appended {len(rows)} rows to {path}")
+    picture = quality_plots.save(rows, machine, given.out)
+    print(f"picture: {picture or 'nothing to draw'}")
+    print(json.dumps({"suite": "quality", "machine": machine, "rows": rows, "verdicts": judged}), flush=True)
+    failed = any(row["kind"] == "skipped" and row["contender"] in OURS for row in rows)
+    return int(failed or any(verdict["kind"] == "parity" and not verdict["met"] for verdict in judged))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
