@@ -146,6 +146,35 @@ def test_one_sae_is_the_same_alone_and_in_company():
     assert torch.equal(alone[site].sae.W_enc, trainers[site].sae.W_enc)
 
 
+def test_side_by_side_is_the_same_as_one_after_another():
+    company = {Site(layer, "mlp"): sample(seed=layer) for layer in range(5)}
+    threads, suites = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            suites.append({site: SAETrainer(config(), rows) for site, rows in company.items()})
+            train(suites[-1], batches(company, 64, 40, seed=0))
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(threads)
+    for site in company:
+        for one, other in zip(*(suite[site].sae.parameters() for suite in suites), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_an_error_of_one_side_by_side_is_raised(monkeypatch):
+    company = {Site(layer, "mlp"): sample(seed=layer) for layer in range(3)}
+    trainers, threads = {site: SAETrainer(config(), rows) for site, rows in company.items()}, torch.get_num_threads()
+    monkeypatch.setattr(trainers[Site(1, "mlp")], "update", lambda x: math.sqrt(-1))
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="math domain error"):
+            train(trainers, batches(company, 64, 1, seed=0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_dead_latents_are_counted_by_tokens():
     trainer = SAETrainer(config(dead_after_tokens=1500), sample())
     with torch.no_grad():
