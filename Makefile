@@ -25,11 +25,11 @@ KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -lE 'gemmascope.ker
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-gpu test-triton36 lint format aot install bench-peers clean
+.PHONY: help demo native test test-gpu test-native-san test-triton36 lint format aot install bench-peers clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-gpu | test-triton36 | lint | format | aot | install | bench-peers | clean"
+	@echo "make demo | native | test | test-gpu | test-native-san | test-triton36 | lint | format | aot | install | bench-peers | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
@@ -51,6 +51,23 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The compiled CPU backend, in the environment of `make test` and `make demo`. Needs a C++ compiler; half a minute a core.
+native: $(VENV)/.native
+
+$(VENV)/.native: $(VENV)/.installed $(wildcard kernels/csrc/*) kernels/_native.py setup.py
+	GEMMASCOPE_NATIVE=1 $(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(VENV)/bin/python -c "from gemmascope.kernels import _native; exit(_native.problem())"
+	touch $@
+
+SANITIZERS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+CXX_RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+
+# Its tests with sanitizers, the portable kernels with the 16 lanes of AVX-512.
+test-native-san: $(VENV)/.installed
+	GEMMASCOPE_NATIVE=1 GEMMASCOPE_NATIVE_FLAGS="$(SANITIZERS) -DPORTABLE_LANES=16" \
+	LD_PRELOAD="$(CXX_RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	$(VENV)/bin/python -m pytest tests/test_native.py tests/test_native_training.py $(ARGS)
 
 aot: $(VENV)/.installed
 	$(VENV)/bin/python -m bench.aot $(ARGS)

@@ -39,7 +39,7 @@ def native_backend() -> dict:
                 failure.write_text(why + "\n", encoding="utf-8")
                 self.extensions = []
                 return
-            native.version_file(library).write_text(native.torch_version() + "\n", encoding="utf-8")
+            native.stamp_file(library).write_text(native.stamp() + "\n", encoding="utf-8")
 
     return {
         "ext_modules": [

@@ -7,6 +7,7 @@ Nothing is ever compiled unasked. Three ways to ask:
   extensions (``TORCH_EXTENSIONS_DIR``);
 * `build` does so from Python.
 
+``GEMMASCOPE_NATIVE_FLAGS`` adds flags for the compiler and the linker, and makes a process build a library of its own.
 ``GEMMASCOPE_NATIVE=0`` leaves a library that is there unused. Sources: ``csrc/``, one file for each instruction set and
 one for the operators; the best set that the processor has is taken at run time.
 """
@@ -27,8 +28,20 @@ _state: dict[str, str | None] = {}
 
 
 def torch_version() -> str:
-    """What a library is tied to: PyTorch promises its C++ interface for a minor version."""
+    """What a library is tied to: PyTorch keeps its C++ interface within a minor version."""
     return ".".join(torch.__version__.split("+")[0].split(".")[:2])
+
+
+def stamp() -> str:
+    """What a library is made from: the PyTorch it is for, and its sources."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"torch {torch_version()}, sources {digest.hexdigest()[:12]}"
+
+
+def extra_flags() -> list[str]:
+    return os.environ.get("GEMMASCOPE_NATIVE_FLAGS", "").split()
 
 
 def sources() -> list[str]:
@@ -40,9 +53,9 @@ def installed_library() -> Path:
     return Path(__file__).parent / f"_csrc{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
 
 
-def version_file(library: Path) -> Path:
-    """What says for which PyTorch a library was built."""
-    return library.with_name("_csrc_torch.txt")
+def stamp_file(library: Path) -> Path:
+    """What says what a library was built from."""
+    return library.with_name("_csrc_stamp.txt")
 
 
 def failure_file(library: Path) -> Path:
@@ -58,16 +71,14 @@ def build(verbose: bool = False) -> Path:
     """
     from torch.utils import cpp_extension
 
-    digest = hashlib.sha256(" ".join((torch.__version__, *COMPILER_FLAGS)).encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    name = f"gemmascope_native_{digest.hexdigest()[:12]}"
+    made_from = " ".join((torch.__version__, stamp(), *COMPILER_FLAGS, *extra_flags()))
+    name = f"gemmascope_native_{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
     try:
         cpp_extension.load(
             name,
             sources(),
-            extra_cflags=list(COMPILER_FLAGS),
-            extra_ldflags=list(LINKER_FLAGS),
+            extra_cflags=[*COMPILER_FLAGS, *extra_flags()],
+            extra_ldflags=[*LINKER_FLAGS, *extra_flags()],
             is_python_module=False,
             verbose=verbose,
         )
@@ -87,11 +98,11 @@ def _load() -> str | None:
     if wish in ("0", "false", "off", "no"):
         return f"GEMMASCOPE_NATIVE={wish} turns the native backend off"
     library = installed_library()
-    if library.exists():
-        version = version_file(library)
-        built_for = version.read_text().strip() if version.exists() else "another version"
-        if built_for != torch_version():
-            return f"the native backend was built for torch {built_for}, this is {torch_version()}: build it again"
+    if library.exists() and not extra_flags():
+        file = stamp_file(library)
+        made_from = file.read_text(encoding="utf-8").strip() if file.exists() else "nothing known"
+        if made_from != stamp():
+            return f"the native backend was built from {made_from}, not {stamp()}: build it again (make native)"
         try:
             torch.ops.load_library(str(library))
         except OSError as error:

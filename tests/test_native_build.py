@@ -45,18 +45,20 @@ def test_can_be_turned_off(fresh, monkeypatch, wish):
     assert _native.problem() == f"GEMMASCOPE_NATIVE={wish.lower()} turns the native backend off"
 
 
-@pytest.mark.parametrize("version", ["2.1", None])
-def test_a_library_for_another_pytorch_is_not_loaded(fresh, version):
+@pytest.mark.parametrize("made_from", ["torch 2.1, sources 0123456789ab", None])
+def test_a_library_from_other_sources_or_for_another_pytorch_is_not_loaded(fresh, made_from):
     (fresh / "_csrc.so").write_bytes(b"")
-    if version:
-        (fresh / "_csrc_torch.txt").write_text(version + "\n")
-    expected = f"the native backend was built for torch {version or 'another version'}, this is "
-    assert _native.problem() == f"{expected}{_native.torch_version()}: build it again"
+    if made_from:
+        (fresh / "_csrc_stamp.txt").write_text(made_from + "\n")
+    expected = (
+        f"the native backend was built from {made_from or 'nothing known'}, not {_native.stamp()}: build it again"
+    )
+    assert _native.problem() == expected + " (make native)"
 
 
 def test_a_damaged_library_is_one_line(fresh):
     (fresh / "_csrc.so").write_bytes(b"not a library")
-    (fresh / "_csrc_torch.txt").write_text(_native.torch_version())
+    (fresh / "_csrc_stamp.txt").write_text(_native.stamp())
     problem = _native.problem()
     assert problem.startswith("the native backend does not load: ")
     assert "\n" not in problem

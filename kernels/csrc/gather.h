@@ -89,7 +89,7 @@ static void residual_row(
     weights[active] = fires ? z[i] : z[i] - z[i];
     rows[active++] = latents[i] & LATENT;
   }
-  std::memcpy(row, b_dec, 4 * d);
+  widen_row(b_dec, d, row);
   add_rows(weights, rows, active, table, d, row);
   vec squares = {};
   float rest = 0.0f;

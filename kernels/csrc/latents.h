@@ -146,7 +146,7 @@ static void update_latent(
 static void latent_gradient(
     const Lists& lists, int64_t j, const float* coefficients, const void* table, int64_t d, float* out) {
   int64_t first = lists.offsets[j], count = lists.offsets[j + 1] - first;
-  std::memset(out, 0, 4 * d);
+  for (int64_t k = 0; k < d; ++k) out[k] = 0.0f;
   if (lists.low)
     add_rows(coefficients + first, lists.tokens + first, count, static_cast<const bf16*>(table), d, out);
   else

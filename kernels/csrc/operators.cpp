@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -469,7 +468,7 @@ Tensor sum_rows(const Tensor& coefficients, const Tensor& rows, const Tensor& of
   deal(lists, 32, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       float* to = data<float>(out) + j * d;
-      std::memset(to, 0, 4 * d);
+      std::fill(to, to + d, 0.0f);
       const float* weights = data<float>(coefficients) + starts[j];
       const int32_t* row = data<int32_t>(rows) + starts[j];
       if (is_low(table)) k.low.add_rows(weights, row, starts[j + 1] - starts[j], data<bf16>(table), d, to);
