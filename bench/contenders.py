@@ -18,7 +18,7 @@ for one case and dropped with all it holds. `cases.CONTENDERS` says where each i
 """
 
 import importlib.metadata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,10 +56,6 @@ class Inputs:
     def k(self) -> int:
         """Latents a token for those that fix their number."""
         return max(1, round(self.l0))
-
-    def first(self, tokens: int) -> "Inputs":
-        """The same with the first tokens only, on which outputs are compared."""
-        return replace(self, x=self.x[:tokens].contiguous())
 
 
 class Contender:

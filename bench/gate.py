@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders import Contender, Inputs
+from bench.inputs import construct
 from bench.ours import Ours
 from gemmascope import kernels
 from gemmascope.kernels.dispatch import choose
@@ -175,19 +176,13 @@ def _floats(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [t for t in tensors if t is not None and t.is_floating_point()]
 
 
-def narrowed(inputs: Inputs) -> Inputs:
-    """The first tokens and latents: enough to tell whether two contenders do the same. Tokens with a z within rounding
-    of a decision are left out: fp32 and fp64 may part there."""
-    sae = inputs.sae
-    if sae.d_sae > AGREEMENT_LATENTS:
-        small = JumpReLUSAE(sae.d_model, AGREEMENT_LATENTS, device=inputs.x.device)
-        with torch.no_grad():
-            for name, value in small.named_parameters():
-                wide = getattr(sae, name)
-                value.copy_(wide[:, :AGREEMENT_LATENTS] if name == "W_enc" else wide[: len(value)])
-        sae = small
-    x = inputs.x[: 2 * AGREEMENT_TOKENS]
-    return dataclasses.replace(inputs, sae=sae, x=x[_decided(sae, x, inputs.loss.bandwidth)][:AGREEMENT_TOKENS])
+def agreement_inputs(d: int, f: int, l0: float, device: torch.device, dtype: str, skew: float) -> Inputs:
+    """Few tokens and latents, enough to tell whether two contenders do the same. Tokens with a z within rounding of a
+    decision are left out: fp32 and fp64 may part there."""
+    f = min(f, AGREEMENT_LATENTS)
+    inputs = construct(d, f, 2 * AGREEMENT_TOKENS, min(l0, f / 8), device, dtype=dtype, skew=skew)
+    decided = _decided(inputs.sae, inputs.x, inputs.loss.bandwidth)
+    return dataclasses.replace(inputs, x=inputs.x[decided][:AGREEMENT_TOKENS])
 
 
 @torch.no_grad()

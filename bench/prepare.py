@@ -2,7 +2,7 @@
 
 import torch
 
-from bench import measure
+from bench import gate, measure
 from bench.cases import Case, make
 from bench.contenders import Contender, Inputs
 from bench.inputs import construct
@@ -70,6 +70,12 @@ def warm(contender: Contender, parts: tuple[str, ...], clock: Clock) -> None:
             contender.before(part)
             getattr(contender, part)()
     clock.synchronise()
+
+
+def small_inputs(case: Case, device: torch.device) -> list[Inputs]:
+    """For `gate.agreement`, of each shape."""
+    rest = (case.l0, device, case.dtype, case.skew)
+    return [gate.agreement_inputs(shape.d_model, shape.d_sae, *rest) for shape in case.shape.all]
 
 
 def all_inputs(case: Case, device: torch.device) -> list[Inputs]:

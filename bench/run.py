@@ -15,7 +15,7 @@ from bench.contenders import Contender, Inputs, UnavailableError
 from bench.inputs import activations
 from bench.measure import Clock, is_out_of_memory
 from bench.ours import OPERAND_DTYPES, Ours
-from bench.prepare import all_inputs, check_room, contender_of, set_up, warm
+from bench.prepare import all_inputs, check_room, contender_of, set_up, small_inputs, warm
 from bench.probe import changed_bits, operator_rows
 from bench.work import measure_size, part_work
 from gemmascope.kernels.dispatch import choose
@@ -81,7 +81,7 @@ class Gates:
     def __init__(self) -> None:
         self.shares: dict[tuple, dict[str, float]] = {}
 
-    def check(self, contender: Ours, case: Case, device: torch.device, narrow: Inputs) -> dict[str, float]:
+    def check(self, contender: Ours, case: Case, device: torch.device, small: Inputs) -> dict[str, float]:
         training = any(part in case.parts for part in ("step", "forward", "backward"))
         key = (contender.impl, contender.route, case.shape, case.dtype, training)
         if key not in self.shares:
@@ -92,14 +92,14 @@ class Gates:
                 x = activations(gate.GATE_TOKENS, d, device, seed=0)
                 shares["step"] = gate.step_gate(contender.route, base, x, case.dtype)
             if len(contender.parts) > 1:
-                shares["operators"] = gate.operator_gate(contender.impl, narrow)
+                shares["operators"] = gate.operator_gate(contender.impl, small)
             self.shares[key] = shares
         return self.shares[key]
 
 
-def admitted(bench: Bench, inputs: list[Inputs], gates: Gates) -> dict[str, dict[str, Any]]:
+def admitted(bench: Bench, gates: Gates) -> dict[str, dict[str, Any]]:
     """The contenders that may be timed, each with what its gate found."""
-    found, exact, narrow = {}, None, gate.narrowed(inputs[0])
+    found, exact, small = {}, None, small_inputs(bench.case, bench.options.device)[0]
     for name in bench.case.contenders:
         bench.options.report(f"gate of {name}", 0)
         one = Contender()
@@ -112,9 +112,9 @@ def admitted(bench: Bench, inputs: list[Inputs], gates: Gates) -> dict[str, dict
             facts: dict[str, Any] = {"versions": one.versions()}
             if isinstance(one, Ours):
                 facts["impl"] = choose(one.impl, bench.options.device, OPERAND_DTYPES[bench.case.dtype]).impl
-                facts["gate"] = gates.check(one, bench.case, bench.options.device, narrow)
-            exact = exact or gate.exact_outputs(narrow)
-            facts["agreement"] = gate.agreement(one, narrow, exact)
+                facts["gate"] = gates.check(one, bench.case, bench.options.device, small)
+            exact = exact or gate.exact_outputs(small)
+            facts["agreement"] = gate.agreement(one, small, exact)
         except Exception as error:
             bench.fail(one, error)
         else:
@@ -221,7 +221,7 @@ def run_case(case: Case, options: Options, clock: Clock, gates: Gates) -> tuple[
         # A product too small to fill the machine says nothing about its rate.
         enough = max(case.tokens, 4096 if clock.cuda else 512)
         ceiling = measure.ceilings(clock, enough, case.shape.d_model, case.shape.d_sae, case.dtype)
-        passed = admitted(bench, inputs, gates)
+        passed = admitted(bench, gates)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

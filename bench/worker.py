@@ -12,8 +12,7 @@ import torch
 
 from bench import measure
 from bench.cases import Case, shape_of
-from bench.gate import narrowed
-from bench.prepare import all_inputs, contender_of, set_up, warm
+from bench.prepare import all_inputs, contender_of, set_up, small_inputs, warm
 
 
 def arguments_of(case: Case, contender: str) -> list[str]:
@@ -56,7 +55,7 @@ def memory(arguments: list[str]) -> int:
     with redirect_stdout(sys.stderr):
         inputs = all_inputs(case, device)
         small = contender_of(name, case)
-        set_up(small, [narrowed(one) for one in inputs])  # the packages it imports are not its work
+        set_up(small, small_inputs(case, device))  # the packages it imports are not its work
         warm(small, small.parts[:1], clock)
         del small
         gc.collect()

@@ -165,16 +165,15 @@ def test_other_shapes_and_nan_are_not_agreement(value, given):
         gate.agreement(peer, given, {"x_hat": torch.ones(2)})
 
 
-def test_narrowed_keeps_the_first_tokens_and_latents(given, monkeypatch):
+def test_agreement_is_judged_on_decided_tokens(monkeypatch):
     monkeypatch.setattr(gate, "AGREEMENT_TOKENS", 5)
     monkeypatch.setattr(gate, "AGREEMENT_LATENTS", 40)
     monkeypatch.setattr(gate, "_decided", lambda sae, x, bandwidth: torch.arange(len(x)) != 1)
-    small = gate.narrowed(given)
-    assert torch.equal(small.x, given.x[[0, 2, 3, 4, 5]])
-    for name in ("W_enc", "b_enc", "threshold"):
-        assert torch.equal(getattr(small.sae, name), getattr(given.sae, name)[..., :40])
-    assert torch.equal(small.sae.W_dec, given.sae.W_dec[:40])
-    assert torch.equal(small.sae.b_dec, given.sae.b_dec)
+    small = gate.agreement_inputs(D, F, 100, CPU, "fp32", 0.7)
+    every = construct(D, 40, 10, 5, CPU)
+    assert torch.equal(small.x, every.x[[0, 2, 3, 4, 5]])
+    assert torch.equal(small.sae.threshold, every.sae.threshold)
+    assert small.l0 == 5
 
 
 def test_tokens_at_a_decision_are_undecided():
