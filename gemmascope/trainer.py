@@ -21,8 +21,8 @@ from .step import StepFigures, TrainState, dense_step, reference_step, sparse_st
 
 # Share of the entries of [N, d_sae] that are active or in the window, above which the dense route is the faster one and
 # below which the sparse one is, by type of device; between the two nothing changes.
-DENSE_ABOVE = {"cpu": 0.16, "cuda": 0.010}
-SPARSE_BELOW = {"cpu": 0.12, "cuda": 0.007}
+DENSE_ABOVE = {"cpu": 0.20, "cuda": 0.010}
+SPARSE_BELOW = {"cpu": 0.16, "cuda": 0.007}
 # Steps that a GPU is given before the host looks at the figures of the first of them.
 RUN_AHEAD = 4
 # Room for entries is made in these units, half as much again as were seen.
