@@ -195,6 +195,10 @@ def config_of(given: argparse.Namespace, coefficient: float) -> TrainConfig:
     changes = {"steps": given.steps, "d_sae": given.d_sae, "batch_size": given.batch_size}
     changes |= {"learning_rate": given.lr, "adam_beta2": given.beta2}
     changes = {name: value for name, value in changes.items() if value is not None}
+    if given.steps:
+        whole = TrainConfig.short()
+        for name in ("lr_warmup_steps", "l0_warmup_steps"):
+            changes[name] = getattr(whole, name) * given.steps // whole.steps
     return TrainConfig.short(l0_coefficient=coefficient, seed=given.seed, **changes)
 
 
@@ -287,7 +291,7 @@ def parser() -> argparse.ArgumentParser:
         "--l0", nargs="+", type=float, help="for trainers that are given an L0; default: what ours reached"
     )
     top.add_argument("--recipe", choices=RECIPES, default=RECIPES[0])
-    top.add_argument("--steps", type=int, help="of each training; default: the demo's, as are those below")
+    top.add_argument("--steps", type=int, help="of each training, its warm-ups in proportion; default: the demo's")
     top.add_argument("--d-sae", type=int)
     top.add_argument("--batch-size", type=int)
     top.add_argument("--lr", type=float)
