@@ -3,6 +3,7 @@
 import gc
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from gemmascope.kernels.dispatch import choose
 from gemmascope.sae import JumpReLUSAE
 
 DETERMINISM_RUNS = 50
+LONGEST_REASON = 300
 MIB = measure.MIB
 
 
@@ -49,8 +51,8 @@ class Bench:
     """Whether something of ours was wrong."""
 
     def skip(self, contender: Contender, reason: str) -> None:
-        first = (reason.strip().splitlines() or ["no reason given"])[0]
-        self.rows.append({"kind": "skipped", "contender": contender.name, "ours": contender.ours, "reason": first})
+        short = textwrap.shorten(reason, LONGEST_REASON, placeholder=" …")
+        self.rows.append({"kind": "skipped", "contender": contender.name, "ours": contender.ours, "reason": short})
 
     def fail(self, contender: Contender, error: Exception) -> None:
         """A row for what went wrong; an exit status for what of ours went wrong."""

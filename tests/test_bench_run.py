@@ -119,7 +119,7 @@ FAULTS = {
     "not installed": (lambda: Fake(requires=("no-such-package",)), "no-such-package is not installed"),
     "unavailable": (lambda: Fake({"gate": UnavailableError("no compiler")}), "no compiler"),
     "raises": (lambda: Fake({"set_up": KeyError("weight")}), "failed: KeyError: 'weight'"),
-    "raises in a call": (lambda: Fake({"infer": RuntimeError("one\ntwo")}), "failed: RuntimeError: one"),
+    "raises in a call": (lambda: Fake({"infer": RuntimeError("one\ntwo")}), "failed: RuntimeError: one two"),
     "raises in before": (lambda: Fake({"before step": OSError("gone")}), "failed: OSError: gone"),
     "memory": (lambda: Fake({"set_up": torch.OutOfMemoryError("20 GiB")}), "out of memory: 20 GiB"),
     "memory on the host": (lambda: Fake({"step": MemoryError("3 GiB")}), "out of memory: 3 GiB"),
