@@ -14,9 +14,14 @@ static void add_rows(const float* weights, const int32_t* rows, int64_t count, c
     const T *a = table + rows[i] * d, *b = table + rows[i + 1] * d, *c = table + rows[i + 2] * d,
             *e = table + rows[i + 3] * d;
     vec wa = splat(weights[i]), wb = splat(weights[i + 1]), wc = splat(weights[i + 2]), we = splat(weights[i + 3]);
+    // The rows lie anywhere: a processor sees each coming only once it is well into it.
+    const T* ahead[4];
+    for (int r = 0; r < 4; ++r) ahead[r] = i + 4 + r < count ? table + rows[i + 4 + r] * d : a;
     int64_t k = 0;
-    for (; k + LANES <= d; k += LANES)
+    for (; k + LANES <= d; k += LANES) {
+      for (int r = 0; r < 4; ++r) __builtin_prefetch(ahead[r] + k);
       store(out + k, load(out + k) + wa * load(a + k) + wb * load(b + k) + wc * load(c + k) + we * load(e + k));
+    }
     for (; k < d; ++k)
       out[k] += weights[i] * load_one(a + k) + weights[i + 1] * load_one(b + k) + weights[i + 2] * load_one(c + k) +
                 weights[i + 3] * load_one(e + k);

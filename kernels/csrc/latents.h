@@ -48,12 +48,12 @@ static void latent_sums(
 }
 
 struct AdamStep {
-  float decay, correction, learning_rate, eps, fresh;  // fresh: 1 − β2
+  float decay, correction, learning_rate, eps, fresh;  // correction: 1/(1 − β2ᵗ); fresh: 1 − β2
 };
 
 INLINE float adam(float* v, float gradient, const AdamStep& step) {
   *v = *v * step.decay + step.fresh * (gradient * gradient);
-  return step.learning_rate * gradient / (std::sqrt(*v / step.correction) + step.eps);
+  return step.learning_rate * gradient / (std::sqrt(*v * step.correction) + step.eps);
 }
 
 INLINE vec square_root(vec v) {
@@ -69,13 +69,16 @@ INLINE vec square_root(vec v) {
 
 INLINE vec adam(vec* v, vec gradient, const AdamStep& step) {
   *v = *v * splat(step.decay) + splat(step.fresh) * (gradient * gradient);
-  return splat(step.learning_rate) * gradient / (square_root(*v / splat(step.correction)) + splat(step.eps));
+  return splat(step.learning_rate) * gradient / (square_root(*v * splat(step.correction)) + splat(step.eps));
 }
 
-// Row of W_enc, by its gradient in memory.
-static void update_encoder(float* W, float* v, const float* gradient, int64_t d, const AdamStep& step, bf16* low) {
+// Row of W_enc, by its gradient in memory. ahead: how far on the row is that comes next.
+static void update_encoder(
+    float* W, float* v, const float* gradient, int64_t d, const AdamStep& step, bf16* low, int64_t ahead) {
   int64_t k = 0;
   for (; k + LANES <= d; k += LANES) {
+    __builtin_prefetch(W + ahead + k, 1);
+    __builtin_prefetch(v + ahead + k, 1);
     vec moment = load(v + k);
     vec weight = load(W + k) - adam(&moment, load(gradient + k), step);
     store(v + k, moment);
@@ -90,11 +93,14 @@ static void update_encoder(float* W, float* v, const float* gradient, int64_t d,
 
 // Row of W_dec: its gradient loses the component along it, and it returns to unit norm.
 static void update_decoder(
-    float* W, float* v, const float* gradient, float along, int64_t d, const AdamStep& step, bf16* low) {
+    float* W, float* v, const float* gradient, float along, int64_t d, const AdamStep& step, bf16* low,
+    int64_t ahead) {
   vec squares = {};
   float rest = 0.0f;
   int64_t k = 0;
   for (; k + LANES <= d; k += LANES) {
+    __builtin_prefetch(W + ahead + k, 1);
+    __builtin_prefetch(v + ahead + k, 1);
     vec moment = load(v + k), weight = load(W + k);
     weight -= adam(&moment, load(gradient + k) - splat(along) * weight, step);
     store(v + k, moment);
@@ -105,33 +111,36 @@ static void update_decoder(
     W[k] -= adam(v + k, gradient[k] - along * W[k], step);
     rest += W[k] * W[k];
   }
-  float norm = std::sqrt(sum(squares) + rest);
+  float scale = 1.0f / std::sqrt(sum(squares) + rest);
   for (k = 0; k + LANES <= d; k += LANES) {
-    vec weight = load(W + k) / splat(norm);
+    vec weight = load(W + k) * splat(scale);
     store(W + k, weight);
     if (low) store(low + k, weight);
   }
   for (; k < d; ++k) {
-    W[k] /= norm;
+    W[k] *= scale;
     if (low) store_one(low + k, W[k]);
   }
 }
 
-// gradients: dW_enc[j] and dW_dec[j], [d] each; along = ⟨dW_dec[j], W_dec[j]⟩.
+// gradients: dW_enc[j] and dW_dec[j], [d] each; along = ⟨dW_dec[j], W_dec[j]⟩. next: the latent that follows.
 static void update_latent(
-    const State& state, int64_t j, int64_t d, const float* dW_enc, const float* dW_dec, float along, const Rule& rule,
-    int64_t step) {
+    const State& state, int64_t j, int64_t next, int64_t d, const float* dW_enc, const float* dW_dec, float along,
+    const Rule& rule, int64_t step) {
   AdamStep adam_step;
   adam_step.decay = static_cast<float>(std::pow(rule.beta2, static_cast<double>(step - state.last[j])));
-  adam_step.correction = static_cast<float>(1.0 - std::pow(rule.beta2, static_cast<double>(step)));
+  adam_step.correction = static_cast<float>(1.0 / (1.0 - std::pow(rule.beta2, static_cast<double>(step))));
   adam_step.fresh = static_cast<float>(1.0 - rule.beta2);
   adam_step.learning_rate = rule.learning_rate;
   adam_step.eps = rule.eps;
   bf16* enc_low = static_cast<bf16*>(state.W_enc_low);
   bf16* dec_low = static_cast<bf16*>(state.W_dec_low);
-  update_encoder(state.W_enc + j * d, state.W_enc_v + j * d, dW_enc, d, adam_step, enc_low ? enc_low + j * d : nullptr);
+  int64_t ahead = (next - j) * d;
+  update_encoder(
+      state.W_enc + j * d, state.W_enc_v + j * d, dW_enc, d, adam_step, enc_low ? enc_low + j * d : nullptr, ahead);
   update_decoder(
-      state.W_dec + j * d, state.W_dec_v + j * d, dW_dec, along, d, adam_step, dec_low ? dec_low + j * d : nullptr);
+      state.W_dec + j * d, state.W_dec_v + j * d, dW_dec, along, d, adam_step, dec_low ? dec_low + j * d : nullptr,
+      ahead);
   state.b_enc[j] -= adam(state.b_enc_v + j, state.db_enc[j], adam_step);
   float theta = state.threshold[j];
   // dL/dt = θ·dL/dθ for θ = exp(t)
@@ -154,10 +163,11 @@ static void latent_gradient(
 }
 
 static void update_from_lists(
-    const State& state, const Lists& lists, int64_t j, int64_t d, const Rule& rule, int64_t step, float* scratch) {
+    const State& state, const Lists& lists, int64_t j, int64_t next, int64_t d, const Rule& rule, int64_t step,
+    float* scratch) {
   latent_gradient(lists, j, lists.dz, lists.x, d, scratch);
   latent_gradient(lists, j, lists.dec, lists.residual, d, scratch + d);
-  update_latent(state, j, d, scratch, scratch + d, lists.along[j], rule, step);
+  update_latent(state, j, next, d, scratch, scratch + d, lists.along[j], rule, step);
 }
 
 static float dot(const float* a, const float* b, int64_t d) {

@@ -547,10 +547,16 @@ void update_from_entries(
               x.const_data_ptr(), residual.const_data_ptr(), is_low(x)};
   Rule rule = rule_of(learning_rate, beta2, eps, log_threshold);
   const Kernels& k = kernels();
-  deal(F, 16, [&](int64_t, int64_t begin, int64_t end) {
+  deal(F, 64, [&](int64_t, int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * d);
-    for (int64_t j = begin; j < end; ++j)
-      if (lists.offsets[j + 1] > lists.offsets[j]) k.update_from_lists(to, lists, j, d, rule, step, scratch.data());
+    auto touched = [&](int64_t j) {
+      while (j < end && lists.offsets[j + 1] == lists.offsets[j]) ++j;
+      return j;
+    };
+    for (int64_t j = touched(begin), next; j < end; j = next) {
+      next = touched(j + 1);
+      k.update_from_lists(to, lists, j, next < end ? next : j, d, rule, step, scratch.data());
+    }
   });
 }
 
@@ -570,7 +576,7 @@ void update_from_dense(
       if (data<int32_t>(touched)[j] <= 0) continue;
       const float* gradient = data<float>(dW_dec) + j * d;
       float along = k.dot(gradient, to.W_dec + j * d, d);
-      k.update_latent(to, j, d, data<float>(dW_enc) + j * d, gradient, along, rule, step);
+      k.update_latent(to, j, j, d, data<float>(dW_enc) + j * d, gradient, along, rule, step);
     }
   });
 }
