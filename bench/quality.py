@@ -35,9 +35,14 @@ from gemmascope.progress import StageProgress
 from gemmascope.sites import Site
 from gemmascope.trainer import SAETrainer
 
-TRAINERS = ("ours", "reference", "saelens", "dictionary_learning", "sparsify")
+TRAINERS = ("ours", "reference", "saelens", "dictionary_learning", "sparsify", "sparsify_adam")
 OURS = ("ours", "reference")
-PACKAGES = {"saelens": ("sae-lens",), "dictionary_learning": ("dictionary-learning",), "sparsify": ("eai-sparsify",)}
+PACKAGES = {
+    "saelens": ("sae-lens",),
+    "dictionary_learning": ("dictionary-learning",),
+    "sparsify": ("eai-sparsify",),
+    "sparsify_adam": ("eai-sparsify",),
+}
 ACTIVATIONS = Path("runs/demo/activations.safetensors")
 OUT = Path("runs/bench")
 L0_COEFFICIENTS = (2e-3, 4e-3, 8e-3, 16e-3)
@@ -130,12 +135,13 @@ def compare(rows: Sequence[Row], contender: str, site: str) -> Row:
 
 def parity(config: TrainConfig, site: Site, rows: Tensor, held_out: Tensor, impl: str, tick=lambda: None) -> Row:
     """Ours against the reference in fp64: relative differences of L0 and FVU."""
-    runs = [
-        train(Ours(name, route, how, torch.float64), Setting(config, 0.0), site, rows, held_out, tick)
-        for name, route, how in (("ours", "auto", impl), ("reference", "reference", "reference"))
-    ]
+    ours, reference = (
+        Ours("ours", "auto", impl, torch.float64),
+        Ours("reference", "reference", "reference", torch.float64),
+    )
+    runs = [train(one, Setting(config, 0.0), site, rows, held_out, tick) for one in (ours, reference)]
     row: Row = {"kind": "parity", "contender": "ours", "site": str(site), "dtype": "fp64", "steps": config.steps}
-    row |= {"l0_coefficient": config.l0_coefficient}
+    row |= {"l0_coefficient": config.l0_coefficient, "impl": ours.trainer.state.impl, "route": ours.trainer.route}
     return row | {name: abs(runs[0][name] / runs[1][name] - 1) for name in ("l0", "fvu")}
 
 
@@ -267,7 +273,8 @@ def verdict_line(verdict: Row) -> str:
     site = verdict["site"]
     if verdict["kind"] == "parity":
         said = "met" if verdict["met"] else "missed"
-        return f"{site}: ours against the reference in fp64: L0 {verdict['l0']:.1e}, FVU {verdict['fvu']:.1e}: {said}"
+        gaps = f"L0 {verdict['l0']:.1e}, FVU {verdict['fvu']:.1e}"
+        return f"{site}: ours against the reference in fp64, {verdict['route']} at the end: {gaps}: {said}"
     if verdict["kind"] == "fp32":
         return (
             f"{site}: in fp32 they part by rounding: L0 {100 * verdict['l0']:.1f} %, FVU {100 * verdict['fvu']:.1f} %"

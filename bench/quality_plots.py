@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gemmascope.files import atomic_write
-from gemmascope.plots import GREY, LIGHT, new_figure, plain_log, tidy
+from gemmascope.plots import LIGHT, new_figure, plain_log, tidy
 
 STYLES = {
     "ours": ("gemmascope", "#0072B2", "^"),
@@ -17,6 +17,7 @@ STYLES = {
     "saelens": ("SAELens", "#D55E00", "o"),
     "dictionary_learning": ("dictionary_learning", "#E69F00", "s"),
     "sparsify": ("sparsify (TopK)", "#CC79A7", "D"),
+    "sparsify_adam": ("sparsify, Adam", "#555555", "P"),
 }
 
 
@@ -38,7 +39,7 @@ def picture(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> Fi
     grid = figure.subplots(len(sites), 2, squeeze=False)
     for site, (curves, clock) in zip(sites, grid, strict=True):
         here = [row for row in rows if row["site"] == site]
-        middle = median(row["l0"] for row in here if row["contender"] == here[0]["contender"])
+        middle = median_low(row["l0"] for row in here if row["contender"] == here[0]["contender"])
         baseline = sorted((round(row["l0"]), row["pca_fvu"]) for row in here if row["pca_fvu"] and round(row["l0"]) > 0)
         ranks, pca = [rank for rank, _ in baseline], [fvu for _, fvu in baseline]
         curves.plot(ranks, pca, color=LIGHT, marker="o", markerfacecolor="white", linewidth=1)
@@ -67,11 +68,11 @@ def picture(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> Fi
         for label, colour, marker in (STYLES[name] for name in contenders)
     ]
     handles.append(Line2D([], [], color=LIGHT, marker="o", markerfacecolor="white", label="PCA, same rank"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.suptitle("The same SAE by every trainer, on held-out activations", fontsize=13, fontweight="bold")
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     caption = f"{machine['device']}, {threads}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
-    figure.supxlabel(caption, fontsize=8, color=GREY)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    legend.set_title(caption, {"size": 8})
+    figure.suptitle("The same SAE by every trainer, on held-out activations", fontsize=13, fontweight="bold")
     return figure
 
 

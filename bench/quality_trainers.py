@@ -195,15 +195,20 @@ class TopKSAE(torch.nn.Module):
 
 
 class Sparsify(Trainer):
-    name, requires, fixes_l0 = "sparsify", ("eai-sparsify",), True
-    differs = "TopK, FVU as the loss, schedule-free sign descent at its own learning rate"
+    requires, fixes_l0 = ("eai-sparsify",), True
+
+    def __init__(self, adam: bool = False):
+        """adam: its option instead of its default optimiser, also with the recipe "published"."""
+        self.adam, self.name = adam, "sparsify_adam" if adam else "sparsify"
+        rule = "Adam with β1 = 0.9, its rate linearly down to 0" if adam else "schedule-free sign descent, its own rate"
+        self.differs = f"TopK, FVU as the loss, {rule}"
 
     def start(self, setting: Setting, start: JumpReLUSAE, sample: Tensor) -> None:
         from bench.peers_sparsify import CoderTraining, sparse_coder
 
         config = setting.config
         self.coder, self.begin = sparse_coder(inputs_of(setting, start, sample)), start
-        if setting.recipe == "shared":
+        if self.adam or setting.recipe == "shared":
             self.training = CoderTraining(
                 self.coder, "adam", config.learning_rate, config.lr_warmup_steps, steps=config.steps
             )
@@ -232,6 +237,7 @@ def make(name: str, impl: str = "auto") -> Trainer:
         "saelens": SAELens,
         "dictionary_learning": DictionaryLearning,
         "sparsify": Sparsify,
+        "sparsify_adam": lambda: Sparsify(adam=True),
     }
     if name not in trainers:
         raise ValueError(f"trainer: expected one of {', '.join(trainers)}, found {name!r}")
