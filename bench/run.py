@@ -231,8 +231,7 @@ def run_case(case: Case, options: Options, clock: Clock, gates: Gates) -> tuple[
         return [case.facts() | {"kind": "skipped", "contender": "all", "ours": False, "reason": str(error)}], False
 
     shared = {"l0": sizes[0].active / sizes[0].n, "entries": sizes[0].entries / sizes[0].n} | {
-        "touched": sizes[0].touched / sizes[0].f,
-        "ceilings": ceiling,
+        "touched": sizes[0].touched / sizes[0].f
     }
 
     def weigh(group: Group) -> None:
@@ -251,7 +250,7 @@ def run_case(case: Case, options: Options, clock: Clock, gates: Gates) -> tuple[
                 row = {"kind": "time"} | same | {"part": part} | times | {"differs": contender.differs}
                 row |= {"flops": flops, "bytes": n_bytes, "floor_ms": least}
                 row["pct_roofline"] = 100 * least / times["p50_ms"]
-                bench.rows.append(row | passed[name] | shared)
+                bench.rows.append(row | passed[name] | shared | {"ceilings": dict(ceiling)})
             if not isinstance(contender, Ours) or "step" not in times_by_part:
                 continue
             if case.operators and contender.route == "sparse":
