@@ -12,7 +12,6 @@ from bench.cases import CONTENDERS, SHAPES, SUITES, Case, cases, judge
 from bench.inputs import SKEW
 from bench.measure import Clock
 from bench.run import Gates, Options, run_case
-from gemmascope.progress import StageProgress
 from gemmascope.step import COMPUTE_DTYPES
 
 QUICK_ROUNDS = 3
@@ -56,6 +55,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class NoProgress:
+    """Where rich is not installed, as on a machine that has torch and Triton alone."""
+
+    def __enter__(self) -> "NoProgress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def update(self, step: int, note: str = "") -> None:
+        pass
+
+
+def progress(title: str, total: int):
+    try:
+        from gemmascope.progress import StageProgress
+    except ImportError:
+        return NoProgress()
+    return StageProgress(title, total, "call")
+
+
 def planned_calls(case: Case, rounds: int) -> int:
     return len(case.parts) * len(case.contenders) * rounds
 
@@ -81,7 +101,7 @@ def run(given: argparse.Namespace) -> int:
     print(tables.machine_line(machine), flush=True)
     clock, gates, rows, failed, done = Clock(device), Gates(), [], False, 0
     memory = not (given.quick or given.no_memory)
-    with StageProgress(given.suite, sum(planned_calls(case, rounds) for case in plan), "call") as bar:
+    with progress(given.suite, sum(planned_calls(case, rounds) for case in plan)) as bar:
         bar.update(0)
         for number, case in enumerate(plan, start=1):
             start = done

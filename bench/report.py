@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from bench import pictures, records, tables
+from bench import records, tables
 from bench.cases import judge
 from bench.tables import Row
 from gemmascope.files import atomic_write
@@ -112,6 +112,8 @@ def save(path: Path, content: bytes) -> Path:
 
 
 def main(given: argparse.Namespace) -> int:
+    from bench import pictures  # matplotlib, which timing on a bare GPU machine does without
+
     files = given.files or sorted(path for path in given.results.glob("*.jsonl") if path.stem != "quality")
     rows = newest(row for path in files for row in records.read(path))
     groups = {key: rows for key, rows in sorted(by_machine(rows).items()) if not given.suite or key[0] in given.suite}

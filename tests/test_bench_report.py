@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as main
-from bench import cases, compare, pictures, records, report, tables
+from bench import cases, compare, records, report, tables
 from bench.contenders import UnavailableError
 
 MACHINE = {
@@ -150,6 +150,7 @@ def test_only_the_last_run_of_a_contender_counts():
 
 
 def test_report_writes_pictures_and_one_page(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     saved(
         tmp_path, row(), row("dense", ms=50.0, ratio_to={"ours_cpu": 5.0}), row("ours_cpu", "infer"),
         row("<b>", "infer", ms=900.0, ratio_to={"ours_cpu": 90.0}), skipped("saelens"),
@@ -181,6 +182,7 @@ def test_report_without_rows_is_an_error(tmp_path, capsys):
 
 
 def test_panels_are_curves_where_tokens_vary():
+    pictures = pytest.importorskip("bench.pictures", exc_type=ImportError)
     rows = [row("ours", "infer", tokens=n) for n in (1, 8, 64)] + [row("ours", "infer", tokens=1, shape="other")]
     assert [(len(of_panel), curve) for _, of_panel, curve in pictures.panels("inference", rows)] == [
         (3, True),

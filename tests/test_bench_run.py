@@ -1,6 +1,8 @@
 """The runner: rows are complete, faults are rows, nothing is timed on a red gate, ratios and bars add up."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -307,6 +309,14 @@ def test_ceilings_are_rates(monkeypatch):
     assert measure.product_rate(clock, 10, 20, 30, "fp32") == pytest.approx(2 * 10 * 20 * 30 / 2e-3 / 1e12)
     assert measure.floor_ms((10**12, 10**9), {"product_tflops": 2.0, "copy_gbps": 10.0}) == 500
     assert measure.floor_ms((10**9, 10**9), {"product_tflops": 2.0, "copy_gbps": 10.0}) == 100
+
+
+def test_timing_needs_neither_matplotlib_nor_rich():
+    program = "import sys\nfor name in ('matplotlib', 'rich'): sys.modules[name] = None\n"
+    program += f"from bench.__main__ import main\nsys.exit(main({[*SMALL, '--only', 'products', '--quick']!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert times(json.loads(done.stdout.splitlines()[-1])["rows"])
 
 
 def test_no_gpu_is_a_row(capsys, monkeypatch):
