@@ -112,8 +112,6 @@ def save(path: Path, content: bytes) -> Path:
 
 
 def main(given: argparse.Namespace) -> int:
-    from bench import pictures  # matplotlib, which timing on a bare GPU machine does without
-
     files = given.files or sorted(path for path in given.results.glob("*.jsonl") if path.stem != "quality")
     rows = newest(row for path in files for row in records.read(path))
     groups = {key: rows for key, rows in sorted(by_machine(rows).items()) if not given.suite or key[0] in given.suite}
@@ -121,6 +119,8 @@ def main(given: argparse.Namespace) -> int:
         raise ValueError(
             f"results: expected rows in {given.results}, found none; python -m bench run --save makes them"
         )
+    from bench import pictures  # matplotlib, which timing on a bare GPU machine does without
+
     sections, written = [], []
     for (suite, device, threads), of_machine in groups.items():
         machine = tables.machine_line(machine_of(of_machine))
