@@ -137,12 +137,13 @@ class TrainConfig:
         """A recipe for small models and short runs: hundreds of updates instead of a million."""
         defaults = {
             "d_sae": 512,
-            "steps": 700,
+            "steps": 400,
             "batch_size": 1024,
             "learning_rate": 3e-3,
             "lr_warmup_steps": 100,
-            "l0_coefficient": 8e-3,
-            "l0_warmup_steps": 300,
+            "adam_beta2": 0.95,
+            "l0_coefficient": 7e-3,
+            "l0_warmup_steps": 170,
             "bandwidth": 5e-3,
             "threshold_init": 0.03,
             "threshold_parametrisation": "raw",

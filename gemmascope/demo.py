@@ -28,6 +28,7 @@ from .errors import BadFileError
 from .evaluate import evaluate_sae, evaluate_splice, language_model_loss, pair_table_fvu
 from .files import atomic_write, read_json, write_json
 from .harvest import harvest
+from .kernels import choose
 from .progress import ErrorConsole, StageProgress, SuiteProgress
 from .release import gemma_scope_path
 from .sae import JumpReLUSAE
@@ -54,7 +55,7 @@ class DemoConfig:
         return LanguageModelConfig(steps=220 if self.fast else 500, seed=self.seed)
 
     def sae(self) -> TrainConfig:
-        return TrainConfig.short(seed=self.seed, **({"steps": 300, "l0_warmup_steps": 130} if self.fast else {}))
+        return TrainConfig.short(seed=self.seed, **({"steps": 200, "l0_warmup_steps": 85} if self.fast else {}))
 
     @property
     def harvest_rows(self) -> int:
@@ -203,7 +204,9 @@ def train_saes(work: Run, activations: dict[Site, Tensor], activations_key: str)
         return {Site.parse(name): out / path for name, path in stored.items()}, key
     facts: dict[str, Any] = {}
     memory = sum(SAETrainer.memory(config, rows.shape[1]).total for rows in activations.values())
+    impl, why = choose(work.config.impl, "cpu", torch.float32)
     say(f"SAEs: {len(activations)} of {config.d_sae} latents, at most {memory / 1e9:.2f} GB in training")
+    say(f"SAEs are trained by impl={impl!r}: {why}")
     with work.doing("saes", key, facts):
         trainers = {
             site: SAETrainer(

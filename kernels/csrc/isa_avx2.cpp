@@ -16,6 +16,7 @@
 #endif
 #define ISA avx2
 #define LANES 8
+#define USE_AVX2
 #include "isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -16,6 +16,7 @@
 #endif
 #define ISA avx512
 #define LANES 16
+#define USE_AVX512
 #include "isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -57,9 +57,9 @@ INLINE float adam(float* v, float gradient, const AdamStep& step) {
 }
 
 INLINE vec square_root(vec v) {
-#if defined(__AVX512F__) && LANES == 16
+#if defined(USE_AVX512)
   return (vec)_mm512_sqrt_ps((__m512)v);
-#elif defined(__AVX__) && LANES == 8
+#elif defined(USE_AVX2)
   return (vec)_mm256_sqrt_ps((__m256)v);
 #else
   for (int i = 0; i < LANES; ++i) v[i] = std::sqrt(v[i]);

@@ -34,7 +34,7 @@ static void pack_tokens(const T* x, int64_t stride, int64_t N, int64_t d, int64_
   }
 }
 
-// `depth` columns of the rows of W from `row` on -> [groups][depth][ROWS], zeros beyond the last row.
+// `depth` columns of the rows of W -> [groups][depth][ROWS], zeros beyond the last row.
 template <class T>
 static void pack_rows(const T* W, int64_t stride, int64_t rows, int64_t depth, float* packed) {
   for (int64_t first = 0; first < rows; first += ROWS) {
@@ -50,13 +50,10 @@ static void pack_rows(const T* W, int64_t stride, int64_t rows, int64_t depth, f
   }
 }
 
-// z [ROWS][TOKENS] += rows·tokens
+// z [ROWS][TOKENS] += rows·tokens. A piece is summed by itself, then added: the error grows with the length of a piece and
+// the number of pieces, not with d.
 INLINE void tile(int64_t depth, const float* rows, const float* tokens, float* z, int64_t stride) {
-  vec sums[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) sums[i][v] = load(z + i * stride + v * LANES);
+  vec sums[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < depth; ++k) {
     vec x0 = load(tokens), x1 = load(tokens + LANES);
 #pragma GCC unroll 16
@@ -71,7 +68,10 @@ INLINE void tile(int64_t depth, const float* rows, const float* tokens, float* z
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) store(z + i * stride + v * LANES, sums[i][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* to = z + i * stride + v * LANES;
+      store(to, load(to) + sums[i][v]);
+    }
 }
 
 // z [rows][stride] of the tokens of panels [first_panel, last_panel), for at most BLOCK_ROWS rows. z must have room for a
@@ -99,22 +99,28 @@ template <class T>
 static void few_tokens(
     const T* W, int64_t w_stride, const float* b_enc, int64_t rows, const float* x, int64_t N, int64_t d, float* z,
     int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* row = W + i * w_stride;
-    for (int64_t t = 0; t < LANES; ++t) z[i * stride + t] = 0.0f;
+  for (int64_t i = 0; i < rows; i += 2) {
+    int pair = i + 1 < rows ? 2 : 1;
+    const T* row[2] = {W + i * w_stride, W + (i + pair - 1) * w_stride};
     for (int64_t first = 0; first < N; first += 4) {
       int few = N - first < 4 ? static_cast<int>(N - first) : 4;
-      vec sums[4] = {};
-      float rest[4] = {};
+      vec sums[2][4] = {};
+      float rest[2][4] = {};
       int64_t k = 0;
       for (; k + LANES <= d; k += LANES) {
-        vec w = load(row + k);
+        vec w0 = load(row[0] + k), w1 = load(row[1] + k);
 #pragma GCC unroll 4
-        for (int t = 0; t < 4; ++t) sums[t] += w * load(x + (first + (t < few ? t : 0)) * d + k);
+        for (int t = 0; t < 4; ++t) {
+          vec v = load(x + (first + (t < few ? t : 0)) * d + k);
+          sums[0][t] += w0 * v;
+          sums[1][t] += w1 * v;
+        }
       }
       for (; k < d; ++k)
-        for (int t = 0; t < few; ++t) rest[t] += load_one(row + k) * x[(first + t) * d + k];
-      for (int t = 0; t < few; ++t) z[i * stride + first + t] = sum(sums[t]) + rest[t] + b_enc[i];
+        for (int t = 0; t < few; ++t)
+          for (int r = 0; r < 2; ++r) rest[r][t] += load_one(row[r] + k) * x[(first + t) * d + k];
+      for (int r = 0; r < pair; ++r)
+        for (int t = 0; t < few; ++t) z[(i + r) * stride + first + t] = sum(sums[r][t]) + rest[r][t] + b_enc[i + r];
     }
   }
 }

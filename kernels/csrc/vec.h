@@ -1,5 +1,6 @@
 // Vectors of LANES floats by the compilers' vector extension: one source for every instruction set. A file that is
-// compiled for one of them (isa_*.cpp) defines LANES and the namespace ISA, then includes the kernels.
+// compiled for one of them (isa_*.cpp) defines LANES and the namespace ISA, and USE_AVX2 or USE_AVX512 for the little that
+// vectors cannot say, then includes the kernels. (The compilers' own __AVX2__ does not follow a pragma.)
 #pragma once
 
 #include <cstdint>
@@ -66,10 +67,10 @@ INLINE float sum(vec v) {
 
 // One bit a lane, lowest first.
 INLINE uint32_t bits_of(ivec condition) {
-#if defined(__AVX512F__) && LANES == 16
-  return static_cast<uint32_t>(__builtin_ia32_cvtd2mask512((__attribute__((vector_size(64))) int)condition));
-#elif defined(__AVX2__) && LANES == 8
-  return static_cast<uint32_t>(__builtin_ia32_movmskps256((__attribute__((vector_size(32))) float)condition));
+#if defined(USE_AVX512)
+  return static_cast<uint32_t>(_mm512_movepi32_mask((__m512i)condition));
+#elif defined(USE_AVX2)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)condition));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>(condition[i] & 1) << i;
