@@ -52,18 +52,18 @@ class DemoConfig:
     impl: str = "auto"
 
     def language_model(self) -> LanguageModelConfig:
-        return LanguageModelConfig(steps=220 if self.fast else 500, seed=self.seed)
+        return LanguageModelConfig(steps=220 if self.fast else 280, seed=self.seed)
 
     def sae(self) -> TrainConfig:
         return TrainConfig.short(seed=self.seed, **({"steps": 200, "l0_warmup_steps": 85} if self.fast else {}))
 
     @property
     def harvest_rows(self) -> int:
-        return 640 if self.fast else 1600
+        return 640 if self.fast else 1280
 
     @property
     def held_out_rows(self) -> int:
-        return 64 if self.fast else 128
+        return 64 if self.fast else 96
 
 
 @dataclass
