@@ -25,7 +25,11 @@ class DictionaryLearning(Contender):
     )
 
     def set_up(self, inputs: Inputs) -> None:
+        import nnsight
         from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+
+        # It replaces parts of PyTorch when imported, among them what torch.compile is made of, and is not needed here.
+        nnsight.DEFAULT_PATCHER.__exit__(None, None, None)
 
         self.inputs = inputs
         sae, loss = inputs.sae, inputs.loss
