@@ -25,11 +25,11 @@ KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -lE 'gemmascope.ker
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo native test test-gpu test-native-san test-triton36 lint format aot install bench-peers clean
+.PHONY: help demo native test test-gpu test-native-san test-triton36 lint format aot bench bench-peers install clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | native | test | test-gpu | test-native-san | test-triton36 | lint | format | aot | install | bench-peers | clean"
+	@echo "make demo | native | test | test-gpu | test-native-san | test-triton36 | lint | format | aot | bench | bench-peers | install | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
@@ -78,7 +78,6 @@ install: $(VENV)/.installed
 # In .venv-peers where `make bench-peers` has made it, so that the other packages contend too.
 BENCH_VENV = $(if $(wildcard $(VENV_PEERS)/.peers),$(VENV_PEERS),$(VENV))
 
-.PHONY: bench
 bench: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python -W ignore -m bench run --suite cpu --save $(ARGS)
 	$(BENCH_VENV)/bin/python -m bench report --suite cpu
