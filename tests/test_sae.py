@@ -308,7 +308,7 @@ def test_bad_activations(f, error, message):
 def test_unknown_implementation_is_named():
     sae = JumpReLUSAE(D_MODEL, D_SAE, impl="cuda")
     for method in (sae.encode, sae.encode_sparse):
-        with pytest.raises(ValueError, match="impl: expected one of 'auto', 'reference', 'pytorch', 'cpu', 'triton', got 'cuda'"):
+        with pytest.raises(ValueError, match=r"impl: expected one of 'auto', .*'triton', got 'cuda'"):
             method(torch.zeros(2, D_MODEL))
 
 
