@@ -151,7 +151,7 @@ SUITES = {
         once=("gemma-2-2b 78x16k",),
     ),
     "cpu": Suite(
-        "cpu", "fp32", 5, ("gemma-2-2b 16k",), (512,), (64,),
+        "cpu", "fp32", 4, ("gemma-2-2b 16k",), (512,), (64,),
         (
             (TRAINING, ("ours_cpu", "ours_pytorch", *CPU_PEERS)),
             (INFERENCE, ("ours_cpu", "ours_pytorch", "products", *CPU_PEERS, *DECODERS)),
