@@ -194,7 +194,7 @@ class Bar:
     ratio: float
 
 
-# On 2 cores of a CPU, as asked for when the native backend was planned: floors, not aims.
+# On 2 cores of a CPU; floors, not aims.
 BARS = (
     Bar("cpu", "step", "ours_cpu", "dense", 5.0),
     Bar("cpu", "step", "ours_cpu", "saelens", 6.0),
