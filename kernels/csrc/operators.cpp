@@ -212,19 +212,17 @@ Selection encode_blocks(
     }
   });
 
-  // counts become the place of the first entry of a token in a block of latents.
+  // counts become places: those of a token's entries before a block of latents.
   Selection out{Tensor(), Tensor(), Tensor(), at::zeros({N + 1}, at::kLong)};
   int64_t* offsets = data<int64_t>(out.offsets);
-  std::vector<int64_t> places(row_blocks * N);
-  for (int64_t b = 0; b < row_blocks; ++b)
-    for (int64_t n = 0; n < N; ++n) offsets[n + 1] += counts[b * N + n];
-  for (int64_t n = 0; n < N; ++n) offsets[n + 1] += offsets[n];
-  std::vector<int64_t> running(offsets, offsets + N);
+  std::vector<int32_t> before(N);
   for (int64_t b = 0; b < row_blocks; ++b)
     for (int64_t n = 0; n < N; ++n) {
-      places[b * N + n] = running[n];
-      running[n] += counts[b * N + n];
+      int32_t count = counts[b * N + n];
+      counts[b * N + n] = before[n];
+      before[n] += count;
     }
+  for (int64_t n = 0; n < N; ++n) offsets[n + 1] = offsets[n] + before[n];
   int64_t total = offsets[N], room = capacity.value_or(total);
   out.z = floats({room});
   out.latents = ints({room});
@@ -235,7 +233,7 @@ Selection encode_blocks(
         const Block& block = blocks[b * token_blocks + token_block];
         for (int64_t i = 0; i < block.count; ++i) {
           const Entry& entry = *found[block.part].at(block.begin + i);
-          int64_t place = places[b * N + entry.token]++;
+          int64_t place = offsets[entry.token] + counts[b * N + entry.token]++;
           if (place >= room) continue;
           data<float>(out.z)[place] = entry.z;
           data<int32_t>(out.latents)[place] = entry.latent;
