@@ -129,7 +129,7 @@ def problem() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set whose kernels are used: "avx512", "avx2" or "portable"."""
+    """The instruction set whose kernels are used: "avx512vnni", "avx512", "avx2" or "portable"."""
     return torch.ops.gemmascope_cpu.isa()
 
 

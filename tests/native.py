@@ -19,3 +19,11 @@ def threads(count: int):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[-1.0, 1.0, 0.0], ids=["in fp32", "screened", "screened in vain"])
+def screening(request):
+    """How encoding finds what is above a threshold: all of z in fp32; by integers; by integers until they give up."""
+    torch.ops.gemmascope_cpu.use_screening(request.param)
+    yield request.param
+    torch.ops.gemmascope_cpu.use_screening(None)

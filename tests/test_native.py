@@ -17,7 +17,7 @@ from tests.helpers import (
     normal,
     shape_cases,
 )
-from tests.native import ISAS, needs_native, threads
+from tests.native import ISAS, needs_native, screening, threads  # noqa: F401 (a fixture)
 
 pytestmark = needs_native
 DTYPES = (torch.float32, torch.bfloat16)
@@ -55,24 +55,28 @@ def assert_code_matches(x, W_enc, b_enc, threshold):
     assert_within_budget("values", values, z[kept], eager[kept])
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "F", "d"), shape_cases(32, 96, 256))
 def test_encode_matches_reference(N, F, d, dtype):
     assert_code_matches(*operands(N, d, F, dtype))
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [2, 4, 5, 8, 9, 15, 16, 17, 511, 512, 513, 1030])
 def test_encode_around_the_blocks_of_tokens(N, dtype):
     assert_code_matches(*operands(N, 19, 101, dtype))
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_encode_any_strides(layout):
     x, W_enc, b_enc, threshold = operands(19, 21, 70)
     assert_code_matches(layout(x), layout(W_enc), layout(b_enc), layout(threshold))
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [3, 20])
 def test_a_tie_is_not_active(N, dtype):
@@ -90,11 +94,100 @@ def test_a_tie_is_not_active(N, dtype):
         assert_bitwise_equal(name, ours, expected)
 
 
+@pytest.mark.usefixtures("screening")
+@pytest.mark.parametrize("d", [1023, 1024, 1300])
+def test_encode_of_more_columns_than_a_piece(d):
+    assert_code_matches(*operands(40, d, 50))
+
+
+# Of both signs, far apart, all in one, and squares that leave fp32 or its normal numbers.
+SIZES = {
+    "like real ones": lambda t: t * (20 * normal(t.shape[1], seed=8)).exp2().clamp(max=30),
+    "one column": lambda t: t * torch.eye(t.shape[1])[0] * 1e3,
+    "one column above the rest": lambda t: t + torch.eye(t.shape[1])[0] * 1e4,
+    "rows apart": lambda t: t * torch.logspace(-12, 12, len(t))[:, None],
+    "columns apart": lambda t: t * torch.logspace(-9, 9, t.shape[1]),
+    "tiny": lambda t: t * 1e-16,
+    "huge": lambda t: t * 1e17,
+    "some rows zero": lambda t: t * (torch.arange(len(t)) % 3 > 0)[:, None],
+    "zero": torch.zeros_like,
+}
+
+
+@pytest.mark.usefixtures("screening")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_encode_of_any_size(size, dtype):
+    """Thresholds in the midst of what a latent finds, exactly at it, and just below and above it."""
+    x, W = SIZES[size](normal(40, 131)).to(dtype), SIZES[size](normal(96, 131, seed=1)).to(dtype)
+    b_enc = normal(96, seed=2) * (x.float() @ W.float().T).std()
+    z = x.float() @ W.float().T + b_enc
+    nearly = torch.tensor([1.0, 1 - 1e-3, 1 + 1e-3, 1 - 1e-6]).repeat(24)
+    threshold = (z.sort(0).values[32] * nearly).abs()
+    assert_code_matches(x, W.T, b_enc, threshold)
+    assert_code_matches(x, W.T, torch.zeros(96), threshold)
+
+
+@pytest.mark.usefixtures("screening")
+def test_the_bound_of_the_screen_holds_where_all_errors_add_up():
+    """All columns alike: each is rounded the same way, and the error is the largest that Cauchy and Schwarz allow."""
+    missed = []
+    for d in range(1, 256):
+        x, W, z = torch.ones(20, d), torch.ones(3, d), torch.full((3,), float(d))
+        for threshold in (z * (1 - 1e-5), z * (1 + 1e-5)):
+            code = kernels.encode(x, W.T, torch.zeros(3), threshold, impl="cpu")
+            if (len(code.values) == 60) != bool(threshold[0] < d):
+                missed.append((d, float(threshold[0])))
+    assert not missed
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.2])
+def test_screening_or_not_is_a_matter_of_time_alone(share):
+    """Left to itself it is one or the other, block by block; the entries are the same, the values up to rounding."""
+    use = torch.ops.gemmascope_cpu.use_screening
+    x, W, b_enc = normal(600, 128), normal(200, 128, seed=1), torch.zeros(200)
+    W[:48] = 0.0
+    threshold = torch.full((200,), 128**0.5 * float(torch.special.ndtri(torch.tensor(1 - share))))
+    codes = {}
+    try:
+        for limit in (None, -1.0, 0.05, 1.0):
+            use(limit)
+            codes[limit] = kernels.encode(x, W.T, b_enc, threshold, impl="cpu")
+    finally:
+        use(None)
+    for code in codes.values():
+        assert_bitwise_equal("indices", code.indices, codes[-1.0].indices)
+        assert_bitwise_equal("offsets", code.offsets, codes[-1.0].offsets)
+        torch.testing.assert_close(code.values, codes[-1.0].values)
+    screens = torch.ops.gemmascope_cpu.isa() in ("avx512vnni", "avx2")
+    assert_bitwise_equal("left to itself", codes[None].values, codes[0.05 if screens else -1.0].values)
+    gives_up = share > 0.05
+    assert torch.equal(codes[0.05].values, codes[-1.0].values) == gives_up
+    assert torch.equal(codes[0.05].values, codes[1.0].values) != gives_up
+
+
+def test_screening_gives_up_late_where_its_first_tokens_misled():
+    """Silent tokens first: only the rest fires."""
+    use = torch.ops.gemmascope_cpu.use_screening
+    x, W, b_enc, threshold = normal(200, 64), normal(90, 64, seed=1), torch.zeros(90), torch.full((90,), 4.0)
+    x[:64] = 0.0
+    codes = []
+    try:
+        for limit in (-1.0, 0.05):
+            use(limit)
+            codes.append(kernels.encode(x, W.T, b_enc, threshold, impl="cpu"))
+    finally:
+        use(None)
+    for a, b in zip(*(code[:3] for code in codes), strict=True):
+        assert_bitwise_equal("entry", a, b)
+
+
 NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
 # Sums of these overflow or not by their order; a product with a window of 0 must not.
 HOSTILE = (*NOT_FINITE, 3e38, -3e38, -0.0)
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("N", [5, 40])
 @pytest.mark.parametrize("where", ["x", "W_enc", "b_enc", "threshold"])
 @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
@@ -180,6 +273,7 @@ def test_jumprelu_keeps_what_is_not_finite_visible(where, value):
         assert_same_not_finite(name, a, b)
 
 
+@pytest.mark.usefixtures("screening")
 def test_same_bits_with_any_number_of_threads():
     x, W_enc, b_enc, threshold = operands(530, 40, 300)
     W_dec, b_dec = W_enc.T.contiguous(), normal(40, seed=5)
@@ -272,12 +366,17 @@ def test_any_code_decodes_or_is_refused(data):
     F=st.integers(0, 130),
     seed=st.integers(0, 999),
     dtype=st.sampled_from(DTYPES),
+    limit=st.sampled_from([None, -1.0, 0.0, 0.05, 1.0]),
 )
-def test_any_shape_encodes(N, d, F, seed, dtype):
+def test_any_shape_encodes(N, d, F, seed, dtype, limit):
     """On a lattice, where rounding decides nothing."""
+    torch.ops.gemmascope_cpu.use_screening(limit)
     x, W = lattice(N, d, dtype=dtype, seed=seed), lattice(F, d, dtype=dtype, seed=seed + 1)
     b_enc, threshold = lattice(F, seed=seed + 2), lattice(F, seed=seed + 3).abs() * (1 + d**0.5)
-    ours = kernels.encode(x, W.T, b_enc, threshold, impl="cpu")
+    try:
+        ours = kernels.encode(x, W.T, b_enc, threshold, impl="cpu")
+    finally:
+        torch.ops.gemmascope_cpu.use_screening(None)
     for a, b in zip(ours[:3], reference.encode_forward(x, W.T, b_enc, threshold), strict=True):
         assert_bitwise_equal("entry", a, b)
 

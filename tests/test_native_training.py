@@ -8,7 +8,7 @@ from gemmascope.kernels.training import ByLatent, Entries, Objective, training_o
 from gemmascope.step import sparse_step
 from tests.entries import BANDWIDTH, batch, from_pre_activations
 from tests.helpers import LAYOUTS, assert_bitwise_equal, assert_within_budget, normal, shape_cases
-from tests.native import ISAS, needs_native, threads
+from tests.native import ISAS, needs_native, screening, threads  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")  # the modules of the oracles need it
 from tests import test_dense, test_entries, test_latents, test_residual, test_step, test_update
@@ -38,6 +38,7 @@ def native(request, monkeypatch):
     torch.ops.gemmascope_cpu.use_isa(before)
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "F", "d"), shape_cases(32, 96, 256))
 def test_entries_match_reference(native, N, F, d, dtype):
@@ -45,6 +46,7 @@ def test_entries_match_reference(native, N, F, d, dtype):
     test_entries.assert_matches_reference(*arguments, native.encode_entries(*arguments, BANDWIDTH, N * F))
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("N", [3, 20, 600])
 @pytest.mark.parametrize("capacity", [0, 7, 100, 10_000, None])
 def test_entries_with_ties_and_little_room(native, N, capacity):
@@ -55,12 +57,14 @@ def test_entries_with_ties_and_little_room(native, N, capacity):
     test_entries.assert_equals_reference(arguments, room, entries)
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_entries_of_any_strides(native, layout):
     arguments = [layout(t) for t in test_entries.operands(19, 21, 70)]
     test_entries.assert_matches_reference(*arguments, native.encode_entries(*arguments, BANDWIDTH, 19 * 70))
 
 
+@pytest.mark.usefixtures("screening")
 def test_a_window_narrower_than_rounding_still_holds_the_threshold(native):
     """θ − ε is θ in fp32 there; z = θ is not active, but |z − θ| = 0 < ε/2."""
     x, W_enc, b_enc = torch.zeros(2, 1), torch.zeros(1, 3), torch.tensor([999.0, 1000.0, 1001.0])
@@ -68,6 +72,7 @@ def test_a_window_narrower_than_rounding_still_holds_the_threshold(native):
     assert entries.z.tolist() == [1000.0, 1001.0] * 2
 
 
+@pytest.mark.usefixtures("screening")
 @pytest.mark.parametrize("N", [2, 30])
 def test_entries_of_bad_input_are_those_of_the_reference(native, N):
     inf, nan = torch.inf, torch.nan

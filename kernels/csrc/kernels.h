@@ -10,6 +10,11 @@ struct TypedKernels {
       const T*, int64_t, const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*, float*, int64_t);
   void (*few_tokens)(
       const T*, int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+  void (*grid_tokens)(const T*, int64_t, int64_t, int64_t, int64_t, int32_t*, Grid*, int16_t*);
+  void (*grid_rows)(const T*, int64_t, const float*, int64_t, int64_t, int32_t*, Grid*, int16_t*);
+  int64_t (*screen_entries)(
+      const T*, int64_t, const float*, int64_t, int64_t, const Grid*, const int32_t*, const T*, const int32_t*,
+      const Grid*, int64_t, int64_t, int64_t, const float*, float, float, const ScreenRoom&, Entry*, int32_t*);
   void (*widen_row)(const T*, int64_t, float*);
   void (*add_rows)(const float*, const int32_t*, int64_t, const T*, int64_t, float*);
   void (*dot_rows)(const float*, const int32_t*, int64_t, const T*, int64_t, float*);
@@ -30,6 +35,7 @@ struct TypedKernels {
 struct Kernels {
   const char* name;
   int64_t lanes, tokens, rows, block_rows, block_tokens, depth, few_tokens;
+  bool screens;
   TypedKernels<float> fp32;
   TypedKernels<bf16> low;
   int64_t (*select_entries)(
@@ -45,6 +51,7 @@ struct Kernels {
 };
 
 // Null where the compiler does not know the instruction set or the processor has it not.
+const Kernels* avx512vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -24,7 +25,7 @@ using std::optional;
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
-  for (const Kernels* k : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+  for (const Kernels* k : {avx512vnni_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
     if (k) found.push_back(k);
   return found;
 }
@@ -52,6 +53,28 @@ void use_isa(const std::string& name) {
       return;
     }
   TORCH_CHECK_VALUE(false, "isa: expected one of ", isas(), ", got ", name);
+}
+
+// The share of a block of z that screening may leave to fp32; negative: no screening. Null: as is fastest. For tests.
+struct Screening {
+  bool automatic = true;
+  float limit = 0.0f;
+};
+std::atomic<Screening> screening{Screening{}};
+
+void use_screening(optional<double> limit) {
+  screening = limit ? Screening{false, static_cast<float>(*limit)} : Screening{};
+}
+
+float screen_limit(const Kernels& k, int64_t N, int64_t d) {
+  // Beyond the largest depth the bound says little; with fewer columns or tokens rounding W costs what it saves. Where more
+  // than the limit is left, fp32 for the whole block is faster.
+  constexpr int64_t LARGEST_DEPTH = 1 << 17, SMALLEST_DEPTH = 32, FEWEST_TOKENS = 16;
+  constexpr float LIMIT = 0.05f;
+  if (N == 0 || d == 0 || d > LARGEST_DEPTH) return -1.0f;
+  Screening asked = screening;
+  if (!asked.automatic) return asked.limit;
+  return k.screens && N >= FEWEST_TOKENS && d >= SMALLEST_DEPTH ? LIMIT : -1.0f;
 }
 
 template <class T>
@@ -160,7 +183,30 @@ struct Selection {
   Tensor z, latents, tokens, offsets;
 };
 
-// The entries of z = x·Wᵀ + b_enc by token, latents ascending; room for `capacity` of them, or for all.
+// A thread's room for blocks of z.
+struct Scratch {
+  Scratch() = default;
+  Scratch(const Kernels& k, int64_t d, int64_t stride, bool screened)
+      : rows(floats({k.block_rows, k.depth})), z(at::zeros({k.block_rows, stride})) {
+    if (!screened) return;
+    grid = ints({k.block_rows, (d + 1) / 2});
+    grids.resize(k.block_rows);
+    integers.resize(d + 1);
+    sums = ints({k.block_rows, k.block_tokens});
+    per_token = floats({3, k.block_tokens});
+    tokens = ints({k.block_rows, k.block_tokens});
+    row = floats({d});
+    float* three = data<float>(per_token);
+    room = {data<int32_t>(sums), three, three + k.block_tokens, data<int32_t>(tokens), three + 2 * k.block_tokens,
+            data<float>(row)};
+  }
+  Tensor rows, z, grid, sums, per_token, tokens, row;
+  std::vector<Grid> grids;
+  std::vector<int16_t> integers;
+  ScreenRoom room{};
+};
+
+// x [N, d] contiguous. The entries of z = x·Wᵀ + b_enc by token, latents ascending; room for `capacity` of them, or for all.
 template <class T>
 Selection encode_blocks(
     const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold, float bandwidth,
@@ -168,45 +214,67 @@ Selection encode_blocks(
   const Kernels& k = kernels();
   const auto& t = typed<T>(k);
   int64_t N = x.size(0), d = x.size(1), F = W.size(0);
-  bool few = N <= k.few_tokens;
-  int64_t panels = few ? 0 : (N + k.tokens - 1) / k.tokens;
-  Tensor packed = few ? floats({N, d}) : floats({panels, d, k.tokens});
-  deal(few ? N : panels, 1, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      if (few)
-        t.widen_row(data<T>(x) + i * x.stride(0), d, data<float>(packed) + i * d);
-      else
-        t.pack_tokens(data<T>(x), x.stride(0), N, d, i, data<float>(packed));
-  });
-
+  float limit = screen_limit(k, N, d);
+  bool screened = limit >= 0, few = !screened && N <= k.few_tokens;
   int64_t block_tokens = few ? std::max<int64_t>(N, 1) : k.block_tokens, stride = few ? 2 * k.few_tokens : k.block_tokens;
   int64_t row_blocks = (F + k.block_rows - 1) / k.block_rows, token_blocks = (N + block_tokens - 1) / block_tokens;
+  int64_t panels = (N + k.tokens - 1) / k.tokens, pairs = (d + 1) / 2;
+  auto panels_before = [&](int64_t token) { return (token + k.tokens - 1) / k.tokens; };
+  Tensor packed = few ? floats({N, d}) : floats({panels, d, k.tokens});
+  Tensor grid = ints({screened ? panels : 0, pairs, k.tokens});
+  std::vector<Grid> token_grids(screened ? panels * k.tokens : 0);
+  auto pack = [&](int64_t panel) { t.pack_tokens(data<T>(x), d, N, d, panel, data<float>(packed)); };
+  deal(few ? N : panels, 1, [&](int64_t, int64_t i, int64_t) {
+    if (few)
+      t.widen_row(data<T>(x) + i * d, d, data<float>(packed) + i * d);
+    else if (screened) {
+      std::vector<int16_t> scratch(d + 1);
+      t.grid_tokens(
+          data<T>(x), d, N, d, i, data<int32_t>(grid), token_grids.data() + i * k.tokens, scratch.data());
+    } else
+      pack(i);
+  });
+
   std::vector<Block> blocks(row_blocks * token_blocks);
   std::vector<int32_t> counts(row_blocks * N);
   std::vector<Found> found(max_parts());
-  struct Scratch {
-    Tensor rows, z;
-  };
   std::vector<Scratch> scratch(max_parts());
+  // Where screening gives up, fp32 needs the tokens packed: by whom it happens first.
+  std::vector<std::once_flag> is_packed(screened ? token_blocks : 0);
   deal(row_blocks, 1, [&](int64_t part, int64_t row_block, int64_t) {
     Scratch& mine = scratch[part];
-    if (!mine.z.defined()) mine = {floats({k.block_rows, k.depth}), at::zeros({k.block_rows, stride})};
+    if (!mine.z.defined()) mine = Scratch(k, d, stride, screened);
     int64_t first = row_block * k.block_rows, rows = std::min(k.block_rows, F - first);
+    const T* weights = data<T>(W) + first * W.stride(0);
+    const float *bias = data<float>(b_enc) + first, *theta = data<float>(threshold) + first;
+    if (screened)
+      t.grid_rows(
+          weights, W.stride(0), bias, rows, d, data<int32_t>(mine.grid), mine.grids.data(), mine.integers.data());
     for (int64_t token_block = 0; token_block < token_blocks; ++token_block) {
       int64_t first_token = token_block * block_tokens, tokens = std::min(block_tokens, N - first_token);
-      const T* weights = data<T>(W) + first * W.stride(0);
-      const float* bias = data<float>(b_enc) + first;
-      float* z = data<float>(mine.z);
-      if (few)
-        t.few_tokens(weights, W.stride(0), bias, rows, data<float>(packed), N, d, z, stride);
-      else
-        t.product(
-            weights, W.stride(0), bias, rows, d, data<float>(packed), first_token / k.tokens,
-            (first_token + tokens + k.tokens - 1) / k.tokens, data<float>(mine.rows), z, stride);
+      int64_t first_panel = panels_before(first_token), last_panel = panels_before(first_token + tokens);
       Entry* room = found[part].room(rows * tokens);
-      int64_t count = k.select_entries(
-          z, stride, rows, tokens, first, first_token, data<float>(threshold) + first, bandwidth, room,
-          counts.data() + row_block * N + first_token);
+      int32_t* to = counts.data() + row_block * N + first_token;
+      float* z = data<float>(mine.z);
+      int64_t count = -1;
+      if (screened)
+        count = t.screen_entries(
+            weights, W.stride(0), bias, rows, d, mine.grids.data(), data<int32_t>(mine.grid), data<T>(x),
+            data<int32_t>(grid) + first_panel * pairs * k.tokens, token_grids.data() + first_panel * k.tokens, tokens,
+            first, first_token, theta, bandwidth, limit, mine.room, room, to);
+      if (count < 0) {
+        if (screened)
+          std::call_once(is_packed[token_block], [&] {
+            for (int64_t panel = first_panel; panel < last_panel; ++panel) pack(panel);
+          });
+        if (few)
+          t.few_tokens(weights, W.stride(0), bias, rows, data<float>(packed), N, d, z, stride);
+        else
+          t.product(
+              weights, W.stride(0), bias, rows, d, data<float>(packed), first_panel, last_panel,
+              data<float>(mine.rows), z, stride);
+        count = k.select_entries(z, stride, rows, tokens, first, first_token, theta, bandwidth, room, to);
+      }
       blocks[row_block * token_blocks + token_block] = {part, found[part].used(), count};
       found[part].keep(count);
     }
@@ -260,7 +328,7 @@ Selection select(
   TORCH_CHECK_VALUE(!capacity || *capacity >= 0, "capacity: expected 0 or more, got ", *capacity);
   check("b_enc", b_enc, at::kFloat, {W.size(0)});
   check("threshold", threshold, at::kFloat, {W.size(0)});
-  Tensor rows = W.stride(1) == 1 ? W : W.contiguous(), input = x.stride(1) == 1 ? x : x.contiguous();
+  Tensor rows = W.stride(1) == 1 ? W : W.contiguous(), input = x.contiguous();
   float epsilon = static_cast<float>(bandwidth);
   return is_low(x) ? encode_blocks<bf16>(input, rows, b_enc, threshold, epsilon, capacity)
                    : encode_blocks<float>(input, rows, b_enc, threshold, epsilon, capacity);
@@ -726,6 +794,7 @@ TORCH_LIBRARY(gemmascope_cpu, m) {
   m.def("isas() -> str", &isas);
   m.def("isa() -> str", &isa);
   m.def("use_isa(str name) -> ()", &use_isa);
+  m.def("use_screening(float? limit) -> ()", &use_screening);
   m.def("encode(Tensor x, Tensor W, Tensor b_enc, Tensor threshold) -> (Tensor, Tensor, Tensor)");
   m.def("decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor b_dec) -> Tensor");
   m.def("decode_values_gradient(Tensor grad, Tensor indices, Tensor offsets, Tensor W) -> Tensor");

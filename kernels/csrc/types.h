@@ -14,6 +14,21 @@ struct Entry {
   int32_t token;
 };
 
+// How a row of fp32 lies on a grid of 16-bit integers: integers ≈ scale·row, what the error can add to an inner product of
+// integers, the row's norm.
+struct Grid {
+  float scale, slack, norm;
+};
+
+// A thread's room for screening a block.
+struct ScreenRoom {
+  int32_t* z;             // [block_rows][block_tokens]
+  float *scale, *slack;   // [block_tokens]
+  int32_t* tokens;        // [block_rows · block_tokens]
+  float* products;        // [block_tokens]
+  float* row;             // [d]
+};
+
 // As in kernels/training.py.
 constexpr int32_t ACTIVE = 1 << 30;
 constexpr int32_t LATENT = ACTIVE - 1;
