@@ -203,7 +203,7 @@ def config_of(given: argparse.Namespace, coefficient: float) -> TrainConfig:
     changes = {name: value for name, value in changes.items() if value is not None}
     if given.steps:
         whole = TrainConfig.short()
-        for name in ("lr_warmup_steps", "l0_warmup_steps"):
+        for name in ("lr_warmup_steps", "lr_decay_steps", "l0_warmup_steps"):
             changes[name] = getattr(whole, name) * given.steps // whole.steps
     return TrainConfig.short(l0_coefficient=coefficient, seed=given.seed, **changes)
 

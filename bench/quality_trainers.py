@@ -2,8 +2,8 @@
 
 Every trainer starts from the same W_enc, W_dec, b_enc and b_dec and sees activations divided by the same scale. The
 learning rate and the lengths of the warm-ups of the rate and of the penalty are equal. With ``recipe="published"``
-everything else is what the package does by default; with "shared" the bandwidth, the thresholds' start and the
-optimiser are ours wherever the package lets one say so.
+everything else is what the package does by default; with "shared" the bandwidth, the thresholds' start, the decay of
+the rate and the optimiser are ours wherever the package lets one say so.
 """
 
 import copy
@@ -92,8 +92,8 @@ def jumprelu_sae(theirs, start: JumpReLUSAE, pre_encoder_bias: bool) -> JumpReLU
 class SAELens(Trainer):
     name, requires = "saelens", ("sae-lens",)
     differs = (
-        "θ from 0.01 in a window of 0.05, Adam with β1 = 0.9, linear warm-up, clipped gradients, decoder neither "
-        "projected nor renormalised"
+        "θ from 0.01 in a window of 0.05, Adam with β1 = 0.9, linear warm-up, then a constant rate, clipped gradients, "
+        "decoder neither projected nor renormalised"
     )
 
     def start(self, setting: Setting, start: JumpReLUSAE, sample: Tensor) -> None:
@@ -117,7 +117,11 @@ class SAELens(Trainer):
             lr=rate,
             lr_end=rate,
             lr_warm_up_steps=config.lr_warmup_steps,
-            **({"adam_beta1": 0.0, "adam_beta2": config.adam_beta2} if shared else {}),
+            **(
+                {"adam_beta1": 0.0, "adam_beta2": config.adam_beta2, "lr_decay_steps": config.lr_decay_steps}
+                if shared
+                else {}
+            ),
         )
         self.trainer, self.begin = TheirTrainer(given, theirs, iter(())), start
 
@@ -133,13 +137,14 @@ class DictionaryLearning(Trainer):
     name, requires, fixes_l0 = "dictionary_learning", ("dictionary-learning",), True
     differs = (
         "penalty (L0/target − 1)² whose gradient sees f instead of z, θ from 0.001 in a window of 0.001, no "
-        "pre-encoder bias, linear warm-up, clipped gradients"
+        "pre-encoder bias, linear warm-up, then a constant rate, clipped gradients"
     )
 
     def start(self, setting: Setting, start: JumpReLUSAE, sample: Tensor) -> None:
         from dictionary_learning.trainers.jumprelu import JumpReluTrainer
 
         config, shared = setting.config, setting.recipe == "shared"
+        decay_start = config.steps - config.lr_decay_steps if config.lr_decay_steps else None
         self.trainer = JumpReluTrainer(
             steps=config.steps,
             activation_dim=start.d_model,
@@ -150,7 +155,7 @@ class DictionaryLearning(Trainer):
             warmup_steps=config.lr_warmup_steps,
             sparsity_warmup_steps=config.l0_warmup_steps,
             target_l0=setting.l0,
-            **({"bandwidth": config.bandwidth} if shared else {}),
+            **({"bandwidth": config.bandwidth, "decay_start": decay_start} if shared else {}),
         )
         self.begin, self.steps, theirs = start, 0, self.trainer.ae
         with torch.no_grad():

@@ -55,7 +55,8 @@ class DemoConfig:
         return LanguageModelConfig(steps=220 if self.fast else 280, seed=self.seed)
 
     def sae(self) -> TrainConfig:
-        return TrainConfig.short(seed=self.seed, **({"steps": 200, "l0_warmup_steps": 85} if self.fast else {}))
+        fast = {"steps": 200, "l0_warmup_steps": 85, "lr_decay_steps": 75} if self.fast else {}
+        return TrainConfig.short(seed=self.seed, **fast)
 
     @property
     def harvest_rows(self) -> int:

@@ -201,7 +201,7 @@ def test_a_file_that_is_not_safetensors_is_said_so(tmp_path, capsys):
 
 def test_warm_ups_shrink_with_the_steps():
     config = quality.config_of(quality.parser().parse_args(["--steps", "40"]), 2e-3)
-    assert (config.steps, config.lr_warmup_steps, config.l0_warmup_steps) == (40, 10, 17)
+    assert (config.steps, config.lr_warmup_steps, config.l0_warmup_steps, config.lr_decay_steps) == (40, 10, 17, 15)
     whole = quality.config_of(quality.parser().parse_args([]), 2e-3)
     assert whole == TrainConfig.short(l0_coefficient=2e-3)
 
