@@ -146,7 +146,7 @@ class TrainConfig:
             "l0_coefficient": 8e-3,
             "l0_warmup_steps": 170,
             "bandwidth": 5e-3,
-            "threshold_init": 0.03,
+            "threshold_init": 0.05,
             "threshold_parametrisation": "raw",
             "b_dec_init": "mean",
         }

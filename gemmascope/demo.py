@@ -64,7 +64,7 @@ class DemoConfig:
 
     @property
     def held_out_rows(self) -> int:
-        return 64 if self.fast else 96
+        return 64 if self.fast else 80
 
 
 @dataclass
