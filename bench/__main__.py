@@ -116,7 +116,7 @@ def run(given: argparse.Namespace) -> int:
             failed |= wrong
             if memory and device.type == "cpu":
                 told("memory", 0)
-                worker.add_host_memory(found, case)
+                worker.add_host_memory(found, case, lambda name, told=told: told(f"memory of {name}", 0))
             told("done", start + planned_calls(case, rounds) - done)
             rows += found
             if given.save:

@@ -194,12 +194,13 @@ def device_peak_mib(call: Callable[[], object], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
-def peaks_in_fresh_process(arguments: list[str]) -> dict[str, dict[str, float]]:
+def peaks_in_fresh_process(arguments: list[str], threads: int) -> dict[str, dict[str, float]]:
     """What `python -m bench memory ARGUMENTS` prints, by part. Raises RuntimeError when that fails.
 
     Large blocks go back to the system when they are freed, so that the baseline of one part is not what another left.
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "bench", "memory", *arguments]
     try:
         done = subprocess.run(

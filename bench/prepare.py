@@ -13,16 +13,20 @@ WARM_UPS = {"cpu": 1, "cuda": 2}
 TRAINING_WEIGHTS, INFERENCE_WEIGHTS, TRAINING_CODES, INFERENCE_CODES = 8, 2, 8, 3
 
 
-def check_room(case: Case, device: torch.device) -> None:
-    """Raise MemoryError before the system starts to swap or to kill; a GPU's allocator does so by itself."""
-    free = measure.available_bytes()
-    if device.type == "cuda" or free is None:
-        return
+def needed_bytes(case: Case) -> int:
+    """About what a contender takes on a CPU."""
     training = "step" in case.parts
     weights, codes = (
         (TRAINING_WEIGHTS, TRAINING_CODES) if training else (INFERENCE_WEIGHTS * case.shape.count, INFERENCE_CODES)
     )
-    needed = 4 * case.shape.d_sae * (weights * case.shape.d_model + codes * case.tokens)
+    return 4 * case.shape.d_sae * (weights * case.shape.d_model + codes * case.tokens)
+
+
+def check_room(case: Case, device: torch.device) -> None:
+    """Raise MemoryError before the system starts to swap or to kill; a GPU's allocator does so by itself."""
+    free, needed = measure.available_bytes(), needed_bytes(case)
+    if device.type == "cuda" or free is None:
+        return
     if needed > free:
         raise MemoryError(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB available")
 

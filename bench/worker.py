@@ -4,6 +4,8 @@ import argparse
 import gc
 import json
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from bench import measure
 from bench.cases import Case, shape_of
-from bench.prepare import all_inputs, contender_of, set_up, small_inputs, warm
+from bench.prepare import all_inputs, contender_of, needed_bytes, set_up, small_inputs, warm
 
 
 def arguments_of(case: Case, contender: str) -> list[str]:
@@ -90,15 +92,24 @@ def serve(arguments: list[str]) -> int:
     return 0
 
 
-def add_host_memory(rows: list[dict[str, Any]], case: Case) -> None:
+def add_host_memory(rows: list[dict[str, Any]], case: Case, told: Callable[[str], None] = lambda name: None) -> None:
     """`held_mib` and `peak_mib` of the case's first part, from a fresh process for each contender; `no_memory` says why
-    there are none."""
+    there are none. Two at once where there is room, each with half of the threads: nothing is timed. Calls ``told``
+    with every contender that is done."""
     part = case.parts[0]
-    for row in rows:
-        if row["kind"] == "time" and row["part"] == part:
-            try:
-                found = measure.peaks_in_fresh_process(arguments_of(replace(case, parts=(part,)), row["contender"]))
-            except RuntimeError as error:
-                row["no_memory"] = str(error)
-            else:
-                row |= found[part]
+    waiting = [row for row in rows if row["kind"] == "time" and row["part"] == part]
+    free, threads = measure.available_bytes(), torch.get_num_threads()
+    at_once = 2 if threads > 1 and free is not None and free > 2 * needed_bytes(case) else 1
+
+    def weigh(row: dict[str, Any]) -> None:
+        arguments = arguments_of(replace(case, parts=(part,)), row["contender"])
+        try:
+            found = measure.peaks_in_fresh_process(arguments, threads // at_once)
+        except RuntimeError as error:
+            row["no_memory"] = str(error)
+        else:
+            row |= found[part]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for row, _ in zip(waiting, pool.map(weigh, waiting), strict=True):
+            told(row["contender"])

@@ -297,9 +297,28 @@ def test_a_process_that_fails_is_said(monkeypatch):
     worker.add_host_memory(rows, case)
     assert rows[0]["no_memory"] == "ended with status 1"
     assert rows[1] == {"kind": "time", "contender": "ours", "part": "decode"}
-    monkeypatch.setattr(measure, "peaks_in_fresh_process", lambda arguments: {"infer": {"peak_mib": 7.0}})
+    monkeypatch.setattr(measure, "peaks_in_fresh_process", lambda arguments, threads: {"infer": {"peak_mib": 7.0}})
     worker.add_host_memory(rows, case)
     assert rows[0]["peak_mib"] == 7
+
+
+@pytest.mark.parametrize(("free", "share"), [(1 << 40, 2), (1, 1)])
+def test_two_are_weighed_at_once_where_there_is_room(free, share, monkeypatch):
+    case = cases.cases("cpu", shapes=["16x96"], tokens=[32], l0=[6])[1]
+    rows = [{"kind": "time", "contender": name, "part": "infer"} for name in ("a", "b", "c")]
+    given, said = [], []
+
+    def peaks(arguments, threads):
+        given.append(threads)
+        return {"infer": {"peak_mib": float(len(arguments[arguments.index("--contender") + 1]))}}
+
+    monkeypatch.setattr(measure, "peaks_in_fresh_process", peaks)
+    monkeypatch.setattr(measure, "available_bytes", lambda: free)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    worker.add_host_memory(rows, case, said.append)
+    assert given == [6 // share] * 3
+    assert said == ["a", "b", "c"]
+    assert [row["peak_mib"] for row in rows] == [1.0] * 3
 
 
 def test_ceilings_are_rates(monkeypatch):
