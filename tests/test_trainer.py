@@ -96,7 +96,9 @@ def test_start_follows_the_recipe():
 
 
 def test_decoder_stays_unit_norm_and_threshold_non_negative():
-    trainer = SAETrainer(config(threshold_init=0.0, learning_rate=0.05, l0_coefficient=0.0), sample())
+    trainer = SAETrainer(
+        config(threshold_init=1e-3, learning_rate=0.05, lr_warmup_steps=0, l0_coefficient=0.0), sample()
+    )
     for seed in range(20):
         trainer.update(sample(64, seed=seed))
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(24))
