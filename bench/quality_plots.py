@@ -70,7 +70,9 @@ def picture(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> Fi
     handles.append(Line2D([], [], color=LIGHT, marker="o", markerfacecolor="white", label="PCA, same rank"))
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     caption = f"{machine['device']}, {threads}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=(len(handles) + 1) // 2, frameon=False, fontsize=9)
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=(len(handles) + 1) // 2, frameon=False, fontsize=9
+    )
     legend.set_title(caption, {"size": 8})
     figure.suptitle("The same SAE by every trainer, on held-out activations", fontsize=13, fontweight="bold")
     return figure
