@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemmascope.kernels.training import Rule
+from gemmascope.kernels import Rule
 from gemmascope.losses import Loss
 from gemmascope.sae import JumpReLUSAE
 

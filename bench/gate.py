@@ -11,8 +11,8 @@ from bench.contenders import Contender, Inputs
 from bench.inputs import construct
 from bench.ours import Ours
 from gemmascope import kernels
+from gemmascope.kernels import Rule
 from gemmascope.kernels.dispatch import choose
-from gemmascope.kernels.training import Rule
 from gemmascope.losses import Loss, loss_and_gradients
 from gemmascope.sae import JumpReLUSAE
 from gemmascope.step import StepFigures, TrainState, dense_step, reference_step, sparse_step

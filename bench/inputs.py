@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contenders import Inputs
-from gemmascope.kernels.training import Rule
+from gemmascope.kernels import Rule
 from gemmascope.losses import Loss
 from gemmascope.sae import JumpReLUSAE
 

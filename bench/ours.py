@@ -9,9 +9,8 @@ from torch import Tensor
 
 from bench.contenders import INFERENCE, OPERATORS, TRAINING, Contender, Inputs, UnavailableError
 from gemmascope import kernels
-from gemmascope.kernels.autograd import operator
 from gemmascope.kernels.dispatch import choose
-from gemmascope.kernels.training import Residual, training_operators
+from gemmascope.kernels.implementations import operator
 from gemmascope.step import StepFigures, TrainState, dense_step, sparse_step
 from gemmascope.trainer import CAPACITY_MARGIN, CAPACITY_UNIT
 
@@ -76,11 +75,13 @@ class Ours(Contender):
     @torch.no_grad()
     def forward(self) -> Tensor:
         """Entries, residual and loss; keeps what `backward` needs."""
-        inputs, sae, ops = self.inputs, self.state.sae, training_operators(self.state.impl)
+        inputs, sae, impl = self.inputs, self.state.sae, self.state.impl
         x_centred = (inputs.x - sae.b_dec).to(self.state.encoder_rows.dtype)
         weights = (self.state.encoder_rows.T, sae.b_enc, sae.threshold)
-        entries = ops.encode_entries(x_centred, *weights, inputs.loss.bandwidth, self.capacity, self.tf32)
-        out: Residual = ops.residual_pass(entries, inputs.x, self.state.decoder_rows, sae.b_dec)
+        entries = kernels.encode_entries(
+            x_centred, *weights, inputs.loss.bandwidth, self.capacity, tf32=self.tf32, impl=impl
+        )
+        out = kernels.residual_pass(entries, inputs.x, self.state.decoder_rows, sae.b_dec, impl=impl)
         penalty, s = inputs.loss.l0_penalty(out.l0)
         self.saved = (x_centred, entries, out, s)
         return out.squared_error.mean() + penalty
@@ -89,16 +90,16 @@ class Ours(Contender):
     def backward(self) -> None:
         """Every gradient, and the update of all that is held by latent, in which the gradients of the weights are."""
         x_centred, entries, out, s = self.saved
-        state, n, ops = self.state, len(x_centred), training_operators(self.state.impl)
-        transposed = ops.by_latent(entries, state.sae.d_sae)
+        state, n, impl = self.state, len(x_centred), self.state.impl
+        transposed = kernels.by_latent(entries, state.sae.d_sae, impl=impl)
         objective = self.inputs.loss.objective(n)
-        sums = ops.latent_pass(entries, out.u, transposed, state.sae.threshold, s, objective)
-        self.db_dec = out.residual.sum(0, dtype=torch.float32) * (2 / n) - ops.encoder_times(
-            state.encoder_rows, sums.db_enc
+        sums = kernels.latent_pass(entries, out.u, transposed, state.sae.threshold, s, objective, impl=impl)
+        self.db_dec = out.residual.sum(0, dtype=torch.float32) * (2 / n) - kernels.encoder_times(
+            state.encoder_rows, sums.db_enc, impl=impl
         )
         ok = torch.ones((), dtype=torch.int32, device=x_centred.device)
-        ops.update_from_entries(
-            state.latents, transposed, sums, out.residual, x_centred, rule=self.inputs.rule, ok=ok, step=state.updates
+        kernels.update_from_entries(
+            state.latents, transposed, sums, out.residual, x_centred, self.inputs.rule, ok, state.updates, impl=impl
         )
 
     @cached_property
@@ -130,7 +131,7 @@ class Ours(Contender):
 
     def decode_backward(self) -> tuple[Tensor, Tensor]:
         impl = choose(self.impl, self.x.device, self.operand_dtype).impl
-        return operator("decode", impl).decode_backward(self.x, *self.code[:3], self.weights[3], True, True)
+        return operator("decode_backward", impl)(self.x, *self.code[:3], self.weights[3], True, True)
 
     @cached_property
     def pre(self) -> Tensor:
@@ -146,7 +147,7 @@ class Ours(Contender):
 
     def jumprelu_backward(self) -> tuple[Tensor, Tensor, Tensor]:
         impl = choose(self.impl, self.x.device, self.operand_dtype).impl
-        backward = operator("jumprelu", impl).jumprelu_backward
+        backward = operator("jumprelu_backward", impl)
         return backward(*self.upstream, self.pre, *self.weights[1:3], BANDWIDTH)
 
     def outputs(self) -> dict[str, Tensor]:

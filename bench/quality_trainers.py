@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.contenders import Contender, Inputs
 from bench.peers_saelens import PARAMETERS
 from gemmascope.config import TrainConfig
-from gemmascope.kernels.training import Rule
+from gemmascope.kernels import Rule
 from gemmascope.losses import Loss
 from gemmascope.sae import JumpReLUSAE
 from gemmascope.trainer import SAETrainer

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels import Objective
 from .kernels.reference import Parameters, activation, gate, window
-from .kernels.training import Objective
 from .sae import JumpReLUSAE
 
 SPARSITIES = ("l0", "target_l0", "quadratic_l0", "tanh")

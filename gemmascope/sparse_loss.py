@@ -11,36 +11,19 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.dispatch import choose
-from .kernels.training import Entries, training_operators
+from . import kernels
 from .losses import Loss
 from .sae import JumpReLUSAE
 from .step import sparse_gradients
-
-# Room for this many entries a token is tried first, then as much as is needed.
-FIRST_ROOM = 128
-
-
-def _entries(ops, impl: str, arguments: tuple, n: int) -> Entries:
-    if impl in ("reference", "pytorch"):
-        return ops.encode_entries(*arguments, None)
-    room = FIRST_ROOM * n
-    while True:
-        entries = ops.encode_entries(*arguments, room)
-        n_entries = int(entries.offsets[-1])
-        if n_entries <= room:
-            return entries
-        room = n_entries
 
 
 class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, pre_encoder_bias, loss, impl):
-        ops = training_operators(impl)
         x_centred = x - b_dec if pre_encoder_bias else x
-        entries = _entries(ops, impl, (x_centred, W_enc, b_enc, threshold, loss.bandwidth), x.shape[0])
+        entries = kernels.encode_entries(x_centred, W_enc, b_enc, threshold, loss.bandwidth, impl=impl)
         out = sparse_gradients(impl, entries, x, W_enc.T, W_dec, b_dec, threshold, loss, pre_encoder_bias)
-        dW_enc, dW_dec = ops.weight_gradients(out.transposed, out.sums, out.residual, x_centred)
+        dW_enc, dW_dec = kernels.weight_gradients(out.transposed, out.sums, out.residual, x_centred, impl=impl)
         ctx.save_for_backward(dW_enc.T, out.sums.db_enc, dW_dec, out.db_dec, out.sums.dthreshold)
         return out.loss
 
@@ -72,6 +55,6 @@ def sparse_loss(sae: JumpReLUSAE, x: Tensor, loss: Loss) -> Tensor:
         )
     if not (math.isfinite(loss.bandwidth) and loss.bandwidth > 0):
         raise ValueError(f"loss.bandwidth: expected a finite number > 0, got {loss.bandwidth}")
-    impl = choose(sae.impl, x.device, x.dtype).impl
+    impl = kernels.choose(sae.impl, x.device, x.dtype).impl
     weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold)
     return _SparseLoss.apply(x, *weights, sae.pre_encoder_bias, loss, impl)

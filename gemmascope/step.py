@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.dispatch import choose
-from .kernels.training import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Rule, training_operators
+from . import kernels
+from .kernels import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Rule, choose
 from .losses import Loss, loss_and_gradients
 from .memory import dense_tile
 from .sae import JumpReLUSAE
@@ -86,7 +86,7 @@ class TrainState:
 
     def settle(self, beta2: float) -> None:
         """Pay the decay that second moments of idle latents owe, as before saving them."""
-        training_operators("reference").settle(self.latents, self.updates, beta2)
+        kernels.settle(self.latents, self.updates, beta2)
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,11 @@ def sparse_gradients(
     pre_encoder_bias: bool,
 ) -> SparseGradients:
     """From the entries of x [N, d_model] on. W_enc and W_dec: [d_sae, d_model], as the products read them."""
-    ops, n = training_operators(impl), x.shape[0]
-    out = ops.residual_pass(entries, x, W_dec, b_dec)
-    transposed = ops.by_latent(entries, threshold.shape[0])
+    n = x.shape[0]
+    out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
+    transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
     penalty, s = loss.l0_penalty(out.l0)
-    sums = ops.latent_pass(entries, out.u, transposed, threshold, s, loss.objective(n))
+    sums = kernels.latent_pass(entries, out.u, transposed, threshold, s, loss.objective(n), impl=impl)
     squared_error = out.squared_error.mean()
     total = squared_error + penalty + loss.frequency_penalty(sums.firing_count, n)
     if loss.sparsity == "tanh":
@@ -195,7 +195,7 @@ def sparse_gradients(
         total = total + loss.tanh_penalty(torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0), n)
     db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
     if pre_encoder_bias:
-        db_dec = db_dec - ops.encoder_times(W_enc, sums.db_enc)
+        db_dec = db_dec - kernels.encoder_times(W_enc, sums.db_enc, impl=impl)
     return SparseGradients(total, squared_error, out.l0.mean(), transposed, sums, out.residual, db_dec)
 
 
@@ -203,16 +203,18 @@ def sparse_gradients(
 def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None) -> StepFigures:
     """Update ``state`` by the loss on x [N, d_model] fp32, divided by the input scale. capacity: room for entries; the
     reference, which knows how many there are, also takes None."""
-    sae, ops = state.sae, training_operators(state.impl)
+    sae, impl = state.sae, state.impl
     x_centred, W_enc, W_dec = _centred(state, x), state.encoder_rows, state.decoder_rows
     tf32 = state.compute_dtype == "tf32"
-    entries = ops.encode_entries(x_centred, W_enc.T, sae.b_enc, sae.threshold, loss.bandwidth, capacity, tf32)
+    entries = kernels.encode_entries(
+        x_centred, W_enc.T, sae.b_enc, sae.threshold, loss.bandwidth, capacity, tf32=tf32, impl=impl
+    )
     weights = (W_enc, W_dec, sae.b_dec, sae.threshold)
-    out = sparse_gradients(state.impl, entries, x, *weights, loss, sae.pre_encoder_bias)
+    out = sparse_gradients(impl, entries, x, *weights, loss, sae.pre_encoder_bias)
     n_entries = entries.offsets[-1]
     ok = _permission(state, out.loss, n_entries <= len(entries.z))
-    ops.update_from_entries(
-        state.latents, out.transposed, out.sums, out.residual, x_centred, rule=rule, ok=ok, step=state.updates
+    kernels.update_from_entries(
+        state.latents, out.transposed, out.sums, out.residual, x_centred, rule, ok, state.updates, impl=impl
     )
     _finish(state, out.db_dec, out.sums.firing_count, x.shape[0], rule, ok)
     return StepFigures(out.loss, out.squared_error, out.l0, n_entries, state.stalled, state.skipped)
@@ -229,12 +231,13 @@ def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigu
 
 
 def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]) -> StepFigures:
-    sae, ops, n = state.sae, training_operators(state.impl), x.shape[0]
+    sae, impl, n = state.sae, state.impl, x.shape[0]
     x_centred = _centred(state, x)
 
     def encode(tile: slice):
         weights = (state.encoder_rows[tile].T, sae.b_enc[tile], sae.threshold[tile])
-        return ops.dense_encode(x_centred, *weights, loss.bandwidth, state.compute_dtype == "tf32")
+        tf32 = state.compute_dtype == "tf32"
+        return kernels.dense_encode(x_centred, *weights, loss.bandwidth, tf32=tf32, impl=impl)
 
     x_hat, l0, tanh, counts, n_entries = sae.b_dec.expand(x.shape), 0.0, 0.0, [], 0
     for tile in tiles:
@@ -255,19 +258,20 @@ def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: lis
     for tile in tiles:
         code = code if len(tiles) == 1 else encode(tile)
         u = low @ state.decoder_rows[tile].T
-        dz, db_enc, dthreshold = ops.dense_backward(u, code, sae.threshold[tile], s, loss.objective(n))
+        dz, db_enc, dthreshold = kernels.dense_backward(u, code, sae.threshold[tile], s, loss.objective(n), impl=impl)
         if sae.pre_encoder_bias:
-            db_dec = db_dec - ops.encoder_times(state.encoder_rows[tile], db_enc)
-        ops.update_from_dense(
+            db_dec = db_dec - kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
+        kernels.update_from_dense(
             LatentState(*(None if t is None else t[tile] for t in state.latents)),
             matmul(dz.T, x_centred),
             matmul(code.f.T, g),
             db_enc,
             dthreshold,
             code.touched,
-            rule=rule,
-            ok=ok,
-            step=state.updates,
+            rule,
+            ok,
+            state.updates,
+            impl=impl,
         )
     _finish(state, db_dec, firing_count, n, rule, ok)
     return StepFigures(total, squared_error, l0.mean(), n_entries, state.stalled, state.skipped)
@@ -279,16 +283,17 @@ def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: T
     out = loss_and_gradients(state.sae, x, loss, dead)
     ok = _permission(state, out.loss, True)
     gradients = out.gradients
-    training_operators("reference").update_from_dense(
+    kernels.update_from_dense(
         state.latents,
         gradients.W_enc.T,
         gradients.W_dec,
         gradients.b_enc,
         gradients.threshold,
         torch.ones_like(out.firing_count),
-        rule=rule,
-        ok=ok,
-        step=state.updates,
+        rule,
+        ok,
+        state.updates,
+        impl="reference",
     )
     _finish(state, gradients.b_dec, out.firing_count, x.shape[0], rule, ok)
     return StepFigures(out.loss, out.squared_error, out.l0, out.n_entries, state.stalled, state.skipped)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .errors import EnvironmentProblemError, TrainingFailedError
-from .kernels.training import Rule
+from .kernels import Rule
+from .kernels.implementations import NEED_CAPACITY
 from .memory import TrainingMemory, available_memory, training_memory
 from .sae import JumpReLUSAE
 from .sites import Site
@@ -152,8 +153,8 @@ class SAETrainer:
         self._pending.append(_Job(x, step, route, packed, copied))
 
     def _room(self, n_tokens: int) -> int | None:
-        """Entries the sparse route makes room for; plain PyTorch needs no limit."""
-        if self.state.impl in ("reference", "pytorch"):
+        """Entries the sparse route makes room for, where it must be told."""
+        if self.state.impl not in NEED_CAPACITY:
             return None
         if self.capacity is None:
             self._make_room(self._n_entries or 64 * n_tokens)

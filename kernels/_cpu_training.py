@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .training import ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Residual, Rule
+from .entries import ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Residual, Rule
 from .training_reference import settle as settle
 
 _ops = torch.ops.gemmascope_cpu

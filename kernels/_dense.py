@@ -36,7 +36,7 @@ from ._common import on_device
 from ._encode import _popcount
 from ._encode_gemm import encode_gemm, launch_config, words_per_row
 from ._jumprelu import _sum_partials
-from .training import DenseCode, Objective
+from .entries import DenseCode, Objective
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._common import on_device
 from ._encode import SEGMENT, _count, _popcount
 from ._encode_gemm import encode_gemm, launch_config, tokens_per_chunk, words_per_row
-from .training import ACTIVE, Entries
+from .entries import ACTIVE, Entries
 
 _ACTIVE = tl.constexpr(ACTIVE)
 

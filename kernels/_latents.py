@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ._common import on_device
 from ._decode import _gather_sum
-from .training import ACTIVE, ByLatent, Entries, LatentSums, Objective
+from .entries import ACTIVE, ByLatent, Entries, LatentSums, Objective
 
 _ACTIVE = tl.constexpr(ACTIVE)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._common import on_device
 from ._decode import GatherConfig
-from .training import ACTIVE, LATENT, Entries, Residual
+from .entries import ACTIVE, LATENT, Entries, Residual
 
 _ACTIVE = tl.constexpr(ACTIVE)
 _LATENT = tl.constexpr(LATENT)

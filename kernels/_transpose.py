@@ -2,7 +2,7 @@
 
 import torch
 
-from .training import LATENT, ByLatent, Entries
+from .entries import LATENT, ByLatent, Entries
 
 
 def by_latent(entries: Entries, d_sae: int) -> ByLatent:

@@ -1,6 +1,6 @@
 """The public operators: the contract, the checks, the choice of implementation.
 
-Every operator has an eager PyTorch reference (`reference.py`) which is its specification. ``impl`` says who runs it:
+Every operator has a specification in plain PyTorch, the implementation "reference". ``impl`` says who runs it:
 
 * ``"auto"``: the Triton kernels on a GPU; on a CPU the native backend where it was built, else plain PyTorch (`choose`
   tells which and why);
@@ -11,6 +11,11 @@ Every operator has an eager PyTorch reference (`reference.py`) which is its spec
 
 Gates and windows are decided in fp32 (fp64 for fp64 inputs). Results repeat bit for bit from run to run. NaN or Inf in
 gives NaN or Inf out, never a plausible zero.
+
+The first three operators are inference and the activation; those after `encode_entries` are one exact training step,
+and `entries.py` says what they exchange and why. All of them are checked: ValueError or TypeError naming the argument,
+what was expected and what came; indices inside the tuples they exchange are trusted, as those of a `SparseCode` are.
+None of the training operators is differentiable: they compute the gradients.
 """
 
 from typing import NamedTuple
@@ -19,9 +24,14 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .autograd import Decode, JumpReLU, operator
+from .autograd import Decode, JumpReLU
 from .code import SparseCode
 from .dispatch import choose
+from .entries import ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Residual, Rule
+from .implementations import NEED_CAPACITY, operator
+
+# Room for this many entries a token is tried first where no capacity is given and one is needed, then what is needed.
+FIRST_ROOM = 128
 
 
 class JumpReLUOutput(NamedTuple):
@@ -70,7 +80,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, impl: 
     if not torch.compiler.is_compiling():
         validation.validate_encode(x, W_enc, b_enc, threshold)
     impl = choose(impl, x.device, x.dtype).impl
-    values, indices, offsets = operator("encode", impl).encode_forward(x, W_enc, b_enc, threshold)
+    values, indices, offsets = operator("encode_forward", impl)(x, W_enc, b_enc, threshold)
     return SparseCode(values, indices, offsets, W_enc.shape[1])
 
 
@@ -87,3 +97,225 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, *, impl: str = "auto"
         validation.validate_decode(code, W_dec, b_dec)
     impl = choose(impl, W_dec.device, W_dec.dtype).impl
     return Decode.apply(code.values, code.indices, code.offsets, W_dec, b_dec, impl)
+
+
+# ---- the training step, by entries
+
+
+@torch.no_grad()
+def encode_entries(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    capacity: int | None = None,
+    *,
+    tf32: bool = False,
+    impl: str = "auto",
+) -> Entries:
+    """The pairs (token n, latent j) that a training step needs: z > θ, or |z − θ| < ε/2, with z = x·W_enc + b_enc.
+
+    x: [N, d] fp16, bf16, fp32 (fp64: plain PyTorch), b_dec subtracted. W_enc: [d, F] of the same dtype, fastest as the
+    transposed view of a contiguous [F, d]. b_enc: [F] any float dtype. threshold: [F] fp32 (fp64 with fp64).
+    bandwidth: ε > 0. capacity: room for entries; None: as much as there is. tf32: whether a GPU may round fp32
+    operands to it; a CPU never does.
+
+    Returns `Entries`, token after token, latents ascending. With a capacity nothing waits for the device, and where
+    ``offsets[N] > capacity`` the entries beyond it are missing. z that is NaN or ±Inf is an entry, so that it spoils
+    the loss. Products are accumulated in fp32 (fp64 with fp64), and the gate is that of `encode`.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_training_encode(x, W_enc, b_enc, threshold, bandwidth)
+        validation.check_capacity(capacity)
+    impl = choose(impl, x.device, x.dtype).impl
+    run, arguments = operator("encode_entries", impl), (x, W_enc, b_enc, threshold, bandwidth)
+    if capacity is not None or impl not in NEED_CAPACITY:
+        return run(*arguments, capacity, tf32)
+    room = FIRST_ROOM * x.shape[0]
+    entries = run(*arguments, room, tf32)
+    needed = int(entries.offsets[-1])
+    return entries if needed <= room else run(*arguments, needed, tf32)
+
+
+@torch.no_grad()
+def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor, *, impl: str = "auto") -> Residual:
+    """r_n = Σ_e f_e·W_dec[j] + b_dec − x_n over the entries e = (n, j) of token n, then ⟨r_n, W_dec[j]⟩ of each entry.
+
+    entries: from `encode_entries`; f_e is its z where active, else 0. x: [N, d] fp32, neither rounded nor centred.
+    W_dec: [F, d] fp32 or bf16. b_dec: [d] fp32. (All fp64 with plain PyTorch.)
+
+    Returns `Residual`: the residual [N, d] in the dtype of W_dec, ‖r_n‖² [N] before that rounding, L0 [N], and u
+    [capacity], undefined beyond the last entry. Sums are fp32.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_residual_pass(entries, x, W_dec, b_dec)
+    impl = choose(impl, x.device, x.dtype).impl
+    return operator("residual_pass", impl)(entries, x, W_dec, b_dec)
+
+
+@torch.no_grad()
+def by_latent(entries: Entries, d_sae: int, *, impl: str = "auto") -> ByLatent:
+    """The entries in the order of their latents, tokens ascending within a latent: [capacity] int64 and [F + 1] int64.
+
+    entries: from `encode_entries`. d_sae: F. Without atomics; on a GPU without waiting for the device.
+    """
+    if not torch.compiler.is_compiling():
+        validation.check_int("d_sae", d_sae, 0)
+        validation.check_entries(entries, entries.z.device)
+    impl = choose(impl, entries.z.device, entries.z.dtype).impl
+    return operator("by_latent", impl)(entries, d_sae)
+
+
+@torch.no_grad()
+def latent_pass(
+    entries: Entries,
+    u: Tensor,
+    transposed: ByLatent,
+    threshold: Tensor,
+    s: Tensor,
+    objective: Objective,
+    *,
+    impl: str = "auto",
+) -> LatentSums:
+    """What the entries contribute to the gradients, latent by latent: the formulas of `entries.py`.
+
+    u: [capacity] of `residual_pass`. transposed: of `by_latent`. threshold: θ [F] fp32. s: [N] fp32, ∂L/∂l0_n.
+
+    Returns `LatentSums`: the coefficients of each entry in the order of ``transposed``, db_enc, dθ, ⟨dW_dec[j],
+    W_dec[j]⟩ and how often each latent fired, all [F]. Sums are fp32, in an order that depends on the latent alone.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_latent_pass(entries, u, transposed, threshold, s, objective)
+    impl = choose(impl, threshold.device, threshold.dtype).impl
+    return operator("latent_pass", impl)(entries, u, transposed, threshold, s, objective)
+
+
+@torch.no_grad()
+def weight_gradients(
+    transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """dW_enc[j] = Σ dz·(x_n − b_dec) and dW_dec[j] = Σ dec·r_n over the entries of each latent: [F, d] fp32 each.
+
+    For those who want gradients in memory; `update_from_entries` never stores them. sums: of `latent_pass`. residual
+    and x_centred = x − b_dec: [N, d] of one float dtype.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_weight_gradients(transposed, sums, residual, x_centred)
+    impl = choose(impl, residual.device, residual.dtype).impl
+    return operator("weight_gradients", impl)(transposed, sums, residual, x_centred)
+
+
+@torch.no_grad()
+def encoder_times(W_enc: Tensor, db_enc: Tensor, *, impl: str = "auto") -> Tensor:
+    """Σ_j db_enc_j·W_enc[j], [d] fp32: what the pre-encoder bias takes from the gradient of b_dec.
+
+    W_enc: [F, d], latent-major, any float dtype. db_enc: [F] fp32.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_encoder_times(W_enc, db_enc)
+    impl = choose(impl, W_enc.device, W_enc.dtype).impl
+    return operator("encoder_times", impl)(W_enc, db_enc)
+
+
+@torch.no_grad()
+def update_from_entries(
+    state: LatentState,
+    transposed: ByLatent,
+    sums: LatentSums,
+    residual: Tensor,
+    x_centred: Tensor,
+    rule: Rule,
+    ok: Tensor,
+    step: Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """Adam with β1 = 0, in place, on every latent that has entries; the others do not move, exactly as they should.
+
+    state: contiguous tensors, fp32 (fp64: plain PyTorch), changed in place. residual, x_centred: [N, d] of one float
+    dtype, as `residual_pass` and `encode_entries` had them. ok: int32 scalar on the device; with 0 nothing is written.
+    step: int64 scalar on the device, updates made so far.
+
+    The gradient of a latent's decoder row loses its component along the row, and after the step the row returns to unit
+    norm. A latent that was idle for k updates first pays the decay β2^k that its second moments owe, so that the result
+    is that of updating every latent every time. The threshold never falls below 0.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_update_from_entries(state, transposed, sums, residual, x_centred, rule, ok, step)
+    impl = choose(impl, state.W_dec.device, state.W_dec.dtype).impl
+    operator("update_from_entries", impl)(state, transposed, sums, residual, x_centred, rule, ok, step)
+
+
+@torch.no_grad()
+def settle(state: LatentState, step: Tensor, beta2: float, *, impl: str = "auto") -> None:
+    """Pay every second moment, in place, the decay it owes up to ``step`` (int64 scalar: updates made), as before
+    saving them. beta2: in (0, 1]."""
+    if not torch.compiler.is_compiling():
+        validation.validate_settle(state, step, beta2)
+    operator("settle", choose(impl, state.W_dec.device, state.W_dec.dtype).impl)(state, step, beta2)
+
+
+# ---- the training step, by whole matrices
+
+
+@torch.no_grad()
+def dense_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    *,
+    tf32: bool = False,
+    impl: str = "auto",
+) -> DenseCode:
+    """f = z·1[z > θ] of every pair, and which pairs are active or in the window: for a code that is not sparse yet.
+
+    Arguments as of `encode_entries`. Returns `DenseCode`: f [N, F] in the dtype of x, the two masks in a form that is
+    the implementation's own, L0 [N], firing counts [F] and how many pairs `encode_entries` would have found. Does not
+    wait for the device.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_training_encode(x, W_enc, b_enc, threshold, bandwidth)
+    impl = choose(impl, x.device, x.dtype).impl
+    return operator("dense_encode", impl)(x, W_enc, b_enc, threshold, bandwidth, tf32)
+
+
+@torch.no_grad()
+def dense_backward(
+    u: Tensor, code: DenseCode, threshold: Tensor, s: Tensor, objective: Objective, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz [N, F] in the memory and dtype of ``u``, db_enc [F] and dθ [F] fp32, from u = r·W_decᵀ without its 2/N.
+
+    u: [N, F] fp16, bf16 or fp32, overwritten. code: of `dense_encode` by the same implementation. threshold: [F] fp32.
+    s: [N] fp32, ∂L/∂l0_n.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_dense_backward(u, code, threshold, s, objective)
+    impl = choose(impl, u.device, u.dtype).impl
+    return operator("dense_backward", impl)(u, code, threshold, s, objective)
+
+
+@torch.no_grad()
+def update_from_dense(
+    state: LatentState,
+    dW_enc: Tensor,
+    dW_dec: Tensor,
+    db_enc: Tensor,
+    dthreshold: Tensor,
+    touched: Tensor,
+    rule: Rule,
+    ok: Tensor,
+    step: Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """`update_from_entries` from gradients that stand in memory: dW_enc and dW_dec [F, d], db_enc and dθ [F], fp32.
+
+    touched: [F] int32; latents with 0 do not move. The rest as there.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_update_from_dense(state, dW_enc, dW_dec, db_enc, dthreshold, touched, rule, ok, step)
+    impl = choose(impl, state.W_dec.device, state.W_dec.dtype).impl
+    operator("update_from_dense", impl)(state, dW_enc, dW_dec, db_enc, dthreshold, touched, rule, ok, step)

@@ -23,8 +23,7 @@ from ._pytorch import (
     true_positions,
 )
 from ._transpose import by_latent as by_latent
-from .reference import activation, compute_dtype, gate, window
-from .training import (
+from .entries import (
     ACTIVE,
     LATENT,
     ByLatent,
@@ -36,6 +35,7 @@ from .training import (
     Residual,
     Rule,
 )
+from .reference import activation, compute_dtype, gate, window
 
 
 def encode_entries(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gemmascope.kernels import training_reference as reference
-from gemmascope.kernels.training import Entries
+from gemmascope.kernels.entries import Entries
 from tests.helpers import normal
 
 BANDWIDTH = 0.5

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gemmascope.kernels import training_reference as reference
-from gemmascope.kernels.training import DenseCode, Objective, training_operators
+from gemmascope.kernels.entries import DenseCode, Objective
+from gemmascope.kernels.implementations import operator
 from tests import sanitizer
 from tests.helpers import (
     LAYOUTS,
@@ -111,8 +112,8 @@ def assert_equals_reference(arguments, code):
 
 
 def test_are_the_operators_of_the_training_step():
-    operators = training_operators("triton")
-    assert (operators.dense_encode, operators.dense_backward) == (dense_encode, dense_backward)
+    assert operator("dense_encode", "triton") is dense_encode
+    assert operator("dense_backward", "triton") is dense_backward
 
 
 @interpreted

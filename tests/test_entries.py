@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemmascope.kernels import training_reference as reference
-from gemmascope.kernels.training import ACTIVE, LATENT, Entries, training_operators
+from gemmascope.kernels.entries import ACTIVE, LATENT, Entries
+from gemmascope.kernels.implementations import operator
 from tests import sanitizer
 from tests.helpers import LAYOUTS, assert_bitwise_equal, assert_within_budget, lattice, normal, shape_cases
 
@@ -96,7 +97,7 @@ def assert_equals_reference(arguments, capacity, entries):
 
 
 def test_is_the_operator_of_the_training_step():
-    assert training_operators("triton").encode_entries is encode_entries
+    assert operator("encode_entries", "triton") is encode_entries
 
 
 @interpreted

@@ -5,7 +5,7 @@ import torch
 
 from gemmascope.kernels import training_reference as reference
 from gemmascope.kernels.dispatch import interpreting
-from gemmascope.kernels.training import ACTIVE, LATENT, ByLatent, Entries, Objective
+from gemmascope.kernels.entries import ACTIVE, LATENT, ByLatent, Entries, Objective
 from tests import sanitizer
 from tests.entries import BANDWIDTH, batch, double, from_pre_activations
 from tests.helpers import (

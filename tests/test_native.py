@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gemmascope import kernels
 from gemmascope.kernels import SparseCode, _native, reference
-from gemmascope.kernels.autograd import operator
+from gemmascope.kernels.implementations import operator
 from tests.helpers import (
     LAYOUTS,
     assert_bitwise_equal,
@@ -210,7 +210,7 @@ def test_decode_matches_reference(N, F, d, dtype):
     exact = reference.decode_forward(code.values.double(), *code[1:3], W_dec.double(), b_dec.double())
     eager = reference.decode_forward(*code[:3], W_dec, b_dec)
     assert_within_budget("x_hat", kernels.decode(code, W_dec, b_dec, impl="cpu"), exact, eager)
-    backward = operator("decode", "cpu").decode_backward
+    backward = operator("decode_backward", "cpu")
     exact = reference.decode_backward(
         grad.double(), code.values.double(), *code[1:3], W_dec.double(), need_values=True, need_W=True
     )
@@ -244,7 +244,7 @@ def test_jumprelu_matches_reference(N, F, dtype):
     arguments = normal(N, F, dtype=dtype, seed=3), normal(N, seed=4), pre, b_enc, threshold
     exact = reference.jumprelu_backward(*(t.double() for t in arguments), 0.5)
     eager = reference.jumprelu_backward(*arguments, 0.5)
-    ours = operator("jumprelu", "cpu").jumprelu_backward(*arguments, 0.5)
+    ours = operator("jumprelu_backward", "cpu")(*arguments, 0.5)
     for name, *three in zip(("dpre", "db_enc", "dthreshold"), ours, exact, eager, strict=True):
         assert_within_budget(name, *three)
 
@@ -262,12 +262,12 @@ def test_jumprelu_keeps_what_is_not_finite_visible(where, value):
     if where == 4 and abs(value) == 3e38:
         value = 1e37  # θ/ε is to stay finite
     arguments[where].view(-1)[3:9] = value
-    forward = operator("jumprelu", "cpu").jumprelu_forward(*arguments[2:])
+    forward = operator("jumprelu_forward", "cpu")(*arguments[2:])
     for name, ours, expected in zip(
         ("f", "l0", "firing_count"), forward, reference.jumprelu_forward(*arguments[2:]), strict=True
     ):
         assert_bitwise_equal(name, ours, expected)
-    ours = operator("jumprelu", "cpu").jumprelu_backward(*arguments, 0.5)
+    ours = operator("jumprelu_backward", "cpu")(*arguments, 0.5)
     expected = reference.jumprelu_backward(*arguments, 0.5)
     for name, a, b in zip(("dpre", "db_enc", "dthreshold"), ours, expected, strict=True):
         assert_same_not_finite(name, a, b)
@@ -286,9 +286,9 @@ def test_same_bits_with_any_number_of_threads():
                 [
                     *code[:3],
                     kernels.decode(code, W_dec, b_dec, impl="cpu"),
-                    *operator("decode", "cpu").decode_backward(grad, *code[:3], W_dec, need_values=True, need_W=True),
+                    *operator("decode_backward", "cpu")(grad, *code[:3], W_dec, need_values=True, need_W=True),
                     *kernels.jumprelu(pre, b_enc, threshold, impl="cpu"),
-                    *operator("jumprelu", "cpu").jumprelu_backward(pre, grad[:, 0], pre, b_enc, threshold, 0.5),
+                    *operator("jumprelu_backward", "cpu")(pre, grad[:, 0], pre, b_enc, threshold, 0.5),
                 ]
             )
     for other in found[1:]:

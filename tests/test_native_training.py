@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from gemmascope.kernels import _cpu_training
 from gemmascope.kernels import training_reference as reference
-from gemmascope.kernels.training import ByLatent, Entries, Objective, training_operators
+from gemmascope.kernels.entries import ByLatent, Entries, Objective
+from gemmascope.kernels.implementations import operator
 from gemmascope.step import sparse_step
 from tests.entries import BANDWIDTH, batch, from_pre_activations
 from tests.helpers import LAYOUTS, assert_bitwise_equal, assert_within_budget, normal, shape_cases
@@ -28,13 +30,12 @@ ORACLES = {
 @pytest.fixture(params=ISAS, autouse=True)
 def native(request, monkeypatch):
     """The operators by one instruction set, also under the names by which the other modules' checks call them."""
-    operators = training_operators("cpu")
     for module, names in ORACLES.items():
         for name in names:
-            monkeypatch.setattr(module, name, getattr(operators, name))
+            monkeypatch.setattr(module, name, operator(name, "cpu"))
     before = torch.ops.gemmascope_cpu.isa()
     torch.ops.gemmascope_cpu.use_isa(request.param)
-    yield operators
+    yield _cpu_training
     torch.ops.gemmascope_cpu.use_isa(before)
 
 
@@ -96,7 +97,7 @@ def test_residual_matches_reference(N, F, d, dtype):
 def test_residual_of_bad_input():
     inputs = batch(5, 9, 6)
     inputs.entries.z[:3] = torch.tensor([torch.nan, -torch.inf, torch.inf])
-    ours = training_operators("cpu").residual_pass(inputs.entries, inputs.x, inputs.W_dec, inputs.b_dec)
+    ours = _cpu_training.residual_pass(inputs.entries, inputs.x, inputs.W_dec, inputs.b_dec)
     eager = reference.residual_pass(inputs.entries, inputs.x, inputs.W_dec, inputs.b_dec)
     assert torch.equal(ours.squared_error.isfinite(), eager.squared_error.isfinite())
     assert not ours.squared_error.isfinite().all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemmascope.kernels import SparseCode, _pytorch, decode, encode, jumprelu, training_reference
-from gemmascope.kernels.training import ACTIVE, LATENT, LatentState, LatentSums, Rule
+from gemmascope.kernels.entries import ACTIVE, LATENT, LatentState, LatentSums, Rule
 from tests.entries import BANDWIDTH, batch, double, from_pre_activations
 from tests.helpers import (
     DTYPES,

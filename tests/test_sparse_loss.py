@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemmascope import sparse_loss as sparse_loss_module
+from gemmascope.kernels import api
 from gemmascope.losses import Loss, loss_and_gradients
 from gemmascope.sparse_loss import sparse_loss
 from tests.test_step import DEVICE, FAST_LOSSES, LARGE, NAMES, SMALL, data, needs_triton, start
@@ -29,7 +29,7 @@ def test_gradients_are_the_written_ones(loss, pre_encoder_bias):
 @needs_triton
 @pytest.mark.parametrize("first_room", [1, 128], ids=["grows", "fits"])
 def test_the_kernels(monkeypatch, first_room):
-    monkeypatch.setattr(sparse_loss_module, "FIRST_ROOM", first_room)
+    monkeypatch.setattr(api, "FIRST_ROOM", first_room)
     loss, x = FAST_LOSSES["ste-all"], next(data(1, SMALL))
     sae, exact = start("triton").sae, start(dtype=torch.float64, sizes=SMALL).sae
     eager = start(sizes=SMALL).sae

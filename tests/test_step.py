@@ -10,8 +10,8 @@ import torch
 from gemmascope import memory
 from gemmascope import step as step_module
 from gemmascope.kernels.dispatch import triton_problem
+from gemmascope.kernels.entries import Rule
 from gemmascope.kernels.reference import Parameters
-from gemmascope.kernels.training import Rule
 from gemmascope.losses import Loss, loss_and_gradients
 from gemmascope.sae import JumpReLUSAE
 from gemmascope.step import TrainState, dense_step, reference_step, sparse_step

@@ -5,7 +5,7 @@ import torch
 
 from gemmascope.kernels import training_reference as reference
 from gemmascope.kernels.dispatch import interpreting
-from gemmascope.kernels.training import ByLatent, LatentState, LatentSums, Rule
+from gemmascope.kernels.entries import ByLatent, LatentState, LatentSums, Rule
 from tests import sanitizer
 from tests.entries import double
 from tests.helpers import (

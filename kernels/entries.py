@@ -1,4 +1,4 @@
-"""The operators of one exact training step: what they exchange, and who implements them.
+"""What the operators of one exact training step exchange.
 
 A JumpReLU step needs the pre-activations z of every latent, but beyond them only the *entries*: the pairs (token n,
 latent j) that are active, z > θ, or in the window of the threshold's straight-through gradient, |z − θ| < ε/2. With
@@ -18,7 +18,6 @@ of whole matrices, `dense_backward`, `update_from_dense`. Symbols as in `referen
 entries, a number on the host, while how many there are is only known on the device.
 """
 
-from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -110,18 +109,3 @@ class LatentState(NamedTuple):
     last: Tensor  # [F] int64, updates made when the latent was last touched
     W_enc_low: Tensor | None = None  # [F, d] bf16 copies that the products read; None: they read the weights
     W_dec_low: Tensor | None = None
-
-
-def training_operators(impl: str) -> ModuleType:
-    """The module that implements the operators by ``impl``; "reference" and "pytorch" are one."""
-    if impl == "triton":
-        from . import _training
-
-        return _training
-    if impl == "cpu":
-        from . import _cpu_training
-
-        return _cpu_training
-    from . import training_reference
-
-    return training_reference
