@@ -12,7 +12,7 @@ from bench.cases import CONTENDERS, SHAPES, SUITES, Case, cases, judge
 from bench.inputs import SKEW
 from bench.measure import Clock
 from bench.run import Gates, Options, run_case
-from gemmascope.step import COMPUTE_DTYPES
+from gemmascope.config import COMPUTE_DTYPES
 
 QUICK_ROUNDS = 3
 HELP = """\

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemmascope.config import Loss
 from gemmascope.kernels import Rule
-from gemmascope.losses import Loss
 from gemmascope.sae import JumpReLUSAE
 
 TRAINING = ("step", "forward", "backward")

@@ -21,7 +21,7 @@ from gemmascope.step import StepFigures, TrainState, dense_step, reference_step,
 # other, where Adam's own first step would be ±learning_rate whatever the gradient.
 GATE_RULE = Rule(learning_rate=1.0, beta2=0.999, eps=1.0, log_threshold=True)
 # A window so wide that dθ is never the rounding error of one entry, and λ of the size of what it is added to.
-GATE_LOSS = Loss(coefficient=0.02, bandwidth=1e-2)
+GATE_LOSS = Loss(l0_coefficient=0.02, bandwidth=1e-2)
 GATE_TOKENS, GATE_LATENTS, GATE_DENSITY = 128, 1024, 0.01
 GATE_MARGIN = 1e-6  # no z of the gate is closer to a decision than this
 AGREEMENT_TOKENS, AGREEMENT_LATENTS = 64, 4096

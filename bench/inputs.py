@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contenders import Inputs
+from gemmascope.config import Loss
 from gemmascope.kernels import Rule
-from gemmascope.losses import Loss
 from gemmascope.sae import JumpReLUSAE
 
-LOSS = Loss(coefficient=6e-4, bandwidth=1e-3)
+LOSS = Loss(l0_coefficient=6e-4, bandwidth=1e-3)
 # So small that no latent moves far enough to change L0 while the same batch is used again and again.
 RULE = Rule(learning_rate=1e-7, beta2=0.999, eps=1e-8, log_threshold=True)
 SKEW = 0.7

@@ -11,6 +11,7 @@ from bench.contenders import INFERENCE, OPERATORS, TRAINING, Contender, Inputs, 
 from gemmascope import kernels
 from gemmascope.kernels.dispatch import choose
 from gemmascope.kernels.implementations import operator
+from gemmascope.losses import l0_penalty, objective
 from gemmascope.step import StepFigures, TrainState, dense_step, sparse_step
 from gemmascope.trainer import CAPACITY_MARGIN, CAPACITY_UNIT
 
@@ -82,7 +83,7 @@ class Ours(Contender):
             x_centred, *weights, inputs.loss.bandwidth, self.capacity, tf32=self.tf32, impl=impl
         )
         out = kernels.residual_pass(entries, inputs.x, self.state.decoder_rows, sae.b_dec, impl=impl)
-        penalty, s = inputs.loss.l0_penalty(out.l0)
+        penalty, s = l0_penalty(inputs.loss, out.l0)
         self.saved = (x_centred, entries, out, s)
         return out.squared_error.mean() + penalty
 
@@ -92,8 +93,8 @@ class Ours(Contender):
         x_centred, entries, out, s = self.saved
         state, n, impl = self.state, len(x_centred), self.state.impl
         transposed = kernels.by_latent(entries, state.sae.d_sae, impl=impl)
-        objective = self.inputs.loss.objective(n)
-        sums = kernels.latent_pass(entries, out.u, transposed, state.sae.threshold, s, objective, impl=impl)
+        weights = objective(self.inputs.loss, n)
+        sums = kernels.latent_pass(entries, out.u, transposed, state.sae.threshold, s, weights, impl=impl)
         self.db_dec = out.residual.sum(0, dtype=torch.float32) * (2 / n) - kernels.encoder_times(
             state.encoder_rows, sums.db_enc, impl=impl
         )

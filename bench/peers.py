@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.contenders import INFERENCE, TRAINING, Contender, Inputs, UnavailableError
 from bench.measure import allowing_tf32
-from gemmascope.losses import Loss
+from gemmascope.config import Loss
 from gemmascope.sae import JumpReLUSAE
 
 OPERAND_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -62,7 +62,7 @@ def dense_loss(
     z = (x - b_dec) @ W_enc + b_enc
     x_hat = JumpReLU.apply(z, threshold, loss.bandwidth) @ W_dec + b_dec
     l0 = Step.apply(z, threshold, loss.bandwidth).sum(1)
-    return (x_hat - x).square().sum(1).mean() + loss.coefficient * l0.mean()
+    return (x_hat - x).square().sum(1).mean() + loss.l0_coefficient * l0.mean()
 
 
 def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Tensor:

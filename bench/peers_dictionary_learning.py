@@ -41,7 +41,7 @@ class DictionaryLearning(Contender):
             lm_name="",
             lr=inputs.rule.learning_rate,
             bandwidth=loss.bandwidth,
-            sparsity_penalty=loss.coefficient,
+            sparsity_penalty=loss.l0_coefficient,
             warmup_steps=0,
             sparsity_warmup_steps=None,
             target_l0=inputs.l0,

@@ -14,7 +14,7 @@ def training_sae(inputs: Inputs, **options):
     from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 
     sae, loss = inputs.sae, inputs.loss
-    given = {"l0_coefficient": loss.coefficient, "jumprelu_bandwidth": loss.bandwidth} | options
+    given = {"l0_coefficient": loss.l0_coefficient, "jumprelu_bandwidth": loss.bandwidth} | options
     config = JumpReLUTrainingSAEConfig(sae.d_model, sae.d_sae, device=str(inputs.x.device), **given)
     theirs = JumpReLUTrainingSAE(config)
     copy_weights(sae, theirs)

@@ -141,7 +141,7 @@ def parity(config: TrainConfig, site: Site, rows: Tensor, held_out: Tensor, impl
     )
     runs = [train(one, Setting(config, 0.0), site, rows, held_out, tick) for one in (ours, reference)]
     row: Row = {"kind": "parity", "contender": "ours", "site": str(site), "dtype": "fp64", "steps": config.steps}
-    row |= {"l0_coefficient": config.l0_coefficient, "impl": ours.trainer.state.impl, "route": ours.trainer.route}
+    row |= {"l0_coefficient": config.loss.l0_coefficient, "impl": ours.trainer.state.impl, "route": ours.trainer.route}
     return row | {name: abs(runs[0][name] / runs[1][name] - 1) for name in ("l0", "fvu")}
 
 
@@ -153,7 +153,7 @@ def settings(name: str, configs: Sequence[TrainConfig], reached: Sequence[float]
 
 def facts_of(trainer: Trainer, setting: Setting, site: Site, width: int) -> Row:
     config = setting.config
-    sparsity = {"target_l0": setting.l0} if trainer.fixes_l0 else {"l0_coefficient": config.l0_coefficient}
+    sparsity = {"target_l0": setting.l0} if trainer.fixes_l0 else {"l0_coefficient": config.loss.l0_coefficient}
     return {
         "kind": "quality",
         "contender": trainer.name,

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from bench.contenders import Contender, Inputs
 from bench.peers_saelens import PARAMETERS
-from gemmascope.config import TrainConfig
+from gemmascope.config import Loss, TrainConfig
 from gemmascope.kernels import Rule
-from gemmascope.losses import Loss
 from gemmascope.sae import JumpReLUSAE
 from gemmascope.trainer import SAETrainer
 
@@ -60,8 +59,8 @@ class Ours(Trainer):
         self.name, self.route, self.impl, self.dtype = name, route, impl, dtype
 
     def start(self, setting: Setting, start: JumpReLUSAE, sample: Tensor) -> None:
-        changes = setting.config.to_dict() | {"route": self.route}
-        self.trainer = SAETrainer(TrainConfig(**changes), sample, impl=self.impl, dtype=self.dtype)
+        config = setting.config.changed(route=self.route)
+        self.trainer = SAETrainer(config, sample, impl=self.impl, dtype=self.dtype)
 
     def update(self, x: Tensor) -> None:
         self.trainer.update(x)
@@ -73,7 +72,7 @@ class Ours(Trainer):
 
 def inputs_of(setting: Setting, start: JumpReLUSAE, sample: Tensor) -> Inputs:
     config = setting.config
-    loss = Loss(config.l0_coefficient, config.bandwidth)
+    loss = Loss(config.loss.l0_coefficient, config.loss.bandwidth)
     rule = Rule(config.learning_rate, config.adam_beta2, config.adam_eps, log_threshold=False)
     return Inputs(start, sample, loss, rule, setting.l0)
 
@@ -155,7 +154,7 @@ class DictionaryLearning(Trainer):
             warmup_steps=config.lr_warmup_steps,
             sparsity_warmup_steps=config.l0_warmup_steps,
             target_l0=setting.l0,
-            **({"bandwidth": config.bandwidth, "decay_start": decay_start} if shared else {}),
+            **({"bandwidth": config.loss.bandwidth, "decay_start": decay_start} if shared else {}),
         )
         self.begin, self.steps, theirs = start, 0, self.trainer.ae
         with torch.no_grad():

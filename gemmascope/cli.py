@@ -13,6 +13,7 @@ import torch
 import typer
 
 from . import __version__, report
+from .checks import dtype_name
 from .kernels import choose
 
 app = typer.Typer(add_completion=False, help="Sparse autoencoders on every layer of Gemma 2.")
@@ -105,7 +106,7 @@ def info(debug: Debug = False) -> None:
     for device, _ in devices():
         for dtype in DTYPES:
             choice = choose("auto", device, dtype)
-            table.add_row(device, str(dtype).removeprefix("torch."), choice.impl, choice.reason)
+            table.add_row(device, dtype_name(dtype), choice.impl, choice.reason)
     console.print()
     console.print(table)
 

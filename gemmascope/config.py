@@ -4,29 +4,67 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from .losses import L0_OF, SPARSITIES, Loss
-from .step import COMPUTE_DTYPES
+from .checks import check_choice, check_int, check_number, check_type
 
+SPARSITIES = ("l0", "target_l0", "quadratic_l0", "tanh")
+L0_OF = ("token", "batch")
+COMPUTE_DTYPES = ("fp32", "tf32", "bf16")
 PARAMETRISATIONS = ("log", "raw")
 B_DEC_INITS = ("zeros", "mean")
 ROUTES = ("auto", "reference", "dense", "sparse")
 TARGETED = ("target_l0", "quadratic_l0")
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a finite number in [low, high] (or (low, high])."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
-        bounds = f"{'>' if open_low else '≥'} {low:g}" + ("" if high == math.inf else f" and ≤ {high:g}")
-        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
+@dataclass(frozen=True)
+class Loss:
+    r"""L = mean_n ‖x_n − x̂_n‖² + S, with l0_n = ‖f_n‖₀ over N tokens and S by ``sparsity``:
+
+    | `l0` | λ·mean_n l0_n | arXiv 2408.05147, equation 4 |
+    | `target_l0` | λ·mean_n (l0_n/L0* − 1)² | arXiv 2407.14435, appendix F |
+    | `quadratic_l0` | λ·(2/L0*)·mean_n (l0_n − L0*)² | Gemma Scope 2 |
+    | `tanh` | λ·mean_n Σ_j tanh(c·f_nj), rows of W_dec having unit norm | Anthropic, January 2025 update |
+
+    ``l0_coefficient`` is λ, ``target_l0`` L0*, ``tanh_scale`` c. With ``l0_of="batch"`` the mean L0 of the batch
+    takes the place of each l0_n. ``frequency_scale`` s adds λ·Σ_j p_j²/s, p_j the share of the tokens that latent j
+    fires on (Smith et al., March 2025). ``pre_act_coefficient`` λ_P adds λ_P·mean_n Σ_j relu(θ_j − z_nj) over the dead latents.
+
+    The straight-through estimator of width ``bandwidth`` passes gradients to θ, and with ``ste_to_z`` to z too.
+    """
+
+    l0_coefficient: float = 6e-4
+    """λ."""
+    bandwidth: float = 1e-3
+    """ε, the width of the straight-through window around the threshold."""
+    sparsity: str = "l0"
+    target_l0: float | None = None
+    """L0*, which `target_l0` and `quadratic_l0` aim at."""
+    l0_of: str = "token"
+    """Whether those two compare L0* with the L0 of each `token` or of the `batch` on average."""
+    frequency_scale: float | None = None
+    """s: adds the penalty λ·Σ_j p_j²/s on the frequencies of the latents."""
+    tanh_scale: float = 4.0
+    """c of the `tanh` penalty."""
+    pre_act_coefficient: float = 0.0
+    """λ_P of the pre-activation loss, which pulls dead latents towards firing; on the `reference` route only."""
+    ste_to_z: bool = False
+    """Whether the straight-through gradient reaches the pre-activations, or only the threshold."""
+
+    def __post_init__(self):
+        check_number("l0_coefficient", self.l0_coefficient, 0)
+        check_number("bandwidth", self.bandwidth, 0, open_low=True)
+        check_number("tanh_scale", self.tanh_scale, 0, open_low=True)
+        check_number("pre_act_coefficient", self.pre_act_coefficient, 0)
+        for name in ("target_l0", "frequency_scale"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, open_low=True)
+        check_type("ste_to_z", self.ste_to_z, bool)
+        check_choice("sparsity", self.sparsity, SPARSITIES)
+        check_choice("l0_of", self.l0_of, L0_OF)
+        if self.sparsity in TARGETED and self.target_l0 is None:
+            raise ValueError(f"target_l0: expected a number with sparsity={self.sparsity!r}, got None")
 
 
-def check_int(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name}: expected at least {low}, got {value}")
+LOSS_FIELDS = frozenset(field.name for field in dataclasses.fields(Loss))
 
 
 @dataclass(frozen=True)
@@ -52,26 +90,10 @@ class TrainConfig:
     adam_beta2: float = 0.999
     """Adam without a first moment (beta1 = 0)."""
     adam_eps: float = 1e-8
-    l0_coefficient: float = 6e-4
-    """λ, the weight of the mean number of active latents."""
+    loss: Loss = Loss()
+    """What is minimised; its λ is where the warm-up ends."""
     l0_warmup_steps: int = 10_000
     """Linear warm-up of λ from 0."""
-    bandwidth: float = 1e-3
-    """ε, the width of the straight-through window around the threshold."""
-    sparsity: str = "l0"
-    """The sparsity penalty: `l0`, `target_l0`, `quadratic_l0` or `tanh`; formulas and sources in `losses.Loss`."""
-    target_l0: float | None = None
-    """L0*, which `target_l0` and `quadratic_l0` aim at."""
-    l0_of: str = "token"
-    """Whether those two compare L0* with the L0 of each `token` or of the `batch` on average."""
-    frequency_scale: float | None = None
-    """s: adds the penalty λ·Σ_j p_j²/s on the frequencies of the latents."""
-    tanh_scale: float = 4.0
-    """c of the `tanh` penalty."""
-    pre_act_coefficient: float = 0.0
-    """λ_P of the pre-activation loss, which pulls dead latents towards firing; on the `reference` route only."""
-    ste_to_z: bool = False
-    """Whether the straight-through gradient reaches the pre-activations, or only the threshold."""
     threshold_init: float = 1e-3
     threshold_parametrisation: str = "log"
     """What Adam moves: log θ (the paper), or θ itself (`raw`, clamped at 0). Log θ moves at most about the learning
@@ -97,44 +119,40 @@ class TrainConfig:
         check_number("lr_warmup_start", self.lr_warmup_start, 0, 1)
         check_number("adam_beta2", self.adam_beta2, 0, 1 - 1e-9, open_low=True)
         check_number("adam_eps", self.adam_eps, 0, open_low=True)
-        check_number("l0_coefficient", self.l0_coefficient, 0)
-        check_number("bandwidth", self.bandwidth, 0, open_low=True)
         log = self.threshold_parametrisation == "log"
         check_number("threshold_init", self.threshold_init, 0, open_low=log)
-        check_number("tanh_scale", self.tanh_scale, 0, open_low=True)
-        check_number("pre_act_coefficient", self.pre_act_coefficient, 0)
-        for name in ("target_l0", "frequency_scale"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0, open_low=True)
-        if not isinstance(self.ste_to_z, bool):
-            raise TypeError(f"ste_to_z: expected a bool, got {type(self.ste_to_z).__name__}")
-        choices = {
-            "threshold_parametrisation": PARAMETRISATIONS,
-            "b_dec_init": B_DEC_INITS,
-            "sparsity": SPARSITIES,
-            "l0_of": L0_OF,
-            "compute_dtype": COMPUTE_DTYPES,
-            "route": ROUTES,
-        }
-        for name, options in choices.items():
-            if getattr(self, name) not in options:
-                expected = " or ".join(map(repr, options))
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-        if self.sparsity in TARGETED and self.target_l0 is None:
-            raise ValueError(f"target_l0: expected a number with sparsity={self.sparsity!r}, got None")
-        if self.pre_act_coefficient and self.route != "reference":
+        check_type("loss", self.loss, Loss)
+        check_choice("threshold_parametrisation", self.threshold_parametrisation, PARAMETRISATIONS)
+        check_choice("b_dec_init", self.b_dec_init, B_DEC_INITS)
+        check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check_choice("route", self.route, ROUTES)
+        if self.loss.pre_act_coefficient and self.route != "reference":
             raise ValueError(f"route: expected 'reference', the one with a pre-activation loss, got {self.route!r}")
         if self.compute_dtype != "fp32" and self.route == "reference":
             raise ValueError(f"compute_dtype: expected 'fp32' with route='reference', got {self.compute_dtype!r}")
 
+    def changed(self, **changes) -> "TrainConfig":
+        """A copy with other numbers, those of the loss by their own names: ``config.changed(target_l0=50, seed=1)``.
+
+        Raises TypeError for a name that neither the recipe nor its loss has.
+        """
+        loss = {name: changes.pop(name) for name in list(changes) if name in LOSS_FIELDS}
+        unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
+        if unknown:
+            raise TypeError(f"TrainConfig: expected the names of its fields or its loss's, got {min(unknown)!r}")
+        if loss:
+            changes["loss"] = dataclasses.replace(changes.get("loss", self.loss), **loss)
+        return dataclasses.replace(self, **changes)
+
     @classmethod
     def gemma_scope(cls, **changes) -> "TrainConfig":
-        """The published recipe."""
-        return cls(**changes)
+        """The published recipe, with ``changes`` as of `changed`."""
+        return cls().changed(**changes)
 
     @classmethod
     def short(cls, **changes) -> "TrainConfig":
-        """A recipe for small models and short runs: hundreds of updates instead of a million."""
+        """A recipe for small models and short runs, hundreds of updates instead of a million; ``changes`` as of
+        `changed`."""
         defaults = {
             "d_sae": 512,
             "steps": 400,
@@ -150,7 +168,7 @@ class TrainConfig:
             "threshold_parametrisation": "raw",
             "b_dec_init": "mean",
         }
-        return cls(**(defaults | changes))
+        return cls().changed(**(defaults | changes))
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of update ``step``, counted from 0."""
@@ -163,21 +181,11 @@ class TrainConfig:
 
     def l0_coefficient_at(self, step: int) -> float:
         """λ of update ``step``, counted from 0."""
-        return self.l0_coefficient * (min(1.0, step / self.l0_warmup_steps) if self.l0_warmup_steps else 1.0)
+        return self.loss.l0_coefficient * (min(1.0, step / self.l0_warmup_steps) if self.l0_warmup_steps else 1.0)
 
     def loss_at(self, step: int) -> Loss:
         """The loss of update ``step``, counted from 0."""
-        return Loss(
-            self.l0_coefficient_at(step),
-            self.bandwidth,
-            sparsity=self.sparsity,
-            target_l0=self.target_l0,
-            l0_of=self.l0_of,
-            frequency_scale=self.frequency_scale,
-            tanh_scale=self.tanh_scale,
-            pre_act_coefficient=self.pre_act_coefficient,
-            ste_to_z=self.ste_to_z,
-        )
+        return dataclasses.replace(self.loss, l0_coefficient=self.l0_coefficient_at(step))
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

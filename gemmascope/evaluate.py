@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_floating, dtype_name, found, is_integer
 from .sae import JumpReLUSAE
 from .sites import Site, attach, evaluating, site_width, special_token_ids
 
@@ -66,10 +67,7 @@ class SpliceMetrics:
 
 
 def _check_activations(name: str, activations: Tensor, d_model: int | None = None) -> None:
-    if not isinstance(activations, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(activations).__name__}")
-    if not activations.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {str(activations.dtype).removeprefix('torch.')}")
+    check_floating(name, activations)
     if activations.ndim != 2 or (d_model is not None and activations.shape[1] != d_model):
         width = "d_model" if d_model is None else d_model
         raise ValueError(f"{name}: expected shape [n, {width}], got {list(activations.shape)}")
@@ -154,7 +152,7 @@ def _checked_keep(keep: Tensor, activations: Tensor) -> Tensor:
     if not isinstance(keep, Tensor):
         raise TypeError(f"keep: expected a torch.Tensor, got {type(keep).__name__}")
     if keep.dtype != torch.bool:
-        raise TypeError(f"keep: expected dtype bool, got {str(keep.dtype).removeprefix('torch.')}")
+        raise TypeError(f"keep: expected dtype bool, got {dtype_name(keep.dtype)}")
     if keep.shape != activations.shape[:1]:
         raise ValueError(f"keep: expected shape [{activations.shape[0]}], got {list(keep.shape)}")
     if not keep.any():
@@ -203,9 +201,8 @@ def pair_table_fvu(
         ("train_pairs", train_pairs, train_activations),
         ("heldout_pairs", heldout_pairs, heldout_activations),
     ):
-        if not isinstance(pairs, Tensor) or pairs.is_floating_point() or pairs.dtype == torch.bool:
-            found = str(pairs.dtype).removeprefix("torch.") if isinstance(pairs, Tensor) else type(pairs).__name__
-            raise TypeError(f"{name}: expected an integer torch.Tensor, got {found}")
+        if not is_integer(pairs):
+            raise TypeError(f"{name}: expected an integer torch.Tensor, got {found(pairs)}")
         if pairs.shape != (activations.shape[0], 2):
             raise ValueError(f"{name}: expected shape [{activations.shape[0]}, 2], got {list(pairs.shape)}")
         if pairs.min() < 0:
@@ -288,8 +285,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        found = str(tokens.dtype).removeprefix("torch.") if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens: expected a torch.Tensor of int64 or int32, got {found}")
+        raise TypeError(f"tokens: expected a torch.Tensor of int64 or int32, got {found(tokens)}")
     if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise ValueError(f"tokens: expected shape [rows ≥ 1, context ≥ 2], got {list(tokens.shape)}")
     low, high, size = tokens.min().item(), tokens.max().item(), _vocabulary(model)

@@ -1,80 +1,55 @@
-"""The training losses, and their straight-through gradients written out densely: what the fast routes are held to."""
+"""What a `Loss` means: its penalties, and its straight-through gradients written out densely, which the fast routes are
+held to."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .config import Loss
 from .kernels import Objective
 from .kernels.reference import Parameters, activation, gate, window
 from .sae import JumpReLUSAE
 
-SPARSITIES = ("l0", "target_l0", "quadratic_l0", "tanh")
-L0_OF = ("token", "batch")
+
+def l0_penalty(loss: Loss, l0: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of the sparsity penalty S that depends on l0 [N], and s [N] = ∂S/∂l0_n."""
+    n = l0.shape[0]
+    if loss.l0_of == "batch":
+        l0 = l0.mean().expand(n)
+    if loss.sparsity == "l0":
+        return loss.l0_coefficient * l0.mean(), torch.full_like(l0, loss.l0_coefficient / n)
+    if loss.target_l0 is None:  # tanh
+        return l0.new_zeros(()), torch.zeros_like(l0)
+    weight = loss.l0_coefficient * (2 / loss.target_l0 if loss.sparsity == "quadratic_l0" else loss.target_l0**-2)
+    excess = l0 - loss.target_l0
+    return weight * excess.square().mean(), excess * (2 * weight / n)
 
 
-@dataclass(frozen=True)
-class Loss:
-    r"""L = mean_n ‖x_n − x̂_n‖² + S, with l0_n = ‖f_n‖₀ over N tokens and S by ``sparsity``:
+def frequency_penalty(loss: Loss, firing_count: Tensor, n: int) -> Tensor | float:
+    """λ·Σ_j p_j²/s for firing_count [d_sae] over n tokens; 0 without a ``frequency_scale``."""
+    if loss.frequency_scale is None:
+        return 0.0
+    return (firing_count.float() / n).square().sum() * (loss.l0_coefficient / loss.frequency_scale)
 
-    | `l0` | λ·mean_n l0_n | arXiv 2408.05147, equation 4 |
-    | `target_l0` | λ·mean_n (l0_n/L0* − 1)² | arXiv 2407.14435, appendix F |
-    | `quadratic_l0` | λ·(2/L0*)·mean_n (l0_n − L0*)² | Gemma Scope 2 |
-    | `tanh` | λ·mean_n Σ_j tanh(c·f_nj), rows of W_dec having unit norm | Anthropic, January 2025 update |
 
-    ``coefficient`` is λ, ``target_l0`` L0*, ``tanh_scale`` c. With ``l0_of="batch"`` the mean L0 of the batch takes the
-    place of each l0_n. ``frequency_scale`` s adds λ·Σ_j p_j²/s, p_j the share of the tokens that latent j fires on
-    (Smith et al., March 2025). ``pre_act_coefficient`` λ_P adds λ_P·mean_n Σ_j relu(θ_j − z_nj) over the dead latents.
+def tanh_penalty(loss: Loss, f: Tensor, n: int) -> Tensor | float:
+    """The `tanh` penalty over n tokens. f: activations of any shape, inactive ones 0."""
+    if loss.sparsity != "tanh":
+        return 0.0
+    return torch.tanh(loss.tanh_scale * f).sum() * (loss.l0_coefficient / n)
 
-    The straight-through estimator of width ``bandwidth`` passes gradients to θ, and with ``ste_to_z`` to z too.
-    Numbers are checked where users write them, in `TrainConfig`.
-    """
 
-    coefficient: float
-    bandwidth: float
-    sparsity: str = "l0"
-    target_l0: float | None = None
-    l0_of: str = "token"
-    frequency_scale: float | None = None
-    tanh_scale: float = 4.0
-    pre_act_coefficient: float = 0.0
-    ste_to_z: bool = False
-
-    def l0_penalty(self, l0: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of S that depends on l0 [N], and s [N] = ∂S/∂l0_n."""
-        n = l0.shape[0]
-        if self.l0_of == "batch":
-            l0 = l0.mean().expand(n)
-        if self.sparsity == "l0":
-            return self.coefficient * l0.mean(), torch.full_like(l0, self.coefficient / n)
-        if self.sparsity == "tanh":
-            return l0.new_zeros(()), torch.zeros_like(l0)
-        weight = self.coefficient * (2 / self.target_l0 if self.sparsity == "quadratic_l0" else self.target_l0**-2)
-        excess = l0 - self.target_l0
-        return weight * excess.square().mean(), excess * (2 * weight / n)
-
-    def frequency_penalty(self, firing_count: Tensor, n: int) -> Tensor | float:
-        if self.frequency_scale is None:
-            return 0.0
-        return (firing_count.float() / n).square().sum() * (self.coefficient / self.frequency_scale)
-
-    def tanh_penalty(self, f: Tensor, n: int) -> Tensor | float:
-        """f: activations of any shape, inactive ones 0."""
-        if self.sparsity != "tanh":
-            return 0.0
-        return torch.tanh(self.tanh_scale * f).sum() * (self.coefficient / n)
-
-    def objective(self, n: int) -> Objective:
-        """What the kernels need to know of it, for a batch of n tokens."""
-        scale, tanh = self.frequency_scale, self.sparsity == "tanh"
-        return Objective(
-            self.bandwidth,
-            frequency_slope=0.0 if scale is None else 2 * self.coefficient / (scale * n * n),
-            tanh_slope=self.coefficient * self.tanh_scale / n if tanh else 0.0,
-            tanh_scale=self.tanh_scale if tanh else 0.0,
-            ste_to_z=self.ste_to_z,
-        )
+def objective(loss: Loss, n: int) -> Objective:
+    """What the kernels need to know of ``loss``, for a batch of n tokens."""
+    scale, tanh = loss.frequency_scale, loss.sparsity == "tanh"
+    return Objective(
+        loss.bandwidth,
+        frequency_slope=0.0 if scale is None else 2 * loss.l0_coefficient / (scale * n * n),
+        tanh_slope=loss.l0_coefficient * loss.tanh_scale / n if tanh else 0.0,
+        tanh_scale=loss.tanh_scale if tanh else 0.0,
+        ste_to_z=loss.ste_to_z,
+    )
 
 
 class LossAndGradients(NamedTuple):
@@ -103,15 +78,15 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     active, inside, f = gate(z, theta), window(z, theta, loss.bandwidth), activation(z, theta)
     firing_count = (z > theta).sum(0).to(torch.int32)
     residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x
-    l0, objective = active.sum(1), loss.objective(n)
-    squared_error, (penalty, s) = residual.square().sum(1).mean(), loss.l0_penalty(l0)
-    total = squared_error + penalty + loss.frequency_penalty(firing_count, n) + loss.tanh_penalty(f, n)
+    l0, weights = active.sum(1), objective(loss, n)
+    squared_error, (penalty, s) = residual.square().sum(1).mean(), l0_penalty(loss, l0)
+    total = squared_error + penalty + frequency_penalty(loss, firing_count, n) + tanh_penalty(loss, f, n)
 
     g = residual * (2 / n)
     u = g @ sae.W_dec.T
-    if objective.tanh_slope:
-        u += objective.tanh_slope * (1 - torch.tanh(objective.tanh_scale * f).square())
-    q = inside * -(theta * u + s[:, None] + objective.frequency_slope * firing_count) / loss.bandwidth
+    if weights.tanh_slope:
+        u += weights.tanh_slope * (1 - torch.tanh(weights.tanh_scale * f).square())
+    q = inside * -(theta * u + s[:, None] + weights.frequency_slope * firing_count) / loss.bandwidth
     dz = active * u
     dthreshold = q.sum(0)
     if loss.ste_to_z:

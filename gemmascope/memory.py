@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .kernels.entries import SCRATCH_BYTES
+
 GIB = 1 << 30
-# What the encode holds for one chunk of tokens, as `kernels/_encode_gemm.py` has it.
-SCRATCH = GIB
 # Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, which are encoded twice.
 DENSE_ELEMENTS = 1 << 29
 # Bytes the sparse step holds for each entry: z, latent, token, u, sort keys and order, coefficients by latent.
@@ -91,7 +91,7 @@ def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: st
     weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
     operand = 2 if compute_dtype == "bf16" else 4
     n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae)
-    sparse = min(SCRATCH, batch_size * d_sae * 33 // 8)  # z where kept, and a bit for each
+    sparse = min(SCRATCH_BYTES, batch_size * d_sae * 33 // 8)  # z where kept, and a bit for each
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (8 * operand + 1) // 4 + 8 * d_model * tile
     return TrainingMemory(

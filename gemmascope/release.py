@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import hub, sae_config
 from .arrays import Header, printable, read_npz, read_safetensors
+from .checks import check_int, check_number, dtype_name
 from .errors import BadFileError, EnvironmentProblemError
 from .files import atomic_write, sha256, shown
 from .sae import JumpReLUSAE
@@ -41,12 +42,9 @@ def gemma_scope_path(layer: int, width: int, average_l0: float) -> str:
     Widths that Gemma Scope does not have are written in digits: ``width_512``. Raises ValueError for layer < 0,
     width < 1 and an average_l0 that is negative or not finite.
     """
-    if layer < 0:
-        raise ValueError(f"layer: expected at least 0, got {layer}")
-    if width < 1:
-        raise ValueError(f"width: expected at least 1, got {width}")
-    if not (math.isfinite(average_l0) and average_l0 >= 0):
-        raise ValueError(f"average_l0: expected a finite number ≥ 0, got {average_l0}")
+    check_int("layer", layer, 0)
+    check_int("width", width, 1)
+    check_number("average_l0", average_l0, 0)
     return f"layer_{layer}/width_{WIDTH_NAMES.get(width, width)}/average_l0_{round(average_l0)}/{NPZ}"
 
 
@@ -139,12 +137,8 @@ def _check_headers(
     allowed = {key: {weights} for key in KEYS} | {"W_enc": dtypes, "threshold": {weights, torch.float32}}
     for key in KEYS:
         if found[key].dtype not in allowed[key]:
-            expected_names = " or ".join(sorted(_dtype_name(dtype) for dtype in allowed[key]))
-            raise BadFileError(f"{name}: {key}: expected {expected_names}, found {_dtype_name(found[key].dtype)}")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+            expected_names = " or ".join(sorted(dtype_name(dtype) for dtype in allowed[key]))
+            raise BadFileError(f"{name}: {key}: expected {expected_names}, found {dtype_name(found[key].dtype)}")
 
 
 def _problem_in_values(tensors: dict[str, Tensor]) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .checks import check_floating, check_int, check_number, dtype_name
 from .kernels import JumpReLUOutput, SparseCode
 
 
@@ -47,20 +48,12 @@ class JumpReLUSAE(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        for name, size in (("d_model", d_model), ("d_sae", d_sae)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        for name, number in (("input_scale", input_scale), ("threshold_init", threshold_init)):
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
-        if not (math.isfinite(input_scale) and input_scale > 0):
-            raise ValueError(f"input_scale: expected a finite number > 0, got {input_scale}")
-        if not (math.isfinite(threshold_init) and threshold_init >= 0):
-            raise ValueError(f"threshold_init: expected a finite number ≥ 0, got {threshold_init}")
+        check_int("d_model", d_model, 1)
+        check_int("d_sae", d_sae, 1)
+        check_number("input_scale", input_scale, 0, open_low=True)
+        check_number("threshold_init", threshold_init, 0)
         if not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating dtype, got {str(dtype).removeprefix('torch.')}")
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype_name(dtype)}")
         self.pre_encoder_bias = pre_encoder_bias
         self.input_scale = float(input_scale)
         self.impl = impl
@@ -111,12 +104,9 @@ class JumpReLUSAE(nn.Module):
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         """x [..., d_model] as the [N, d_model] that W_enc multiplies."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        check_floating("x", x)
         if x.ndim == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"x: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
         if x.device != self.W_enc.device:
             raise ValueError(f"x: expected device {self.W_enc.device}, got {x.device}")
         x = x.reshape(-1, self.d_model).to(self.W_enc.dtype)

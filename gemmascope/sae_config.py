@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .arrays import printable
+from .checks import dtype_name
 from .errors import BadFileError
 from .files import json_text, read_json, sha256, shown
 from .sae import JumpReLUSAE
@@ -48,7 +49,7 @@ def text(sae: JumpReLUSAE, weights: Path, digest: str) -> str:
         "architecture": "jump_relu",
         "d_model": sae.d_model,
         "d_sae": sae.d_sae,
-        "dtype": "float32" if weights.suffix == ".npz" else str(sae.W_dec.dtype).removeprefix("torch."),
+        "dtype": "float32" if weights.suffix == ".npz" else dtype_name(sae.W_dec.dtype),
         "input_scale": sae.input_scale,
         "pre_encoder_bias": sae.pre_encoder_bias,
         "weights": weights.name,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_int
 from .errors import EnvironmentProblemError
 
 KINDS = ("att", "mlp", "resid")
@@ -43,10 +44,7 @@ class Site:
     kind: str
 
     def __post_init__(self):
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise TypeError(f"layer: expected an int, got {type(self.layer).__name__}")
-        if self.layer < 0:
-            raise ValueError(f"layer: expected at least 0, got {self.layer}")
+        check_int("layer", self.layer, 0)
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 

@@ -1,18 +1,17 @@
 """The training loss as a differentiable scalar, its gradients formed on the entries: for one's own optimiser.
 
-    loss = sparse_loss(sae, x, Loss(coefficient=6e-4, bandwidth=1e-3))
+    loss = sparse_loss(sae, x, Loss(l0_coefficient=6e-4, bandwidth=1e-3))
     loss.backward()
 
 Gradients add up over calls and can be clipped like any others. `SAETrainer` is faster: it never stores a gradient.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import kernels
-from .losses import Loss
+from .checks import dtype_name
+from .config import Loss
 from .sae import JumpReLUSAE
 from .step import sparse_gradients
 
@@ -45,7 +44,7 @@ def sparse_loss(sae: JumpReLUSAE, x: Tensor, loss: Loss) -> Tensor:
     if x.ndim != 2 or x.shape[1] != sae.d_model or x.shape[0] == 0:
         raise ValueError(f"x: expected shape [N ≥ 1, {sae.d_model}], got {list(x.shape)}")
     if x.dtype != sae.W_dec.dtype or x.dtype not in (torch.float32, torch.float64):
-        found = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, sae.W_dec))
+        found = " and ".join(dtype_name(t.dtype) for t in (x, sae.W_dec))
         raise TypeError(f"x: expected float32 for x and sae alike, got {found}")
     if x.requires_grad:
         raise ValueError("x: expected activations that need no gradient, got requires_grad=True")
@@ -53,8 +52,6 @@ def sparse_loss(sae: JumpReLUSAE, x: Tensor, loss: Loss) -> Tensor:
         raise ValueError(
             f"loss.pre_act_coefficient: expected 0 (loss_and_gradients has it), got {loss.pre_act_coefficient}"
         )
-    if not (math.isfinite(loss.bandwidth) and loss.bandwidth > 0):
-        raise ValueError(f"loss.bandwidth: expected a finite number > 0, got {loss.bandwidth}")
     impl = kernels.choose(sae.impl, x.device, x.dtype).impl
     weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold)
     return _SparseLoss.apply(x, *weights, sae.pre_encoder_bias, loss, impl)

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .config import Loss
 from .kernels import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Rule, choose
-from .losses import Loss, loss_and_gradients
+from .losses import frequency_penalty, l0_penalty, loss_and_gradients, objective, tanh_penalty
 from .memory import dense_tile
 from .sae import JumpReLUSAE
-
-COMPUTE_DTYPES = ("fp32", "tf32", "bf16")
 
 
 @dataclass
@@ -186,13 +185,13 @@ def sparse_gradients(
     n = x.shape[0]
     out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
     transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
-    penalty, s = loss.l0_penalty(out.l0)
-    sums = kernels.latent_pass(entries, out.u, transposed, threshold, s, loss.objective(n), impl=impl)
+    penalty, s = l0_penalty(loss, out.l0)
+    sums = kernels.latent_pass(entries, out.u, transposed, threshold, s, objective(loss, n), impl=impl)
     squared_error = out.squared_error.mean()
-    total = squared_error + penalty + loss.frequency_penalty(sums.firing_count, n)
+    total = squared_error + penalty + frequency_penalty(loss, sums.firing_count, n)
     if loss.sparsity == "tanh":
         stored = torch.arange(len(entries.z), device=x.device) < entries.offsets[-1]
-        total = total + loss.tanh_penalty(torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0), n)
+        total = total + tanh_penalty(loss, torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0), n)
     db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
     if pre_encoder_bias:
         db_dec = db_dec - kernels.encoder_times(W_enc, sums.db_enc, impl=impl)
@@ -244,13 +243,13 @@ def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: lis
         code = encode(tile)
         x_hat = x_hat + matmul(code.f, state.decoder_rows[tile])
         l0, n_entries = l0 + code.l0, n_entries + code.n_entries
-        tanh = tanh + loss.tanh_penalty(code.f, n)
+        tanh = tanh + tanh_penalty(loss, code.f, n)
         counts.append(code.firing_count)
     firing_count = torch.cat(counts)
     residual = x_hat - x
-    penalty, s = loss.l0_penalty(l0)
+    penalty, s = l0_penalty(loss, l0)
     squared_error = residual.square().sum(1).mean()
-    total = squared_error + penalty + loss.frequency_penalty(firing_count, n) + tanh
+    total = squared_error + penalty + frequency_penalty(loss, firing_count, n) + tanh
 
     ok = _permission(state, total, True)
     low, g = (t.to(state.decoder_rows.dtype) for t in (residual, residual * (2 / n)))
@@ -258,7 +257,7 @@ def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: lis
     for tile in tiles:
         code = code if len(tiles) == 1 else encode(tile)
         u = low @ state.decoder_rows[tile].T
-        dz, db_enc, dthreshold = kernels.dense_backward(u, code, sae.threshold[tile], s, loss.objective(n), impl=impl)
+        dz, db_enc, dthreshold = kernels.dense_backward(u, code, sae.threshold[tile], s, objective(loss, n), impl=impl)
         if sae.pre_encoder_bias:
             db_dec = db_dec - kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
         kernels.update_from_dense(

@@ -140,7 +140,7 @@ class SAETrainer:
             elif route == "dense":
                 figures = dense_step(state, x, loss, rule)
             else:
-                dead = state.tokens_since_fired >= config.dead_after_tokens if config.pre_act_coefficient else None
+                dead = state.tokens_since_fired >= config.dead_after_tokens if config.loss.pre_act_coefficient else None
                 figures = reference_step(state, x, loss, rule, dead)
         except torch.OutOfMemoryError as error:
             memory = self.memory(replace(config, batch_size=len(x)), sae.d_model)

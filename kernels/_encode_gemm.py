@@ -24,9 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._common import architecture
-
-# Scratch for one chunk of tokens: fp32 z, of which only the kept entries are written, and one bit per entry.
-SCRATCH_BYTES = 1 << 30
+from .entries import SCRATCH_BYTES
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def encode_entries(
     """By the contract of `training_reference.encode_entries`; z and tokens beyond the last entry are undefined.
 
     Launches without waiting for the device. Any strides; x whose rows start on 16-byte boundaries and latent-major
-    W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `_encode_gemm.SCRATCH_BYTES` at most, or that of
+    W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `SCRATCH_BYTES` at most, or that of
     one token, and 8 bytes for each `SEGMENT` latents of a token.
     """
     N, F = x.shape[0], W_enc.shape[1]

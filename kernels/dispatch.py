@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import _native
+from .validation import dtype_name
 
 IMPLS = ("auto", "reference", "pytorch", "cpu", "triton")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -50,7 +51,7 @@ def triton_problem() -> str | None:
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot take tensors of this device and dtype, or None."""
     if dtype not in TRITON_DTYPES:
-        return f"the kernels take float32, float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"the kernels take float32, float16 or bfloat16, not {dtype_name(dtype)}"
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"the tensors are on {device.type}; the kernels run on a GPU (or with TRITON_INTERPRET=1 on the CPU)"
     return triton_problem()
@@ -61,7 +62,7 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}; the native backend is for the CPU"
     if dtype not in NATIVE_DTYPES:
-        return f"the native backend takes float32 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"the native backend takes float32 or bfloat16, not {dtype_name(dtype)}"
     return _native.problem()
 
 
@@ -92,4 +93,4 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
         return Choice("triton", "asked for")
     if problem:
         return Choice("reference", problem)
-    return Choice("triton", f"{device.type} tensors and {str(dtype).removeprefix('torch.')}")
+    return Choice("triton", f"{device.type} tensors and {dtype_name(dtype)}")

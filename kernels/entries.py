@@ -25,6 +25,8 @@ from torch import Tensor
 # Added to the latent of an entry that is active, that is, above the threshold and not merely in the window.
 ACTIVE = 1 << 30
 LATENT = ACTIVE - 1
+# What encoding may hold for a chunk of tokens: fp32 z, of which only the kept entries are written, and a bit for each.
+SCRATCH_BYTES = 1 << 30
 
 
 class Entries(NamedTuple):

@@ -9,7 +9,7 @@ from bench import gate, inputs, work
 from bench.contenders import Contender
 from bench.inputs import construct
 from bench.ours import Ours, Products, WithheldError
-from gemmascope.losses import Loss
+from gemmascope.config import Loss
 from gemmascope.sae import JumpReLUSAE
 from gemmascope.step import TrainState, sparse_step
 

@@ -12,7 +12,8 @@ from bench.cases import make
 from bench.contenders import UnavailableError
 from bench.gate import exact_outputs
 from bench.inputs import construct
-from gemmascope.losses import Loss, loss_and_gradients
+from gemmascope.config import Loss
+from gemmascope.losses import loss_and_gradients
 from gemmascope.sae import JumpReLUSAE
 from gemmascope.step import TrainState, reference_step
 from tests.helpers import assert_within_budget
@@ -30,7 +31,7 @@ GRADIENTS = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
 @pytest.fixture
 def inputs():
     """With a window wide enough to hold entries, and a λ that is felt beside them."""
-    return replace(construct(24, 96, 64, 6, CPU), loss=Loss(coefficient=0.02, bandwidth=0.05))
+    return replace(construct(24, 96, 64, 6, CPU), loss=Loss(l0_coefficient=0.02, bandwidth=0.05))
 
 
 def eager_outputs(inputs) -> dict[str, torch.Tensor]:
@@ -161,7 +162,7 @@ class TestPackages:
         contender = make(name)
         contender.set_up(inputs)
         found = contender.outputs()
-        other = Loss(coefficient=1.01 * inputs.loss.coefficient, bandwidth=inputs.loss.bandwidth)
+        other = Loss(l0_coefficient=1.01 * inputs.loss.l0_coefficient, bandwidth=inputs.loss.bandwidth)
         gradient = loss_and_gradients(inputs.sae, inputs.x, other).gradients.threshold
         error = (found["threshold"] - gradient).norm() / gradient.norm()
         assert error > 1e-4

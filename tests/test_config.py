@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from gemmascope.config import TrainConfig
+from gemmascope.config import Loss, TrainConfig
 
 
 def test_gemma_scope_is_the_published_recipe():
     config = TrainConfig.gemma_scope()
     assert (config.learning_rate, config.adam_beta2, config.adam_eps) == (7e-5, 0.999, 1e-8)
-    assert (config.batch_size, config.bandwidth, config.threshold_init) == (4096, 1e-3, 1e-3)
+    assert (config.batch_size, config.loss.bandwidth, config.threshold_init) == (4096, 1e-3, 1e-3)
     assert (config.lr_warmup_steps, config.lr_warmup_start, config.l0_warmup_steps) == (1000, 0.1, 10_000)
     assert (config.threshold_parametrisation, config.b_dec_init) == ("log", "zeros")
     assert 3.99e9 < config.steps * config.batch_size < 4e9
@@ -29,9 +29,9 @@ def test_learning_rate_warms_up_along_a_cosine_and_decays_to_zero():
 
 
 def test_l0_coefficient_rises_linearly():
-    config = TrainConfig(l0_coefficient=0.5, l0_warmup_steps=200)
+    config = TrainConfig.gemma_scope(l0_coefficient=0.5, l0_warmup_steps=200)
     assert [config.l0_coefficient_at(step) for step in (0, 50, 200, 9999)] == [0, 0.125, 0.5, 0.5]
-    assert TrainConfig(l0_coefficient=0.5, l0_warmup_steps=0).l0_coefficient_at(0) == 0.5
+    assert TrainConfig.gemma_scope(l0_coefficient=0.5, l0_warmup_steps=0).l0_coefficient_at(0) == 0.5
 
 
 def test_short_takes_changes():
@@ -92,7 +92,21 @@ def test_short_takes_changes():
 )
 def test_messages(changes, error, message):
     with pytest.raises(error, match=message):
-        TrainConfig(**changes)
+        TrainConfig.gemma_scope(**changes)
+
+
+def test_the_loss_is_nested_and_changed_by_its_own_names():
+    config = TrainConfig(loss=Loss(0.5, sparsity="target_l0", target_l0=30), seed=2)
+    changed = config.changed(target_l0=60.0, d_sae=8)
+    assert (changed.loss, changed.d_sae, changed.seed) == (Loss(0.5, sparsity="target_l0", target_l0=60.0), 8, 2)
+    assert config.loss.target_l0 == 30
+    assert config.changed(loss=Loss(0.1), bandwidth=0.2).loss == Loss(0.1, 0.2)
+    assert config.to_dict()["loss"]["target_l0"] == 30
+    assert config.loss_at(3).l0_coefficient == pytest.approx(0.5 * 3 / 10_000)
+    with pytest.raises(TypeError, match="expected the names of its fields or its loss's, got 'width'"):
+        config.changed(width=3)
+    with pytest.raises(TypeError, match="loss: expected a Loss, got float"):
+        TrainConfig(loss=0.5)
 
 
 def test_raw_threshold_may_start_at_zero():

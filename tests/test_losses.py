@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from gemmascope.config import Loss
 from gemmascope.kernels import reference
-from gemmascope.losses import Loss, loss_and_gradients
+from gemmascope.losses import frequency_penalty, l0_penalty, loss_and_gradients
 from gemmascope.sae import JumpReLUSAE
 
 BANDWIDTH, L0_COEFFICIENT = 0.3, 0.07
@@ -148,12 +149,12 @@ def test_every_loss_equals_automatic_differentiation(loss, pre_encoder_bias):
 
 def test_losses_by_hand():
     l0 = torch.tensor([1.0, 3.0])
-    value, s = Loss(0.5, 1.0).l0_penalty(l0)
+    value, s = l0_penalty(Loss(0.5, 1.0), l0)
     assert (value.item(), s.tolist()) == (1.0, [0.25, 0.25])
-    value, s = Loss(0.5, 1.0, sparsity="target_l0", target_l0=2.0).l0_penalty(l0)
+    value, s = l0_penalty(Loss(0.5, 1.0, sparsity="target_l0", target_l0=2.0), l0)
     assert (value.item(), s.tolist()) == (0.125, [-0.125, 0.125])
-    value, s = Loss(0.5, 1.0, sparsity="target_l0", target_l0=2.0, l0_of="batch").l0_penalty(l0)
+    value, s = l0_penalty(Loss(0.5, 1.0, sparsity="target_l0", target_l0=2.0, l0_of="batch"), l0)
     assert (value.item(), s.tolist()) == (0.0, [0.0, 0.0])
-    value, s = Loss(0.5, 1.0, sparsity="quadratic_l0", target_l0=2.0).l0_penalty(l0)
+    value, s = l0_penalty(Loss(0.5, 1.0, sparsity="quadratic_l0", target_l0=2.0), l0)
     assert (value.item(), s.tolist()) == (0.5, [-0.5, 0.5])
-    assert Loss(0.5, 1.0, frequency_scale=0.25).frequency_penalty(torch.tensor([2, 1, 0]), 2).item() == 2.5
+    assert frequency_penalty(Loss(0.5, 1.0, frequency_scale=0.25), torch.tensor([2, 1, 0]), 2).item() == 2.5

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from gemmascope.config import Loss
 from gemmascope.kernels import api
-from gemmascope.losses import Loss, loss_and_gradients
+from gemmascope.losses import loss_and_gradients
 from gemmascope.sparse_loss import sparse_loss
 from tests.test_step import DEVICE, FAST_LOSSES, LARGE, NAMES, SMALL, data, needs_triton, start
 
@@ -91,5 +92,5 @@ def test_messages(change, error, message):
 def test_losses_it_does_not_have():
     with pytest.raises(ValueError, match=r"^loss.pre_act_coefficient: expected 0 .*, got 0.3$"):
         sparse_loss(start().sae, next(data(1)), Loss(0.1, 0.1, pre_act_coefficient=0.3))
-    with pytest.raises(ValueError, match=r"^loss.bandwidth: expected a finite number > 0, got 0$"):
+    with pytest.raises(ValueError, match=r"^bandwidth: expected a finite number > 0, got 0$"):
         sparse_loss(start().sae, next(data(1)), Loss(0.1, 0))

@@ -9,10 +9,11 @@ import torch
 
 from gemmascope import memory
 from gemmascope import step as step_module
+from gemmascope.config import Loss
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.kernels.entries import Rule
 from gemmascope.kernels.reference import Parameters
-from gemmascope.losses import Loss, loss_and_gradients
+from gemmascope.losses import loss_and_gradients
 from gemmascope.sae import JumpReLUSAE
 from gemmascope.step import TrainState, dense_step, reference_step, sparse_step
 from tests.native import needs_native

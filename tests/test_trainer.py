@@ -49,7 +49,7 @@ def written_adam(rows, settings, batch_list):
         parameters = reference.Parameters(*(p[name] for name in names))
         forward = reference.sae_forward(x, parameters)
         gradients = reference.sae_backward(
-            x, parameters, forward, settings.l0_coefficient_at(step), settings.bandwidth,
+            x, parameters, forward, settings.l0_coefficient_at(step), settings.loss.bandwidth,
             threshold_parametrisation=settings.threshold_parametrisation,
         )._asdict()  # fmt: skip
         unit = p["W_dec"]
