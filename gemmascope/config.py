@@ -26,7 +26,8 @@ class Loss:
 
     ``l0_coefficient`` is λ, ``target_l0`` L0*, ``tanh_scale`` c. With ``l0_of="batch"`` the mean L0 of the batch
     takes the place of each l0_n. ``frequency_scale`` s adds λ·Σ_j p_j²/s, p_j the share of the tokens that latent j
-    fires on (Smith et al., March 2025). ``pre_act_coefficient`` λ_P adds λ_P·mean_n Σ_j relu(θ_j − z_nj) over the dead latents.
+    fires on (Smith et al., March 2025). ``pre_act_coefficient`` λ_P adds λ_P·mean_n Σ_j relu(θ_j − z_nj) over the dead
+    latents.
 
     The straight-through estimator of width ``bandwidth`` passes gradients to θ, and with ``ste_to_z`` to z too.
     """
