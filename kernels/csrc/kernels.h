@@ -1,4 +1,4 @@
-// The kernels as compiled for one instruction set, by pointers; operators.cpp calls those of the best one at hand.
+// The kernels as compiled for one instruction set, by pointers; dispatch.h has those of the best one at hand.
 #pragma once
 
 #include "types.h"

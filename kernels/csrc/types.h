@@ -1,4 +1,4 @@
-// What operators.cpp and the kernels of every instruction set exchange.
+// What the operators and the kernels of every instruction set exchange.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct ScreenRoom {
   float* row;             // [d]
 };
 
-// As in kernels/training.py.
+// As in kernels/entries.py.
 constexpr int32_t ACTIVE = 1 << 30;
 constexpr int32_t LATENT = ACTIVE - 1;
 
