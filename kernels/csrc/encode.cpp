@@ -1,4 +1,4 @@
-// Encoding: z of blocks of latents and tokens, and the entries found in it, put in order.
+// Encoding: z of blocks of latents and tokens, as it is or the entries found in it, put in order.
 #include <mutex>
 #include <vector>
 
@@ -21,7 +21,7 @@ float screen_limit(const Kernels& k, int64_t N, int64_t d) {
   // than the limit is left, fp32 for the whole block is faster.
   constexpr int64_t LARGEST_DEPTH = 1 << 17, SMALLEST_DEPTH = 32, FEWEST_TOKENS = 16;
   constexpr float LIMIT = 0.05f;
-  if (N == 0 || d == 0 || d > LARGEST_DEPTH) return -1.0f;
+  if (N <= k.few_tokens || d == 0 || d > LARGEST_DEPTH) return -1.0f;
   Screening asked = screening;
   if (!asked.automatic) return asked.limit;
   return k.screens && N >= FEWEST_TOKENS && d >= SMALLEST_DEPTH ? LIMIT : -1.0f;
@@ -44,7 +44,80 @@ class Found {
   int64_t used_ = 0;
 };
 
-struct Block {
+// x [N, d] contiguous and W [F, d] in blocks of tokens and latents, and z of a block. How z is summed depends on N alone, not on
+// who asks for it or on what is screened.
+template <class T>
+struct Blocks {
+  Blocks(const TypedKernels<T>& t, const Tensor& x, const Tensor& W, const Tensor& b_enc)
+      : t(t), x(data<T>(x)), W(data<T>(W)), b_enc(data<float>(b_enc)), N(x.size(0)), d(x.size(1)), F(W.size(0)),
+        w_stride(W.stride(0)), few(N <= k.few_tokens), most_tokens(few ? std::max<int64_t>(N, 1) : k.block_tokens),
+        stride(few ? 2 * k.few_tokens : k.block_tokens), of_latents((F + k.block_rows - 1) / k.block_rows),
+        of_tokens((N + most_tokens - 1) / most_tokens), panels((N + k.tokens - 1) / k.tokens),
+        packed(few ? floats({N, d}) : floats({panels, d, k.tokens})) {}
+
+  int64_t first_latent(int64_t b) const { return b * k.block_rows; }
+  int64_t latents(int64_t b) const { return std::min(k.block_rows, F - first_latent(b)); }
+  int64_t first_token(int64_t b) const { return b * most_tokens; }
+  int64_t tokens(int64_t b) const { return std::min(most_tokens, N - first_token(b)); }
+  int64_t first_panel(int64_t b) const { return std::min(first_token(b) / k.tokens, panels); }
+  const T* weights(int64_t b) const { return W + first_latent(b) * w_stride; }
+
+  // Tokens are packed before `product` reads them: all at once, or those of a block.
+  void pack_panel(int64_t panel) const { t.pack_tokens(x, d, N, d, panel, data<float>(packed)); }
+  void pack() const {
+    if (few)
+      for (int64_t n = 0; n < N; ++n) t.widen_row(x + n * d, d, data<float>(packed) + n * d);
+    else
+      deal_each(panels, 1, [&](int64_t panel) { pack_panel(panel); });
+  }
+  void pack(int64_t b) const {
+    for (int64_t panel = first_panel(b); panel < first_panel(b + 1); ++panel) pack_panel(panel);
+  }
+
+  // z [latents][stride]; rows: room for rows of W.
+  void product(int64_t latent_block, int64_t token_block, float* rows, float* z) const {
+    const float* bias = b_enc + first_latent(latent_block);
+    if (few)
+      t.few_tokens(weights(latent_block), w_stride, bias, latents(latent_block), data<float>(packed), N, d, z, stride);
+    else
+      t.product(
+          weights(latent_block), w_stride, bias, latents(latent_block), d, data<float>(packed),
+          first_panel(token_block), first_panel(token_block + 1), rows, z, stride);
+  }
+
+  const Kernels& k = kernels();
+  const TypedKernels<T>& t;
+  const T *x, *W;
+  const float* b_enc;
+  int64_t N, d, F, w_stride;
+  bool few;
+  int64_t most_tokens, stride, of_latents, of_tokens, panels;
+  Tensor packed;
+};
+
+// A thread's room for blocks of z.
+struct Scratch {
+  template <class T>
+  explicit Scratch(const Blocks<T>& blocks)
+      : rows(floats({blocks.k.block_rows, blocks.k.depth})), z(zeros({blocks.k.block_rows, blocks.stride})) {}
+  Tensor rows, z;
+};
+
+// The same for screening.
+struct ScreenScratch {
+  ScreenScratch(const Kernels& k, int64_t d)
+      : grid(ints({k.block_rows, (d + 1) / 2})), sums(ints({k.block_rows, k.block_tokens})),
+        per_token(floats({2, k.block_tokens})), pairs(ints({k.block_rows, k.block_tokens, 2})), grids(k.block_rows),
+        integers(d + 1),
+        room{data<int32_t>(sums), data<float>(per_token), data<float>(per_token) + k.block_tokens, data<Pair>(pairs)} {}
+  Tensor grid, sums, per_token, pairs;
+  std::vector<Grid> grids;
+  std::vector<int16_t> integers;
+  ScreenRoom room;
+};
+
+// What a thread has found in a block.
+struct Part {
   int64_t part, begin, count;
 };
 
@@ -52,98 +125,66 @@ struct Selection {
   Tensor z, latents, tokens, offsets;
 };
 
-// A thread's room for blocks of z.
-struct Scratch {
-  Scratch() = default;
-  Scratch(const Kernels& k, int64_t d, int64_t stride, bool screened)
-      : rows(floats({k.block_rows, k.depth})), z(zeros({k.block_rows, stride})) {
-    if (!screened) return;
-    grid = ints({k.block_rows, (d + 1) / 2});
-    grids.resize(k.block_rows);
-    integers.resize(d + 1);
-    sums = ints({k.block_rows, k.block_tokens});
-    per_token = floats({3, k.block_tokens});
-    tokens = ints({k.block_rows, k.block_tokens});
-    row = floats({d});
-    float* three = data<float>(per_token);
-    room = {data<int32_t>(sums), three, three + k.block_tokens, data<int32_t>(tokens), three + 2 * k.block_tokens,
-            data<float>(row)};
-  }
-  Tensor rows, z, grid, sums, per_token, tokens, row;
-  std::vector<Grid> grids;
-  std::vector<int16_t> integers;
-  ScreenRoom room{};
-};
-
-// x [N, d] contiguous. The entries of z = x·Wᵀ + b_enc by token, latents ascending; room for `capacity` of them, or for all.
+// The entries of z = x·Wᵀ + b_enc by token, latents ascending; room for `capacity` of them, or for all.
 template <class T>
 Selection encode_blocks(
-    const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold, float bandwidth,
-    optional<int64_t> capacity, const TypedKernels<T>& t) {
-  const Kernels& k = kernels();
-  int64_t N = x.size(0), d = x.size(1), F = W.size(0);
+    const Blocks<T>& blocks, const float* threshold, float bandwidth, optional<int64_t> capacity) {
+  const Kernels& k = blocks.k;
+  const auto& t = blocks.t;
+  int64_t N = blocks.N, d = blocks.d, F = blocks.F, row_blocks = blocks.of_latents, token_blocks = blocks.of_tokens;
   float limit = screen_limit(k, N, d);
-  bool screened = limit >= 0, few = !screened && N <= k.few_tokens;
-  int64_t block_tokens = few ? std::max<int64_t>(N, 1) : k.block_tokens, stride = few ? 2 * k.few_tokens : k.block_tokens;
-  int64_t row_blocks = (F + k.block_rows - 1) / k.block_rows, token_blocks = (N + block_tokens - 1) / block_tokens;
-  int64_t panels = (N + k.tokens - 1) / k.tokens, pairs = (d + 1) / 2;
-  auto panels_before = [&](int64_t token) { return (token + k.tokens - 1) / k.tokens; };
-  Tensor packed = few ? floats({N, d}) : floats({panels, d, k.tokens});
-  Tensor grid = ints({screened ? panels : 0, pairs, k.tokens});
-  std::vector<Grid> token_grids(screened ? panels * k.tokens : 0);
-  auto pack = [&](int64_t panel) { t.pack_tokens(data<T>(x), d, N, d, panel, data<float>(packed)); };
-  deal(few ? N : panels, 1, [&](int64_t, int64_t i, int64_t) {
-    if (few)
-      t.widen_row(data<T>(x) + i * d, d, data<float>(packed) + i * d);
-    else if (screened) {
-      std::vector<int16_t> scratch(d + 1);
+  bool screened = limit >= 0;
+  int64_t panels = screened ? blocks.panels : 0, pairs = (d + 1) / 2;
+  Tensor grid = ints({panels, pairs, k.tokens});
+  std::vector<Grid> token_grids(panels * k.tokens);
+  if (screened)
+    deal_each(panels, 1, [&](int64_t panel) {
+      std::vector<int16_t> integers(d + 1);
       t.grid_tokens(
-          data<T>(x), d, N, d, i, data<int32_t>(grid), token_grids.data() + i * k.tokens, scratch.data());
-    } else
-      pack(i);
-  });
+          blocks.x, d, N, d, panel, data<int32_t>(grid), token_grids.data() + panel * k.tokens, integers.data());
+    });
+  else
+    blocks.pack();
 
-  std::vector<Block> blocks(row_blocks * token_blocks);
+  std::vector<Part> parts(row_blocks * token_blocks);
   std::vector<int32_t> counts(row_blocks * N);
   std::vector<Found> found(max_parts());
-  std::vector<Scratch> scratch(max_parts());
+  std::vector<optional<Scratch>> scratch(max_parts());
+  std::vector<optional<ScreenScratch>> screens(max_parts());
   // Where screening gives up, fp32 needs the tokens packed: by whom it happens first.
   std::vector<std::once_flag> is_packed(screened ? token_blocks : 0);
-  deal(row_blocks, 1, [&](int64_t part, int64_t row_block, int64_t) {
-    Scratch& mine = scratch[part];
-    if (!mine.z.defined()) mine = Scratch(k, d, stride, screened);
-    int64_t first = row_block * k.block_rows, rows = std::min(k.block_rows, F - first);
-    const T* weights = data<T>(W) + first * W.stride(0);
-    const float *bias = data<float>(b_enc) + first, *theta = data<float>(threshold) + first;
-    if (screened)
+  deal(row_blocks, 1, [&](int64_t part, int64_t b, int64_t) {
+    int64_t first = blocks.first_latent(b), rows = blocks.latents(b);
+    const float *bias = blocks.b_enc + first, *theta = threshold + first;
+    if (screened) {
+      if (!screens[part]) screens[part].emplace(k, d);
+      ScreenScratch& screen = *screens[part];
       t.grid_rows(
-          weights, W.stride(0), bias, rows, d, data<int32_t>(mine.grid), mine.grids.data(), mine.integers.data());
+          blocks.weights(b), blocks.w_stride, bias, rows, d, data<int32_t>(screen.grid), screen.grids.data(),
+          screen.integers.data());
+    }
     for (int64_t token_block = 0; token_block < token_blocks; ++token_block) {
-      int64_t first_token = token_block * block_tokens, tokens = std::min(block_tokens, N - first_token);
-      int64_t first_panel = panels_before(first_token), last_panel = panels_before(first_token + tokens);
+      int64_t first_token = blocks.first_token(token_block), tokens = blocks.tokens(token_block);
       Entry* room = found[part].room(rows * tokens);
-      int32_t* to = counts.data() + row_block * N + first_token;
-      float* z = data<float>(mine.z);
+      int32_t* to = counts.data() + b * N + first_token;
       int64_t count = -1;
-      if (screened)
+      if (screened) {
+        ScreenScratch& screen = *screens[part];
+        int64_t first_panel = blocks.first_panel(token_block);
         count = t.screen_entries(
-            weights, W.stride(0), bias, rows, d, mine.grids.data(), data<int32_t>(mine.grid), data<T>(x),
-            data<int32_t>(grid) + first_panel * pairs * k.tokens, token_grids.data() + first_panel * k.tokens, tokens,
-            first, first_token, theta, bandwidth, limit, mine.room, room, to);
-      if (count < 0) {
-        if (screened)
-          std::call_once(is_packed[token_block], [&] {
-            for (int64_t panel = first_panel; panel < last_panel; ++panel) pack(panel);
-          });
-        if (few)
-          t.few_tokens(weights, W.stride(0), bias, rows, data<float>(packed), N, d, z, stride);
-        else
-          t.product(
-              weights, W.stride(0), bias, rows, d, data<float>(packed), first_panel, last_panel,
-              data<float>(mine.rows), z, stride);
-        count = k.select_entries(z, stride, rows, tokens, first, first_token, theta, bandwidth, room, to);
+            blocks.weights(b), blocks.w_stride, bias, rows, d, screen.grids.data(), data<int32_t>(screen.grid),
+            blocks.x, data<int32_t>(grid) + first_panel * pairs * k.tokens,
+            token_grids.data() + first_panel * k.tokens, tokens, first, first_token, theta, bandwidth, limit,
+            screen.room, room, to);
+        if (count < 0) std::call_once(is_packed[token_block], [&] { blocks.pack(token_block); });
       }
-      blocks[row_block * token_blocks + token_block] = {part, found[part].used(), count};
+      if (count < 0) {
+        if (!scratch[part]) scratch[part].emplace(blocks);
+        float* z = data<float>(scratch[part]->z);
+        blocks.product(b, token_block, data<float>(scratch[part]->rows), z);
+        count = k.select_entries(z, blocks.stride, rows, tokens, first, first_token, theta, bandwidth, room, to);
+      }
+      parts[b * token_blocks + token_block] = {part, found[part].used(), count};
       found[part].keep(count);
     }
   });
@@ -166,9 +207,9 @@ Selection encode_blocks(
   deal(row_blocks, 4, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       for (int64_t token_block = 0; token_block < token_blocks; ++token_block) {
-        const Block& block = blocks[b * token_blocks + token_block];
-        for (int64_t i = 0; i < block.count; ++i) {
-          const Entry& entry = *found[block.part].at(block.begin + i);
+        const Part& in = parts[b * token_blocks + token_block];
+        for (int64_t i = 0; i < in.count; ++i) {
+          const Entry& entry = *found[in.part].at(in.begin + i);
           int64_t place = offsets[entry.token] + counts[b * N + entry.token]++;
           if (place >= room) continue;
           data<float>(out.z)[place] = entry.z;
@@ -185,21 +226,28 @@ Selection encode_blocks(
   return out;
 }
 
-Selection select(
-    const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold, double bandwidth,
-    optional<int64_t> capacity) {
+// work(blocks) with the blocks of arguments that have been checked.
+template <class Work>
+auto with_blocks(const Tensor& x, const Tensor& W, const Tensor& b_enc, const Work& work) {
   check_matrix("x", x);
   check_matrix("W_enc", W);
   TORCH_CHECK_VALUE(W.size(1) == x.size(1), "W_enc: expected ", x.size(1), " columns, got ", W.size(1));
   TORCH_CHECK_TYPE(W.scalar_type() == x.scalar_type(), "W_enc: expected the dtype of x, got ", W.scalar_type());
   TORCH_CHECK_VALUE(W.size(0) <= LATENT, "W_enc: expected at most 2^30 latents, got ", W.size(0));
-  TORCH_CHECK_VALUE(!capacity || *capacity >= 0, "capacity: expected 0 or more, got ", *capacity);
   check("b_enc", b_enc, at::kFloat, {W.size(0)});
-  check("threshold", threshold, at::kFloat, {W.size(0)});
   Tensor rows = W.stride(1) == 1 ? W : W.contiguous(), input = x.contiguous();
-  float epsilon = static_cast<float>(bandwidth);
-  return by_type(x, [&](const auto& t, auto) {
-    return encode_blocks(input, rows, b_enc, threshold, epsilon, capacity, t);
+  return by_type(x, [&](const auto& t, auto zero) {
+    return work(Blocks<decltype(zero)>(t, input, rows, b_enc));
+  });
+}
+
+Selection select(
+    const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold, double bandwidth,
+    optional<int64_t> capacity) {
+  return with_blocks(x, W, b_enc, [&](const auto& blocks) {
+    TORCH_CHECK_VALUE(!capacity || *capacity >= 0, "capacity: expected 0 or more, got ", *capacity);
+    check("threshold", threshold, at::kFloat, {blocks.F});
+    return encode_blocks(blocks, data<float>(threshold), static_cast<float>(bandwidth), capacity);
   });
 }
 
@@ -221,6 +269,26 @@ std::tuple<Tensor, Tensor, Tensor> encode(
     const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold) {
   Selection found = select(x, W, b_enc, threshold, -1.0, std::nullopt);
   return {found.z, found.latents, found.offsets};
+}
+
+// z [N, F], the very numbers that encoding compares with the thresholds.
+Tensor preactivations(const Tensor& x, const Tensor& W, const Tensor& b_enc) {
+  return with_blocks(x, W, b_enc, [&](const auto& blocks) {
+    Tensor out = floats({blocks.N, blocks.F});
+    std::vector<optional<Scratch>> scratch(max_parts());
+    blocks.pack();
+    deal(blocks.of_latents, 1, [&](int64_t part, int64_t b, int64_t) {
+      if (!scratch[part]) scratch[part].emplace(blocks);
+      float* z = data<float>(scratch[part]->z);
+      for (int64_t token_block = 0; token_block < blocks.of_tokens; ++token_block) {
+        blocks.product(b, token_block, data<float>(scratch[part]->rows), z);
+        blocks.k.by_token(
+            z, blocks.stride, blocks.latents(b), blocks.tokens(token_block),
+            data<float>(out) + blocks.first_token(token_block) * blocks.F + blocks.first_latent(b), blocks.F);
+      }
+    });
+    return out;
+  });
 }
 
 }  // namespace gemmascope_cpu

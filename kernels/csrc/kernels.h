@@ -38,6 +38,7 @@ struct Kernels {
   bool screens;
   TypedKernels<float> fp32;
   TypedKernels<bf16> low;
+  void (*by_token)(const float*, int64_t, int64_t, int64_t, float*, int64_t);
   int64_t (*select_entries)(
       const float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, float, Entry*, int32_t*);
   void (*latent_sums)(

@@ -17,6 +17,7 @@ void use_isa(const std::string& name);
 void use_screening(optional<double> limit);
 std::tuple<Tensor, Tensor, Tensor> encode(
     const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold);
+Tensor preactivations(const Tensor& x, const Tensor& W, const Tensor& b_enc);
 std::tuple<Tensor, Tensor, Tensor, Tensor> encode_entries(
     const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold, double bandwidth,
     optional<int64_t> capacity);

@@ -12,6 +12,7 @@ TORCH_LIBRARY(gemmascope_cpu, m) {
   m.def("use_isa(str name) -> ()", &use_isa);
   m.def("use_screening(float? limit) -> ()", &use_screening);
   m.def("encode(Tensor x, Tensor W, Tensor b_enc, Tensor threshold) -> (Tensor, Tensor, Tensor)");
+  m.def("preactivations(Tensor x, Tensor W, Tensor b_enc) -> Tensor");
   m.def("decode(Tensor values, Tensor indices, Tensor offsets, Tensor W, Tensor b_dec) -> Tensor");
   m.def("decode_values_gradient(Tensor grad, Tensor indices, Tensor offsets, Tensor W) -> Tensor");
   m.def("jumprelu(Tensor pre, Tensor b_enc, Tensor threshold) -> (Tensor, Tensor, Tensor)");
@@ -49,6 +50,7 @@ TORCH_LIBRARY(gemmascope_cpu, m) {
 
 TORCH_LIBRARY_IMPL(gemmascope_cpu, CPU, m) {
   m.impl("encode", &encode);
+  m.impl("preactivations", &preactivations);
   m.impl("decode", &decode);
   m.impl("decode_values_gradient", &decode_values_gradient);
   m.impl("jumprelu", &jumprelu);

@@ -20,13 +20,16 @@ struct Grid {
   float scale, slack, norm;
 };
 
+// A latent and a token, both counted within a block.
+struct Pair {
+  int32_t row, token;
+};
+
 // A thread's room for screening a block.
 struct ScreenRoom {
-  int32_t* z;             // [block_rows][block_tokens]
-  float *scale, *slack;   // [block_tokens]
-  int32_t* tokens;        // [block_rows · block_tokens]
-  float* products;        // [block_tokens]
-  float* row;             // [d]
+  int32_t* z;            // [block_rows][block_tokens]
+  float *scale, *slack;  // [block_tokens]
+  Pair* pairs;           // [block_rows · block_tokens]
 };
 
 // As in kernels/entries.py.
