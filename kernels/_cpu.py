@@ -30,6 +30,11 @@ def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -
     return _ops.encode(x, W_enc.T, _fp32(b_enc), threshold.contiguous())
 
 
+def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """z [N, F] in fp32, to the bit what encoding compares with the thresholds."""
+    return _ops.preactivations(x, W_enc.T, _fp32(b_enc))
+
+
 def decode_forward(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     return _ops.decode(_fp32(values), indices.contiguous(), offsets.contiguous(), W_dec.contiguous(), _fp32(b_dec))
 
@@ -74,6 +79,10 @@ def _register_fakes() -> None:
             x.new_empty(nnz, dtype=torch.int32),
             x.new_empty(x.shape[0] + 1, dtype=torch.int64),
         )
+
+    @fake("gemmascope_cpu::preactivations")
+    def _(x, W, b_enc):
+        return x.new_empty(x.shape[0], W.shape[0], dtype=torch.float32)
 
     @fake("gemmascope_cpu::decode")
     def _(values, indices, offsets, W, b_dec):

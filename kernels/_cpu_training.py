@@ -1,13 +1,14 @@
 """The native CPU backend of the training step; each operator has its counterpart in `training_reference.py`.
 
-The sparse route runs in `csrc/` as a whole. The dense route takes its products of whole matrices from PyTorch and does
-what is elementwise in one pass forward and one backward. fp32 or bf16 operands, accumulated in fp32.
+The sparse route runs in `csrc/` as a whole. The dense route has z from there too, so that both routes agree on which
+latents fire; the other products of whole matrices are PyTorch's, what is elementwise is one pass forward and one
+backward. fp32 or bf16 operands, accumulated in fp32.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ._cpu import preactivations
 from .entries import ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Residual, Rule
 from .training_reference import settle as settle
 
@@ -113,7 +114,7 @@ def dense_encode(
 ) -> DenseCode:
     """active and window as bits."""
     low = x.dtype == torch.bfloat16
-    z = F.linear(x.float(), W_enc.T.float(), b_enc.float())
+    z = preactivations(x, W_enc, b_enc)
     return DenseCode(*_ops.dense_gate(z, threshold.contiguous(), bandwidth, low))
 
 

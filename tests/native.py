@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gemmascope.kernels import _native
+from tests.helpers import normal
 
 needs_native = pytest.mark.skipif(_native.problem() is not None, reason=str(_native.problem()))
 ISAS = torch.ops.gemmascope_cpu.isas().split() if _native.problem() is None else ["none"]
@@ -19,6 +20,17 @@ def threads(count: int):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def operands_with_ties(N, d, dtype, bias=1.0):
+    """x, W_enc, b_enc, threshold and z. Every θ is one of its latent's own z: any other rounding of it would decide
+    otherwise. Half of them let few tokens pass; then what is left to fp32 is of many latents."""
+    F = 150
+    x, W_enc, b_enc = normal(N, d, dtype=dtype), normal(F, d, dtype=dtype, seed=1).T, bias * normal(F, seed=2)
+    z = torch.ops.gemmascope_cpu.preactivations(x, W_enc.T, b_enc)
+    rank = torch.randint(N, (F,), generator=torch.Generator().manual_seed(3))
+    rank[::2] = rank[::2].clamp(max=2)
+    return x, W_enc, b_enc, z.sort(0, descending=True).values[rank, torch.arange(F)], z
 
 
 @pytest.fixture(params=[-1.0, 1.0, 0.0], ids=["in fp32", "screened", "screened in vain"])

@@ -17,7 +17,7 @@ from tests.helpers import (
     normal,
     shape_cases,
 )
-from tests.native import ISAS, needs_native, screening, threads  # noqa: F401 (a fixture)
+from tests.native import ISAS, needs_native, operands_with_ties, screening, threads  # noqa: F401 (a fixture)
 
 pytestmark = needs_native
 DTYPES = (torch.float32, torch.bfloat16)
@@ -67,6 +67,40 @@ def test_encode_matches_reference(N, F, d, dtype):
 @pytest.mark.parametrize("N", [2, 4, 5, 8, 9, 15, 16, 17, 511, 512, 513, 1030])
 def test_encode_around_the_blocks_of_tokens(N, dtype):
     assert_code_matches(*operands(N, 19, 101, dtype))
+
+
+@pytest.mark.usefixtures("screening")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [1, 5, 16, 33, 600])
+@pytest.mark.parametrize(("d", "bias"), [(1, 1.0), (31, 1.0), (256, 1.0), (300, 1.0), (700, 1.0), (2048, 3e7)])
+def test_encode_decides_by_the_preactivations(d, bias, N, dtype):
+    """A bias that dwarfs the products rounds off as much of each piece of them as the threshold is away."""
+    x, W_enc, b_enc, threshold, z = operands_with_ties(N, d, dtype, bias)
+    active = z > threshold
+    for count in (1, 3):
+        with threads(count):
+            code = kernels.encode(x, W_enc, b_enc, threshold, impl="cpu")
+            assert_bitwise_equal("z", operator("encode", "cpu").preactivations(x, W_enc, b_enc), z)
+        assert_bitwise_equal("values", code.values, z[active])
+        assert_bitwise_equal("indices", code.indices, active.nonzero()[:, 1].int())
+        assert_bitwise_equal("l0", code.offsets.diff(), active.sum(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "F", "d"), shape_cases(32, 96, 256))
+def test_preactivations_match_reference(N, F, d, dtype):
+    for layout in (lambda t: t, *LAYOUTS.values()):
+        x, W_enc, b_enc = (layout(t) for t in operands(N, d, F, dtype)[:3])
+        z = operator("encode", "cpu").preactivations(x, W_enc, b_enc)
+        exact, eager = x.double() @ W_enc.double() + b_enc, x.float() @ W_enc.float() + b_enc
+        assert z.is_contiguous()
+        assert_within_budget("z", z, exact, eager)
+
+
+def test_shapes_of_the_preactivations_are_known_in_advance():
+    x, W_enc, b_enc, _ = operands(3, 5, 7, torch.bfloat16)
+    preactivations = torch.ops.gemmascope_cpu.preactivations.default
+    torch.library.opcheck(preactivations, (x, W_enc.T, b_enc), test_utils="test_faketensor")
 
 
 @pytest.mark.usefixtures("screening")
@@ -143,7 +177,7 @@ def test_the_bound_of_the_screen_holds_where_all_errors_add_up():
 
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.2])
 def test_screening_or_not_is_a_matter_of_time_alone(share):
-    """Left to itself it is one or the other, block by block; the entries are the same, the values up to rounding."""
+    """Left to itself it is one or the other, block by block; the entries are the same to the bit."""
     use = torch.ops.gemmascope_cpu.use_screening
     x, W, b_enc = normal(600, 128), normal(200, 128, seed=1), torch.zeros(200)
     W[:48] = 0.0
@@ -156,14 +190,8 @@ def test_screening_or_not_is_a_matter_of_time_alone(share):
     finally:
         use(None)
     for code in codes.values():
-        assert_bitwise_equal("indices", code.indices, codes[-1.0].indices)
-        assert_bitwise_equal("offsets", code.offsets, codes[-1.0].offsets)
-        torch.testing.assert_close(code.values, codes[-1.0].values)
-    screens = torch.ops.gemmascope_cpu.isa() in ("avx512vnni", "avx2")
-    assert_bitwise_equal("left to itself", codes[None].values, codes[0.05 if screens else -1.0].values)
-    gives_up = share > 0.05
-    assert torch.equal(codes[0.05].values, codes[-1.0].values) == gives_up
-    assert torch.equal(codes[0.05].values, codes[1.0].values) != gives_up
+        for name in ("values", "indices", "offsets"):
+            assert_bitwise_equal(name, getattr(code, name), getattr(codes[-1.0], name))
 
 
 def test_screening_gives_up_late_where_its_first_tokens_misled():
@@ -325,6 +353,8 @@ def test_operators_refuse_what_they_do_not_take():
         ops.encode(x.double(), W, torch.ones(4), torch.ones(4))
     with pytest.raises(ValueError, match="W_enc: expected 3 columns, got 2"):
         ops.encode(x, W[:, :2], torch.ones(4), torch.ones(4))
+    with pytest.raises(ValueError, match="W_enc: expected 3 columns, got 2"):
+        ops.preactivations(x, W[:, :2], torch.ones(4))
     with pytest.raises(TypeError, match="W_enc: expected the dtype of x, got BFloat16"):
         ops.encode(x, W.bfloat16(), torch.ones(4), torch.ones(4))
     with pytest.raises(ValueError, match=r"b_enc: expected shape \[4\], got \[5\]"):

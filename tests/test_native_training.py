@@ -5,12 +5,12 @@ import torch
 
 from gemmascope.kernels import _cpu_training
 from gemmascope.kernels import training_reference as reference
-from gemmascope.kernels.entries import ByLatent, Entries, Objective
+from gemmascope.kernels.entries import ACTIVE, ByLatent, Entries, Objective
 from gemmascope.kernels.implementations import operator
 from gemmascope.step import sparse_step
 from tests.entries import BANDWIDTH, batch, from_pre_activations
 from tests.helpers import LAYOUTS, assert_bitwise_equal, assert_within_budget, normal, shape_cases
-from tests.native import ISAS, needs_native, screening, threads  # noqa: F401 (a fixture)
+from tests.native import ISAS, needs_native, operands_with_ties, screening, threads  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")  # the modules of the oracles need it
 from tests import test_dense, test_entries, test_latents, test_residual, test_step, test_update
@@ -56,6 +56,28 @@ def test_entries_with_ties_and_little_room(native, N, capacity):
     room = int(entries.offsets[-1]) if capacity is None else capacity
     assert len(entries.z) == room
     test_entries.assert_equals_reference(arguments, room, entries)
+
+
+@pytest.mark.usefixtures("screening")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [1, 5, 16, 33, 600])
+@pytest.mark.parametrize(("d", "bias"), [(1, 1.0), (31, 1.0), (256, 1.0), (300, 1.0), (700, 1.0), (2048, 3e7)])
+@pytest.mark.parametrize("bandwidth", [BANDWIDTH, 1e-6])
+def test_both_routes_decide_by_the_preactivations(native, bandwidth, d, bias, N, dtype):
+    x, W_enc, b_enc, threshold, z = operands_with_ties(N, d, dtype, bias)
+    active, window = z > threshold, (z - threshold).abs() < bandwidth / 2
+    entry = active | window
+    for count in (1, 3):
+        with threads(count):
+            entries = native.encode_entries(x, W_enc, b_enc, threshold, bandwidth, None)
+            code = native.dense_encode(x, W_enc, b_enc, threshold, bandwidth)
+        tokens, latents = entry.int().nonzero().int().unbind(1)
+        assert_bitwise_equal("z", entries.z, z[entry])
+        assert_bitwise_equal("latents", entries.latents, latents + ACTIVE * active[entry].int())
+        assert_bitwise_equal("tokens", entries.tokens, tokens)
+        assert_bitwise_equal("active", test_dense.unpack(code.active, z.shape[1]), active)
+        assert_bitwise_equal("window", test_dense.unpack(code.window, z.shape[1]), window)
+        assert_bitwise_equal("f", code.f, torch.where(active, z, 0.0).to(dtype))
 
 
 @pytest.mark.usefixtures("screening")

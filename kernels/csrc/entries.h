@@ -1,5 +1,5 @@
 // What is kept of z: for inference the active latents with their values, for training also those in the window of the
-// threshold. kernels/training.py and kernels/reference.py say which and why.
+// threshold. kernels/entries.py and kernels/reference/ say which and why.
 #pragma once
 
 #include "types.h"

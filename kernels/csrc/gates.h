@@ -8,7 +8,7 @@
 
 namespace ISA {
 
-// z·1[z > θ] as kernels/reference.py has it: a selected 0 would hide NaN, ±Inf that does not fire, and a NaN θ.
+// z·1[z > θ] as kernels/reference/ has it: a selected 0 would hide NaN, ±Inf that does not fire, and a NaN θ.
 INLINE vec activation(vec z, vec threshold) {
   ivec fires = z > threshold;
   // z − z is 0 for every finite z and NaN for the others.

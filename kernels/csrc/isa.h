@@ -23,7 +23,7 @@ static TypedKernels<T> typed_kernels() {
 static Kernels table(const char* name) {
   return {
       name, LANES, TOKENS, ROWS, BLOCK_ROWS, BLOCK_TOKENS, DEPTH, FEW_TOKENS, SCREENS, typed_kernels<float>(),
-      typed_kernels<bf16>(), select_entries, latent_sums, update_latent, update_from_lists, dot,
+      typed_kernels<bf16>(), by_token, select_entries, latent_sums, update_latent, update_from_lists, dot,
   };
 }
 

@@ -1,4 +1,4 @@
-// The kernels as compiled for one instruction set, by pointers; operators.cpp calls those of the best one at hand.
+// The kernels as compiled for one instruction set, by pointers; dispatch.h has those of the best one at hand.
 #pragma once
 
 #include "types.h"
@@ -38,6 +38,7 @@ struct Kernels {
   bool screens;
   TypedKernels<float> fp32;
   TypedKernels<bf16> low;
+  void (*by_token)(const float*, int64_t, int64_t, int64_t, float*, int64_t);
   int64_t (*select_entries)(
       const float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, float, Entry*, int32_t*);
   void (*latent_sums)(

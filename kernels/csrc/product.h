@@ -2,8 +2,11 @@
 // the cache, so that what is read of it is gone before memory sees it.
 //
 // Lanes run over tokens: x is packed once, panels of TOKENS tokens and all of d; the rows of W are packed as they
-// pass, in pieces of DEPTH columns, ROWS latents interleaved. Whatever the number of threads, a sum runs over d in the
-// same order. Operands may be bf16; products and sums are fp32.
+// pass, in pieces of DEPTH columns, ROWS latents interleaved. Operands may be bf16; products and sums are fp32.
+//
+// z has one value, whoever asks for it: a sum runs over d in the same order for all of z (`product`) and for chosen pairs
+// of a latent and a token (`pair_products`), whatever the number of threads. Up to FEW_TOKENS tokens the order is another
+// (`few_tokens`), and there is no other way to z.
 #pragma once
 
 #include "vec.h"
@@ -94,7 +97,48 @@ static void product(
   }
 }
 
-// The same for N ≤ FEW_TOKENS tokens x [N, d] in fp32, contiguous: every row of W is read once, from memory.
+// z of GROUPS·LANES pairs of a row of W and a row of x, to the bit what `product` makes of them: lanes run over pairs, so that
+// each has its own sum, piece by piece as in `tile`. One group waits for its multiply-adds; of two neither does.
+template <int GROUPS, class T>
+static void pair_products(const T* const* W, const T* const* x, const float* b_enc, int64_t d, float* z) {
+  for (int i = 0; i < GROUPS * LANES; ++i) z[i] = b_enc[i];
+  for (int64_t first = 0; first < d; first += DEPTH) {
+    int64_t end = d - first < DEPTH ? d : first + DEPTH, k = first;
+    vec sums[GROUPS] = {};
+    for (; k + LANES <= end; k += LANES)
+#pragma GCC unroll 2
+      for (int g = 0; g < GROUPS; ++g) {
+        const T *const *w_rows = W + g * LANES, *const *x_rows = x + g * LANES;
+        vec columns[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) columns[i] = load(x_rows[i] + k);
+        transpose(columns);
+        if (w_rows[0] == w_rows[LANES - 1]) {  // pairs come latent after latent: all are of one
+#pragma GCC unroll 16
+          for (int i = 0; i < LANES; ++i) sums[g] += splat(load_one(w_rows[0] + k + i)) * columns[i];
+        } else {
+          vec weights[LANES];
+#pragma GCC unroll 16
+          for (int i = 0; i < LANES; ++i) weights[i] = load(w_rows[i] + k);
+          transpose(weights);
+#pragma GCC unroll 16
+          for (int i = 0; i < LANES; ++i) sums[g] += weights[i] * columns[i];
+        }
+      }
+    for (; k < end; ++k)
+      for (int g = 0; g < GROUPS; ++g) {
+        vec weights, column;
+        for (int i = 0; i < LANES; ++i) {
+          weights[i] = load_one(W[g * LANES + i] + k);
+          column[i] = load_one(x[g * LANES + i] + k);
+        }
+        sums[g] += weights * column;
+      }
+    for (int g = 0; g < GROUPS; ++g) store(z + g * LANES, load(z + g * LANES) + sums[g]);
+  }
+}
+
+// The same as `product` for N ≤ FEW_TOKENS tokens x [N, d] in fp32, contiguous: every row of W is read once, from memory.
 template <class T>
 static void few_tokens(
     const T* W, int64_t w_stride, const float* b_enc, int64_t rows, const float* x, int64_t N, int64_t d, float* z,
@@ -123,6 +167,27 @@ static void few_tokens(
         for (int t = 0; t < few; ++t) z[(i + r) * stride + first + t] = sum(sums[r][t]) + rest[r][t] + b_enc[i + r];
     }
   }
+}
+
+// z [rows][stride] of `tokens` tokens -> out [tokens][out_stride].
+static void by_token(
+    const float* z, int64_t stride, int64_t rows, int64_t tokens, float* out, int64_t out_stride) {
+  for (int64_t t = 0; t < tokens; t += LANES)
+    for (int64_t i = 0; i < rows; i += LANES) {
+      const float* from = z + i * stride + t;
+      float* to = out + t * out_stride + i;
+      if (t + LANES <= tokens && i + LANES <= rows) {
+        vec square[LANES];
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; ++r) square[r] = load(from + r * stride);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; ++r) store(to + r * out_stride, square[r]);
+      } else {
+        for (int64_t j = 0; j < LANES && t + j < tokens; ++j)
+          for (int64_t r = 0; r < LANES && i + r < rows; ++r) to[j * out_stride + r] = from[r * stride + j];
+      }
+    }
 }
 
 }  // namespace ISA

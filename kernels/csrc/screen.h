@@ -1,6 +1,7 @@
 // Most of z is far below its threshold, and to know that an approximation will do. Here z of a block of latents is computed
 // in 16-bit integers, which takes fewer instructions than fp32, with a bound on the error; only what the bound does not
-// exclude gets its inner product in fp32. No entry is lost: the bound holds for every input, it is not an estimate.
+// exclude gets its z in fp32, the z that `product` would give it. No entry is lost: the bound holds for every input, it is
+// not an estimate.
 //
 // Rows are put on a grid: q = round(v), v = scale·row, with ‖q‖ ≤ NORM. For v = q_x + e_x of a token and w = q_w + e_w of a
 // latent, by Cauchy and Schwarz
@@ -8,8 +9,9 @@
 // and NORM² < 2³¹, so that no sum of products, whole or part, leaves 32 bits.
 #pragma once
 
+#include <cmath>
+
 #include "entries.h"
-#include "gather.h"
 #include "product.h"
 
 namespace ISA {
@@ -87,8 +89,10 @@ static Grid to_grid(const T* row, int64_t d, int16_t* q) {
     q[k] = static_cast<int16_t>(rounded);
   }
   if (d % 2) q[d] = 0;
-  // What fp32 does not know either: the rounding of v, of the inner product that decides, of the comparison.
-  float rounding = NORM * (static_cast<float>(d) / LANES + 64.0f) * 5.97e-8f;
+  // What fp32 does not know either, half of it from each of two rows, in units of its rounding of NORM²: the sum that decides,
+  // of pieces in each of which every product may round a sum, and which are added one by one; v, and the comparison.
+  int64_t roundings = (d < DEPTH ? d : DEPTH) + (d + DEPTH - 1) / DEPTH + 64;
+  float rounding = NORM * 0.5f * static_cast<float>(roundings) * 5.97e-8f;
   return {scale, NORM * (1.001f * __builtin_sqrtf(sum(errors) + error) + rounding), norm};
 }
 
@@ -204,7 +208,9 @@ static int64_t screen_entries(
   float goals[BLOCK_ROWS];
   for (int64_t i = 0; i < rows; ++i) {
     double lowest = bandwidth < 0 ? threshold[i] : threshold[i] - 0.500001 * bandwidth;  // or NaN, which excludes nothing
-    goals[i] = static_cast<float>((lowest - b_enc[i]) * row_grids[i].scale);
+    double bias = b_enc[i];  // the sum starts with it: each piece that is added may round the bias, however large it is
+    bias += std::fabs(bias) * 5.97e-8 * static_cast<double>((d + DEPTH - 1) / DEPTH);
+    goals[i] = static_cast<float>((lowest - bias) * row_grids[i].scale);
   }
   // A first panel tells whether it is worth going on; where it misled, what is left stops it.
   int64_t left = 0;
@@ -218,35 +224,40 @@ static int64_t screen_entries(
     if (too_many(TOKENS)) return -1;
     screen_panels(packed_rows, rows, pairs, packed_x + pairs * TOKENS, panels - 1, room.z + TOKENS, stride);
   }
-  int64_t ends[BLOCK_ROWS];
   left = 0;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t t = 0; t < tokens; t += LANES) {
       uint32_t bits = not_excluded(room.z + i * stride + t, room.scale + t, room.slack + t, goals[i], row_grids[i].slack);
       for (; bits; bits &= bits - 1) {
         int64_t token = t + __builtin_ctz(bits);
-        if (token < tokens) room.tokens[left++] = static_cast<int32_t>(first_token + token);
+        if (token < tokens) room.pairs[left++] = {static_cast<int32_t>(i), static_cast<int32_t>(token)};
       }
     }
-    ends[i] = left;
   }
   if (too_many(tokens)) return -1;
 
   Entry* next = out;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int32_t* candidates = room.tokens + (i ? ends[i - 1] : 0);
-    int64_t count = room.tokens + ends[i] - candidates;
-    if (count == 0) continue;
-    widen_row(W + i * w_stride, d, room.row);
-    dot_rows(room.row, candidates, count, x, d, room.products);
-    for (int64_t c = 0; c < count; ++c) {
-      float z = room.products[c] + b_enc[i];
-      int32_t latent = static_cast<int32_t>(first_latent + i);
-      if (!(bandwidth < 0 ? inference_entry(z, threshold[i], latent, *next)
-                          : training_entry(z, threshold[i], bandwidth, latent, *next)))
+  constexpr int MOST = 2 * LANES;
+  for (int64_t first = 0; first < left; first += MOST) {
+    int count = left - first < MOST ? static_cast<int>(left - first) : MOST;
+    const T *w_rows[MOST], *x_rows[MOST];
+    float biases[MOST], z[MOST];
+    for (int i = 0; i < MOST; ++i) {
+      const Pair& pair = room.pairs[first + (i < count ? i : count - 1)];
+      w_rows[i] = W + pair.row * w_stride;
+      x_rows[i] = x + (first_token + pair.token) * d;
+      biases[i] = b_enc[pair.row];
+    }
+    if (count > LANES) pair_products<2>(w_rows, x_rows, biases, d, z);
+    else pair_products<1>(w_rows, x_rows, biases, d, z);
+    for (int i = 0; i < count; ++i) {
+      const Pair& pair = room.pairs[first + i];
+      int32_t latent = static_cast<int32_t>(first_latent) + pair.row;
+      if (!(bandwidth < 0 ? inference_entry(z[i], threshold[pair.row], latent, *next)
+                          : training_entry(z[i], threshold[pair.row], bandwidth, latent, *next)))
         continue;
-      next->token = candidates[c];
-      ++counts[candidates[c] - first_token];
+      next->token = static_cast<int32_t>(first_token) + pair.token;
+      ++counts[pair.token];
       ++next;
     }
   }

@@ -1,4 +1,4 @@
-// What operators.cpp and the kernels of every instruction set exchange.
+// What the operators and the kernels of every instruction set exchange.
 #pragma once
 
 #include <cstdint>
@@ -20,16 +20,19 @@ struct Grid {
   float scale, slack, norm;
 };
 
-// A thread's room for screening a block.
-struct ScreenRoom {
-  int32_t* z;             // [block_rows][block_tokens]
-  float *scale, *slack;   // [block_tokens]
-  int32_t* tokens;        // [block_rows · block_tokens]
-  float* products;        // [block_tokens]
-  float* row;             // [d]
+// A latent and a token, both counted within a block.
+struct Pair {
+  int32_t row, token;
 };
 
-// As in kernels/training.py.
+// A thread's room for screening a block.
+struct ScreenRoom {
+  int32_t* z;            // [block_rows][block_tokens]
+  float *scale, *slack;  // [block_tokens]
+  Pair* pairs;           // [block_rows · block_tokens]
+};
+
+// As in kernels/entries.py.
 constexpr int32_t ACTIVE = 1 << 30;
 constexpr int32_t LATENT = ACTIVE - 1;
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "types.h"
 
@@ -79,5 +80,32 @@ INLINE uint32_t bits_of(ivec condition) {
 }
 
 INLINE bool any(ivec condition) { return bits_of(condition) != 0; }
+
+// Lane i is lane MASK[i] of a followed by b.
+template <int... MASK>
+INLINE vec shuffle(vec a, vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, MASK...);
+#else
+  return __builtin_shuffle(a, b, ivec{MASK...});
+#endif
+}
+
+// a and b lie STEP rows apart: the lanes of a with the bit STEP for those of b without it.
+template <int STEP, int... LANE>
+INLINE void exchange(vec& a, vec& b, std::integer_sequence<int, LANE...>) {
+  vec first = shuffle<(LANE & STEP ? LANES + LANE - STEP : LANE)...>(a, b);
+  b = shuffle<(LANE & STEP ? LANES + LANE : LANE + STEP)...>(a, b);
+  a = first;
+}
+
+// A square [LANES][LANES], halves of it first, then halves of those.
+template <int STEP = LANES / 2>
+INLINE void transpose(vec* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & STEP)) exchange<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, LANES>());
+  if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
 
 }  // namespace ISA

@@ -1,0 +1,294 @@
+// Encoding: z of blocks of latents and tokens, as it is or the entries found in it, put in order.
+#include <mutex>
+#include <vector>
+
+#include "dispatch.h"
+#include "operators.h"
+
+namespace gemmascope_cpu {
+
+namespace {
+
+// The share of a block of z that screening may leave to fp32; negative: no screening. Null: as is fastest. For tests.
+struct Screening {
+  bool automatic = true;
+  float limit = 0.0f;
+};
+std::atomic<Screening> screening{Screening{}};
+
+float screen_limit(const Kernels& k, int64_t N, int64_t d) {
+  // Beyond the largest depth the bound says little; with fewer columns or tokens rounding W costs what it saves. Where more
+  // than the limit is left, fp32 for the whole block is faster.
+  constexpr int64_t LARGEST_DEPTH = 1 << 17, SMALLEST_DEPTH = 32, FEWEST_TOKENS = 16;
+  constexpr float LIMIT = 0.05f;
+  if (N <= k.few_tokens || d == 0 || d > LARGEST_DEPTH) return -1.0f;
+  Screening asked = screening;
+  if (!asked.automatic) return asked.limit;
+  return k.screens && N >= FEWEST_TOKENS && d >= SMALLEST_DEPTH ? LIMIT : -1.0f;
+}
+
+// Entries as they are found, latent after latent within a block of latents and tokens.
+class Found {
+ public:
+  Entry* room(int64_t more) {
+    if (static_cast<int64_t>(entries_.size()) < used_ + more)
+      entries_.resize(std::max<int64_t>(used_ + more, 2 * entries_.size()));
+    return entries_.data() + used_;
+  }
+  void keep(int64_t more) { used_ += more; }
+  int64_t used() const { return used_; }
+  const Entry* at(int64_t i) const { return entries_.data() + i; }
+
+ private:
+  std::vector<Entry> entries_;
+  int64_t used_ = 0;
+};
+
+// x [N, d] contiguous and W [F, d] in blocks of tokens and latents, and z of a block. How z is summed depends on N alone, not on
+// who asks for it or on what is screened.
+template <class T>
+struct Blocks {
+  Blocks(const TypedKernels<T>& t, const Tensor& x, const Tensor& W, const Tensor& b_enc)
+      : t(t), x(data<T>(x)), W(data<T>(W)), b_enc(data<float>(b_enc)), N(x.size(0)), d(x.size(1)), F(W.size(0)),
+        w_stride(W.stride(0)), few(N <= k.few_tokens), most_tokens(few ? std::max<int64_t>(N, 1) : k.block_tokens),
+        stride(few ? 2 * k.few_tokens : k.block_tokens), of_latents((F + k.block_rows - 1) / k.block_rows),
+        of_tokens((N + most_tokens - 1) / most_tokens), panels((N + k.tokens - 1) / k.tokens),
+        packed(few ? floats({N, d}) : floats({panels, d, k.tokens})) {}
+
+  int64_t first_latent(int64_t b) const { return b * k.block_rows; }
+  int64_t latents(int64_t b) const { return std::min(k.block_rows, F - first_latent(b)); }
+  int64_t first_token(int64_t b) const { return b * most_tokens; }
+  int64_t tokens(int64_t b) const { return std::min(most_tokens, N - first_token(b)); }
+  int64_t first_panel(int64_t b) const { return std::min(first_token(b) / k.tokens, panels); }
+  const T* weights(int64_t b) const { return W + first_latent(b) * w_stride; }
+
+  // Tokens are packed before `product` reads them: all at once, or those of a block.
+  void pack_panel(int64_t panel) const { t.pack_tokens(x, d, N, d, panel, data<float>(packed)); }
+  void pack() const {
+    if (few)
+      for (int64_t n = 0; n < N; ++n) t.widen_row(x + n * d, d, data<float>(packed) + n * d);
+    else
+      deal_each(panels, 1, [&](int64_t panel) { pack_panel(panel); });
+  }
+  void pack(int64_t b) const {
+    for (int64_t panel = first_panel(b); panel < first_panel(b + 1); ++panel) pack_panel(panel);
+  }
+
+  // z [latents][stride]; rows: room for rows of W.
+  void product(int64_t latent_block, int64_t token_block, float* rows, float* z) const {
+    const float* bias = b_enc + first_latent(latent_block);
+    if (few)
+      t.few_tokens(weights(latent_block), w_stride, bias, latents(latent_block), data<float>(packed), N, d, z, stride);
+    else
+      t.product(
+          weights(latent_block), w_stride, bias, latents(latent_block), d, data<float>(packed),
+          first_panel(token_block), first_panel(token_block + 1), rows, z, stride);
+  }
+
+  const Kernels& k = kernels();
+  const TypedKernels<T>& t;
+  const T *x, *W;
+  const float* b_enc;
+  int64_t N, d, F, w_stride;
+  bool few;
+  int64_t most_tokens, stride, of_latents, of_tokens, panels;
+  Tensor packed;
+};
+
+// A thread's room for blocks of z.
+struct Scratch {
+  template <class T>
+  explicit Scratch(const Blocks<T>& blocks)
+      : rows(floats({blocks.k.block_rows, blocks.k.depth})), z(zeros({blocks.k.block_rows, blocks.stride})) {}
+  Tensor rows, z;
+};
+
+// The same for screening.
+struct ScreenScratch {
+  ScreenScratch(const Kernels& k, int64_t d)
+      : grid(ints({k.block_rows, (d + 1) / 2})), sums(ints({k.block_rows, k.block_tokens})),
+        per_token(floats({2, k.block_tokens})), pairs(ints({k.block_rows, k.block_tokens, 2})), grids(k.block_rows),
+        integers(d + 1),
+        room{data<int32_t>(sums), data<float>(per_token), data<float>(per_token) + k.block_tokens, data<Pair>(pairs)} {}
+  Tensor grid, sums, per_token, pairs;
+  std::vector<Grid> grids;
+  std::vector<int16_t> integers;
+  ScreenRoom room;
+};
+
+// What a thread has found in a block.
+struct Part {
+  int64_t part, begin, count;
+};
+
+struct Selection {
+  Tensor z, latents, tokens, offsets;
+};
+
+// The entries of z = x·Wᵀ + b_enc by token, latents ascending; room for `capacity` of them, or for all.
+template <class T>
+Selection encode_blocks(
+    const Blocks<T>& blocks, const float* threshold, float bandwidth, optional<int64_t> capacity) {
+  const Kernels& k = blocks.k;
+  const auto& t = blocks.t;
+  int64_t N = blocks.N, d = blocks.d, F = blocks.F, row_blocks = blocks.of_latents, token_blocks = blocks.of_tokens;
+  float limit = screen_limit(k, N, d);
+  bool screened = limit >= 0;
+  int64_t panels = screened ? blocks.panels : 0, pairs = (d + 1) / 2;
+  Tensor grid = ints({panels, pairs, k.tokens});
+  std::vector<Grid> token_grids(panels * k.tokens);
+  if (screened)
+    deal_each(panels, 1, [&](int64_t panel) {
+      std::vector<int16_t> integers(d + 1);
+      t.grid_tokens(
+          blocks.x, d, N, d, panel, data<int32_t>(grid), token_grids.data() + panel * k.tokens, integers.data());
+    });
+  else
+    blocks.pack();
+
+  std::vector<Part> parts(row_blocks * token_blocks);
+  std::vector<int32_t> counts(row_blocks * N);
+  std::vector<Found> found(max_parts());
+  std::vector<optional<Scratch>> scratch(max_parts());
+  std::vector<optional<ScreenScratch>> screens(max_parts());
+  // Where screening gives up, fp32 needs the tokens packed: by whom it happens first.
+  std::vector<std::once_flag> is_packed(screened ? token_blocks : 0);
+  deal(row_blocks, 1, [&](int64_t part, int64_t b, int64_t) {
+    int64_t first = blocks.first_latent(b), rows = blocks.latents(b);
+    const float *bias = blocks.b_enc + first, *theta = threshold + first;
+    if (screened) {
+      if (!screens[part]) screens[part].emplace(k, d);
+      ScreenScratch& screen = *screens[part];
+      t.grid_rows(
+          blocks.weights(b), blocks.w_stride, bias, rows, d, data<int32_t>(screen.grid), screen.grids.data(),
+          screen.integers.data());
+    }
+    for (int64_t token_block = 0; token_block < token_blocks; ++token_block) {
+      int64_t first_token = blocks.first_token(token_block), tokens = blocks.tokens(token_block);
+      Entry* room = found[part].room(rows * tokens);
+      int32_t* to = counts.data() + b * N + first_token;
+      int64_t count = -1;
+      if (screened) {
+        ScreenScratch& screen = *screens[part];
+        int64_t first_panel = blocks.first_panel(token_block);
+        count = t.screen_entries(
+            blocks.weights(b), blocks.w_stride, bias, rows, d, screen.grids.data(), data<int32_t>(screen.grid),
+            blocks.x, data<int32_t>(grid) + first_panel * pairs * k.tokens,
+            token_grids.data() + first_panel * k.tokens, tokens, first, first_token, theta, bandwidth, limit,
+            screen.room, room, to);
+        if (count < 0) std::call_once(is_packed[token_block], [&] { blocks.pack(token_block); });
+      }
+      if (count < 0) {
+        if (!scratch[part]) scratch[part].emplace(blocks);
+        float* z = data<float>(scratch[part]->z);
+        blocks.product(b, token_block, data<float>(scratch[part]->rows), z);
+        count = k.select_entries(z, blocks.stride, rows, tokens, first, first_token, theta, bandwidth, room, to);
+      }
+      parts[b * token_blocks + token_block] = {part, found[part].used(), count};
+      found[part].keep(count);
+    }
+  });
+
+  // counts become places: those of a token's entries before a block of latents.
+  Selection out{Tensor(), Tensor(), Tensor(), zeros({N + 1}, at::kLong)};
+  int64_t* offsets = data<int64_t>(out.offsets);
+  std::vector<int32_t> before(N);
+  for (int64_t b = 0; b < row_blocks; ++b)
+    for (int64_t n = 0; n < N; ++n) {
+      int32_t count = counts[b * N + n];
+      counts[b * N + n] = before[n];
+      before[n] += count;
+    }
+  for (int64_t n = 0; n < N; ++n) offsets[n + 1] = offsets[n] + before[n];
+  int64_t total = offsets[N], room = capacity.value_or(total);
+  out.z = floats({room});
+  out.latents = ints({room});
+  out.tokens = ints({room});
+  deal(row_blocks, 4, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t token_block = 0; token_block < token_blocks; ++token_block) {
+        const Part& in = parts[b * token_blocks + token_block];
+        for (int64_t i = 0; i < in.count; ++i) {
+          const Entry& entry = *found[in.part].at(in.begin + i);
+          int64_t place = offsets[entry.token] + counts[b * N + entry.token]++;
+          if (place >= room) continue;
+          data<float>(out.z)[place] = entry.z;
+          data<int32_t>(out.latents)[place] = entry.latent;
+          data<int32_t>(out.tokens)[place] = entry.token;
+        }
+      }
+  });
+  for (int64_t i = total; i < room; ++i) {
+    data<float>(out.z)[i] = 0.0f;
+    data<int32_t>(out.latents)[i] = static_cast<int32_t>(F);
+    data<int32_t>(out.tokens)[i] = 0;
+  }
+  return out;
+}
+
+// work(blocks) with the blocks of arguments that have been checked.
+template <class Work>
+auto with_blocks(const Tensor& x, const Tensor& W, const Tensor& b_enc, const Work& work) {
+  check_matrix("x", x);
+  check_matrix("W_enc", W);
+  TORCH_CHECK_VALUE(W.size(1) == x.size(1), "W_enc: expected ", x.size(1), " columns, got ", W.size(1));
+  TORCH_CHECK_TYPE(W.scalar_type() == x.scalar_type(), "W_enc: expected the dtype of x, got ", W.scalar_type());
+  TORCH_CHECK_VALUE(W.size(0) <= LATENT, "W_enc: expected at most 2^30 latents, got ", W.size(0));
+  check("b_enc", b_enc, at::kFloat, {W.size(0)});
+  Tensor rows = W.stride(1) == 1 ? W : W.contiguous(), input = x.contiguous();
+  return by_type(x, [&](const auto& t, auto zero) {
+    return work(Blocks<decltype(zero)>(t, input, rows, b_enc));
+  });
+}
+
+Selection select(
+    const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold, double bandwidth,
+    optional<int64_t> capacity) {
+  return with_blocks(x, W, b_enc, [&](const auto& blocks) {
+    TORCH_CHECK_VALUE(!capacity || *capacity >= 0, "capacity: expected 0 or more, got ", *capacity);
+    check("threshold", threshold, at::kFloat, {blocks.F});
+    return encode_blocks(blocks, data<float>(threshold), static_cast<float>(bandwidth), capacity);
+  });
+}
+
+}  // namespace
+
+void use_screening(optional<double> limit) {
+  screening = limit ? Screening{false, static_cast<float>(*limit)} : Screening{};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> encode_entries(
+    const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold, double bandwidth,
+    optional<int64_t> capacity) {
+  TORCH_CHECK_VALUE(bandwidth > 0, "bandwidth: expected a number > 0, got ", bandwidth);
+  Selection found = select(x, W, b_enc, threshold, bandwidth, capacity);
+  return {found.z, found.latents, found.tokens, found.offsets};
+}
+
+std::tuple<Tensor, Tensor, Tensor> encode(
+    const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold) {
+  Selection found = select(x, W, b_enc, threshold, -1.0, std::nullopt);
+  return {found.z, found.latents, found.offsets};
+}
+
+// z [N, F], the very numbers that encoding compares with the thresholds.
+Tensor preactivations(const Tensor& x, const Tensor& W, const Tensor& b_enc) {
+  return with_blocks(x, W, b_enc, [&](const auto& blocks) {
+    Tensor out = floats({blocks.N, blocks.F});
+    std::vector<optional<Scratch>> scratch(max_parts());
+    blocks.pack();
+    deal(blocks.of_latents, 1, [&](int64_t part, int64_t b, int64_t) {
+      if (!scratch[part]) scratch[part].emplace(blocks);
+      float* z = data<float>(scratch[part]->z);
+      for (int64_t token_block = 0; token_block < blocks.of_tokens; ++token_block) {
+        blocks.product(b, token_block, data<float>(scratch[part]->rows), z);
+        blocks.k.by_token(
+            z, blocks.stride, blocks.latents(b), blocks.tokens(token_block),
+            data<float>(out) + blocks.first_token(token_block) * blocks.F + blocks.first_latent(b), blocks.F);
+      }
+    });
+    return out;
+  });
+}
+
+}  // namespace gemmascope_cpu
