@@ -15,6 +15,7 @@ import typer
 from . import __version__, report
 from .checks import dtype_name
 from .kernels import choose
+from .kernels.density import decode_dense_above, training_switch
 
 app = typer.Typer(add_completion=False, help="Sparse autoencoders on every layer of Gemma 2.")
 
@@ -109,6 +110,15 @@ def info(debug: Debug = False) -> None:
             table.add_row(device, dtype_name(dtype), choice.impl, choice.reason)
     console.print()
     console.print(table)
+    console.print()
+    for kind in dict.fromkeys("cpu" if name == "cpu" else "cuda" for name, _ in devices()):
+        switch, decode = training_switch(torch.device(kind)), decode_dense_above(torch.device(kind))
+        console.print(
+            f"{kind}: of all pairs of token and latent, a training step turns dense above {switch.dense_above:g}, "
+            f"sparse below {switch.sparse_below:g}; sae(x) decodes by whole matrices above {decode:g}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def installed_version(package: str) -> str:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_floating, dtype_name, found, is_integer
+from .kernels.density import is_sparse
 from .sae import JumpReLUSAE
 from .sites import Site, attach, evaluating, site_width, special_token_ids
 
@@ -130,9 +131,9 @@ def evaluate_sae(
 
     def reconstruct(x: Tensor, start: int) -> Tensor:
         # The weights' precision, not that of the stored activations: rounding x̂ to bf16 would count as SAE error.
-        f = sae.encode(x.to(device=device, dtype=sae.W_dec.dtype))
-        fired.add_((f != 0).sum(0))
-        return sae.decode(f)
+        code = sae.encode_sparse(x.to(device=device, dtype=sae.W_dec.dtype))
+        fired.add_(code.firing_count())
+        return sae.decode(code if is_sparse(code) else code.to_dense())
 
     fvu = _fvu("activations", activations, reconstruct, max(sae.d_sae, sae.d_model))
     l0 = fired.sum().item() / n

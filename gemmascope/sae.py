@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import kernels
 from .checks import check_floating, check_int, check_number, dtype_name
 from .kernels import JumpReLUOutput, SparseCode
+from .kernels.density import is_sparse
 
 
 class JumpReLUSAE(nn.Module):
@@ -114,15 +115,33 @@ class JumpReLUSAE(nn.Module):
             x = x / self.input_scale
         return x - self.b_dec if self.pre_encoder_bias else x
 
+    def _goes_densely(self, x: Tensor) -> bool:
+        """Whether every latent of every token is needed: for a gradient, or for a graph whose shapes are known."""
+        if torch.compiler.is_compiling():
+            return True
+        tensors = (x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
     def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:
-        """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., d_model]; differentiable."""
-        with self._without_autocast():
-            pre = self._encoder_input(x) @ self.W_enc
-        return kernels.jumprelu(pre, self.b_enc, self.threshold, bandwidth, impl=self.impl)
+        """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., d_model]; differentiable.
+
+        The gate is decided on the fp32 (fp64) pre-activations, the same bits as in `encode_sparse`.
+        """
+        z = kernels.preactivations(self._encoder_input(x), self.W_enc, self.b_enc, impl=self.impl)
+        out = kernels.jumprelu(z, z.new_zeros(self.d_sae), self.threshold, bandwidth, impl=self.impl)
+        return out._replace(f=out.f.to(self.W_enc.dtype))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Dense activations [..., d_sae] of x [..., d_model], in the dtype of the weights."""
-        return self.jumprelu(x).f.reshape(*x.shape[:-1], self.d_sae)
+        """Dense activations [..., d_sae] of x [..., d_model], in the dtype of the weights.
+
+        Differentiable; where no gradient is asked for, filled from the entries of `encode_sparse`. Either way the same
+        latents fire.
+        """
+        if not isinstance(x, Tensor) or self._goes_densely(x):
+            f = self.jumprelu(x).f
+        else:
+            f = self.encode_sparse(x).to_dense().to(self.W_enc.dtype)
+        return f.reshape(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """Active latents of the tokens of x [..., d_model], flattened to N rows. Not differentiable."""
@@ -143,8 +162,17 @@ class JumpReLUSAE(nn.Module):
         return x_hat * self.input_scale if self.input_scale != 1.0 else x_hat
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction x̂ of x [..., d_model], in the shape and dtype of x."""
-        return self.decode(self.encode(x)).to(x.dtype)
+        """The reconstruction x̂ of x [..., d_model], in the shape and dtype of x.
+
+        Differentiable. Where no gradient is asked for (``torch.no_grad()``, or nothing requires one) it is made from
+        the active entries alone, by `encode_sparse` and `decode`, unless they are so many that whole matrices are
+        faster (`gemmascope.kernels.density`).
+        """
+        if not isinstance(x, Tensor) or self._goes_densely(x):
+            return self.decode(self.encode(x)).to(x.dtype)
+        code = self.encode_sparse(x)
+        x_hat = self.decode(code if is_sparse(code) else code.to_dense())
+        return x_hat.reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
     def fold(self) -> "JumpReLUSAE":

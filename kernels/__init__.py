@@ -1,8 +1,8 @@
 """Operators of sparse autoencoders: one contract, several implementations.
 
-`jumprelu`, `encode` and `decode` are the activation and sparse inference; the others are one exact training step, in
-the order in which it runs. Importing this package imports torch and nothing else: Triton is loaded when an operator
-first needs it.
+`jumprelu`, `preactivations`, `encode` and `decode` are the activation and inference; the others are one exact training
+step, in the order in which it runs. Importing this package imports torch and nothing else: Triton is loaded when an
+operator first needs it.
 """
 
 from .api import (
@@ -16,6 +16,7 @@ from .api import (
     encoder_times,
     jumprelu,
     latent_pass,
+    preactivations,
     residual_pass,
     settle,
     update_from_dense,
@@ -61,6 +62,7 @@ __all__ = [
     "encoder_times",
     "jumprelu",
     "latent_pass",
+    "preactivations",
     "residual_pass",
     "settle",
     "update_from_dense",

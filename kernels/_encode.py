@@ -120,6 +120,28 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple
     return torch.cat(values), torch.cat(indices), offsets
 
 
+def _preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    N, F = x.shape[0], W_enc.shape[1]
+    z = x.new_empty(N, F, dtype=torch.float32)
+    if z.numel() > 0:
+        threshold = torch.zeros(F, dtype=torch.float32, device=x.device)
+        words = x.new_empty(N, words_per_row(F), dtype=torch.int32)
+        with on_device(x):  # a window of infinite width keeps every z
+            encode_gemm(
+                x, W_enc, b_enc.contiguous(), threshold, z, words, launch_config(x, W_enc), "entries", float("inf")
+            )
+    return z
+
+
+def _preactivations_fake(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], W_enc.shape[1], dtype=torch.float32)
+
+
+preactivations = register(
+    "preactivations(Tensor x, Tensor W_enc, Tensor b_enc) -> Tensor", _preactivations, _preactivations_fake
+)
+
+
 def _encode_fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nnz = torch.library.get_ctx().new_dynamic_size()
     offsets = x.new_empty(x.shape[0] + 1, dtype=torch.int64)

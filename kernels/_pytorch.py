@@ -69,25 +69,48 @@ def _search(z: Tensor, threshold: Tensor, reach: float, comparable: bool) -> Ten
     return true_positions(near)
 
 
+def _row_blocks(x: Tensor, W_enc: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """How x·W_enc is cut into products: tokens, and the latents of each product with them.
+
+    The bits of a product may depend on its shape, so everything that decides a gate cuts alike.
+    """
+    (N, d), d_sae, dtype = x.shape, W_enc.shape[1], compute_dtype(x)
+    for start in range(0, N, PRODUCT_TOKENS):
+        n = min(PRODUCT_TOKENS, N - start)
+        width = max(1, Z_ELEMENTS // (n if W_enc.dtype == dtype else max(n, d)))
+        yield slice(start, start + n), [slice(first, first + width) for first in range(0, d_sae, width)]
+
+
+@without_autocast
+def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """z = x·W_enc + b_enc [N, F], in the compute dtype."""
+    dtype = compute_dtype(x)
+    b_enc, z = b_enc.to(dtype), torch.empty(x.shape[0], W_enc.shape[1], dtype=dtype, device=x.device)
+    for tokens, tiles in _row_blocks(x, W_enc):
+        rows = x[tokens].to(dtype)
+        for tile in tiles:
+            z[tokens, tile] = linear(rows, W_enc[:, tile].to(dtype), b_enc[tile])
+    return z
+
+
 def near_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, reach: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, token and latent (int64) of every pair with z > θ − reach, or with a z or θ that makes f NaN; token after
     token, latents ascending."""
-    dtype, N, (d, d_sae) = compute_dtype(x), x.shape[0], W_enc.shape
+    dtype = compute_dtype(x)
     b_enc, threshold = b_enc.to(dtype), threshold.to(dtype)
     comparable = not threshold.isnan().any()
     parts = [(b_enc.new_empty(0), *(torch.empty(0, dtype=torch.int64, device=x.device),) * 2)]
-    for start in range(0, N, PRODUCT_TOKENS):
-        rows = x[start : start + PRODUCT_TOKENS].to(dtype)
-        width = max(1, Z_ELEMENTS // (len(rows) if W_enc.dtype == dtype else max(len(rows), d)))
+    for tokens, tiles in _row_blocks(x, W_enc):
+        rows = x[tokens].to(dtype)
         found = []
-        for first in range(0, d_sae, width):
-            tile = slice(first, first + width)
+        for tile in tiles:
             z = linear(rows, W_enc[:, tile].to(dtype), b_enc[tile])
             position = _search(z, threshold[tile], reach, comparable)
             token = position // z.shape[1]
-            found.append((z.view(-1).index_select(0, position), token + start, position - token * z.shape[1] + first))
+            latent = position - token * z.shape[1] + tile.start
+            found.append((z.view(-1).index_select(0, position), token + tokens.start, latent))
         if len(found) > 1:
             values, token, latent = map(torch.cat, zip(*found, strict=True))
             token, order = torch.sort(token, stable=True)

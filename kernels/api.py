@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .autograd import Decode, JumpReLU
+from .autograd import Decode, JumpReLU, PreActivations
 from .code import SparseCode
 from .dispatch import choose
 from .entries import ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Residual, Rule
@@ -63,6 +63,20 @@ def jumprelu(
         validation.validate_jumprelu(pre, b_enc, threshold, bandwidth)
     choice = choose(impl, pre.device, pre.dtype)
     return JumpReLUOutput(*JumpReLU.apply(pre, b_enc, threshold, bandwidth, choice.impl))
+
+
+def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> Tensor:
+    """z = x·W_enc + b_enc [N, F], as every gate of this implementation sees it: fp32, or fp64 with fp64.
+
+    Arguments as of `encode`. The bits are those on which `encode`, `encode_entries` and `dense_encode` decide, so
+    ``preactivations(…) > threshold`` is exactly what they call active. Never rounded to the dtype of x.
+
+    Differentiable in ``x``, ``W_enc`` and ``b_enc``, with the products of the backward in the dtype of x. Second
+    derivatives raise.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_product(x, W_enc, b_enc)
+    return PreActivations.apply(x, W_enc, b_enc, choose(impl, x.device, x.dtype).impl)
 
 
 @torch.no_grad()

@@ -28,6 +28,25 @@ class JumpReLU(torch.autograd.Function):
         return dpre, db_enc, dthreshold, None, None
 
 
+class PreActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, W_enc: Tensor, b_enc: Tensor, impl: str):
+        ctx.save_for_backward(x, W_enc)
+        ctx.bias_dtype = b_enc.dtype
+        return operator("preactivations", impl)(x, W_enc, b_enc)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz: Tensor):
+        x, W_enc = ctx.saved_tensors
+        need_x, need_W, need_b, _ = ctx.needs_input_grad
+        with torch.autocast(dz.device.type, enabled=False):
+            operand = dz.to(x.dtype)
+            dx = operand @ W_enc.T if need_x else None
+            dW_enc = (operand.T @ x).T if need_W else None  # latent-major, as the weight is stored
+        return dx, dW_enc, dz.sum(0).to(ctx.bias_dtype) if need_b else None, None
+
+
 class Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor, impl: str):

@@ -1,9 +1,9 @@
 """The implementations of the operators: name → modules, and the one thing that tells them apart for a caller.
 
 This is the one place that knows where an implementation lives. An implementation is a set of functions of the same
-names and signatures: `jumprelu_forward`, `jumprelu_backward`, `encode_forward`, `decode_forward`, `decode_backward` for
-inference, and the operators of the training step under their public names (`api.py` has their contracts). Modules are
-imported when one of their functions is first asked for.
+names and signatures: `jumprelu_forward`, `jumprelu_backward`, `preactivations`, `encode_forward`, `decode_forward`,
+`decode_backward` for inference, and the operators of the training step under their public names (`api.py` has their
+contracts). Modules are imported when one of their functions is first asked for.
 """
 
 from collections.abc import Callable

@@ -16,6 +16,7 @@ from ._pytorch import (
     GATHER_ELEMENTS,
     dot_rows,
     near_threshold,
+    preactivations,
     row_offsets,
     row_pieces,
     rows_in,
@@ -149,8 +150,7 @@ def dense_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, tf32: bool = False
 ) -> DenseCode:
     """Arguments as of `encode_entries`; every latent of every token."""
-    dtype = compute_dtype(x)
-    z = torch.addmm(b_enc.to(dtype), x.to(dtype), W_enc.to(dtype))
+    z = preactivations(x, W_enc, b_enc)
     active, inside = gate(z, threshold), window(z, threshold, bandwidth)
     touched = torch.maximum(active, inside).sum(0)
     return DenseCode(

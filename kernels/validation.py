@@ -76,10 +76,14 @@ def validate_jumprelu(pre: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: 
     check_number("bandwidth", bandwidth, 0, open_low=True)
 
 
-def validate_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> None:
+def validate_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
     check_tensor("x", x, ("N", "d_model"))
     check_tensor("W_enc", W_enc, (x.shape[1], "d_sae"), (x.dtype,), x.device)
     check_tensor("b_enc", b_enc, (W_enc.shape[1],), device=x.device)
+
+
+def validate_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> None:
+    validate_product(x, W_enc, b_enc)
     check_tensor("threshold", threshold, (W_enc.shape[1],), _threshold_dtype(x), x.device)
 
 

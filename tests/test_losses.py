@@ -107,13 +107,13 @@ def autograd_loss(sae, x, loss, dead):
     if loss.l0_of == "batch":
         l0 = l0.mean()
     penalty = {
-        "l0": lambda: loss.coefficient * l0.mean(),
-        "target_l0": lambda: loss.coefficient * (l0 / loss.target_l0 - 1).square().mean(),
-        "quadratic_l0": lambda: loss.coefficient * (2 / loss.target_l0) * (l0 - loss.target_l0).square().mean(),
-        "tanh": lambda: loss.coefficient * torch.tanh(loss.tanh_scale * f).sum() / n,
+        "l0": lambda: loss.l0_coefficient * l0.mean(),
+        "target_l0": lambda: loss.l0_coefficient * (l0 / loss.target_l0 - 1).square().mean(),
+        "quadratic_l0": lambda: loss.l0_coefficient * (2 / loss.target_l0) * (l0 - loss.target_l0).square().mean(),
+        "tanh": lambda: loss.l0_coefficient * torch.tanh(loss.tanh_scale * f).sum() / n,
     }[loss.sparsity]()
     if loss.frequency_scale:
-        penalty = penalty + loss.coefficient * fires.mean(0).square().sum() / loss.frequency_scale
+        penalty = penalty + loss.l0_coefficient * fires.mean(0).square().sum() / loss.frequency_scale
     if loss.pre_act_coefficient:
         penalty = penalty + loss.pre_act_coefficient * torch.relu(sae.threshold - z)[:, dead].sum() / n
     return (f @ sae.W_dec + sae.b_dec - x).square().sum(1).mean() + penalty

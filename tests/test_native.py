@@ -80,7 +80,7 @@ def test_encode_decides_by_the_preactivations(d, bias, N, dtype):
     for count in (1, 3):
         with threads(count):
             code = kernels.encode(x, W_enc, b_enc, threshold, impl="cpu")
-            assert_bitwise_equal("z", operator("encode", "cpu").preactivations(x, W_enc, b_enc), z)
+            assert_bitwise_equal("z", operator("preactivations", "cpu")(x, W_enc, b_enc), z)
         assert_bitwise_equal("values", code.values, z[active])
         assert_bitwise_equal("indices", code.indices, active.nonzero()[:, 1].int())
         assert_bitwise_equal("l0", code.offsets.diff(), active.sum(1))
@@ -91,7 +91,7 @@ def test_encode_decides_by_the_preactivations(d, bias, N, dtype):
 def test_preactivations_match_reference(N, F, d, dtype):
     for layout in (lambda t: t, *LAYOUTS.values()):
         x, W_enc, b_enc = (layout(t) for t in operands(N, d, F, dtype)[:3])
-        z = operator("encode", "cpu").preactivations(x, W_enc, b_enc)
+        z = operator("preactivations", "cpu")(x, W_enc, b_enc)
         exact, eager = x.double() @ W_enc.double() + b_enc, x.float() @ W_enc.float() + b_enc
         assert z.is_contiguous()
         assert_within_budget("z", z, exact, eager)
