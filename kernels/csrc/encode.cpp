@@ -17,8 +17,8 @@ struct Screening {
 std::atomic<Screening> screening{Screening{}};
 
 float screen_limit(const Kernels& k, int64_t N, int64_t d) {
-  // Beyond the largest depth the bound says little; with fewer columns or tokens rounding W costs what it saves. Where more
-  // than the limit is left, fp32 for the whole block is faster.
+  // Beyond the largest depth the bound says little; with fewer columns or tokens rounding W costs what it saves. Where
+  // more than the limit is left, fp32 for the whole block is faster. Few tokens have a sum of their own.
   constexpr int64_t LARGEST_DEPTH = 1 << 17, SMALLEST_DEPTH = 32, FEWEST_TOKENS = 16;
   constexpr float LIMIT = 0.05f;
   if (N <= k.few_tokens || d == 0 || d > LARGEST_DEPTH) return -1.0f;
@@ -44,8 +44,8 @@ class Found {
   int64_t used_ = 0;
 };
 
-// x [N, d] contiguous and W [F, d] in blocks of tokens and latents, and z of a block. How z is summed depends on N alone, not on
-// who asks for it or on what is screened.
+// x [N, d] contiguous and W [F, d] in blocks of tokens and latents, and z of a block. How z is summed depends on N
+// alone, not on who asks for it or on what is screened.
 template <class T>
 struct Blocks {
   Blocks(const TypedKernels<T>& t, const Tensor& x, const Tensor& W, const Tensor& b_enc)

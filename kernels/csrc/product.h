@@ -97,8 +97,8 @@ static void product(
   }
 }
 
-// z of GROUPS·LANES pairs of a row of W and a row of x, to the bit what `product` makes of them: lanes run over pairs, so that
-// each has its own sum, piece by piece as in `tile`. One group waits for its multiply-adds; of two neither does.
+// z of GROUPS·LANES pairs of a row of W and a row of x, to the bit what `product` makes of them: lanes run over pairs, so
+// that each has its own sum, piece by piece as in `tile`. Two groups, because a sum waits for itself at every column.
 template <int GROUPS, class T>
 static void pair_products(const T* const* W, const T* const* x, const float* b_enc, int64_t d, float* z) {
   for (int i = 0; i < GROUPS * LANES; ++i) z[i] = b_enc[i];

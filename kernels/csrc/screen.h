@@ -89,8 +89,8 @@ static Grid to_grid(const T* row, int64_t d, int16_t* q) {
     q[k] = static_cast<int16_t>(rounded);
   }
   if (d % 2) q[d] = 0;
-  // What fp32 does not know either, half of it from each of two rows, in units of its rounding of NORM²: the sum that decides,
-  // of pieces in each of which every product may round a sum, and which are added one by one; v, and the comparison.
+  // What fp32 does not know either, in roundings of NORM², half of them for each of two rows: those of the sum that
+  // decides, one for every column of a piece and one for every piece that is added, and some for v and the comparison.
   int64_t roundings = (d < DEPTH ? d : DEPTH) + (d + DEPTH - 1) / DEPTH + 64;
   float rounding = NORM * 0.5f * static_cast<float>(roundings) * 5.97e-8f;
   return {scale, NORM * (1.001f * __builtin_sqrtf(sum(errors) + error) + rounding), norm};
@@ -194,8 +194,8 @@ template <class T>
 static int64_t screen_entries(
     const T* W, int64_t w_stride, const float* b_enc, int64_t rows, int64_t d, const Grid* row_grids,
     const int32_t* packed_rows, const T* x, const int32_t* packed_x, const Grid* token_grids, int64_t tokens,
-    int64_t first_latent, int64_t first_token, const float* threshold, float bandwidth, float limit, const ScreenRoom& room, Entry* out,
-    int32_t* counts) {
+    int64_t first_latent, int64_t first_token, const float* threshold, float bandwidth, float limit,
+    const ScreenRoom& room, Entry* out, int32_t* counts) {
   int64_t pairs = (d + 1) / 2, panels = (tokens + TOKENS - 1) / TOKENS, stride = BLOCK_TOKENS;
   float largest_row = 0.0f, largest_token = 0.0f;
   for (int64_t i = 0; i < rows; ++i) largest_row = row_grids[i].norm > largest_row ? row_grids[i].norm : largest_row;
@@ -207,8 +207,8 @@ static int64_t screen_entries(
   if (!is_finite(largest_row) || !is_finite(largest_token)) return -1;
   float goals[BLOCK_ROWS];
   for (int64_t i = 0; i < rows; ++i) {
-    double lowest = bandwidth < 0 ? threshold[i] : threshold[i] - 0.500001 * bandwidth;  // or NaN, which excludes nothing
-    double bias = b_enc[i];  // the sum starts with it: each piece that is added may round the bias, however large it is
+    double lowest = bandwidth < 0 ? threshold[i] : threshold[i] - 0.500001 * bandwidth;  // NaN excludes nothing
+    double bias = b_enc[i];  // where the sum starts: every piece that is added rounds it, however large it is
     bias += std::fabs(bias) * 5.97e-8 * static_cast<double>((d + DEPTH - 1) / DEPTH);
     goals[i] = static_cast<float>((lowest - bias) * row_grids[i].scale);
   }

@@ -83,7 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_pass(
   check("latents", latents, at::kInt, {capacity});
   int64_t nnz = std::min(check_offsets(offsets, N), capacity);
   check_indices("latents", latents, nnz, W.size(0), LATENT);
-  Tensor residual = at::empty({N, d}, W.options()), squared_error = floats({N}), l0 = floats({N}), u = floats({capacity});
+  Tensor residual = at::empty({N, d}, W.options());
+  Tensor squared_error = floats({N}), l0 = floats({N}), u = floats({capacity});
   const int64_t* starts = data<int64_t>(offsets);
   by_type(W, [&](const auto& t, auto zero) {
     using T = decltype(zero);
