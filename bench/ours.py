@@ -12,7 +12,8 @@ from gemmascope import kernels
 from gemmascope.kernels.dispatch import choose
 from gemmascope.kernels.implementations import operator
 from gemmascope.losses import l0_penalty, objective
-from gemmascope.step import StepFigures, TrainState, dense_step, sparse_step
+from gemmascope.state import TrainState
+from gemmascope.step import StepFigures, dense_step, sparse_step
 from gemmascope.trainer import CAPACITY_MARGIN, CAPACITY_UNIT
 
 OPERAND_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -60,7 +61,7 @@ class Ours(Contender):
         """Room for the entries of x, with the trainer's margin."""
         inputs = self.inputs
         seen = int(sparse_step(self.state, inputs.x, inputs.loss, inputs.rule, CAPACITY_UNIT).n_entries)
-        self.state.stalled.zero_()
+        self.state.resume()
         return CAPACITY_UNIT * math.ceil(CAPACITY_MARGIN * max(1, seen) / CAPACITY_UNIT)
 
     def step(self) -> StepFigures:

@@ -54,9 +54,7 @@ def operator_rows(
 
 def changed_bits(ours: Ours, repeats: int) -> int:
     """Of ``repeats`` steps from one state, how many end in other bits than the first."""
-    state = ours.state
-    tensors = [t for t in state.latents if t is not None]
-    tensors += [state.sae.b_dec.data, state.b_dec_v, state.updates, state.tokens_since_fired]
+    tensors = list(ours.state.tensors().values())
     start = [t.clone() for t in tensors]
 
     def result() -> list[torch.Tensor]:

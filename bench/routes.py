@@ -34,7 +34,7 @@ TOLERANCE = 0.01
 
 @torch.no_grad()
 def move_one_ulp(trainer: SAETrainer) -> None:
-    weight = trainer.state.latents.W_enc
+    weight = trainer.sae.W_enc
     weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
 
 

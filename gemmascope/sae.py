@@ -13,6 +13,23 @@ from .checks import check_floating, check_int, check_number, dtype_name
 from .kernels import JumpReLUOutput, SparseCode
 from .kernels.density import is_sparse
 
+# What a state dict holds beside the parameters, which are the attributes of the same names.
+STATE_SCALARS = {"input_scale": torch.float64, "pre_encoder_bias": torch.bool}
+
+
+def _scalar_problem(name: str, value: Any) -> str | None:
+    """Why `value` of a state dict cannot be that attribute, or None."""
+    if not isinstance(value, Tensor):
+        return f"expected a torch.Tensor, got {type(value).__name__}"
+    if value.shape != ():
+        return f"expected a scalar, got shape {list(value.shape)}"
+    if name == "pre_encoder_bias":
+        return None if value.dtype == torch.bool else f"expected bool, got {dtype_name(value.dtype)}"
+    if value.dtype not in (torch.float32, torch.float64):  # a scale of fewer digits would be another function
+        return f"expected float64, got {dtype_name(value.dtype)}"
+    scale = value.item()
+    return None if math.isfinite(scale) and scale > 0 else f"expected a finite number > 0, got {scale}"
+
 
 class JumpReLUSAE(nn.Module):
     r"""JumpReLU sparse autoencoder (Gemma Scope, arXiv 2408.05147, equations 1-4).
@@ -98,6 +115,36 @@ class JumpReLUSAE(nn.Module):
             if grad is not None:
                 moved.grad = grad.to(device=moved.device, dtype=torch.float32)
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """The parameters, and what else the function of the SAE depends on: ``input_scale``, an fp64 scalar, and
+        ``pre_encoder_bias``, a bool scalar."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, dtype in STATE_SCALARS.items():
+            destination[prefix + name] = torch.tensor(getattr(self, name), dtype=dtype, device="cpu")
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Also with ``assign=True`` the threshold keeps its dtype and W_enc stays latent-major."""
+        found = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
+        scalars = {prefix + name: name for name in STATE_SCALARS}
+        unexpected_keys += [key for key in found if key not in scalars]
+        for key, name in scalars.items():
+            if key not in state_dict:
+                missing_keys += [key] if strict else []
+                continue
+            problem = _scalar_problem(name, state_dict[key])
+            if problem:
+                error_msgs.append(f"{key}: {problem}")
+            else:
+                setattr(self, name, state_dict[key].item())
+        dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
+        if self.threshold.dtype != dtype:
+            self.threshold = nn.Parameter(self.threshold.detach().to(dtype), self.threshold.requires_grad)
+        if not self.W_enc.T.is_contiguous():
+            self.W_enc = nn.Parameter(self.W_enc.detach().T.contiguous().T, self.W_enc.requires_grad)
 
     def _without_autocast(self) -> torch.autocast:
         """The gate would move if autocast rounded z, and `encode` would disagree with `encode_sparse`."""

@@ -6,7 +6,9 @@
 * `reference_step`: the written formulas, densely, for every loss there is.
 
 The first two never ask the device for a number. An update is withheld on the device, bit for bit, when the loss is not
-finite or the entries did not fit; `SAETrainer` reads that later and repeats the steps that need more room.
+finite, the entries did not fit or the bf16 copies were not those of the weights; `SAETrainer` reads that later, mends
+what can be mended and repeats the steps. Each raises ValueError for an SAE that is not the one training began with, see
+`TrainState.ready`.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -18,74 +20,10 @@ from torch import Tensor
 
 from . import kernels
 from .config import Loss
-from .kernels import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Rule, choose
+from .kernels import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Rule
 from .losses import frequency_penalty, l0_penalty, loss_and_gradients, objective, tanh_penalty
 from .memory import dense_tile
-from .sae import JumpReLUSAE
-
-
-@dataclass
-class TrainState:
-    """What training adds to an SAE, on its device. The SAE's own tensors are the master weights, in fp32."""
-
-    sae: JumpReLUSAE
-    latents: LatentState
-    """The SAE's parameters by latent (the same memory), their second moments and their bf16 copies."""
-    b_dec_v: Tensor
-    """Second moment of b_dec, [d_model]."""
-    updates: Tensor
-    """Updates made, int64 scalar."""
-    skipped: Tensor
-    """Updates withheld because the loss was not finite, int64 scalar."""
-    stalled: Tensor
-    """Bool scalar: entries did not fit; every update is withheld until the host clears it."""
-    tokens_since_fired: Tensor
-    """int64 [d_sae]."""
-    compute_dtype: str
-    impl: str
-
-    @classmethod
-    def start(cls, sae: JumpReLUSAE, compute_dtype: str = "fp32") -> "TrainState":
-        device, W_enc, W_dec = sae.W_dec.device, sae.W_enc.data.T, sae.W_dec.data
-        if not (W_enc.is_contiguous() and W_dec.is_contiguous()):
-            raise ValueError("sae: expected latent-major W_enc and W_dec, found other strides")
-        low = compute_dtype == "bf16"
-        weights = (W_enc, W_dec, sae.b_enc.data, sae.threshold.data)
-        latents = LatentState(
-            *weights,
-            *(torch.zeros_like(w) for w in weights),
-            last=torch.zeros(sae.d_sae, dtype=torch.int64, device=device),
-            W_enc_low=W_enc.bfloat16() if low else None,
-            W_dec_low=W_dec.bfloat16() if low else None,
-        )
-
-        def zero(dtype: torch.dtype) -> Tensor:
-            return torch.zeros((), dtype=dtype, device=device)
-
-        return cls(
-            sae=sae,
-            latents=latents,
-            b_dec_v=torch.zeros_like(sae.b_dec.data),
-            updates=zero(torch.int64),
-            skipped=zero(torch.int64),
-            stalled=zero(torch.bool),
-            tokens_since_fired=torch.zeros(sae.d_sae, dtype=torch.int64, device=device),
-            compute_dtype=compute_dtype,
-            impl=choose(sae.impl, device, sae.W_dec.dtype).impl,
-        )
-
-    @property
-    def encoder_rows(self) -> Tensor:
-        """[d_sae, d_model], as the products read it."""
-        return self.latents.W_enc if self.latents.W_enc_low is None else self.latents.W_enc_low
-
-    @property
-    def decoder_rows(self) -> Tensor:
-        return self.latents.W_dec if self.latents.W_dec_low is None else self.latents.W_dec_low
-
-    def settle(self, beta2: float) -> None:
-        """Pay the decay that second moments of idle latents owe, as before saving them."""
-        kernels.settle(self.latents, self.updates, beta2)
+from .state import COPIES, ROOM, TrainState
 
 
 @dataclass(frozen=True)
@@ -98,7 +36,7 @@ class StepFigures:
     n_entries: Tensor
     """Entries of the batch, whether or not they fitted."""
     stalled: Tensor
-    """1 when the update was withheld for want of room, in this step or one before."""
+    """0, or why the update was withheld, in this step or one before: `state.ROOM`, `state.COPIES` or both."""
     skipped: Tensor
     """Updates withheld so far because the loss was not finite."""
 
@@ -137,11 +75,14 @@ def _centred(state: TrainState, x: Tensor) -> Tensor:
 
 def _permission(state: TrainState, loss: Tensor, fits: Tensor | bool) -> Tensor:
     """int32 scalar: 1 when the update may be made. Counts what is withheld."""
-    finite = loss.isfinite()
+    finite, differ = loss.isfinite(), state.copies_differ()
+    if differ is not None:
+        state.stalled |= COPIES * differ
     if fits is not True:  # room would not help a batch that is not finite, whose NaN are all entries
-        state.stalled |= ~fits & finite
-    state.skipped += ~finite & ~state.stalled
-    return (finite & ~state.stalled).to(torch.int32)
+        state.stalled |= ROOM * (~fits & finite)
+    free = state.stalled == 0
+    state.skipped += ~finite & free
+    return (finite & free).to(torch.int32)
 
 
 def _finish(state: TrainState, db_dec: Tensor, firing_count: Tensor, n: int, rule: Rule, ok: Tensor) -> None:
@@ -202,7 +143,7 @@ def sparse_gradients(
 def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None) -> StepFigures:
     """Update ``state`` by the loss on x [N, d_model] fp32, divided by the input scale. capacity: room for entries; the
     reference, which knows how many there are, also takes None."""
-    sae, impl = state.sae, state.impl
+    sae, impl, latents = state.sae, state.impl, state.ready()
     x_centred, W_enc, W_dec = _centred(state, x), state.encoder_rows, state.decoder_rows
     tf32 = state.compute_dtype == "tf32"
     entries = kernels.encode_entries(
@@ -213,7 +154,7 @@ def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: 
     n_entries = entries.offsets[-1]
     ok = _permission(state, out.loss, n_entries <= len(entries.z))
     kernels.update_from_entries(
-        state.latents, out.transposed, out.sums, out.residual, x_centred, rule, ok, state.updates, impl=impl
+        latents, out.transposed, out.sums, out.residual, x_centred, rule, ok, state.updates, impl=impl
     )
     _finish(state, out.db_dec, out.sums.firing_count, x.shape[0], rule, ok)
     return StepFigures(out.loss, out.squared_error, out.l0, n_entries, state.stalled, state.skipped)
@@ -230,7 +171,7 @@ def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigu
 
 
 def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]) -> StepFigures:
-    sae, impl, n = state.sae, state.impl, x.shape[0]
+    sae, impl, n, latents = state.sae, state.impl, x.shape[0], state.ready()
     x_centred = _centred(state, x)
 
     def encode(tile: slice):
@@ -261,7 +202,7 @@ def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: lis
         if sae.pre_encoder_bias:
             db_dec = db_dec - kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
         kernels.update_from_dense(
-            LatentState(*(None if t is None else t[tile] for t in state.latents)),
+            LatentState(*(None if t is None else t[tile] for t in latents)),
             matmul(dz.T, x_centred),
             matmul(code.f.T, g),
             db_enc,
@@ -279,11 +220,11 @@ def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: lis
 @torch.no_grad()
 def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: Tensor | None = None) -> StepFigures:
     """The same update by `loss_and_gradients`, in fp32. dead: bool [d_sae], for the pre-activation loss."""
-    out = loss_and_gradients(state.sae, x, loss, dead)
+    latents, out = state.ready(), loss_and_gradients(state.sae, x, loss, dead)
     ok = _permission(state, out.loss, True)
     gradients = out.gradients
     kernels.update_from_dense(
-        state.latents,
+        latents,
         gradients.W_enc.T,
         gradients.W_dec,
         gradients.b_enc,

@@ -18,7 +18,8 @@ from .kernels.implementations import NEED_CAPACITY
 from .memory import TrainingMemory, available_memory, training_memory
 from .sae import JumpReLUSAE
 from .sites import Site
-from .step import StepFigures, TrainState, dense_step, reference_step, sparse_step
+from .state import COPIES, TrainState
+from .step import StepFigures, dense_step, reference_step, sparse_step
 
 # Share of the entries of [N, d_sae] that are active or in the window, above which the dense route is the faster one and
 # below which the sparse one is, by type of device; between the two nothing changes.
@@ -52,6 +53,10 @@ class SAETrainer:
     dtype: fp64 is for comparisons, on a CPU.
 
     A step whose loss is not finite changes nothing but the count of skipped steps.
+
+    The SAE may be loaded, changed in place and copied at any time, and cast or moved there and back: the next step
+    trains what it then is, or raises ValueError when it is of another shape, dtype or device than at the start. Second
+    moments and counters stay. The trainer itself can be deep-copied and pickled. All of this after `flush`, on a GPU.
     """
 
     def __init__(
@@ -76,8 +81,8 @@ class SAETrainer:
         memory, self._available = self.memory(config, sample.shape[1]), available_memory(device)
         if self._available and memory.total > self._available:
             raise EnvironmentProblemError(memory.advice(self._available))
-        self.variance = float(variance) / scale**2
-        self.sae = JumpReLUSAE(
+        self._variance = float(variance)
+        sae = JumpReLUSAE(
             sample.shape[1],
             config.d_sae,
             input_scale=scale,
@@ -90,15 +95,30 @@ class SAETrainer:
         )
         if config.b_dec_init == "mean":
             with torch.no_grad():
-                self.sae.b_dec.copy_(mean / scale)
-        self.state = TrainState.start(self.sae, config.compute_dtype)
+                sae.b_dec.copy_(mean / scale)
+        self.state = TrainState.start(sae, config.compute_dtype)
         self.step = 0
         self.route = "dense" if config.route == "auto" else config.route
         self.capacity: int | None = None
         self._n_entries = 0.0  # of the last step whose loss was finite
         self.figures: dict[str, float] = {}
-        self.run_ahead = RUN_AHEAD if self.sae.W_dec.is_cuda else 0
+        self.run_ahead = RUN_AHEAD if sae.W_dec.is_cuda else 0
         self._pending: deque[_Job] = deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which hold every step given so far and none in flight."""
+        self.flush()
+        return self.__dict__ | {"_pending": deque()}
+
+    @property
+    def sae(self) -> JumpReLUSAE:
+        """The SAE in training; `flush` first to have every step so far in it."""
+        return self.state.sae
+
+    @property
+    def variance(self) -> float:
+        """Of the sample, divided by the input scale."""
+        return self._variance / self.sae.input_scale**2
 
     @staticmethod
     def memory(config: TrainConfig, d_model: int) -> TrainingMemory:
@@ -108,13 +128,12 @@ class SAETrainer:
     def update(self, x_raw: Tensor) -> None:
         """One step on activations [N, d_model] as harvested.
 
-        On a GPU it returns before the step is made. Raises ValueError for an empty batch and EnvironmentProblemError
-        when memory runs out.
+        On a GPU it returns before the step is made. Raises ValueError for an empty batch or an SAE that is not what it
+        was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
         """
-        sae = self.sae
         if x_raw.shape[0] == 0:
             raise ValueError("x: expected at least one token, got an empty batch")
-        x = x_raw.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype) / sae.input_scale
+        x = x_raw.to(self.state.b_dec_v) / self.sae.input_scale
         self._launch(x, self.step, self.route)
         self.step += 1
         while len(self._pending) > self.run_ahead:
@@ -164,19 +183,16 @@ class SAETrainer:
         self.capacity = CAPACITY_UNIT * math.ceil(CAPACITY_MARGIN * max(1, n_entries) / CAPACITY_UNIT)
 
     def _retire(self) -> None:
-        """Read the figures of the oldest step; if its entries did not fit, repeat it and all since, with room."""
+        """Read the figures of the oldest step; if its update was withheld for something that can be mended, mend that
+        and repeat it and all since."""
         job = self._pending.popleft()
         if job.copied is not None:
             job.copied.synchronize()
         figures = StepFigures.unpack(job.figures)
         if figures["stalled"]:
-            repeat = [job, *self._pending]
-            self._pending.clear()
-            self._make_room(figures["n_entries"])
-            self.state.stalled.zero_()
-            for again in repeat:
-                self._launch(again.x, again.step, again.route)
-                self._retire()
+            if not int(figures["stalled"]) & COPIES:  # else the entries were those of other weights
+                self._make_room(figures["n_entries"])
+            self._repeat(deque([job, *self._pending]))
             return
         self.figures = figures
         if not math.isfinite(figures["loss"]):
@@ -184,6 +200,17 @@ class SAETrainer:
         self._n_entries = figures["n_entries"]
         if self.config.route == "auto":
             self._choose_route(self._n_entries / (len(job.x) * self.sae.d_sae))
+
+    def _repeat(self, jobs: deque[_Job]) -> None:
+        self._pending.clear()
+        self.state.resume()
+        try:
+            while jobs:
+                self._launch(jobs[0].x, jobs[0].step, jobs[0].route)
+                jobs.popleft()
+                self._retire()
+        finally:
+            self._pending.extend(jobs)  # those an error left, for when the SAE is mended
 
     def _choose_route(self, density: float) -> None:
         device = "cuda" if self.sae.W_dec.is_cuda else "cpu"

@@ -11,7 +11,8 @@ from bench.inputs import construct
 from bench.ours import Ours, Products, WithheldError
 from gemmascope.config import Loss
 from gemmascope.sae import JumpReLUSAE
-from gemmascope.step import TrainState, sparse_step
+from gemmascope.state import TrainState
+from gemmascope.step import sparse_step
 
 CPU = torch.device("cpu")
 D, F = 16, 96

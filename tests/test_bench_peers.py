@@ -15,7 +15,8 @@ from bench.inputs import construct
 from gemmascope.config import Loss
 from gemmascope.losses import loss_and_gradients
 from gemmascope.sae import JumpReLUSAE
-from gemmascope.step import TrainState, reference_step
+from gemmascope.state import TrainState
+from gemmascope.step import reference_step
 from tests.helpers import assert_within_budget
 
 CPU = torch.device("cpu")

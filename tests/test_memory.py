@@ -4,7 +4,7 @@ import pytest
 
 from gemmascope.memory import GIB, training_memory
 from gemmascope.sae import JumpReLUSAE
-from gemmascope.step import TrainState
+from gemmascope.state import TrainState
 
 
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gemmascope import JumpReLUSAE, SparseCode
 from gemmascope.kernels import reference
@@ -193,6 +194,121 @@ def test_encoder_stays_latent_major():
         assert copied.W_enc.T.is_contiguous()
         assert copied.W_dec.is_contiguous()
     assert torch.equal(loaded.threshold, random_sae(torch.float32).threshold)
+
+
+# ---- state dicts
+
+KEYS = ["W_enc", "b_enc", "W_dec", "b_dec", "threshold", "input_scale", "pre_encoder_bias"]
+
+
+def same_function(found, expected) -> bool:
+    scalars = [(sae.input_scale, sae.pre_encoder_bias) for sae in (found, expected)]
+    return scalars[0] == scalars[1] and all(map(torch.equal, found.parameters(), expected.parameters()))
+
+
+def test_a_state_dict_holds_all_that_the_function_depends_on():
+    sae = random_sae(torch.float32, pre_encoder_bias=False)
+    found = sae.state_dict()
+    assert list(found) == KEYS
+    assert all(isinstance(value, torch.Tensor) for value in found.values())
+    assert (found["input_scale"].dtype, found["input_scale"].item()) == (torch.float64, 3.5)
+    assert (found["pre_encoder_bias"].dtype, found["pre_encoder_bias"].item()) == (torch.bool, False)
+    assert found["W_dec"].data_ptr() == sae.W_dec.data_ptr()
+    assert set(dict(sae.named_parameters())) == set(KEYS[:5])
+    assert not list(sae.buffers())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_loading_restores_the_function(assign, nested, strict):
+    sae, other = random_sae(torch.float32, pre_encoder_bias=False), JumpReLUSAE(D_MODEL, D_SAE)
+    ours, theirs = ((torch.nn.ModuleDict({"sae": s}) if nested else s) for s in (sae, other))
+    assert list(ours.state_dict()) == ["sae." * nested + key for key in KEYS]
+    result = theirs.load_state_dict(copy.deepcopy(ours.state_dict()), strict=strict, assign=assign)
+    assert result == ([], [])
+    assert same_function(other, sae)
+    assert (type(other.input_scale), type(other.pre_encoder_bias)) == (float, bool)
+    x = random_x(9, D_MODEL, dtype=torch.float32)
+    assert torch.equal(other(x), sae(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_assigning_keeps_the_dtype_of_the_threshold_and_the_storage_of_the_encoder(dtype):
+    source = {key: value.to(dtype) if key in KEYS[:5] else value for key, value in random_sae().state_dict().items()}
+    source["W_enc"] = source["W_enc"].contiguous()
+    for nested in (False, True):
+        sae = JumpReLUSAE(D_MODEL, D_SAE)
+        sae.b_enc.requires_grad_(False)
+        sae.threshold.requires_grad_(False)
+        module = torch.nn.ModuleList([sae]) if nested else sae
+        module.load_state_dict({"0." * nested + key: value for key, value in source.items()}, assign=True)
+        assert (sae.W_enc.dtype, sae.W_dec.dtype) == (dtype, dtype)
+        assert sae.threshold.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(sae.threshold, source["threshold"].to(sae.threshold.dtype))
+        assert sae.W_enc.T.is_contiguous()
+        assert torch.equal(sae.W_enc, source["W_enc"])
+        assert [p.requires_grad for p in sae.parameters()] == [True, False, True, True, False]
+
+
+def test_loading_onto_meta_by_assignment():
+    with torch.device("meta"):
+        sae = JumpReLUSAE(D_MODEL, D_SAE)
+        assert sae.state_dict()["input_scale"].device.type == "cpu"
+    sae.load_state_dict(random_sae().state_dict(), assign=True)
+    assert same_function(sae, random_sae())
+
+
+def test_safetensors_can_hold_a_state_dict(tmp_path):
+    sae, other = random_sae(torch.float32, pre_encoder_bias=False), JumpReLUSAE(D_MODEL, D_SAE)
+    save_file({key: value.contiguous() for key, value in sae.state_dict().items()}, tmp_path / "sae.safetensors")
+    other.load_state_dict(load_file(tmp_path / "sae.safetensors"))
+    assert same_function(other, sae)
+    assert other.W_enc.T.is_contiguous()
+
+
+def test_keys_missing_and_unexpected():
+    state = random_sae().state_dict()
+    for key in KEYS:
+        partial = {name: value for name, value in state.items() if name != key}
+        with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{key}"'):
+            JumpReLUSAE(D_MODEL, D_SAE).load_state_dict(partial)
+        with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "sae\.{key}"'):
+            torch.nn.ModuleDict({"sae": JumpReLUSAE(D_MODEL, D_SAE)}).load_state_dict(
+                {f"sae.{name}": value for name, value in partial.items()}
+            )
+        sae = JumpReLUSAE(D_MODEL, D_SAE, input_scale=2.0, pre_encoder_bias=False, dtype=torch.float64)
+        before = getattr(copy.deepcopy(sae), key)
+        assert sae.load_state_dict(partial, strict=False) == ([key], [])
+        found = getattr(sae, key)
+        assert torch.equal(found, before) if key in KEYS[:5] else found == before
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "scale"'):
+        random_sae().load_state_dict(state | {"scale": state["input_scale"]})
+    assert random_sae().load_state_dict(state | {"scale": state["input_scale"]}, strict=False) == ([], ["scale"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("W_enc", torch.zeros(D_SAE, D_MODEL), "size mismatch for sae.W_enc"),
+        ("input_scale", torch.tensor(0.0), "sae.input_scale: expected a finite number > 0, got 0.0"),
+        ("input_scale", torch.tensor(-1.0), "sae.input_scale: expected a finite number > 0, got -1.0"),
+        ("input_scale", torch.tensor(torch.inf), "sae.input_scale: expected a finite number > 0, got inf"),
+        ("input_scale", torch.tensor(torch.nan), "sae.input_scale: expected a finite number > 0, got nan"),
+        ("input_scale", torch.tensor(2.0).bfloat16(), "sae.input_scale: expected float64, got bfloat16"),
+        ("input_scale", torch.ones(1), r"sae.input_scale: expected a scalar, got shape \[1\]"),
+        ("input_scale", 2.0, "sae.input_scale: expected a torch.Tensor, got float"),
+        ("pre_encoder_bias", torch.tensor(1.0), "sae.pre_encoder_bias: expected bool, got float32"),
+        ("pre_encoder_bias", torch.tensor([True]), r"sae.pre_encoder_bias: expected a scalar, got shape \[1\]"),
+        ("pre_encoder_bias", True, "sae.pre_encoder_bias: expected a torch.Tensor, got bool"),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_bad_values_in_a_state_dict(key, value, message, assign):
+    module = torch.nn.ModuleDict({"sae": random_sae()})
+    with pytest.raises(RuntimeError, match=rf"Error\(s\) in loading state_dict for [\s\S]*{message}"):
+        module.load_state_dict(module.state_dict() | {f"sae.{key}": value}, assign=assign)
+    assert (module["sae"].input_scale, module["sae"].pre_encoder_bias) == (3.5, True)
 
 
 # ---- folding
