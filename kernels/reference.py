@@ -90,11 +90,17 @@ def jumprelu_backward(
 
 
 @without_autocast
+def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """z = x·W_enc + b_enc [N, F] in the compute dtype of x; of inference and of the training step alike."""
+    dtype = compute_dtype(x)
+    return x.to(dtype) @ W_enc.to(dtype) + b_enc.to(dtype)
+
+
+@without_autocast
 def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values [nnz], indices [nnz] int32, offsets [N + 1] int64."""
-    dtype = compute_dtype(x)
-    theta = threshold.to(dtype)
-    z = x.to(dtype) @ W_enc.to(dtype) + b_enc.to(dtype)
+    z = preactivations(x, W_enc, b_enc)
+    theta = threshold.to(z.dtype)
     f = activation(z, theta)
     kept = (z > theta) | f.isnan()
     token, latent = torch.nonzero(kept, as_tuple=True)

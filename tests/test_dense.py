@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemmascope.kernels import training_reference as reference
+from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.entries import DenseCode, Objective
 from gemmascope.kernels.implementations import operator
 from tests import sanitizer

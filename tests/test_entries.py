@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemmascope.kernels import training_reference as reference
+from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.entries import ACTIVE, LATENT, Entries
 from gemmascope.kernels.implementations import operator
 from tests import sanitizer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemmascope.kernels import _cpu_training
-from gemmascope.kernels import training_reference as reference
+from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.entries import ByLatent, Entries, Objective
 from gemmascope.kernels.implementations import operator
 from gemmascope.step import sparse_step
