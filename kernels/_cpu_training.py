@@ -1,4 +1,4 @@
-"""The native CPU backend of the training step; each operator has its counterpart in `training_reference.py`.
+"""The native CPU backend of the training step; each operator has its counterpart in `reference_training.py`.
 
 The sparse route runs in `csrc/` as a whole. The dense route has z from there too, so that both routes agree on which
 latents fire; the other products of whole matrices are PyTorch's, what is elementwise is one pass forward and one
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._cpu import preactivations
 from .entries import ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Residual, Rule
-from .training_reference import settle as settle
+from .reference_training import settle as settle
 
 _ops = torch.ops.gemmascope_cpu
 
@@ -24,7 +24,7 @@ def encode_entries(
     capacity: int | None,
     tf32: bool = False,
 ) -> Entries:
-    """As `training_reference.encode_entries`; tf32 changes nothing on a CPU."""
+    """As `reference_training.encode_entries`; tf32 changes nothing on a CPU."""
     found = _ops.encode_entries(x, W_enc.T, b_enc.float().contiguous(), threshold.contiguous(), bandwidth, capacity)
     return Entries(*found)
 

@@ -166,7 +166,7 @@ def _count_bits(active: Tensor, window: Tensor, l0: Tensor, firing_count: Tensor
 def dense_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, tf32: bool = False
 ) -> DenseCode:
-    """By the contract of `training_reference.dense_encode`, with active and window as words of bits.
+    """By the contract of `reference_training.dense_encode`, with active and window as words of bits.
 
     x [N, d] and W_enc [d, F] fp32, fp16 or bf16 of any strides; fast paths as of `encode_entries`. Does not wait for
     the device.
@@ -193,7 +193,7 @@ def dense_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz [N, F] in the memory and dtype of u (fp32, fp16 or bf16, rounded once), db_enc [F] and dθ [F] fp32.
 
-    By the contract of `training_reference.dense_backward`; ``code`` is that of `dense_encode`, s [N] fp32.
+    By the contract of `reference_training.dense_backward`; ``code`` is that of `dense_encode`, s [N] fp32.
     """
     N, F = u.shape
     db_enc = torch.empty(F, dtype=torch.float32, device=u.device)

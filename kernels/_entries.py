@@ -76,7 +76,7 @@ def _move(words: Tensor, z: Tensor, threshold: Tensor, starts: Tensor, first_tok
 def encode_entries(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, capacity: int, tf32: bool = False
 ) -> Entries:
-    """By the contract of `training_reference.encode_entries`; z and tokens beyond the last entry are undefined.
+    """By the contract of `reference_training.encode_entries`; z and tokens beyond the last entry are undefined.
 
     Launches without waiting for the device. Any strides; x whose rows start on 16-byte boundaries and latent-major
     W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `SCRATCH_BYTES` at most, or that of

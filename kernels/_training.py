@@ -1,4 +1,4 @@
-"""The operators of the training step by Triton; each has its counterpart in `training_reference.py`."""
+"""The operators of the training step by Triton; each has its counterpart in `reference_training.py`."""
 
 from ._dense import dense_backward, dense_encode
 from ._entries import encode_entries

@@ -24,7 +24,7 @@ from torch import Tensor
 from ._common import on_device
 from ._decode import GatherConfig
 from .entries import ByLatent, LatentState, LatentSums, Rule
-from .training_reference import settle
+from .reference_training import settle
 
 __all__ = ["settle", "update_from_dense", "update_from_entries"]
 

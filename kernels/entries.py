@@ -70,7 +70,7 @@ class LatentSums(NamedTuple):
 
 class DenseCode(NamedTuple):
     f: Tensor  # [N, F] in the dtype of x
-    active: Tensor  # z > θ: bool [N, F], or int32 words [N, ⌈F/32⌉] of one bit a latent, lowest first
+    active: Tensor  # z > θ: 0 and 1 [N, F] of any dtype, or int32 words [N, ⌈F/32⌉] of one bit a latent, lowest first
     window: Tensor  # |z − θ| < ε/2, likewise
     l0: Tensor  # [N] fp32
     firing_count: Tensor  # [F] int32, active

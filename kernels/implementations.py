@@ -25,12 +25,12 @@ def _modules(impl: str) -> tuple[ModuleType, ModuleType]:
 
         return _cpu, _cpu_training
     if impl == "pytorch":
-        from . import _pytorch, training_reference
+        from . import _pytorch, _pytorch_training
 
-        return _pytorch, training_reference
-    from . import reference, training_reference
+        return _pytorch, _pytorch_training
+    from . import reference, reference_training
 
-    return reference, training_reference
+    return reference, reference_training
 
 
 def operator(name: str, impl: str) -> Callable:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemmascope.kernels import training_reference as reference
+from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.entries import Entries
 from tests.helpers import normal
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemmascope.kernels import training_reference as reference
+from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.entries import ACTIVE, LATENT, Entries
 from gemmascope.kernels.implementations import operator
 from tests import sanitizer
@@ -217,15 +217,15 @@ def test_the_host_never_waits(device):
 def test_bad_input_stays_visible(device):
     """NaN, ±Inf and a NaN threshold are active entries, so that they spoil the loss; z is stored as it is."""
     inf, nan = float("inf"), float("nan")
-    b_enc = torch.tensor([0.0, nan, inf, -inf, 2.0, -2.0, 0.0], device=device)
-    threshold = torch.tensor([1.0, 1.0, 1.0, 1.0, nan, -inf, inf], device=device)
-    x, W_enc = torch.zeros(2, 4, device=device), torch.zeros(4, 7, device=device)
+    b_enc = torch.tensor([0.0, nan, inf, -inf, 2.0, -2.0, 0.0, inf], device=device)
+    threshold = torch.tensor([1.0, 1.0, 1.0, 1.0, nan, -inf, inf, inf], device=device)
+    x, W_enc = torch.zeros(2, 4, device=device), torch.zeros(4, 8, device=device)
     x[1, 2] = nan
-    entries = encode_entries(x, W_enc, b_enc, threshold, BANDWIDTH, 14)
-    assert entries.offsets.tolist() == [0, 5, 12]
-    assert entries.latents[:12].tolist() == [ACTIVE + j for j in (1, 2, 3, 4, 5, *range(7))]
-    z = torch.tensor([nan, inf, -inf, 2.0, -2.0, *[nan] * 7], device=device)
-    assert_bitwise_equal("z", entries.z[:12], z)
+    entries = encode_entries(x, W_enc, b_enc, threshold, BANDWIDTH, 16)
+    assert entries.offsets.tolist() == [0, 6, 14]
+    assert entries.latents[:14].tolist() == [ACTIVE + j for j in (1, 2, 3, 4, 5, 7, *range(8))]
+    z = torch.tensor([nan, inf, -inf, 2.0, -2.0, inf, *[nan] * 8], device=device)
+    assert_bitwise_equal("z", entries.z[:14], z)
 
 
 @interpreted

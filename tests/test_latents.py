@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemmascope.kernels import training_reference as reference
+from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.dispatch import interpreting
 from gemmascope.kernels.entries import ACTIVE, LATENT, ByLatent, Entries, Objective
 from tests import sanitizer

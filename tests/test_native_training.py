@@ -1,38 +1,28 @@
-"""The native CPU backend of the training step: the Triton operators' oracles, asked about the C++ ones."""
+"""What the native CPU backend of the training step has of its own; `test_training_operators.py` has the rest."""
 
 import pytest
 import torch
 
 from gemmascope.kernels import _cpu_training
-from gemmascope.kernels import training_reference as reference
+from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.entries import ACTIVE, ByLatent, Entries, Objective
-from gemmascope.kernels.implementations import operator
 from gemmascope.step import sparse_step
 from tests.entries import BANDWIDTH, batch, from_pre_activations
-from tests.helpers import LAYOUTS, assert_bitwise_equal, assert_within_budget, normal, shape_cases
+from tests.helpers import LAYOUTS, assert_bitwise_equal, normal, shape_cases
 from tests.native import ISAS, needs_native, operands_with_ties, screening, threads  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")  # the modules of the oracles need it
-from tests import test_dense, test_entries, test_latents, test_residual, test_step, test_update
+from tests import test_dense, test_entries, test_residual, test_step, test_update
+from tests.implementations import ask
 
 pytestmark = needs_native
 DTYPES = (torch.float32, torch.bfloat16)
-OBJECTIVES = test_latents.OBJECTIVES
-ORACLES = {
-    test_entries: ("encode_entries",),
-    test_residual: ("residual_pass",),
-    test_latents: ("by_latent", "latent_pass", "encoder_times", "weight_gradients"),
-    test_update: ("update_from_entries", "update_from_dense"),
-    test_dense: ("dense_encode", "dense_backward"),
-}
 
 
 @pytest.fixture(params=ISAS, autouse=True)
 def native(request, monkeypatch):
     """The operators by one instruction set, also under the names by which the other modules' checks call them."""
-    for module, names in ORACLES.items():
-        for name in names:
-            monkeypatch.setattr(module, name, operator(name, "cpu"))
+    ask("cpu", monkeypatch)
     before = torch.ops.gemmascope_cpu.isa()
     torch.ops.gemmascope_cpu.use_isa(request.param)
     yield _cpu_training
@@ -108,116 +98,6 @@ def test_entries_of_bad_input_are_those_of_the_reference(native, N):
         Entries._fields, native.encode_entries(*arguments), reference.encode_entries(*arguments), strict=True
     ):
         assert_bitwise_equal(name, ours, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "F", "d"), shape_cases(5, 20, 33, empty=False))
-def test_residual_matches_reference(N, F, d, dtype):
-    test_residual.check(*batch(N, F, d, dtype))
-
-
-def test_residual_of_bad_input():
-    inputs = batch(5, 9, 6)
-    inputs.entries.z[:3] = torch.tensor([torch.nan, -torch.inf, torch.inf])
-    ours = _cpu_training.residual_pass(inputs.entries, inputs.x, inputs.W_dec, inputs.b_dec)
-    eager = reference.residual_pass(inputs.entries, inputs.x, inputs.W_dec, inputs.b_dec)
-    assert torch.equal(ours.squared_error.isfinite(), eager.squared_error.isfinite())
-    assert not ours.squared_error.isfinite().all()
-
-
-def test_entries_beyond_the_capacity(native):
-    whole = batch(7, 15, 9)
-    cut = batch(7, 15, 9, capacity=whole.nnz - 10)
-    full, part = (native.residual_pass(b.entries, b.x, b.W_dec, b.b_dec) for b in (whole, cut))
-    complete = int((whole.entries.offsets[1:] <= len(cut.entries.z)).sum())
-    assert_bitwise_equal("residual", part.residual[:complete], full.residual[:complete])
-    ours, expected = native.by_latent(cut.entries, 15), reference.by_latent(cut.entries, 15)
-    assert_bitwise_equal("order", ours.order, expected.order)
-    assert_bitwise_equal("offsets", ours.offsets, expected.offsets)
-
-
-@pytest.mark.parametrize(("N", "F"), [(1, 1), (6, 10), (33, 20), (0, 4)])
-def test_transposed_entries_are_those_of_the_reference(native, N, F):
-    entries = batch(N, F, 3).entries
-    ours, expected = native.by_latent(entries, F), reference.by_latent(entries, F)
-    nnz = int(expected.offsets[-1])
-    assert_bitwise_equal("order", ours.order[:nnz], expected.order[:nnz])
-    assert_bitwise_equal("offsets", ours.offsets, expected.offsets)
-    assert sorted(ours.order.tolist()) == list(range(len(entries.z)))
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("N", "F"), shape_cases(9, 7, empty=False))
-def test_latent_sums_match_reference(N, F, objective):
-    test_latents.check(*test_latents.of_batch(batch(N, F, 3)), OBJECTIVES[objective])
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_latent_sums_at_ties(objective):
-    test_latents.test_ties(objective, "cpu")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_encoder_times_reads_every_row_that_counts(native, dtype):
-    W_enc, db_enc = normal(700, 21, dtype=dtype), normal(700, seed=1)
-    db_enc[::3] = 0
-    exact = reference.encoder_times(W_enc.double(), db_enc.double())
-    eager = reference.encoder_times(W_enc, db_enc)
-    assert_within_budget("db_dec", native.encoder_times(W_enc, db_enc), exact, eager)
-
-
-@pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])
-@pytest.mark.parametrize(("N", "F", "d"), shape_cases(4, 6, 16, empty=False))
-def test_update_matches_reference(N, F, d, rule):
-    test_update.check_entries(N, F, d, rule)
-
-
-@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
-def test_update_of_bf16_rows_and_copies(dtype, low):
-    test_update.check_entries(9, 5, 37, test_update.LOG, dtype, low)
-
-
-def test_what_the_update_leaves_alone():
-    for low in (False, True):
-        test_update.test_latents_without_entries_stay_bit_for_bit(low, "cpu")
-    for source in ("entries", "dense"):
-        test_update.test_nothing_changes_without_permission(source, "cpu")
-    test_update.test_both_sources_agree("cpu")
-
-
-@pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])
-def test_threshold_never_falls_below_zero_and_shows_nan(rule):
-    test_update.test_threshold_never_falls_below_zero_and_shows_nan(rule, "cpu")
-
-
-@pytest.mark.parametrize(("F", "d", "low"), [(1, 1, False), (5, 15, True), (5, 16, True), (5, 37, True)])
-def test_update_from_dense_gradients(F, d, low):
-    test_update.test_update_from_dense_gradients(None, F, d, low, test_update.LOG)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "F", "d"), shape_cases(33, 64, 16))
-def test_dense_encode_matches_reference(native, N, F, d, dtype):
-    arguments = test_dense.operands(N, d, F, dtype)
-    test_dense.assert_matches_reference(*arguments, native.dense_encode(*arguments, BANDWIDTH))
-
-
-def test_dense_encode_at_ties_and_of_bad_input():
-    for dtype in DTYPES:
-        test_dense.test_ties("cpu", dtype)
-    test_dense.test_counts_over_several_programs("cpu", 70)
-    test_dense.test_bad_input_stays_visible("cpu")
-    test_dense.test_backward_of_nothing("cpu", 0, 3)
-    test_dense.test_backward_of_nothing("cpu", 3, 0)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("N", "F"), shape_cases(33, 64, empty=False))
-def test_dense_backward_matches_reference(N, F, objective):
-    operands = test_dense.backward_operands(N, F)
-    test_dense.assert_backward_matches_reference(
-        *operands, test_dense.OBJECTIVES["ste" if objective == "ste_to_z" else objective]
-    )
 
 
 def test_same_bits_with_any_number_of_threads():

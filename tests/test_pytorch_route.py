@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemmascope.kernels import SparseCode, _pytorch, decode, encode, jumprelu, training_reference
+from gemmascope.kernels import SparseCode, _pytorch, _pytorch_training, decode, encode, jumprelu
 from gemmascope.kernels.entries import ACTIVE, LATENT, LatentState, LatentSums, Rule
 from tests.entries import BANDWIDTH, batch, double, from_pre_activations
 from tests.helpers import (
@@ -29,8 +29,8 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(_pytorch, "Z_ELEMENTS", 24)
     monkeypatch.setattr(_pytorch, "GATHER_ELEMENTS", 40)
     monkeypatch.setattr(_pytorch, "CORE_ELEMENTS", 48)
-    monkeypatch.setattr(training_reference, "GATHER_ELEMENTS", 40)
-    monkeypatch.setattr(training_reference, "CORE_ELEMENTS", 48)
+    monkeypatch.setattr(_pytorch_training, "GATHER_ELEMENTS", 40)
+    monkeypatch.setattr(_pytorch_training, "CORE_ELEMENTS", 48)
 
 
 # ---- encode
@@ -250,10 +250,10 @@ def test_jumprelu_matches_reference(small_pieces, dtype, bad):
 def test_entries_do_not_depend_on_the_tiles(monkeypatch, dtype, capacity):
     x, W_enc, b_enc, threshold = operands(13, 6, 21, dtype, lattice)
     arguments = x, W_enc, b_enc, threshold, BANDWIDTH, capacity
-    whole = training_reference.encode_entries(*arguments)
+    whole = _pytorch_training.encode_entries(*arguments)
     monkeypatch.setattr(_pytorch, "PRODUCT_TOKENS", 5)
     monkeypatch.setattr(_pytorch, "Z_ELEMENTS", 24)
-    tiled = training_reference.encode_entries(*arguments)
+    tiled = _pytorch_training.encode_entries(*arguments)
     z = x.double() @ W_enc.double() + b_enc
     active, inside = z > threshold, (z - threshold).abs() < BANDWIDTH / 2
     assert int(whole.offsets[-1]) == (active | inside).sum()
@@ -268,7 +268,7 @@ def test_entries_do_not_depend_on_the_tiles(monkeypatch, dtype, capacity):
 def test_residual_pass_in_pieces(small_pieces, dtype):
     b = batch(23, 20, 16, dtype)
     arguments = b.entries, b.x, b.W_dec, b.b_dec
-    actual = training_reference.residual_pass(*arguments)
+    actual = _pytorch_training.residual_pass(*arguments)
     latents, f = b.entries.latents[: b.nnz], b.entries.z[: b.nnz].double()
     dense = torch.zeros(23, 20, dtype=torch.float64)
     active = latents >= ACTIVE
@@ -305,11 +305,11 @@ def test_update_in_pieces_is_plain_adam(small_pieces, idle, low, rule):
     touched = (z > threshold - BANDWIDTH / 2).sum(0) > 0
     assert 0 < touched.sum() < F
     state = training_state(F, d, low)
-    pieces = list(training_reference._pieces(touched, d))
+    pieces = list(_pytorch_training._pieces(touched, d))
     assert len(pieces) > 1
     assert all(isinstance(piece.rows, slice) for piece in pieces) == (idle < 0.5)
 
-    transposed = training_reference.by_latent(entries, F)
+    transposed = _pytorch_training.by_latent(entries, F)
     nnz = int(transposed.offsets[-1])
     dec, dz = (torch.nn.functional.pad(normal(nnz, seed=s), (0, 3), value=torch.nan) for s in (4, 5))
     tokens = torch.nn.functional.pad(entries.tokens[transposed.order[:nnz]], (0, 3))
@@ -341,7 +341,7 @@ def test_update_in_pieces_is_plain_adam(small_pieces, idle, low, rule):
 
     exact, eager = expected(torch.float64), expected(torch.float32)
     before = [None if t is None else t.clone() for t in state]
-    training_reference.update_from_entries(state, transposed, sums, residual, x_centred, rule, ok, step)
+    _pytorch_training.update_from_entries(state, transposed, sums, residual, x_centred, rule, ok, step)
     for name, a, b, e, c in zip(state._fields, state, before, exact, eager, strict=False):
         assert_within_budget(name, a[touched], e[touched], c[touched])
         assert_bitwise_equal(name, a[~touched], b[~touched])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemmascope.kernels import training_reference as reference
+from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.dispatch import interpreting
 from gemmascope.kernels.entries import ACTIVE, LATENT, Entries
 from tests import sanitizer
@@ -117,7 +117,10 @@ def test_capacity_short_by_billions(device):
     capacity = len(inputs.entries.z)
     offsets = torch.tensor([0, capacity + 2**31 + 10, capacity + 2**32], device=device)
     entries = inputs.entries._replace(
-        offsets=offsets, z=torch.ones_like(inputs.entries.z), latents=torch.full_like(inputs.entries.latents, ACTIVE)
+        offsets=offsets,
+        z=torch.ones_like(inputs.entries.z),
+        latents=torch.full_like(inputs.entries.latents, ACTIVE),
+        tokens=torch.zeros_like(inputs.entries.tokens),
     )
     out = residual_pass(entries, inputs.x, inputs.W_dec, inputs.b_dec)
     assert_bitwise_equal("residual", out.residual[1], inputs.b_dec - inputs.x[1])

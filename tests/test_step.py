@@ -240,7 +240,7 @@ def test_bf16_operands(impl, route):
 
 @needs_triton
 def test_bf16_kernels_equal_bf16_arithmetic():
-    """One step from one state: the kernels round where `training_reference` says, and nowhere else."""
+    """One step from one state: the kernels round where `reference_training` says, and nowhere else."""
     for route in ("sparse", "dense"):
         found = {}
         for impl in ("reference", "triton"):

@@ -1,167 +1,265 @@
-"""The public operators of the training step: one step by them alone, what they refuse, room that grows by itself."""
+"""The operators of the training step on a CPU, plain PyTorch and native, by the checks of the Triton ones in fp64."""
 
 import pytest
 import torch
 
-from gemmascope import kernels
-from gemmascope.kernels import api
-from gemmascope.kernels.dispatch import triton_problem
-from tests.helpers import assert_bitwise_equal, normal
+from gemmascope.kernels import _cpu_training, _pytorch, _pytorch_training
+from gemmascope.kernels import reference_training as reference
+from gemmascope.kernels.entries import Entries
+from tests.entries import BANDWIDTH, batch, from_pre_activations
+from tests.helpers import LAYOUTS, assert_bitwise_equal, assert_within_budget, every_other, normal, shape_cases
+from tests.native import ISAS, needs_native
 
-N, D, F = 5, 6, 7
-OBJECTIVE = kernels.Objective(0.3)
-RULE = kernels.Rule(1e-2, 0.9, 1e-8, False)
-needs_triton = pytest.mark.skipif(triton_problem() is not None, reason=triton_problem() or "")
+pytest.importorskip("triton")  # the modules of the checks need it
+from tests import test_dense, test_entries, test_latents, test_residual, test_update
+from tests.implementations import ask
 
-
-def state() -> kernels.LatentState:
-    W = torch.nn.functional.normalize(normal(F, D, seed=1), dim=1)
-    weights = (W.clone(), W, normal(F, seed=2), normal(F, seed=3).abs())
-    return kernels.LatentState(
-        *weights, *(torch.zeros_like(w) for w in weights), last=torch.zeros(F, dtype=torch.int64)
-    )
+DTYPES = (torch.float32, torch.bfloat16)
+OBJECTIVES = test_latents.OBJECTIVES
+BAD = (torch.nan, torch.inf, -torch.inf)
 
 
-class Step:
-    """Every intermediate of one step, by the public operators."""
-
-    def __init__(self, impl: str = "pytorch"):
-        self.state, self.x, self.b_dec = state(), normal(N, D), torch.zeros(D)
-        given = (self.x, self.state.W_enc.T, self.state.b_enc, self.state.threshold, 0.3)
-        self.entries = kernels.encode_entries(*given, impl=impl)
-        self.out = kernels.residual_pass(self.entries, self.x, self.state.W_dec, self.b_dec, impl=impl)
-        self.transposed = kernels.by_latent(self.entries, F, impl=impl)
-        self.s = torch.full((N,), 0.01)
-        self.sums = kernels.latent_pass(
-            self.entries, self.out.u, self.transposed, self.state.threshold, self.s, OBJECTIVE, impl=impl
-        )
-        self.code = kernels.dense_encode(*given, impl=impl)
-        self.ok, self.step = torch.ones((), dtype=torch.int32), torch.zeros((), dtype=torch.int64)
-
-    def arguments(self, name: str) -> list:
-        given = (self.x, self.state.W_enc.T, self.state.b_enc, self.state.threshold, 0.3)
-        after = (RULE, self.ok, self.step)
-        return {
-            "encode_entries": [*given, 40],
-            "residual_pass": [self.entries, self.x, self.state.W_dec, self.b_dec],
-            "by_latent": [self.entries, F],
-            "latent_pass": [self.entries, self.out.u, self.transposed, self.state.threshold, self.s, OBJECTIVE],
-            "weight_gradients": [self.transposed, self.sums, self.out.residual, self.x],
-            "encoder_times": [self.state.W_enc, self.sums.db_enc],
-            "update_from_entries": [self.state, self.transposed, self.sums, self.out.residual, self.x, *after],
-            "settle": [self.state, self.step, 0.9],
-            "dense_encode": list(given),
-            "dense_backward": [torch.zeros(N, F), self.code, self.state.threshold, self.s, OBJECTIVE],
-            "update_from_dense": [
-                self.state, torch.zeros(F, D), torch.zeros(F, D), torch.zeros(F), torch.zeros(F),
-                torch.ones(F, dtype=torch.int32), *after,
-            ],
-        }[name]  # fmt: skip
+@pytest.fixture(
+    params=[
+        ("pytorch", "whole"),
+        ("pytorch", "in pieces"),
+        *(pytest.param(("cpu", isa), marks=needs_native) for isa in ISAS),
+    ],
+    ids=lambda way: "-".join(way),
+    autouse=True,
+)
+def operators(request, monkeypatch):
+    """The module of one implementation, whose operators the checks then call."""
+    impl, way = request.param
+    ask(impl, monkeypatch)
+    if impl == "cpu":
+        before = torch.ops.gemmascope_cpu.isa()
+        torch.ops.gemmascope_cpu.use_isa(way)
+        yield _cpu_training
+        torch.ops.gemmascope_cpu.use_isa(before)
+        return
+    if way == "in pieces":
+        sizes = {"PRODUCT_TOKENS": 5, "Z_ELEMENTS": 24, "GATHER_ELEMENTS": 40, "CORE_ELEMENTS": 48}
+        for name, size in sizes.items():
+            for module in (_pytorch, _pytorch_training):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, size)
+    yield _pytorch_training
 
 
-OPERATORS = (
-    "encode_entries", "residual_pass", "by_latent", "latent_pass", "weight_gradients", "encoder_times",
-    "update_from_entries", "settle", "dense_encode", "dense_backward", "update_from_dense",
-)  # fmt: skip
+# ---- by entries
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_every_operator_is_public_documented_and_runs(name):
-    step = Step()
-    assert name in kernels.__all__
-    assert len(getattr(kernels, name).__doc__) > 60
-    getattr(kernels, name)(*step.arguments(name), impl="pytorch")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "F", "d"), shape_cases(16, 64, 16))
+def test_entries_match_reference(operators, N, F, d, dtype):
+    arguments = test_entries.operands(N, d, F, dtype)
+    test_entries.assert_matches_reference(*arguments, operators.encode_entries(*arguments, BANDWIDTH, N * F))
 
 
-BAD = [
-    ("encode_entries", 0, torch.zeros(3), ValueError, r"x: expected shape \[N, d_model\], got \[3\]"),
-    ("encode_entries", 1, torch.zeros(D, F, dtype=torch.bfloat16), TypeError, "W_enc: expected dtype float32, got bf"),
-    ("encode_entries", 4, 0.0, ValueError, "bandwidth: expected a finite number > 0, got 0.0"),
-    ("encode_entries", 5, -1, ValueError, "capacity: expected at least 0, got -1"),
-    ("encode_entries", 5, 2.5, TypeError, "capacity: expected an int, got float"),
-    ("residual_pass", 0, None, TypeError, "entries: expected an Entries, got NoneType"),
-    ("residual_pass", 1, torch.zeros(N + 1, D), ValueError, r"x: expected shape \[5, 6\], got \[6, 6\]"),
-    ("residual_pass", 1, torch.zeros(N, D, dtype=torch.bfloat16), TypeError, "x: expected dtype float32 or float64"),
-    ("residual_pass", 3, torch.zeros(D + 1), ValueError, r"b_dec: expected shape \[6\], got \[7\]"),
-    ("by_latent", 1, -1, ValueError, "d_sae: expected at least 0, got -1"),
-    ("by_latent", 1, 2.0, TypeError, "d_sae: expected an int, got float"),
-    ("latent_pass", 1, torch.zeros(3), ValueError, r"u: expected shape \[\d+\], got \[3\]"),
-    ("latent_pass", 2, "x", TypeError, "transposed: expected a ByLatent, got str"),
-    ("latent_pass", 4, torch.zeros(N - 1), ValueError, r"s: expected shape \[5\], got \[4\]"),
-    ("latent_pass", 5, OBJECTIVE._replace(bandwidth=0.0), ValueError, "objective.bandwidth: expected a finite number"),
-    ("latent_pass", 5, OBJECTIVE._replace(ste_to_z=1), TypeError, "objective.ste_to_z: expected a bool, got int"),
-    ("weight_gradients", 1, (1, 2), TypeError, "sums: expected a LatentSums, got tuple"),
-    ("weight_gradients", 3, torch.zeros(N, D + 1), ValueError, r"x_centred: expected shape \[5, 6\], got \[5, 7\]"),
-    ("encoder_times", 1, torch.zeros(F + 1), ValueError, r"db_enc: expected shape \[7\], got \[8\]"),
-    ("update_from_entries", 0, state()._replace(last=None), TypeError, "state.last: expected a torch.Tensor, got None"),
-    ("update_from_entries", 0, state()._replace(W_enc=torch.zeros(D, F).T), ValueError, "W_enc: expected a contiguous"),
-    ("update_from_entries", 0, state()._replace(W_enc_low=torch.zeros(F, D)), TypeError, "W_enc_low: .* bfloat16"),
-    (
-        "update_from_entries",
-        5,
-        RULE._replace(beta2=1.5),
-        ValueError,
-        "rule.beta2: expected a finite number > 0 and ≤ 1",
-    ),
-    ("update_from_entries", 6, torch.ones(()), TypeError, "ok: expected dtype int32, got float32"),
-    ("update_from_entries", 7, torch.zeros(1, dtype=torch.int64), ValueError, r"step: expected shape \[\], got \[1\]"),
-    ("settle", 2, 0.0, ValueError, "beta2: expected a finite number > 0 and ≤ 1, got 0.0"),
-    ("dense_encode", 3, torch.zeros(F, dtype=torch.bfloat16), TypeError, "threshold: expected dtype float32, got bf"),
-    ("dense_backward", 0, torch.zeros(N, F + 1), ValueError, r"code.f: expected shape \[5, 8\], got \[5, 7\]"),
-    ("dense_backward", 1, None, TypeError, "code: expected a DenseCode, got NoneType"),
-    ("update_from_dense", 1, torch.zeros(F, D + 1), ValueError, r"dW_enc: expected shape \[7, 6\], got \[7, 7\]"),
-    ("update_from_dense", 5, torch.ones(F), TypeError, "touched: expected dtype int32, got float32"),
-]
+@pytest.mark.parametrize("capacity", [0, 7, 100, 10_000, None])
+def test_entries_with_ties_and_little_room(operators, capacity):
+    arguments = test_entries.lattice_operands(20, 6, 130)
+    entries = operators.encode_entries(*arguments, BANDWIDTH, capacity)
+    room = int(entries.offsets[-1]) if capacity is None else capacity
+    assert len(entries.z) == room
+    test_entries.assert_equals_reference(arguments, room, entries)
 
 
-@pytest.mark.parametrize(("name", "position", "value", "error", "message"), BAD, ids=lambda v: str(v)[:30])
-def test_messages(name, position, value, error, message):
-    arguments = Step().arguments(name)
-    arguments[position] = value
-    with pytest.raises(error, match=message):
-        getattr(kernels, name)(*arguments, impl="pytorch")
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_entries_of_any_strides(layout):
+    test_entries.test_any_strides("cpu", layout)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_unknown_implementations_are_refused(name):
-    with pytest.raises(ValueError, match="impl: expected one of"):
-        getattr(kernels, name)(*Step().arguments(name), impl="cuda")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_at_ties(dtype):
+    test_entries.test_ties("cpu", dtype)
 
 
-@needs_triton
-@pytest.mark.parametrize("first_room", [0, 1, 128])
-def test_without_a_capacity_there_is_room_for_all(monkeypatch, first_room, device):
-    """An implementation that must be told how much room to make is asked again when it was too little."""
-    monkeypatch.setattr(api, "FIRST_ROOM", first_room)
-    given = [t.to(device) if isinstance(t, torch.Tensor) else t for t in Step().arguments("encode_entries")[:-1]]
-    expected = kernels.encode_entries(*given, impl="pytorch")
-    entries = kernels.encode_entries(*given, impl="triton")
-    stored = int(entries.offsets[-1])
-    assert 0 < stored <= len(entries.z)
-    assert_bitwise_equal("latents", entries.latents[:stored], expected.latents[:stored])
-    assert_bitwise_equal("offsets", entries.offsets, expected.offsets)
+def test_entries_of_rows_and_latents_with_nothing_or_everything():
+    test_entries.test_rows_with_nothing_and_with_everything("cpu")
+    test_entries.test_dead_latents_and_no_entry_at_all("cpu")
 
 
-def test_one_step_by_the_public_operators_is_the_trainers():
-    from gemmascope.config import TrainConfig
-    from gemmascope.trainer import SAETrainer
+def test_entries_of_bad_input(operators):
+    test_entries.test_bad_input_stays_visible("cpu")
+    inf, nan = torch.inf, torch.nan
+    b_enc = torch.tensor([0.0, nan, inf, -inf, 2.0, -2.0, 0.0, 1.5, inf])
+    threshold = torch.tensor([1.0, 1.0, 1.0, 1.0, nan, -inf, inf, 1.5, inf])
+    arguments = torch.zeros(3, 4), torch.zeros(4, 9), b_enc, threshold, BANDWIDTH, None
+    ours, expected = operators.encode_entries(*arguments), reference.encode_entries(*arguments)
+    for name, a, b in zip(Entries._fields, ours, expected, strict=True):
+        assert_bitwise_equal(name, a, b)
 
-    x = normal(64, D, seed=9)
-    trainer = SAETrainer(TrainConfig.short(d_sae=F, route="sparse", b_dec_init="zeros"), x, impl="pytorch")
-    sae, latents, config = trainer.sae, trainer.state.latents, trainer.config
-    mine = kernels.LatentState(*(None if t is None else t.clone() for t in latents))
-    b_dec = sae.b_dec.detach().clone()
-    trainer.update(x)
 
-    scaled, bandwidth = x / sae.input_scale, config.loss.bandwidth
-    entries = kernels.encode_entries(scaled - b_dec, mine.W_enc.T, mine.b_enc, mine.threshold, bandwidth)
-    out = kernels.residual_pass(entries, scaled, mine.W_dec, b_dec)
-    transposed = kernels.by_latent(entries, F)
-    s = torch.full((len(x),), config.l0_coefficient_at(0) / len(x))
-    sums = kernels.latent_pass(entries, out.u, transposed, mine.threshold, s, kernels.Objective(bandwidth))
-    rule = kernels.Rule(config.learning_rate_at(0), config.adam_beta2, config.adam_eps, log_threshold=False)
-    one, zero = torch.ones((), dtype=torch.int32), torch.zeros((), dtype=torch.int64)
-    kernels.update_from_entries(mine, transposed, sums, out.residual, scaled - b_dec, rule, one, zero)
-    torch.testing.assert_close(mine.W_dec, sae.W_dec.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mine.W_enc, sae.W_enc.detach().T, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mine.threshold, sae.threshold.detach(), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "F", "d"), shape_cases(5, 20, 33, empty=False))
+def test_residual_matches_reference(N, F, d, dtype):
+    test_residual.check(*batch(N, F, d, dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", [1, 2, 3], ids=["x", "W_dec", "b_dec"])
+def test_residual_of_any_strides(which, layout):
+    test_residual.test_any_strides(None, which, layout)
+
+
+def test_residual_of_windows_empty_tokens_and_twins():
+    test_residual.test_window_entries_have_u_but_no_part_in_the_reconstruction("cpu")
+    test_residual.test_tokens_without_entries_and_twins("cpu")
+    test_residual.test_wide_input_is_not_rounded_first("cpu")
+    entries = from_pre_activations(normal(2, 5).abs() + 1, torch.full((5,), 0.5))
+    test_residual.check(entries, normal(2, 7), normal(5, 7, seed=1), normal(7, seed=2))
+
+
+@pytest.mark.parametrize(("N", "capacity"), [(0, 0), (0, 4), (3, 0)])
+def test_residual_of_nothing(N, capacity):
+    test_residual.test_nothing_to_sum(N, capacity, "cpu")
+
+
+@pytest.mark.parametrize("missing", [1, 10, 1000])
+def test_entries_beyond_the_capacity(operators, missing):
+    test_residual.test_entries_beyond_the_capacity(missing, "cpu")
+    cut = batch(7, 15, 9, capacity=max(0, batch(7, 15, 9).nnz - missing)).entries
+    ours, expected = operators.by_latent(cut, 15), reference.by_latent(cut, 15)
+    assert_bitwise_equal("order", ours.order, expected.order)
+    assert_bitwise_equal("offsets", ours.offsets, expected.offsets)
+
+
+def test_capacity_short_by_billions():
+    test_residual.test_capacity_short_by_billions("cpu")
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("where", ["z", "x", "W_dec", "b_dec"])
+def test_residual_of_bad_input(where, bad):
+    test_residual.test_bad_input_stays_visible(where, bad, "cpu")
+
+
+@pytest.mark.parametrize(("N", "F"), [(1, 1), (6, 10), (33, 20), (0, 4)])
+def test_transposed_entries_are_those_of_the_reference(operators, N, F):
+    entries = batch(N, F, 3).entries
+    ours, expected = operators.by_latent(entries, F), reference.by_latent(entries, F)
+    nnz = int(expected.offsets[-1])
+    assert_bitwise_equal("order", ours.order[:nnz], expected.order[:nnz])
+    assert_bitwise_equal("offsets", ours.offsets, expected.offsets)
+    assert sorted(ours.order.tolist()) == list(range(len(entries.z)))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("N", "F"), shape_cases(9, 7, empty=False))
+def test_latent_sums_match_reference(N, F, objective):
+    test_latents.check(*test_latents.of_batch(batch(N, F, 3)), OBJECTIVES[objective])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_latent_sums_at_ties(objective):
+    test_latents.test_ties(objective, "cpu")
+
+
+def test_latent_sums_of_nothing_of_a_slope_and_of_a_steep_penalty():
+    test_latents.test_latents_without_entries("cpu")
+    test_latents.test_nothing_at_all("cpu")
+    test_latents.test_penalty_of_a_scalar_slope_expanded("cpu")
+    test_latents.test_steep_tanh_penalty_has_no_cancellation("cpu")
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("where", ["z", "u", "s"])
+def test_latent_sums_of_bad_input(where, bad):
+    test_latents.test_bad_input_stays_visible(where, bad, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, every_other])
+def test_weight_gradients(layout, dtype):
+    test_latents.test_weight_gradients(layout, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_encoder_times_reads_every_row_that_counts(operators, dtype):
+    W_enc, db_enc = normal(700, 21, dtype=dtype), normal(700, seed=1)
+    db_enc[::3] = 0
+    exact = reference.encoder_times(W_enc.double(), db_enc.double())
+    eager = reference.encoder_times(W_enc, db_enc)
+    assert_within_budget("db_dec", operators.encoder_times(W_enc, db_enc), exact, eager)
+
+
+# ---- the update
+
+
+@pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])
+@pytest.mark.parametrize(("N", "F", "d"), shape_cases(4, 6, 16, empty=False))
+def test_update_matches_reference(N, F, d, rule):
+    test_update.check_entries(N, F, d, rule)
+
+
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_update_of_bf16_rows_and_copies(dtype, low):
+    test_update.check_entries(9, 5, 37, test_update.LOG, dtype, low)
+
+
+def test_what_the_update_leaves_alone():
+    for low in (False, True):
+        test_update.test_latents_without_entries_stay_bit_for_bit(low, "cpu")
+    for source in ("entries", "dense"):
+        test_update.test_nothing_changes_without_permission(source, "cpu")
+    test_update.test_both_sources_agree("cpu")
+
+
+@pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])
+def test_threshold_never_falls_below_zero_and_shows_nan(rule):
+    test_update.test_threshold_never_falls_below_zero_and_shows_nan(rule, "cpu")
+
+
+@pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])
+@pytest.mark.parametrize(("F", "d", "low"), [(1, 1, False), (5, 15, True), (5, 16, True), (5, 37, True)])
+def test_update_from_dense_gradients(F, d, low, rule):
+    test_update.test_update_from_dense_gradients(None, F, d, low, rule)
+
+
+def test_owed_decay():
+    test_update.test_power_of_beta2_is_exact_after_many_updates("cpu")
+    test_update.test_owed_decay_is_plain_dense_adam(None)
+
+
+# ---- by whole matrices
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "F", "d"), shape_cases(33, 64, 16))
+def test_dense_encode_matches_reference(operators, N, F, d, dtype):
+    arguments = test_dense.operands(N, d, F, dtype)
+    test_dense.assert_matches_reference(*arguments, operators.dense_encode(*arguments, BANDWIDTH))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_dense_encode_of_any_strides(layout):
+    test_dense.test_encode_of_any_strides("cpu", layout)
+
+
+def test_dense_encode_at_ties_and_of_bad_input():
+    for dtype in DTYPES:
+        test_dense.test_ties("cpu", dtype)
+    test_dense.test_counts_over_several_programs("cpu", 70)
+    test_dense.test_bad_input_stays_visible("cpu")
+    test_dense.test_backward_of_nothing("cpu", 0, 3)
+    test_dense.test_backward_of_nothing("cpu", 3, 0)
+
+
+@pytest.mark.parametrize("objective", test_dense.OBJECTIVES.values(), ids=test_dense.OBJECTIVES)
+@pytest.mark.parametrize(("N", "F"), shape_cases(33, 64, empty=False))
+def test_dense_backward_matches_reference(N, F, objective):
+    test_dense.assert_backward_matches_reference(*test_dense.backward_operands(N, F), objective)
+
+
+@pytest.mark.parametrize("objective", test_dense.OBJECTIVES.values(), ids=test_dense.OBJECTIVES)
+def test_dense_backward_in_low_precision(objective):
+    operands = test_dense.backward_operands(133, 40, torch.bfloat16)
+    test_dense.assert_backward_matches_reference(*operands, objective)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_dense_backward_of_bad_input(bad):
+    test_dense.test_bad_gradients_stay_visible("cpu", bad)
+    test_dense.test_f_is_read_for_the_tanh_penalty_only("cpu")

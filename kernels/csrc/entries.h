@@ -13,7 +13,7 @@ INLINE bool is_finite(float f) { return f - f == 0.0f; }
 
 // A candidate (z, θ), as an entry of the training step.
 INLINE bool training_entry(float z, float threshold, float bandwidth, int32_t latent, Entry& entry) {
-  bool active = !(z <= threshold) || z == -__builtin_inff();
+  bool active = !(z <= threshold) || !is_finite(z);
   float distance = z - threshold;
   if (!active && !((distance < 0 ? -distance : distance) < bandwidth / 2)) return false;
   entry.z = z;

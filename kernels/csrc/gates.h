@@ -80,7 +80,7 @@ static int64_t gate_row(
     int64_t last = F - first < 32 ? F - first : 32, j = 0;
     for (; j + LANES <= last; j += LANES) {
       vec v = load(z + first + j), theta = load(threshold + first + j);
-      ivec is_active = ~(v <= theta) | (v == splat(-__builtin_inff()));
+      ivec is_active = ~(v <= theta) | (absolute(v) == splat(__builtin_inff()));
       ivec is_inside = absolute(v - theta) < splat(bandwidth / 2);
       store(f + first + j, activation(v, theta));
       ivec counts;
@@ -95,7 +95,7 @@ static int64_t gate_row(
     }
     for (; j < last; ++j) {
       float v = z[first + j], theta = threshold[first + j];
-      bool is_active = !(v <= theta) || v == -__builtin_inff();
+      bool is_active = !(v <= theta) || std::fabs(v) == __builtin_inff();
       bool is_inside = std::fabs(v - theta) < bandwidth / 2;
       store_one(f + first + j, v > theta ? v : (v - v) + (theta == theta ? 0.0f : theta));
       firing_count[first + j] += is_active;

@@ -1,7 +1,8 @@
-"""The operators of the training step in plain PyTorch: their specification, and how they run on a CPU.
+"""The operators of the training step by PyTorch's own sparse operations: a CPU without the native backend runs them.
 
-`training.py` says what each exchanges with the next. Sums over entries go through `embedding_bag`, which a CPU does
-40 times faster than the dense products it replaces. Computes in fp32, or in fp64 when the state is fp64.
+Same signatures and results as `reference_training.py`, which has the formulas. Sums over entries go through
+`embedding_bag`, which a CPU does 40 times faster than the dense products it replaces; what is as large as the weights
+is worked on a cache-full of rows at a time. Computes in fp32, or in fp64 when the state is fp64.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +37,8 @@ from .entries import (
     Residual,
     Rule,
 )
-from .reference import activation, compute_dtype, gate, window
+from .reference import activation, compute_dtype
+from .reference_training import settle as settle
 
 
 def encode_entries(
@@ -48,11 +50,10 @@ def encode_entries(
     capacity: int | None,
     tf32: bool = False,
 ) -> Entries:
-    """x [N, d] and W_enc [d, F] of one dtype (fp32, bf16; fp64), b_enc and θ [F]. capacity: None for as much as there
-    is. tf32: only the GPU has it."""
+    """The candidates above θ − ε, which `near_threshold` finds tile by tile, less those below the window."""
     z, token, latent = near_threshold(x, W_enc, b_enc, threshold, bandwidth)
     theta = threshold.index_select(0, latent)
-    active = ~(z <= theta) | (z == -torch.inf)  # NaN and ±Inf are entries, so that they spoil the loss
+    active = ~(z <= theta) | z.isinf()  # NaN and ±Inf are entries, so that they spoil the loss
     kept = true_positions(active | ((z - theta).abs() < bandwidth / 2))
     latent = (latent + ACTIVE * active).to(torch.int32)
     values, latent, token = (t.index_select(0, kept) for t in (z, latent, token.to(torch.int32)))
@@ -65,11 +66,12 @@ def encode_entries(
 
 
 def _count(entries: Entries) -> int:
+    """How many entries are stored, which waits for the device."""
     return min(int(entries.offsets[-1]), entries.z.shape[0])
 
 
 def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> Residual:
-    """x [N, d] fp32 (not rounded, b_dec not subtracted), W_dec [F, d] fp32 or bf16, b_dec [d] fp32."""
+    """r_n and u, for so many tokens at a time that both sums find the rows of W_dec in a cache."""
     dtype, nnz = compute_dtype(x, W_dec), _count(entries)
     latents, tokens = entries.latents[:nnz] & LATENT, entries.tokens[:nnz]
     active = entries.latents[:nnz] >= ACTIVE
@@ -79,9 +81,7 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
     residual = torch.empty(x.shape, dtype=W_dec.dtype, device=x.device)
     squared_error = torch.empty(x.shape[0], dtype=dtype, device=x.device)
     u = torch.zeros(entries.z.shape[0], dtype=dtype, device=x.device)
-    for rows, part in row_pieces(
-        offsets, max(1, GATHER_ELEMENTS // max(1, x.shape[1]))
-    ):  # both sums find the rows of W_dec in a cache
+    for rows, part in row_pieces(offsets, max(1, GATHER_ELEMENTS // max(1, x.shape[1]))):
         W, columns = rows_in(dtype, W_dec, latents[part])
         r = sum_rows(f[part], columns, W, offsets[rows] - part.start).add_(b_dec).sub_(x[rows])
         squared_error[rows] = r.square().sum(1)
@@ -93,16 +93,17 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
 
 
 def _penalised(u: Tensor, f: Tensor, objective: Objective) -> Tensor:
+    """u, and the slope of a tanh penalty: 1/cosh² = 1 − tanh², without its cancellation."""
     if not objective.tanh_slope:
         return u
-    return u + objective.tanh_slope * (1 - torch.tanh(objective.tanh_scale * f).square())
+    return u + objective.tanh_slope * torch.cosh(objective.tanh_scale * f).reciprocal_().square_()
 
 
 def latent_pass(
     entries: Entries, u: Tensor, transposed: ByLatent, threshold: Tensor, s: Tensor, objective: Objective
 ) -> LatentSums:
-    """u [capacity] of `residual_pass`, θ [F], s [N] = ∂L/∂l0."""
-    d_sae, scale, bandwidth = threshold.shape[0], 2 / s.shape[0], objective.bandwidth
+    """All coefficients at once, then `index_add_` for the sums by latent: vectors as long as there are entries."""
+    d_sae, scale, bandwidth = threshold.shape[0], 2 / max(1, s.shape[0]), objective.bandwidth
     nnz = int(transposed.offsets[-1])
     order, room = transposed.order[:nnz], transposed.order.shape[0] - nnz
     latents = entries.latents.index_select(0, order)
@@ -130,7 +131,7 @@ def latent_pass(
 def weight_gradients(
     transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dW_enc and dW_dec, [F, d] each, fp32. residual and x_centred = x − b_dec: [N, d]."""
+    """dW_enc and dW_dec: the rows of the tokens that each latent's list names, weighted and summed."""
     nnz, dtype = int(transposed.offsets[-1]), sums.dz.dtype
     return tuple(
         sum_rows(coefficients[:nnz], sums.tokens[:nnz], table.to(dtype), transposed.offsets[:-1])
@@ -139,7 +140,7 @@ def weight_gradients(
 
 
 def encoder_times(W_enc: Tensor, db_enc: Tensor) -> Tensor:
-    """Σ_j db_enc_j·W_enc[j] for W_enc [F, d]: what the pre-encoder bias takes from its gradient. [d] fp32."""
+    """Σ_j db_enc_j·W_enc[j], one product of a vector and a matrix."""
     return db_enc @ W_enc.to(db_enc.dtype)
 
 
@@ -149,27 +150,24 @@ def encoder_times(W_enc: Tensor, db_enc: Tensor) -> Tensor:
 def dense_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, tf32: bool = False
 ) -> DenseCode:
-    """Arguments as of `encode_entries`; every latent of every token."""
+    """The masks are 0 and 1 in the dtype of z, which a CPU makes and multiplies faster than bool."""
     z = preactivations(x, W_enc, b_enc)
-    active, inside = gate(z, threshold), window(z, threshold, bandwidth)
-    touched = torch.maximum(active, inside).sum(0)
+    f = activation(z, threshold)
+    inside = (z - threshold).abs_().lt_(bandwidth / 2)
+    # z − z is 0, but NaN where z is not finite, which then is not ≤ θ: such pairs are active.
+    active = (z - z).add_(z).le_(threshold).neg_().add_(1)
+    touched = torch.maximum(active, inside).sum(0).to(torch.int32)
     return DenseCode(
-        activation(z, threshold).to(x.dtype),
-        active,
-        inside,
-        active.sum(1),
-        active.sum(0).nan_to_num_(0).to(torch.int32),
-        touched.nan_to_num(1).to(torch.int32),
-        touched.nan_to_num(1).sum().to(torch.int64),
+        f.to(x.dtype), active, inside, active.sum(1), active.sum(0).to(torch.int32), touched, touched.sum()
     )
 
 
 def dense_backward(
     u: Tensor, code: DenseCode, threshold: Tensor, s: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz [N, F] in the dtype of u (in its memory), db_enc [F], dθ [F], from u = r·W_decᵀ [N, F] without its 2/N."""
+    """dz in the memory of u, db_enc, dθ. q is made only for the straight-through estimator on z, else summed alone."""
     dtype, bandwidth = compute_dtype(u), objective.bandwidth
-    du = _penalised(u.to(dtype).mul(2 / u.shape[0]), code.f.to(dtype), objective)
+    du = _penalised(u.to(dtype).mul(2 / max(1, u.shape[0])), code.f.to(dtype), objective)
     penalty = s[:, None] + objective.frequency_slope * code.firing_count
     if objective.ste_to_z:
         q = code.window * -(threshold * du + penalty) / bandwidth
@@ -189,16 +187,13 @@ def _owed_decay(last: Tensor, step: Tensor, beta2: float) -> Tensor:
     return torch.pow(torch.tensor(beta2, dtype=torch.float64, device=last.device), (step - last).double())
 
 
-def settle(state: LatentState, step: Tensor, beta2: float) -> None:
-    """Pay every second moment the decay it owes, up to ``step`` (int64 scalar: updates made)."""
-    decay = _owed_decay(state.last, step, beta2)
-    for v in (state.W_enc_v, state.W_dec_v, state.b_enc_v, state.threshold_v):
-        v.mul_(decay.to(v.dtype).view(-1, *[1] * (v.ndim - 1)))
-    state.last.copy_(step.expand_as(state.last))
-
-
 class _Piece(NamedTuple):
-    """Latents updated together, from ``first`` to before ``stop``: ``rows`` is that slice, or some numbers in it."""
+    """Latents that are updated together, all of them in the range first:stop.
+
+    Indexing a weight with ``rows`` gives their rows. Where ``rows`` is the slice first:stop that is a view, so that the
+    update writes into the weight itself, but latents that are not touched may be among them and must not move. Where
+    it is a tensor of latents, all of them touched, it is a copy, which is written back.
+    """
 
     rows: slice | Tensor
     first: int
@@ -206,8 +201,10 @@ class _Piece(NamedTuple):
 
 
 def _pieces(touched: Tensor, d: int) -> Iterator[_Piece]:
-    """The latents with ``touched`` [F], a cache-full of rows at a time: a slice where they are most of it, whose rows
-    are then worked on where they lie, else their numbers."""
+    """All latents with ``touched`` [F], ascending, as many at a time as have their rows of d elements in a cache.
+
+    Neighbours, with few others between them, come as a slice; latents that are far apart come as their numbers.
+    """
     (latents,) = torch.nonzero(touched, as_tuple=True)
     for numbers in latents.split(max(1, CORE_ELEMENTS // max(1, d))):
         if len(numbers):
@@ -236,10 +233,8 @@ def update_from_entries(
     ok: Tensor,
     step: Tensor,
 ) -> None:
-    """Adam on every latent that has entries, unless ``ok`` (int32 scalar) is 0. step: int64 scalar, updates so far.
-
-    The decoder's gradient loses its component along the latent, and the latent returns to unit norm.
-    """
+    """A piece of latents at a time: the sums of its entries, which lie next to each other, are its gradient, which is
+    used up while it is in a cache. The matrices dW_enc and dW_dec never stand in memory."""
     if not ok:
         return
     dtype, bounds, touched = sums.dz.dtype, transposed.offsets.tolist(), transposed.offsets.diff() > 0
@@ -247,7 +242,8 @@ def update_from_entries(
     x_centred, residual = x_centred.to(dtype), residual.to(dtype)
 
     def gradient(coefficients: Tensor, table: Tensor, piece: _Piece) -> Tensor:
-        entries = slice(bounds[piece.first], bounds[piece.stop])  # idle latents between the others have none
+        # Those of the piece's latents and of no other: what lies between them is not touched and has none.
+        entries = slice(bounds[piece.first], bounds[piece.stop])
         return sum_rows(coefficients[entries], sums.tokens[entries], table, starts[piece.rows] - entries.start)
 
     def encoder(piece: _Piece, W_enc: Tensor) -> Tensor:
@@ -277,6 +273,7 @@ def update_from_dense(
     every = bool(touched.all())
 
     def of_touched(gradient: Tensor, piece: _Piece) -> Tensor:
+        """0 in the rows of latents that a slice holds by the way, whatever their gradient is."""
         return gradient if every else torch.where(touched[piece.rows, None], gradient, 0)
 
     def encoder(piece: _Piece, W_enc: Tensor) -> Tensor:
@@ -299,7 +296,12 @@ def _update(
     rule: Rule,
     step: Tensor,
 ) -> None:
-    """dW_enc and dW_dec: from a piece and its weights to the gradient of those rows, 0 where nothing is touched."""
+    """Adam on the latents with ``touched`` [F], as `reference_training._update` has it, piece by piece.
+
+    dW_enc and dW_dec are functions: of a piece and its rows of the weight, to the gradient of those rows, the decoder's
+    without its component along the row. Rows that a slice holds by the way have a gradient of 0, a decay of 1 and are
+    divided by 1, which leaves every bit of them.
+    """
     step = step + 1
     decay = torch.where(touched, _owed_decay(state.last, step, rule.beta2).to(state.W_dec.dtype), 1)
     correction, by_row = 1 - rule.beta2 ** int(step), (touched[:, None], decay[:, None])
