@@ -9,9 +9,9 @@ from bench import gate, inputs, work
 from bench.contenders import Contender
 from bench.inputs import construct
 from bench.ours import Ours, Products, WithheldError
-from gemmascope.config import Loss
-from gemmascope.sae import JumpReLUSAE
-from gemmascope.step import TrainState, sparse_step
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import Loss
+from gemmascope.training.step import TrainState, sparse_step
 
 CPU = torch.device("cpu")
 D, F = 16, 96

@@ -7,13 +7,14 @@ from gemmascope.kernels import _cpu_training
 from gemmascope.kernels import training_reference as reference
 from gemmascope.kernels.entries import ByLatent, Entries, Objective
 from gemmascope.kernels.implementations import operator
-from gemmascope.step import sparse_step
+from gemmascope.training.step import sparse_step
 from tests.entries import BANDWIDTH, batch, from_pre_activations
 from tests.helpers import LAYOUTS, assert_bitwise_equal, assert_within_budget, normal, shape_cases
 from tests.native import ISAS, needs_native, screening, threads  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")  # the modules of the oracles need it
-from tests import test_dense, test_entries, test_latents, test_residual, test_step, test_update
+from tests import test_dense, test_entries, test_latents, test_residual, test_update
+from tests.training import test_step
 
 pytestmark = needs_native
 DTYPES = (torch.float32, torch.bfloat16)
