@@ -21,7 +21,7 @@ SEES_GPU = import torch, pytest, gemmascope; exit(not torch.cuda.is_available())
 NO_GPU = test-gpu: $(GPU_PYTHON) needs a GPU that torch sees, pytest, and \
 	'$(GPU_PYTHON) -m pip install -e . --no-deps --no-build-isolation'
 
-KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -lE 'gemmascope.kernels|bench' tests/test_*.py))
+KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -rlE 'gemmascope.kernels|bench' tests --include='test_*.py'))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -7,9 +7,18 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 PACKAGE_DIR = {"gemmascope": "gemmascope", "gemmascope.kernels": "kernels"}
+
+
+def packages() -> list[str]:
+    """Every package in the folders of `PACKAGE_DIR`."""
+    return [
+        f"{root}.{package}".rstrip(".")
+        for root, folder in PACKAGE_DIR.items()
+        for package in ("", *find_packages(folder))
+    ]
 
 
 def native_backend() -> dict:
@@ -54,4 +63,4 @@ def native_backend() -> dict:
     }
 
 
-setup(package_dir=PACKAGE_DIR, **native_backend())
+setup(package_dir=PACKAGE_DIR, packages=packages(), **native_backend())

@@ -12,7 +12,7 @@ from bench.cases import CONTENDERS, SHAPES, SUITES, Case, cases, judge
 from bench.inputs import SKEW
 from bench.measure import Clock
 from bench.run import Gates, Options, run_case
-from gemmascope.config import COMPUTE_DTYPES
+from gemmascope.training.config import COMPUTE_DTYPES
 
 QUICK_ROUNDS = 3
 HELP = """\
@@ -70,7 +70,7 @@ class NoProgress:
 
 def progress(title: str, total: int):
     try:
-        from gemmascope.progress import StageProgress
+        from gemmascope.reporting.progress import StageProgress
     except ImportError:
         return NoProgress()
     return StageProgress(title, total, "call")

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemmascope.config import Loss
 from gemmascope.kernels import Rule
-from gemmascope.sae import JumpReLUSAE
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import Loss
 
 TRAINING = ("step", "forward", "backward")
 INFERENCE = ("infer", "encode", "decode")

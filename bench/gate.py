@@ -13,10 +13,10 @@ from bench.ours import Ours
 from gemmascope import kernels
 from gemmascope.kernels import Rule
 from gemmascope.kernels.dispatch import choose
-from gemmascope.losses import Loss, loss_and_gradients
-from gemmascope.sae import JumpReLUSAE
-from gemmascope.state import TrainState
-from gemmascope.step import StepFigures, dense_step, reference_step, sparse_step
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.losses import Loss, loss_and_gradients
+from gemmascope.training.state import TrainState
+from gemmascope.training.step import StepFigures, dense_step, reference_step, sparse_step
 
 # eps far above every gradient: the step is then proportional to the gradient, so that an error in one shows in the
 # other, where Adam's own first step would be ±learning_rate whatever the gradient.

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contenders import Inputs
-from gemmascope.config import Loss
 from gemmascope.kernels import Rule
-from gemmascope.sae import JumpReLUSAE
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import Loss
 
 LOSS = Loss(l0_coefficient=6e-4, bandwidth=1e-3)
 # So small that no latent moves far enough to change L0 while the same batch is used again and again.

@@ -11,10 +11,10 @@ from bench.contenders import INFERENCE, OPERATORS, TRAINING, Contender, Inputs, 
 from gemmascope import kernels
 from gemmascope.kernels.dispatch import choose
 from gemmascope.kernels.implementations import operator
-from gemmascope.losses import l0_penalty, objective
-from gemmascope.state import TrainState
-from gemmascope.step import StepFigures, dense_step, sparse_step
-from gemmascope.trainer import CAPACITY_MARGIN, CAPACITY_UNIT
+from gemmascope.training.losses import l0_penalty, objective
+from gemmascope.training.state import TrainState
+from gemmascope.training.step import StepFigures, dense_step, sparse_step
+from gemmascope.training.trainer import CAPACITY_MARGIN, CAPACITY_UNIT
 
 OPERAND_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 BANDWIDTH = 0.1  # of the activation by itself: wide enough that the window is a share of the entries worth summing

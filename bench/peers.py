@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench.contenders import INFERENCE, TRAINING, Contender, Inputs, UnavailableError
 from bench.measure import allowing_tf32
-from gemmascope.config import Loss
-from gemmascope.sae import JumpReLUSAE
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import Loss
 
 OPERAND_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 # Rounding z to bf16 moves latents across the threshold; in fp32 only the order of sums differs.

@@ -1,4 +1,4 @@
-"""The figures of a suite, from rows alone. Colours are those of `gemmascope.plots`: ours coloured, all others grey."""
+"""The figures of a suite, from rows alone. Colours are those of `reporting.plots`: ours coloured, all others grey."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.tables import Row, milliseconds
-from gemmascope.plots import GREY, LIGHT, SITES, new_figure, plain_log, tidy
+from gemmascope.reporting.plots import GREY, LIGHT, SITES, new_figure, plain_log, tidy
 
 OURS_COLOURS = (SITES["resid"][1], SITES["mlp"][1], "#56B4E9")
 OTHER_COLOURS = (SITES["att"][1], "#E69F00", "#CC79A7", "#555555", "#999999", "#F0E442", "#000000")

@@ -28,12 +28,12 @@ from torch import Tensor
 from bench import quality_plots, records
 from bench.contenders import UnavailableError
 from bench.quality_trainers import RECIPES, Ours, Setting, Trainer, make
-from gemmascope.buffer import batches
-from gemmascope.config import TrainConfig
-from gemmascope.evaluate import evaluate_sae
-from gemmascope.progress import StageProgress
+from gemmascope.activations import batches
+from gemmascope.evaluation import evaluate_sae
+from gemmascope.reporting.progress import StageProgress
 from gemmascope.sites import Site
-from gemmascope.trainer import SAETrainer
+from gemmascope.training.config import TrainConfig
+from gemmascope.training.trainer import SAETrainer
 
 TRAINERS = ("ours", "reference", "saelens", "dictionary_learning", "sparsify", "sparsify_adam")
 OURS = ("ours", "reference")

@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gemmascope.files import atomic_write
-from gemmascope.plots import LIGHT, new_figure, plain_log, tidy
+from gemmascope.formats.files import atomic_write
+from gemmascope.reporting.plots import LIGHT, new_figure, plain_log, tidy
 
 STYLES = {
     "ours": ("gemmascope", "#0072B2", "^"),

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bench.contenders import Contender, Inputs
 from bench.peers_saelens import PARAMETERS
-from gemmascope.config import Loss, TrainConfig
 from gemmascope.kernels import Rule
-from gemmascope.sae import JumpReLUSAE
-from gemmascope.trainer import SAETrainer
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import Loss, TrainConfig
+from gemmascope.training.trainer import SAETrainer
 
 RECIPES = ("published", "shared")
 
@@ -50,7 +50,7 @@ class Trainer:
         raise NotImplementedError
 
     def sae(self) -> "JumpReLUSAE | TopKSAE":
-        """What `gemmascope.evaluate.evaluate_sae` takes; training may go on afterwards."""
+        """What `gemmascope.evaluate_sae` takes; training may go on afterwards."""
         raise NotImplementedError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from bench import records, tables
 from bench.cases import judge
 from bench.tables import Row
-from gemmascope.files import atomic_write
-from gemmascope.page import STYLE
+from gemmascope.formats.files import atomic_write
+from gemmascope.reporting.page import STYLE
 
 OUT = Path("runs/bench")
 EXTRA_STYLE = "pre.table { background: none; padding: 0; }\n"

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from gemmascope.buffer import batches
-from gemmascope.config import TrainConfig
-from gemmascope.evaluate import evaluate_sae
-from gemmascope.progress import SuiteProgress
+from gemmascope.activations import batches
+from gemmascope.evaluation import evaluate_sae
+from gemmascope.reporting.progress import SuiteProgress
 from gemmascope.sites import Site
-from gemmascope.trainer import SAETrainer, train
+from gemmascope.training.config import TrainConfig
+from gemmascope.training.trainer import SAETrainer, train
 
 ROUTES = ("reference", "dense", "sparse", "auto")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}

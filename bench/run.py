@@ -20,7 +20,7 @@ from bench.prepare import all_inputs, check_room, contender_of, set_up, small_in
 from bench.probe import changed_bits, operator_rows
 from bench.work import measure_size, part_work
 from gemmascope.kernels.dispatch import choose
-from gemmascope.sae import JumpReLUSAE
+from gemmascope.saes import JumpReLUSAE
 
 DETERMINISM_RUNS = 50
 LONGEST_REASON = 300

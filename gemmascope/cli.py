@@ -12,10 +12,11 @@ import rich.table
 import torch
 import typer
 
-from . import __version__, report
+from . import reporting
 from .checks import dtype_name
 from .kernels import choose
 from .kernels.density import decode_dense_above, training_switch
+from .version import __version__
 
 app = typer.Typer(add_completion=False, help="Sparse autoencoders on every layer of Gemma 2.")
 
@@ -66,7 +67,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train a small Gemma 2 and an SAE at each of its sites, then judge, plot and save them."""
-    from . import demo as job
+    from .demo import run as job
 
     results = job.run(job.DemoConfig(out=out, text=tuple(text or ()), fast=fast, seed=seed, fresh=fresh))
     present(out, results)
@@ -78,15 +79,15 @@ def remake_report(
     debug: Debug = False,
 ) -> None:
     """Make the table, the plots and the HTML report of a run again."""
-    present(run, report.read_results(run))
+    present(run, reporting.read_results(run))
 
 
 def present(run: Path, results: dict) -> None:
     """Write the plots and the HTML report of a run, and show its table."""
-    plots = report.write_plots(run)
-    page = report.write_html(run)
+    plots = reporting.write_plots(run)
+    page = reporting.write_html(run)
     console = Console()
-    console.print(report.final_table(results))
+    console.print(reporting.final_table(results))
     console.print(f"Report: {page}", f"Plots: {', '.join(map(str, plots))}", sep="\n", markup=False, soft_wrap=True)
 
 

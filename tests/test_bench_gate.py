@@ -9,10 +9,10 @@ from bench import gate, inputs, work
 from bench.contenders import Contender
 from bench.inputs import construct
 from bench.ours import Ours, Products, WithheldError
-from gemmascope.config import Loss
-from gemmascope.sae import JumpReLUSAE
-from gemmascope.state import TrainState
-from gemmascope.step import sparse_step
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import Loss
+from gemmascope.training.state import TrainState
+from gemmascope.training.step import sparse_step
 
 CPU = torch.device("cpu")
 D, F = 16, 96

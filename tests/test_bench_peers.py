@@ -12,11 +12,11 @@ from bench.cases import make
 from bench.contenders import UnavailableError
 from bench.gate import exact_outputs
 from bench.inputs import construct
-from gemmascope.config import Loss
-from gemmascope.losses import loss_and_gradients
-from gemmascope.sae import JumpReLUSAE
-from gemmascope.state import TrainState
-from gemmascope.step import reference_step
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import Loss
+from gemmascope.training.losses import loss_and_gradients
+from gemmascope.training.state import TrainState
+from gemmascope.training.step import reference_step
 from tests.helpers import assert_within_budget
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from bench import quality, quality_plots, quality_trainers
 from bench.contenders import UnavailableError
 from bench.quality_trainers import Ours, Setting, TopKSAE, Trainer
 from bench.records import read
-from gemmascope.config import TrainConfig
-from gemmascope.evaluate import evaluate_sae
+from gemmascope.evaluation import evaluate_sae
 from gemmascope.sites import Site
+from gemmascope.training.config import TrainConfig
 
 SITE = "layer_0/resid"
 TINY = ["--steps", "20", "--d-sae", "32", "--batch-size", "64", "--l0-coefficients", "2e-3", "8e-3"]

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from bench import routes
-from gemmascope.config import TrainConfig
-from gemmascope.trainer import SAETrainer
-from tests.test_trainer import sample
+from gemmascope.training.config import TrainConfig
+from gemmascope.training.trainer import SAETrainer
+from tests.training.test_trainer import sample
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import gemmascope
+import gemmascope.demo
 from gemmascope.__main__ import main
 from gemmascope.errors import BadFileError, EnvironmentProblemError, TrainingFailedError
 from gemmascope.kernels import _native
-from tests.test_report import make_results, write_run
+from tests.reporting.test_report import make_results, write_run
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class DemoConfig:
 
 @pytest.fixture
 def demo(monkeypatch):
-    """A stand-in for gemmascope.demo; ``demo.run`` may be replaced."""
+    """A stand-in for gemmascope.demo.run; ``demo.run`` may be replaced."""
 
     def run(config):
         module.config = config
         write_run(config.out, results := make_results())
         return results
 
-    module = types.ModuleType("gemmascope.demo")
+    module = types.ModuleType("gemmascope.demo.run")
     module.DemoConfig, module.run = DemoConfig, run
-    monkeypatch.setitem(sys.modules, "gemmascope.demo", module)
-    monkeypatch.setattr(gemmascope, "demo", module, raising=False)
+    monkeypatch.setitem(sys.modules, "gemmascope.demo.run", module)
+    monkeypatch.setattr(gemmascope.demo, "run", module, raising=False)
     return module
 
 
@@ -87,7 +87,7 @@ def test_demo_defaults(demo, tmp_path, monkeypatch):
 
 
 def test_options_are_those_of_the_real_demo():
-    from gemmascope.demo import DemoConfig as Real
+    from gemmascope.demo.run import DemoConfig as Real
 
     assert Real() == Real(out=Path("runs/demo"), text=(), fast=False, seed=0, fresh=False)
 
@@ -233,11 +233,11 @@ def test_a_terminal_without_unicode_shows_question_marks(tmp_path):
 def test_interrupting_the_process(tmp_path):
     ready = tmp_path / "ready"
     code = (
-        "import sys, time, types, pathlib, gemmascope\n"
-        "demo = types.ModuleType('gemmascope.demo')\n"
+        "import sys, time, types, pathlib\n"
+        "demo = types.ModuleType('gemmascope.demo.run')\n"
         "demo.DemoConfig = lambda **options: None\n"
         f"demo.run = lambda config: (pathlib.Path({str(ready)!r}).touch(), time.sleep(60))\n"
-        "sys.modules['gemmascope.demo'] = gemmascope.demo = demo\n"
+        "sys.modules['gemmascope.demo.run'] = demo\n"
         "from gemmascope.__main__ import main\n"
         "sys.exit(main(['demo']))\n"
     )

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gemmascope import JumpReLUSAE, kernels
-from gemmascope.config import TrainConfig
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.kernels.implementations import operator
-from gemmascope.trainer import SAETrainer
+from gemmascope.training.config import TrainConfig
+from gemmascope.training.trainer import SAETrainer
 from tests.helpers import normal
 from tests.native import needs_native
 

@@ -99,3 +99,21 @@ print(spec.origin if spec else "absent")
 assert not spec or spec.origin != gemmascope.kernels.__file__
 """
     check(source, tmp_path)
+
+
+def test_no_module_hides_a_public_name(tmp_path):
+    """Importing `activations.harvest`, a module, must leave `activations.harvest`, the function, where it was."""
+    for package in ("typer", "rich", "matplotlib"):
+        pytest.importorskip(package)
+    check(
+        """
+import pkgutil, sys, types, gemmascope
+for module in pkgutil.walk_packages(gemmascope.__path__, "gemmascope."):
+    __import__(module.name)
+for package in [module for name, module in sys.modules.items() if name.startswith("gemmascope")]:
+    for name in getattr(package, "__all__", ()):
+        assert not isinstance(getattr(package, name), types.ModuleType), (package, name)
+assert "gemmascope.activations.harvest" in sys.modules
+""",
+        tmp_path,
+    )

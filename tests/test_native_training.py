@@ -6,14 +6,15 @@ import torch
 from gemmascope.kernels import _cpu_training
 from gemmascope.kernels import reference_training as reference
 from gemmascope.kernels.entries import ACTIVE, ByLatent, Entries, Objective
-from gemmascope.step import sparse_step
+from gemmascope.training.step import sparse_step
 from tests.entries import BANDWIDTH, batch, from_pre_activations
 from tests.helpers import LAYOUTS, assert_bitwise_equal, normal, shape_cases
 from tests.native import ISAS, needs_native, operands_with_ties, screening, threads  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")  # the modules of the oracles need it
-from tests import test_dense, test_entries, test_residual, test_step, test_update
+from tests import test_dense, test_entries, test_residual, test_update
 from tests.implementations import ask
+from tests.training import test_step
 
 pytestmark = needs_native
 DTYPES = (torch.float32, torch.bfloat16)

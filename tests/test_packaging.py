@@ -53,13 +53,25 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_both_packages_and_nothing_else(wheel):
+def test_wheel_holds_every_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
-    expected = {f"gemmascope/{path.name}" for path in (ROOT / "gemmascope").glob("*.py")}
-    expected |= {f"gemmascope/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    expected |= {f"gemmascope/kernels/csrc/{path.name}" for path in (ROOT / "kernels" / "csrc").iterdir()}
+    expected = set()
+    for root, target in ((ROOT / "gemmascope", "gemmascope"), (ROOT / "kernels", "gemmascope/kernels")):
+        expected.add(f"{target}/py.typed")
+        for package in (path.parent for path in root.rglob("__init__.py")):
+            files = [*package.glob("*.py"), *(path for path in package.glob("csrc/*") if path.is_file())]
+            expected |= {f"{target}/{path.relative_to(root).as_posix()}" for path in files}
     assert names == expected
+    assert {"gemmascope/sites/attach.py", "gemmascope/kernels/api.py"} <= names
+    assert any(name.endswith(".cpp") for name in names)
+
+
+def test_every_module_lies_in_a_package():
+    """Else it would run from here and be missing from the wheel."""
+    for root in (ROOT / "gemmascope", ROOT / "kernels"):
+        for path in root.rglob("*.py"):
+            assert (path.parent / "__init__.py").is_file(), path
 
 
 def test_wheel_runs_from_another_folder_and_hides_no_other_kernels_package(wheel, tmp_path):

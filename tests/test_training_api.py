@@ -143,8 +143,8 @@ def test_without_a_capacity_there_is_room_for_all(monkeypatch, first_room, devic
 
 
 def test_one_step_by_the_public_operators_is_the_trainers():
-    from gemmascope.config import TrainConfig
-    from gemmascope.trainer import SAETrainer
+    from gemmascope.training.config import TrainConfig
+    from gemmascope.training.trainer import SAETrainer
 
     x = normal(64, D, seed=9)
     trainer = SAETrainer(TrainConfig.short(d_sae=F, route="sparse", b_dec_init="zeros"), x, impl="pytorch")

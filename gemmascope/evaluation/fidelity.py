@@ -1,0 +1,94 @@
+"""How sparse an SAE is and how well it reconstructs held-out activations (arXiv 2408.05147 §3.4).
+
+L0 is the mean of ‖f(x)‖₀; FVU, in `variance`, stands beside that of PCA whose rank is the SAE's L0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import dtype_name
+from ..kernels.density import is_sparse
+from ..saes import JumpReLUSAE
+from .baselines import pca_fvu
+from .variance import check_activations, fvu_of
+
+HIGH_FREQUENCY = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class SAEMetrics:
+    """What `evaluate_sae` found on the held-out activations."""
+
+    tokens: int
+    """Activations that were counted."""
+    l0: float
+    """Mean number of active latents."""
+    fvu: float
+    """Fraction of variance unexplained; NaN when the activations do not vary."""
+    pca_fvu: float | None
+    """FVU of PCA of rank round(l0); None when no training activations were given."""
+    dead_fraction: float
+    """Share of the latents that never fired here."""
+    high_freq_fraction: float
+    """Share of the latents that fired on more than 10 % of the activations."""
+    firing_frequency: Tensor
+    """Share of the activations that each latent fired on, float32 [d_sae] on the CPU."""
+
+
+@torch.no_grad()
+def evaluate_sae(
+    sae: JumpReLUSAE,
+    activations: Tensor,
+    train_activations: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> SAEMetrics:
+    """Sparsity, fidelity and firing of ``sae`` on held-out activations.
+
+    activations [n, d_model], any float dtype and device. train_activations [m, d_model]: where the PCA baseline is
+    fitted; without them it is left out. keep: bool [n], False for positions to leave out (BOS, EOS, PAD); by default
+    all count. Memory stays bounded in n and d_sae beyond the arguments themselves.
+
+    Raises TypeError or ValueError: not a float matrix, a width other than ``sae.d_model``, no rows, none kept, NaN or
+    Inf.
+    """
+    check_activations("activations", activations, sae.d_model)
+    if train_activations is not None:
+        check_activations("train_activations", train_activations, sae.d_model)
+    if keep is not None:
+        activations = activations[_checked_keep(keep, activations)]
+
+    device = sae.W_dec.device
+    n, fired = activations.shape[0], torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
+
+    def reconstruct(x: Tensor, start: int) -> Tensor:
+        # The weights' precision, not that of the stored activations: rounding x̂ to bf16 would count as SAE error.
+        code = sae.encode_sparse(x.to(device=device, dtype=sae.W_dec.dtype))
+        fired.add_(code.firing_count())
+        return sae.decode(code if is_sparse(code) else code.to_dense())
+
+    fvu = fvu_of("activations", activations, reconstruct, max(sae.d_sae, sae.d_model))
+    l0 = fired.sum().item() / n
+    frequency = fired.double() / n
+    return SAEMetrics(
+        tokens=n,
+        l0=l0,
+        fvu=fvu,
+        pca_fvu=None if train_activations is None else pca_fvu(train_activations, activations, round(l0)),
+        dead_fraction=(fired == 0).double().mean().item(),
+        high_freq_fraction=(frequency > HIGH_FREQUENCY).double().mean().item(),
+        firing_frequency=frequency.float().cpu(),
+    )
+
+
+def _checked_keep(keep: Tensor, activations: Tensor) -> Tensor:
+    if not isinstance(keep, Tensor):
+        raise TypeError(f"keep: expected a torch.Tensor, got {type(keep).__name__}")
+    if keep.dtype != torch.bool:
+        raise TypeError(f"keep: expected dtype bool, got {dtype_name(keep.dtype)}")
+    if keep.shape != activations.shape[:1]:
+        raise ValueError(f"keep: expected shape [{activations.shape[0]}], got {list(keep.shape)}")
+    if not keep.any():
+        raise ValueError(f"keep: expected at least one position to count, got none of {keep.shape[0]}")
+    return keep.to(activations.device)

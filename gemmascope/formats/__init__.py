@@ -1,0 +1,1 @@
+"""Files in and out: untrusted bytes become checked tensors, and nothing is written by halves."""

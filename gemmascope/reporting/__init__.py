@@ -1,0 +1,7 @@
+"""What a person sees of a run: progress while it lasts, then the table, the figures and the page from its files."""
+
+from .report import write_html, write_plots
+from .results import read_frequencies, read_log, read_results
+from .table import final_table
+
+__all__ = ["final_table", "read_frequencies", "read_log", "read_results", "write_html", "write_plots"]

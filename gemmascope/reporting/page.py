@@ -1,0 +1,224 @@
+"""The HTML page of a run: one file that needs nothing else, legible on a phone and on paper."""
+
+import base64
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .results import COLUMNS, PLOTS, beats_pca, formatted, summary
+
+STYLE = """
+:root { --ink: #1c1c1c; --soft: #595959; --line: #d9d9d9; --good: #00614a; --bad: #a63c00; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: #fff;
+  font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .55rem; text-align: right; vertical-align: bottom; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
+th.name, td.name { text-align: left; }
+tr.first td { border-top: 2px solid var(--soft); }
+.saes { width: 100%; }
+.saes td { white-space: nowrap; }
+.facts td { text-align: left; }
+.facts th { text-align: left; font-weight: 400; vertical-align: top; }
+.good { color: var(--good); font-weight: 600; }
+.bad { color: var(--bad); font-weight: 600; }
+.key { list-style: none; display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem 1.2rem;
+  padding: 0; margin: 1.2rem 0; }
+.key b { display: block; font-size: 1.5rem; line-height: 1.2; }
+.key span { color: var(--soft); font-size: .875rem; }
+figure { margin: 1.4rem 0; break-inside: avoid; }
+figure img { max-width: 100%; height: auto; display: block; }
+figcaption { color: var(--soft); font-size: .875rem; max-width: 46rem; }
+dt { font-weight: 600; margin-top: .7rem; }
+dd { margin: 0; max-width: 46rem; }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8125rem; overflow-wrap: normal; }
+code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
+@media screen and (max-width: 52rem) { /* a sheet of paper is narrower, and keeps the table */
+  .saes thead { display: none; }
+  .saes, .saes tbody { display: block; }
+  .saes tr { display: grid; grid-template-columns: 1fr 1fr; column-gap: 1.2rem; border-top: 2px solid var(--soft);
+    padding: .4rem 0; }
+  .saes td { display: flex; justify-content: space-between; gap: .5rem; border: 0; padding: .1rem 0;
+    overflow-wrap: normal; }
+  .saes td::before { content: attr(data-name); color: var(--soft); text-align: left; white-space: normal; }
+  .saes tr.first td { border: 0; }
+}
+@media print {
+  @page { margin: 1.4cm; }
+  body { max-width: none; padding: 0; font-size: 9.5pt; }
+  h2 { margin-top: 1.2rem; }
+  figure img { max-height: 10.5cm; }
+  dt { break-after: avoid; }
+  .key b { font-size: 1.1rem; }
+  .key { grid-template-columns: repeat(5, 1fr); margin: .6rem 0; }
+  .saes, .facts { font-size: 7.5pt; }
+  th, td { padding: .12rem .25rem; }
+  h2 { break-after: avoid; }
+  tr, dt, dd { break-inside: avoid; }
+  pre { break-inside: avoid; white-space: pre-wrap; border: 1px solid var(--line); }
+}
+"""
+
+METRICS = {
+    "Site": "Where in a layer the SAE reads. att: the attention heads' outputs before they are mixed; mlp: what the "
+    "feed-forward block adds; resid: the residual stream after the layer.",
+    "Width": "How many latents the SAE has. Each is one direction it can use to explain an activation.",
+    "L0": "How many latents are active on a token, on average. Fewer is sparser and easier to read.",
+    "FVU": "Fraction of variance unexplained: the squared error of the reconstruction, divided by that of always "
+    "answering with the mean. 0 is perfect, 1 is no better than the mean.",
+    "FVU of PCA": "The same for principal components, as many as the SAE has active latents. Any SAE worth having "
+    "is below it (✓): otherwise a plain linear projection does as well with the same number of values.",
+    "FVU of byte pairs": "The same for a lookup table that knows only the current and the previous byte. Where it "
+    "comes close to the SAE, the site holds little beyond the last two bytes.",
+    "ΔLM loss": "How much the language model's loss rises, in nats a token, when the reconstruction takes the place "
+    "of the true activation. 0 means that nothing the model needs was lost.",
+    "ΔLM loss, mean ablation": "The same when the activation is replaced by its mean: what the site is worth to the "
+    "model.",
+    "Loss recovered": "1 − ΔLM loss / ΔLM loss of mean ablation. 1 is perfect, 0 is no better than the mean. It is "
+    "kind to weak SAEs, and means nothing (–) where removing the site does not hurt.",
+    "Dead": "Share of latents that fired on no held-out token. Wasted width; rare latents count too.",
+    "Fire on > 10 %": "Share of latents that fire on more than a tenth of the tokens. Such latents rarely stand for "
+    "one thing.",
+    "Bigram baseline": "Loss of predicting each byte from the one before, counted on the same text. A language model "
+    "that is not below it has learned nothing worth explaining.",
+}
+
+MODEL_LABELS = {
+    "layers": "Layers",
+    "d_model": "Width (d_model)",
+    "parameters": "Parameters",
+    "text": "Text",
+    "text_bytes": "Text, bytes",
+    "held_out_tokens": "Held-out tokens",
+    "seed": "Seed",
+    "tokens": "Training tokens",
+    "loss": "Held-out loss, nats a token",
+    "bigram_loss": "Bigram baseline, nats a token",
+    "steps": "Training steps",
+    "seconds": "Training time, s",
+}
+
+
+def shown(value: Any) -> str:
+    """A JSON value as escaped text."""
+    if isinstance(value, bool) or value is None:
+        text = {True: "yes", False: "no", None: "–"}[value]
+    elif isinstance(value, int):
+        text = f"{value:,}"
+    elif isinstance(value, float):
+        text = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    elif isinstance(value, str):
+        text = value
+    else:
+        text = json.dumps(value, ensure_ascii=False)
+    return escape(text)
+
+
+def facts(rows: Iterable[tuple[str, Any]]) -> str:
+    body = "\n".join(f"<tr><th scope=row>{escape(name)}</th><td>{shown(value)}</td></tr>" for name, value in rows)
+    return f"<table class=facts>\n{body}\n</table>"
+
+
+def sae_table(saes: list[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th scope=col>{escape(heading)}</th>" for _, _, heading, _ in COLUMNS)
+    rows, previous = [], None
+    for sae in saes:
+        wins = beats_pca(sae)
+        cells = [f"<td class=name data-name=Site>{escape(sae['site'])}</td>"]
+        cells += [f'<td data-name="{key.capitalize()}">{sae[key]}</td>' for key in ("layer", "width")]
+        for key, _, heading, form in COLUMNS:
+            text, kind = formatted(sae[key], form), ""
+            if key == "fvu":
+                text, kind = f"{text} {'✓' if wins else '✗'}", f" class={'good' if wins else 'bad'}"
+            cells.append(f'<td{kind} data-name="{escape(heading)}">{escape(text)}</td>')
+        rows.append(f"<tr{' class=first' if sae['layer'] != previous else ''}>{''.join(cells)}</tr>")
+        previous = sae["layer"]
+    return (
+        f"<table class=saes>\n<thead><tr><th scope=col class=name>Site</th><th scope=col>Layer</th>"
+        f"<th scope=col>Width</th>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
+    )
+
+
+def key_figures(results: Mapping[str, Any]) -> str:
+    model, saes = results["model"], results["saes"]
+    loss, bigram = (model.get(key) for key in ("loss", "bigram_loss"))
+    figures = [(f"{sum(map(beats_pca, saes))} of {len(saes)}", "SAEs beat PCA of the same rank")]
+    if isinstance(loss, (int, float)) and isinstance(bigram, (int, float)):
+        side = "below" if loss < bigram else "above"
+        figures.insert(0, (f"{abs(bigram - loss):.2f} nats", f"language model {side} the bigram baseline"))
+    for key, form, label in (("l0", ".1f", "median L0"), ("fvu", ".3f", "median FVU")):
+        figures.append((format(statistics.median(sae[key] for sae in saes), form), label))
+    recovered = [sae["loss_recovered"] for sae in saes if sae["loss_recovered"] is not None]
+    if recovered:
+        figures.append((f"{statistics.median(recovered):.3f}", "median loss recovered"))
+    items = "\n".join(f"<li><b>{escape(value)}</b><span>{escape(label)}</span></li>" for value, label in figures)
+    return f"<ul class=key>\n{items}\n</ul>"
+
+
+def reload_code(run_dir: Path, saes: list[Mapping[str, Any]]) -> str:
+    best = min(saes, key=lambda sae: sae["fvu"] / max(sae["pca_fvu"], 1e-12))
+    path = str(best.get("path", ""))
+    inside = run_dir / path
+    return (
+        "from gemmascope import JumpReLUSAE\n\n"
+        f"sae = JumpReLUSAE.load({str(inside if inside.exists() else Path(path))!r})\n"
+        "f = sae.encode(x)       # x: activations of the site, [..., d_model]; f: [..., d_sae], mostly zeros\n"
+        "x_hat = sae.decode(f)   # the reconstruction, [..., d_model]"
+    )
+
+
+def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]) -> str:
+    """The page. images: a PNG for each of `report.PLOTS`."""
+    model, saes = results["model"], results["saes"]
+    model_rows = [(MODEL_LABELS.get(key, key), value) for key, value in model.items()]
+    environment, seconds = (results.get(key) or {} for key in ("environment", "seconds"))
+    figures = "\n".join(
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for caption, image in ((PLOTS[name], path.read_bytes()) for name, path in images.items())
+    )
+    glossary = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in METRICS.items())
+    files = [(f"{sae['site']}, layer {sae['layer']}", str(sae.get("path", "–"))) for sae in saes]
+    sections = [
+        ("Language model", facts(model_rows)),
+        (
+            "Sparse autoencoders",
+            f"<p>{escape(summary(saes))} (✓). All figures are of held-out text.</p>\n{sae_table(saes)}",
+        ),
+        ("Plots", figures),
+        ("What the figures mean", f"<dl>\n{glossary}\n</dl>"),
+        (
+            "Use an SAE in Python",
+            f"<pre><code>{escape(reload_code(run_dir, saes))}</code></pre>\n{facts(files)}",
+        ),
+        ("Environment", facts(environment.items())),
+    ]
+    if seconds:
+        sections.append(("Time, in seconds", facts((name.replace("_", " "), value) for name, value in seconds.items())))
+    body = "\n".join(f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" for title, content in sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>gemmascope: {escape(run_dir.name)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>Sparse autoencoders on a small Gemma 2</h1>
+<p>JumpReLU sparse autoencoders (SAEs) rewrite each activation of a language model as a few active
+<em>latents</em>. This page shows how sparse and how faithful those of this run are, and what the model loses by
+them.</p>
+{key_figures(results)}
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,41 @@
+"""The figures and the HTML page of a run, written into its folder from the files there."""
+
+import os
+from pathlib import Path
+
+from ..formats.files import atomic_write
+from . import page
+from .results import PLOTS, read_frequencies, read_log, read_results
+
+
+def write_plots(run_dir: str | os.PathLike) -> list[Path]:
+    """Draw the figures of a run into ``run_dir``/plots and return their paths. Needs matplotlib."""
+    from . import plots
+
+    saes = read_results(run_dir)["saes"]
+    figures = {
+        "training_curves": plots.training_curves(saes, read_log(run_dir)),
+        "l0_fvu": plots.l0_against_fvu(saes),
+        "firing_frequency": plots.firing_frequencies(saes, read_frequencies(run_dir)),
+        "delta_loss": plots.loss_increases(saes),
+    }
+    folder = Path(run_dir) / "plots"
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        with atomic_write(paths[-1]) as temporary:
+            figure.savefig(temporary, format="png", facecolor="white")
+    return paths
+
+
+def write_html(run_dir: str | os.PathLike) -> Path:
+    """Write ``run_dir``/report.html, one self-contained page, and return its path. Draws missing plots first."""
+    run_dir = Path(run_dir)
+    results = read_results(run_dir)
+    images = {name: run_dir / "plots" / f"{name}.png" for name in PLOTS}
+    if not all(image.is_file() for image in images.values()):
+        write_plots(run_dir)
+    path = run_dir / "report.html"
+    with atomic_write(path) as temporary:
+        temporary.write_text(page.render(run_dir, results, images), encoding="utf-8")
+    return path

@@ -1,0 +1,120 @@
+"""The part of Gemma 2 and Gemma 3 that the sites belong to: found in a model, measured, refused where it would deceive.
+
+This imports torch only; models come from transformers 5.17 or newer.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import EnvironmentProblemError
+from .site import KINDS, Site
+
+_PARTS = ("self_attn", "post_attention_layernorm", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The part of a model that the sites belong to."""
+
+    callers: tuple[nn.Module, ...]
+    """The model, the text model that holds the layers, and every module between them, outermost first."""
+    config: Any
+    layers: tuple[nn.Module, ...]
+    """The layers that a forward runs."""
+
+    @property
+    def text_model(self) -> nn.Module:
+        return self.callers[-1]
+
+    def width(self, site: Site) -> int:
+        if site.layer >= len(self.layers):
+            raise ValueError(f"site {site}: expected a layer from 0 to {len(self.layers) - 1}, got {site.layer}")
+        if site.kind != "att":
+            return self.config.hidden_size
+        _refuse_sharded(site, self.layers[site.layer].self_attn.o_proj)
+        return self.config.num_attention_heads * self.config.head_dim
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    stacks = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 0
+    }
+    found = {name: stack for name, stack in stacks.items() if all(map(_is_gemma_layer, stack))}
+    if len(found) != 1:
+        candidates = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in (found or stacks).items())
+        raise ValueError(
+            "model: expected exactly one stack of Gemma 2 or Gemma 3 decoder layers, "
+            f"found {len(found)} in {type(model).__name__}; candidates: {candidates or 'none'}"
+        )
+    [(path, stack)] = found.items()
+    names = path.split(".")[:-1]
+    callers = tuple(model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
+    config = getattr(callers[-1], "config", None)
+    if config is None:
+        raise ValueError(f"model: expected a config on {'.'.join(names) or type(model).__name__}, found none")
+    # Users lower num_hidden_layers to stop the forward early; the layers behind it stay in memory and never run.
+    return Decoder(callers, config, tuple(stack)[: config.num_hidden_layers])
+
+
+def _is_gemma_layer(layer: nn.Module) -> bool:
+    parts_present = all(isinstance(getattr(layer, part, None), nn.Module) for part in _PARTS)
+    return parts_present and isinstance(getattr(layer.self_attn, "o_proj", None), nn.Module)
+
+
+def _refuse_sharded(site: Site, o_proj: nn.Module) -> None:
+    placements = getattr(getattr(o_proj, "weight", None), "placements", ())
+    # FSDP shards dimension 0 and gathers before the forward; only a split of the input features splits z.
+    row_wise = any(placement.is_shard(1) or placement.is_shard(-1) for placement in placements)
+    if row_wise or getattr(o_proj, "_is_hooked", False) or getattr(o_proj, "_hf_tp_plan", None):
+        raise EnvironmentProblemError(
+            f"site {site}: expected o_proj on one device, found it sharded by tensor parallelism, where its input is "
+            "only this rank's heads; load the model without tp_plan"
+        )
+
+
+def refuse_attention_without_cap(config: Any) -> None:
+    cap, attention = getattr(config, "attn_logit_softcapping", None), str(config._attn_implementation)
+    if cap is not None and "sdpa" in attention:
+        raise EnvironmentProblemError(
+            f"attention: expected one that applies attn_logit_softcapping={cap:g}, found {attention!r}, "
+            'which drops it; load the model with attn_implementation="eager"'
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout); afterwards every module has its training flag back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def all_sites(model: nn.Module) -> list[Site]:
+    """Every site of the model: layer by layer, and in each att, mlp, resid."""
+    return [Site(layer, kind) for layer in range(len(find_decoder(model).layers)) for kind in KINDS]
+
+
+def site_width(model: nn.Module, site: Site) -> int:
+    """Width of the activations at ``site``, from the model's config: heads·head_dim at att, else hidden_size."""
+    return find_decoder(model).width(site)
+
+
+def special_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """The BOS, EOS and PAD ids of the model's config, sorted: tokens that SAEs are neither trained nor scored on."""
+    ids: set[int] = set()
+    for module in find_decoder(model).callers:
+        config = getattr(module, "config", None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return tuple(sorted(ids))

@@ -1,0 +1,192 @@
+"""Every number of the training recipe, validated, with its source."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from ..checks import check_choice, check_int, check_number, check_type
+
+SPARSITIES = ("l0", "target_l0", "quadratic_l0", "tanh")
+L0_OF = ("token", "batch")
+COMPUTE_DTYPES = ("fp32", "tf32", "bf16")
+PARAMETRISATIONS = ("log", "raw")
+B_DEC_INITS = ("zeros", "mean")
+ROUTES = ("auto", "reference", "dense", "sparse")
+TARGETED = ("target_l0", "quadratic_l0")
+
+
+@dataclass(frozen=True)
+class Loss:
+    r"""L = mean_n ‖x_n − x̂_n‖² + S, with l0_n = ‖f_n‖₀ over N tokens and S by ``sparsity``:
+
+    | `l0` | λ·mean_n l0_n | arXiv 2408.05147, equation 4 |
+    | `target_l0` | λ·mean_n (l0_n/L0* − 1)² | arXiv 2407.14435, appendix F |
+    | `quadratic_l0` | λ·(2/L0*)·mean_n (l0_n − L0*)² | Gemma Scope 2 |
+    | `tanh` | λ·mean_n Σ_j tanh(c·f_nj), rows of W_dec having unit norm | Anthropic, January 2025 update |
+
+    ``l0_coefficient`` is λ, ``target_l0`` L0*, ``tanh_scale`` c. With ``l0_of="batch"`` the mean L0 of the batch
+    takes the place of each l0_n. ``frequency_scale`` s adds λ·Σ_j p_j²/s, p_j the share of the tokens that latent j
+    fires on (Smith et al., March 2025). ``pre_act_coefficient`` λ_P adds λ_P·mean_n Σ_j relu(θ_j − z_nj) over the dead
+    latents.
+
+    The straight-through estimator of width ``bandwidth`` passes gradients to θ, and with ``ste_to_z`` to z too.
+    """
+
+    l0_coefficient: float = 6e-4
+    """λ."""
+    bandwidth: float = 1e-3
+    """ε, the width of the straight-through window around the threshold."""
+    sparsity: str = "l0"
+    target_l0: float | None = None
+    """L0*, which `target_l0` and `quadratic_l0` aim at."""
+    l0_of: str = "token"
+    """Whether those two compare L0* with the L0 of each `token` or of the `batch` on average."""
+    frequency_scale: float | None = None
+    """s: adds the penalty λ·Σ_j p_j²/s on the frequencies of the latents."""
+    tanh_scale: float = 4.0
+    """c of the `tanh` penalty."""
+    pre_act_coefficient: float = 0.0
+    """λ_P of the pre-activation loss, which pulls dead latents towards firing; on the `reference` route only."""
+    ste_to_z: bool = False
+    """Whether the straight-through gradient reaches the pre-activations, or only the threshold."""
+
+    def __post_init__(self):
+        check_number("l0_coefficient", self.l0_coefficient, 0)
+        check_number("bandwidth", self.bandwidth, 0, open_low=True)
+        check_number("tanh_scale", self.tanh_scale, 0, open_low=True)
+        check_number("pre_act_coefficient", self.pre_act_coefficient, 0)
+        for name in ("target_l0", "frequency_scale"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, open_low=True)
+        check_type("ste_to_z", self.ste_to_z, bool)
+        check_choice("sparsity", self.sparsity, SPARSITIES)
+        check_choice("l0_of", self.l0_of, L0_OF)
+        if self.sparsity in TARGETED and self.target_l0 is None:
+            raise ValueError(f"target_l0: expected a number with sparsity={self.sparsity!r}, got None")
+
+
+LOSS_FIELDS = frozenset(field.name for field in dataclasses.fields(Loss))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe of Gemma Scope (arXiv 2408.05147 §3.2) by default; `short` for runs of under a million tokens.
+
+    Inputs are divided by one scalar so that their mean squared norm is 1; losses, thresholds and the bandwidth are in
+    those units.
+    """
+
+    d_sae: int = 16384
+    """Latents of each SAE."""
+    steps: int = 976_562
+    """Updates; 4 billion tokens at the default batch."""
+    batch_size: int = 4096
+    """Tokens of each update."""
+    learning_rate: float = 7e-5
+    lr_warmup_steps: int = 1000
+    """Cosine warm-up from ``lr_warmup_start`` times the rate to the rate."""
+    lr_warmup_start: float = 0.1
+    lr_decay_steps: int = 0
+    """Linear decay to zero over the last steps; the paper has none."""
+    adam_beta2: float = 0.999
+    """Adam without a first moment (beta1 = 0)."""
+    adam_eps: float = 1e-8
+    loss: Loss = Loss()
+    """What is minimised; its λ is where the warm-up ends."""
+    l0_warmup_steps: int = 10_000
+    """Linear warm-up of λ from 0."""
+    threshold_init: float = 1e-3
+    threshold_parametrisation: str = "log"
+    """What Adam moves: log θ (the paper), or θ itself (`raw`, clamped at 0). Log θ moves at most about the learning
+    rate a step, too slowly for short runs."""
+    b_dec_init: str = "zeros"
+    """`zeros` (the paper), or the `mean` of the activations."""
+    compute_dtype: str = "fp32"
+    """Of the operands of matrix products: `fp32`, `tf32` (GPU) or `bf16`. Weights, second moments, sums and the gate
+    are fp32 always."""
+    route: str = "auto"
+    """`dense`, `sparse` (see `step`), `auto` (dense while many latents fire, then sparse) or the `reference`."""
+    dead_after_tokens: int = 20_000
+    """A latent is dead when it has not fired for so many tokens."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("d_sae", "batch_size", "dead_after_tokens"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("steps", "lr_warmup_steps", "lr_decay_steps", "l0_warmup_steps"):
+            check_int(name, getattr(self, name), 0)
+        check_int("seed", self.seed, 0)
+        check_number("learning_rate", self.learning_rate, 0, 1, open_low=True)
+        check_number("lr_warmup_start", self.lr_warmup_start, 0, 1)
+        check_number("adam_beta2", self.adam_beta2, 0, 1 - 1e-9, open_low=True)
+        check_number("adam_eps", self.adam_eps, 0, open_low=True)
+        log = self.threshold_parametrisation == "log"
+        check_number("threshold_init", self.threshold_init, 0, open_low=log)
+        check_type("loss", self.loss, Loss)
+        check_choice("threshold_parametrisation", self.threshold_parametrisation, PARAMETRISATIONS)
+        check_choice("b_dec_init", self.b_dec_init, B_DEC_INITS)
+        check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check_choice("route", self.route, ROUTES)
+        if self.loss.pre_act_coefficient and self.route != "reference":
+            raise ValueError(f"route: expected 'reference', the one with a pre-activation loss, got {self.route!r}")
+        if self.compute_dtype != "fp32" and self.route == "reference":
+            raise ValueError(f"compute_dtype: expected 'fp32' with route='reference', got {self.compute_dtype!r}")
+
+    def changed(self, **changes) -> "TrainConfig":
+        """A copy with other numbers, those of the loss by their own names: ``config.changed(target_l0=50, seed=1)``.
+
+        Raises TypeError for a name that neither the recipe nor its loss has.
+        """
+        loss = {name: changes.pop(name) for name in list(changes) if name in LOSS_FIELDS}
+        unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
+        if unknown:
+            raise TypeError(f"TrainConfig: expected the names of its fields or its loss's, got {min(unknown)!r}")
+        if loss:
+            changes["loss"] = dataclasses.replace(changes.get("loss", self.loss), **loss)
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def gemma_scope(cls, **changes) -> "TrainConfig":
+        """The published recipe, with ``changes`` as of `changed`."""
+        return cls().changed(**changes)
+
+    @classmethod
+    def short(cls, **changes) -> "TrainConfig":
+        """A recipe for small models and short runs, hundreds of updates instead of a million; ``changes`` as of
+        `changed`."""
+        defaults = {
+            "d_sae": 512,
+            "steps": 400,
+            "batch_size": 1024,
+            "learning_rate": 3e-3,
+            "lr_warmup_steps": 100,
+            "lr_decay_steps": 150,
+            "adam_beta2": 0.9,
+            "l0_coefficient": 8e-3,
+            "l0_warmup_steps": 170,
+            "bandwidth": 5e-3,
+            "threshold_init": 0.05,
+            "threshold_parametrisation": "raw",
+            "b_dec_init": "mean",
+        }
+        return cls().changed(**(defaults | changes))
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of update ``step``, counted from 0."""
+        rate = self.learning_rate
+        if step < self.lr_warmup_steps:
+            rise = 0.5 * (1 - math.cos(math.pi * step / self.lr_warmup_steps))
+            rate *= self.lr_warmup_start + (1 - self.lr_warmup_start) * rise
+        left = self.steps - step
+        return rate * min(1.0, left / self.lr_decay_steps) if self.lr_decay_steps else rate
+
+    def l0_coefficient_at(self, step: int) -> float:
+        """λ of update ``step``, counted from 0."""
+        return self.loss.l0_coefficient * (min(1.0, step / self.l0_warmup_steps) if self.l0_warmup_steps else 1.0)
+
+    def loss_at(self, step: int) -> Loss:
+        """The loss of update ``step``, counted from 0."""
+        return dataclasses.replace(self.loss, l0_coefficient=self.l0_coefficient_at(step))
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)

@@ -1,0 +1,104 @@
+"""What a `Loss` means: its penalties, and its straight-through gradients written out densely, which the fast routes are
+held to."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import Objective
+from ..kernels.reference import Parameters, activation, gate, window
+from ..saes import JumpReLUSAE
+from .config import Loss
+
+
+def l0_penalty(loss: Loss, l0: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of the sparsity penalty S that depends on l0 [N], and s [N] = ∂S/∂l0_n."""
+    n = l0.shape[0]
+    if loss.l0_of == "batch":
+        l0 = l0.mean().expand(n)
+    if loss.sparsity == "l0":
+        return loss.l0_coefficient * l0.mean(), torch.full_like(l0, loss.l0_coefficient / n)
+    if loss.target_l0 is None:  # tanh
+        return l0.new_zeros(()), torch.zeros_like(l0)
+    weight = loss.l0_coefficient * (2 / loss.target_l0 if loss.sparsity == "quadratic_l0" else loss.target_l0**-2)
+    excess = l0 - loss.target_l0
+    return weight * excess.square().mean(), excess * (2 * weight / n)
+
+
+def frequency_penalty(loss: Loss, firing_count: Tensor, n: int) -> Tensor | float:
+    """λ·Σ_j p_j²/s for firing_count [d_sae] over n tokens; 0 without a ``frequency_scale``."""
+    if loss.frequency_scale is None:
+        return 0.0
+    return (firing_count.float() / n).square().sum() * (loss.l0_coefficient / loss.frequency_scale)
+
+
+def tanh_penalty(loss: Loss, f: Tensor, n: int) -> Tensor | float:
+    """The `tanh` penalty over n tokens. f: activations of any shape, inactive ones 0."""
+    if loss.sparsity != "tanh":
+        return 0.0
+    return torch.tanh(loss.tanh_scale * f).sum() * (loss.l0_coefficient / n)
+
+
+def objective(loss: Loss, n: int) -> Objective:
+    """What the kernels need to know of ``loss``, for a batch of n tokens."""
+    scale, tanh = loss.frequency_scale, loss.sparsity == "tanh"
+    return Objective(
+        loss.bandwidth,
+        frequency_slope=0.0 if scale is None else 2 * loss.l0_coefficient / (scale * n * n),
+        tanh_slope=loss.l0_coefficient * loss.tanh_scale / n if tanh else 0.0,
+        tanh_scale=loss.tanh_scale if tanh else 0.0,
+        ste_to_z=loss.ste_to_z,
+    )
+
+
+class LossAndGradients(NamedTuple):
+    loss: Tensor  # []
+    squared_error: Tensor  # [] mean_n ‖x − x̂‖²
+    l0: Tensor  # [] mean active latents
+    firing_count: Tensor  # [d_sae] int32, tokens on which each latent fired
+    n_entries: Tensor  # [] latents above the threshold or in its window, over all tokens
+    residual: Tensor  # [N, d_model] x̂ − x
+    gradients: Parameters
+
+
+@torch.no_grad()
+def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | None = None) -> LossAndGradients:
+    """The loss of one batch and its gradients (arXiv 2407.14435, equations 11 and 12).
+
+    x: [N, d_model], N ≥ 1, already divided by the SAE's input_scale, on its device and in its dtype. dead: bool
+    [d_sae], for the pre-activation loss. The threshold's gradient is with respect to θ itself. Raises ValueError for an
+    empty batch, which has no mean.
+    """
+    n = x.shape[0]
+    if n == 0:
+        raise ValueError("x: expected at least one token, got an empty batch")
+    centred, theta = x - sae.b_dec if sae.pre_encoder_bias else x, sae.threshold
+    z = torch.addmm(sae.b_enc, centred, sae.W_enc)
+    active, inside, f = gate(z, theta), window(z, theta, loss.bandwidth), activation(z, theta)
+    firing_count = (z > theta).sum(0).to(torch.int32)
+    residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x
+    l0, weights = active.sum(1), objective(loss, n)
+    squared_error, (penalty, s) = residual.square().sum(1).mean(), l0_penalty(loss, l0)
+    total = squared_error + penalty + frequency_penalty(loss, firing_count, n) + tanh_penalty(loss, f, n)
+
+    g = residual * (2 / n)
+    u = g @ sae.W_dec.T
+    if weights.tanh_slope:
+        u += weights.tanh_slope * (1 - torch.tanh(weights.tanh_scale * f).square())
+    q = inside * -(theta * u + s[:, None] + weights.frequency_slope * firing_count) / loss.bandwidth
+    dz = active * u
+    dthreshold = q.sum(0)
+    if loss.ste_to_z:
+        dz -= q
+    if loss.pre_act_coefficient and dead is not None:
+        below = ((z < theta) & dead).to(z.dtype)
+        total = total + (loss.pre_act_coefficient / n) * (below * (theta - z)).sum()
+        dz -= (loss.pre_act_coefficient / n) * below
+        dthreshold += (loss.pre_act_coefficient / n) * below.sum(0)
+    db_enc, db_dec = dz.sum(0), g.sum(0)
+    if sae.pre_encoder_bias:
+        db_dec -= sae.W_enc @ db_enc
+    gradients = Parameters((dz.T @ centred).T, db_enc, f.T @ g, db_dec, dthreshold)
+    n_entries = torch.maximum(active, inside).sum()
+    return LossAndGradients(total, squared_error, l0.mean(), firing_count, n_entries, residual, gradients)

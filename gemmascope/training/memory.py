@@ -1,0 +1,109 @@
+"""How much memory training an SAE takes, counted before it is asked for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.entries import SCRATCH_BYTES
+
+GIB = 1 << 30
+# Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, which are encoded twice.
+DENSE_ELEMENTS = 1 << 29
+# Bytes the sparse step holds for each entry: z, latent, token, u, sort keys and order, coefficients by latent.
+ENTRY_BYTES = 56
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes, by what they hold. n_entries: the room for active or nearly active pairs of token and latent."""
+
+    d_model: int
+    d_sae: int
+    batch_size: int
+    n_entries: int
+    weights: int
+    second_moments: int
+    copies: int
+    activations: int
+    entries: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.second_moments + self.copies + self.activations + self.entries + self.scratch
+
+    def table(self) -> str:
+        rows = {
+            "weights, fp32": self.weights,
+            "second moments, fp32": self.second_moments,
+            "bf16 copies of the weights": self.copies,
+            f"activations of {self.batch_size:,} tokens": self.activations,
+            f"{self.n_entries:,} entries": self.entries,
+            "scratch": self.scratch,
+            "total": self.total,
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {size / GIB:8.2f} GiB" for name, size in rows.items())
+
+    def advice(self, available: int) -> str:
+        """The message for memory that ran out: the sizes, and what would fit into ``available`` bytes."""
+        message = (
+            f"out of memory: d_model {self.d_model}, d_sae {self.d_sae}, batch of {self.batch_size} tokens take about "
+            f"{self.total / GIB:.1f} GiB"
+        )
+        if not available:
+            return message + "; make d_sae or batch_size smaller"
+        message += f" of the {available / GIB:.1f} GiB there are"
+        if self.total < 0.9 * available:
+            return message + "; something else holds memory on this device"
+        for name, smaller in (("batch_size", self._halvings("batch_size", 256)), ("d_sae", self._halvings("d_sae", 1))):
+            for size, total in smaller:
+                if total < 0.9 * available:
+                    return message + f"; a {name} of {size} would fit"
+        return message + "; make d_sae and batch_size smaller"
+
+    def _halvings(self, name: str, smallest: int) -> Iterator[tuple[int, int]]:
+        """Halves, quarters, … of a size and the total each would take."""
+        sizes = {"d_model": self.d_model, "d_sae": self.d_sae, "batch_size": self.batch_size}
+        sizes[name] //= 2
+        while sizes[name] >= smallest:
+            dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
+            yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0).total
+            sizes[name] //= 2
+
+
+def dense_tile(n_tokens: int, d_sae: int) -> int:
+    """Latents that the dense route takes at a time."""
+    return max(1, min(d_sae, DENSE_ELEMENTS // n_tokens))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a GPU, those PyTorch keeps for reuse included; 0 where it is not known."""
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128) -> TrainingMemory:
+    """What one SAE in training holds on its device, with room for ``l0`` entries a token."""
+    weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
+    operand = 2 if compute_dtype == "bf16" else 4
+    n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae)
+    sparse = min(SCRATCH_BYTES, batch_size * d_sae * 33 // 8)  # z where kept, and a bit for each
+    # f, u, two bits, and the gradients of both weights
+    dense = batch_size * tile * (8 * operand + 1) // 4 + 8 * d_model * tile
+    return TrainingMemory(
+        d_model=d_model,
+        d_sae=d_sae,
+        batch_size=batch_size,
+        n_entries=n_entries,
+        weights=weights,
+        second_moments=weights,
+        copies=4 * d_model * d_sae if compute_dtype == "bf16" else 0,
+        # x, x − b_dec, x̂ − x and its rounding
+        activations=batch_size * d_model * (8 + 2 * operand),
+        entries=ENTRY_BYTES * n_entries,
+        scratch=max(sparse, dense) + 24 * d_sae,
+    )

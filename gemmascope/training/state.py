@@ -1,0 +1,220 @@
+"""`TrainState`: everything that training an SAE changes, held once.
+
+The SAE's parameters are the master weights. Nothing keeps views of them: a step asks for them anew, so that it trains
+whatever was loaded, put in their place, copied or changed in place, and what it cannot train is an error.
+"""
+
+import weakref
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..checks import dtype_name
+from ..kernels import LatentState, choose
+from ..saes import JumpReLUSAE
+
+# What keeps updates back until the host mends it: bits of `TrainState.stalled`.
+ROOM, COPIES = 1, 2
+MASTER_DTYPES = (torch.float32, torch.float64)
+
+
+def _look(weight: nn.Parameter) -> tuple:
+    """Compares unequal to an earlier look when the weight lies in other memory, be it at the same address, or was
+    changed in place in a way that PyTorch counts."""
+    version = -1 if weight.is_inference() else weight._version
+    return weakref.ref(weight.untyped_storage()), weight.data_ptr(), version
+
+
+@dataclass(eq=False)
+class TrainState:
+    """An SAE in training, with what training adds to it on its device.
+
+    Copies made by `copy.deepcopy` or pickle are independent of the original and go on with the same bits.
+    """
+
+    sae: JumpReLUSAE
+    W_enc_v: Tensor
+    """Second moments of the parameters, in their dtype: [d_sae, d_model], by latent; those of latents as of step
+    ``last``."""
+    W_dec_v: Tensor
+    b_enc_v: Tensor
+    threshold_v: Tensor
+    b_dec_v: Tensor
+    last: Tensor
+    """int64 [d_sae], updates made when the latent was last touched."""
+    W_enc_low: Tensor | None
+    """bf16 copies of the weights, [d_sae, d_model], that products read where ``compute_dtype`` is bf16."""
+    W_dec_low: Tensor | None
+    updates: Tensor
+    """Updates made, int64 scalar."""
+    skipped: Tensor
+    """Updates withheld because the loss was not finite, int64 scalar."""
+    stalled: Tensor
+    """int64 scalar: 0, or `ROOM` when entries did not fit and `COPIES` when a copy was not that of its weight; every
+    update is withheld until `resume`."""
+    tokens_since_fired: Tensor
+    """int64 [d_sae]."""
+    compute_dtype: str
+    turn: int = 0
+    """Steps whose copies were compared with the weights, which decides on the column that is next."""
+    _seen: tuple | None = field(default=None, repr=False)
+    _fresh: bool = field(default=False, repr=False)
+
+    @classmethod
+    def start(cls, sae: JumpReLUSAE, compute_dtype: str = "fp32") -> "TrainState":
+        """Raises ValueError when the SAE is neither fp32 nor fp64, or its implementation cannot run."""
+        W_enc, W_dec, device = sae.W_enc.data.t(), sae.W_dec.data, sae.W_dec.device
+        if W_dec.dtype not in MASTER_DTYPES:
+            raise ValueError(f"sae: expected float32 or float64 master weights, got {dtype_name(W_dec.dtype)}")
+
+        def zeros(like: Tensor) -> Tensor:
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+
+        def count(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        state = cls(
+            sae=sae,
+            W_enc_v=zeros(W_enc),
+            W_dec_v=zeros(W_dec),
+            b_enc_v=zeros(sae.b_enc.data),
+            threshold_v=zeros(sae.threshold.data),
+            b_dec_v=zeros(sae.b_dec.data),
+            last=count(sae.d_sae),
+            W_enc_low=zeros(W_enc).bfloat16() if compute_dtype == "bf16" else None,
+            W_dec_low=zeros(W_dec).bfloat16() if compute_dtype == "bf16" else None,
+            updates=count(),
+            skipped=count(),
+            stalled=count(),
+            tokens_since_fired=count(sae.d_sae),
+            compute_dtype=compute_dtype,
+        )
+        state.impl  # noqa: B018 an implementation that cannot run is an error here already
+        state.ready()
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: not what was seen of this SAE's memory."""
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"_seen": None}
+
+    @cached_property
+    def impl(self) -> str:
+        return choose(self.sae.impl, self.W_dec_v.device, self.W_dec_v.dtype).impl
+
+    @property
+    def latents(self) -> LatentState:
+        """Parameters, second moments and copies by latent. The weights are the SAE's own memory."""
+        sae = self.sae
+        return LatentState(
+            sae.W_enc.data.t(),
+            sae.W_dec.data,
+            sae.b_enc.data,
+            sae.threshold.data,
+            self.W_enc_v,
+            self.W_dec_v,
+            self.b_enc_v,
+            self.threshold_v,
+            self.last,
+            self.W_enc_low,
+            self.W_dec_low,
+        )
+
+    @property
+    def encoder_rows(self) -> Tensor:
+        """[d_sae, d_model], as the products read it."""
+        return self.sae.W_enc.data.t() if self.W_enc_low is None else self.W_enc_low
+
+    @property
+    def decoder_rows(self) -> Tensor:
+        return self.sae.W_dec.data if self.W_dec_low is None else self.W_dec_low
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name, always in the same order; their own memory, so that they can be copied to.
+
+        Weights (W_enc by latent: contiguous, [d_sae, d_model]), second moments, copies if there are any, counters.
+        """
+        sae = self.sae
+        weights = {"W_enc": sae.W_enc.data.t()} | {
+            name: getattr(sae, name).data for name in ("b_enc", "W_dec", "b_dec", "threshold")
+        }
+        others = {item.name: getattr(self, item.name) for item in fields(self)}
+        return weights | {name: value for name, value in others.items() if isinstance(value, Tensor)}
+
+    @cached_property
+    def _began_with(self) -> dict[str, tuple]:
+        """Shape, strides, dtype and device of each parameter; those of its second moments."""
+        moments = {"W_enc": self.W_enc_v.t(), "b_enc": self.b_enc_v, "W_dec": self.W_dec_v, "b_dec": self.b_dec_v}
+        moments["threshold"] = self.threshold_v
+        return {name: (v.shape, v.stride(), v.dtype, v.device) for name, v in moments.items()}
+
+    def ready(self) -> LatentState:
+        """`latents` for a step, in order.
+
+        A weight with other strides is laid out anew. The copies are made anew when a weight lies in other memory than
+        at the last step or was changed in place since, as far as PyTorch counts that; `copies_differ` finds the rest.
+        Does not wait for the device. Raises ValueError for a parameter of another shape, dtype or device than training
+        began with.
+        """
+        parameters = self.sae._parameters
+        for name, began in self._began_with.items():
+            p = parameters.get(name)
+            if p is None or (p.shape, p.stride(), p.dtype, p.device) != began:
+                self._put_in_order(name, p, began)
+        W_enc, W_dec = parameters["W_enc"], parameters["W_dec"]
+        if W_enc.data_ptr() == W_dec.data_ptr():  # two parameters, even if they were given one memory
+            W_enc.data = W_enc.data.clone()
+        latents, self._fresh = self.latents, False
+        if self.W_enc_low is not None:
+            seen = (_look(W_enc), _look(W_dec))
+            if seen != self._seen:
+                self.W_enc_low.copy_(latents.W_enc)
+                self.W_dec_low.copy_(latents.W_dec)
+                self._seen, self._fresh = seen, True
+        return latents
+
+    def _put_in_order(self, name: str, p: nn.Parameter | None, began: tuple) -> None:
+        shape, strides, dtype, device = began
+        if p is None:
+            raise ValueError(f"sae: {name} is missing; training began with one of shape {list(shape)}: put it back")
+        if p.shape != shape:
+            raise ValueError(
+                f"sae: {name} has shape {list(p.shape)}; training began with {list(shape)}: "
+                "give it weights of that shape, or start a trainer for the others"
+            )
+        if p.device != device:
+            raise ValueError(
+                f"sae: {name} is on {p.device}; training began on {device}, where the second moments are: "
+                f"move the SAE back with sae.to({str(device)!r}), and move a copy.deepcopy of it instead"
+            )
+        if p.dtype != dtype:
+            began_as = dtype_name(dtype)
+            raise ValueError(
+                f"sae: {name} is {dtype_name(p.dtype)}; training needs the {began_as} master weights it started with: "
+                f"load them, or go on with rounded ones by sae.to(torch.{began_as}), and cast a copy.deepcopy instead"
+            )
+        p.data = torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(p.data)
+
+    def copies_differ(self) -> Tensor | None:
+        """Bool scalar: whether a column of the weights, each step another one, differs from what the copies have there,
+        as after ``sae.W_dec.data[3] = row``, which leaves no other trace. None where that needs no look: without
+        copies, and when `ready` has just made them."""
+        if self.W_enc_low is None or self._fresh:
+            return None
+        column = self.turn % self.sae.d_model
+        self.turn += 1
+        weights = torch.stack((self.sae.W_enc.data[column], self.sae.W_dec.data[:, column]))
+        copies = torch.stack((self.W_enc_low[:, column], self.W_dec_low[:, column]))
+        return (weights.bfloat16() != copies).any()
+
+    def resume(self) -> None:
+        """Let updates be made again, the next one with new copies: once `stalled` was seen and room made if need be."""
+        self.stalled.zero_()
+        self._seen = None
+
+    def settle(self, beta2: float) -> None:
+        """Pay the decay that second moments of idle latents owe, as before saving them."""
+        kernels.settle(self.ready(), self.updates, beta2)

@@ -1,0 +1,239 @@
+"""One training step of one SAE, by routes that make the same update up to rounding.
+
+* `sparse_step`: only the pre-activations are dense; everything else runs on the entries, the active or nearly active
+  pairs of token and latent. For trained SAEs, of which less than a percent of the latents fire.
+* `dense_step`: products of whole matrices with everything elementwise fused. For the first steps, when half fire.
+* `reference_step`: the written formulas, densely, for every loss there is.
+
+The first two never ask the device for a number. An update is withheld on the device, bit for bit, when the loss is not
+finite, the entries did not fit or the bf16 copies were not those of the weights; `SAETrainer` reads that later, mends
+what can be mended and repeats the steps. Each raises ValueError for an SAE that is not the one training began with, see
+`TrainState.ready`.
+"""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Rule
+from .config import Loss
+from .losses import frequency_penalty, l0_penalty, loss_and_gradients, objective, tanh_penalty
+from .memory import dense_tile
+from .state import COPIES, ROOM, TrainState
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What one step measured, as scalars on the device."""
+
+    loss: Tensor
+    squared_error: Tensor
+    l0: Tensor
+    n_entries: Tensor
+    """Entries of the batch, whether or not they fitted."""
+    stalled: Tensor
+    """0, or why the update was withheld, in this step or one before: `state.ROOM`, `state.COPIES` or both."""
+    skipped: Tensor
+    """Updates withheld so far because the loss was not finite."""
+
+    def pack(self) -> Tensor:
+        """All of them in one fp64 tensor, so that one copy brings them to the host."""
+        return torch.stack([getattr(self, field.name).double() for field in fields(self)])
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> dict[str, float]:
+        return {field.name: value for field, value in zip(fields(cls), packed.tolist(), strict=True)}
+
+
+@contextmanager
+def _tf32():
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a·b with an fp32 result, also for bf16 operands."""
+    if a.dtype != torch.bfloat16:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _centred(state: TrainState, x: Tensor) -> Tensor:
+    x = x - state.sae.b_dec if state.sae.pre_encoder_bias else x
+    return x.to(state.encoder_rows.dtype)
+
+
+def _permission(state: TrainState, loss: Tensor, fits: Tensor | bool) -> Tensor:
+    """int32 scalar: 1 when the update may be made. Counts what is withheld."""
+    finite, differ = loss.isfinite(), state.copies_differ()
+    if differ is not None:
+        state.stalled |= COPIES * differ
+    if fits is not True:  # room would not help a batch that is not finite, whose NaN are all entries
+        state.stalled |= ROOM * (~fits & finite)
+    free = state.stalled == 0
+    state.skipped += ~finite & free
+    return (finite & free).to(torch.int32)
+
+
+def _finish(state: TrainState, db_dec: Tensor, firing_count: Tensor, n: int, rule: Rule, ok: Tensor) -> None:
+    """The decoder's bias by Adam, and the counters; nothing moves unless ``ok``."""
+    b_dec, allowed = state.sae.b_dec.data, ok > 0
+    v = rule.beta2 * state.b_dec_v + (1 - rule.beta2) * db_dec.square()
+    correction = (1 - torch.pow(rule.beta2, (state.updates + 1).double())).to(v.dtype)
+    moved = b_dec - rule.learning_rate * db_dec / ((v / correction).sqrt() + rule.eps)
+    b_dec.copy_(torch.where(allowed, moved, b_dec))
+    state.b_dec_v.copy_(torch.where(allowed, v, state.b_dec_v))
+    since = torch.where(firing_count > 0, 0, state.tokens_since_fired + n)
+    state.tokens_since_fired.copy_(torch.where(allowed, since, state.tokens_since_fired))
+    state.updates += ok
+
+
+class SparseGradients(NamedTuple):
+    """What the entries say of the loss and of every gradient but those of the weights, which `transposed`, `sums` and
+    `residual` still hold by entry."""
+
+    loss: Tensor
+    squared_error: Tensor
+    l0: Tensor
+    transposed: ByLatent
+    sums: LatentSums
+    residual: Tensor
+    db_dec: Tensor
+
+
+def sparse_gradients(
+    impl: str,
+    entries: Entries,
+    x: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor,
+    loss: Loss,
+    pre_encoder_bias: bool,
+) -> SparseGradients:
+    """From the entries of x [N, d_model] on. W_enc and W_dec: [d_sae, d_model], as the products read them."""
+    n = x.shape[0]
+    out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
+    transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
+    penalty, s = l0_penalty(loss, out.l0)
+    sums = kernels.latent_pass(entries, out.u, transposed, threshold, s, objective(loss, n), impl=impl)
+    squared_error = out.squared_error.mean()
+    total = squared_error + penalty + frequency_penalty(loss, sums.firing_count, n)
+    if loss.sparsity == "tanh":
+        stored = torch.arange(len(entries.z), device=x.device) < entries.offsets[-1]
+        total = total + tanh_penalty(loss, torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0), n)
+    db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
+    if pre_encoder_bias:
+        db_dec = db_dec - kernels.encoder_times(W_enc, sums.db_enc, impl=impl)
+    return SparseGradients(total, squared_error, out.l0.mean(), transposed, sums, out.residual, db_dec)
+
+
+@torch.no_grad()
+def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None) -> StepFigures:
+    """Update ``state`` by the loss on x [N, d_model] fp32, divided by the input scale. capacity: room for entries; the
+    reference, which knows how many there are, also takes None."""
+    sae, impl, latents = state.sae, state.impl, state.ready()
+    x_centred, W_enc, W_dec = _centred(state, x), state.encoder_rows, state.decoder_rows
+    tf32 = state.compute_dtype == "tf32"
+    entries = kernels.encode_entries(
+        x_centred, W_enc.T, sae.b_enc, sae.threshold, loss.bandwidth, capacity, tf32=tf32, impl=impl
+    )
+    weights = (W_enc, W_dec, sae.b_dec, sae.threshold)
+    out = sparse_gradients(impl, entries, x, *weights, loss, sae.pre_encoder_bias)
+    n_entries = entries.offsets[-1]
+    ok = _permission(state, out.loss, n_entries <= len(entries.z))
+    kernels.update_from_entries(
+        latents, out.transposed, out.sums, out.residual, x_centred, rule, ok, state.updates, impl=impl
+    )
+    _finish(state, out.db_dec, out.sums.firing_count, x.shape[0], rule, ok)
+    return StepFigures(out.loss, out.squared_error, out.l0, n_entries, state.stalled, state.skipped)
+
+
+@torch.no_grad()
+def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigures:
+    """The same update without a limit on the entries."""
+    sae, n = state.sae, x.shape[0]
+    with _tf32() if state.compute_dtype == "tf32" else nullcontext():
+        width = dense_tile(n, sae.d_sae)
+        tiles = [slice(start, start + width) for start in range(0, sae.d_sae, width)]
+        return _dense_step(state, x, loss, rule, tiles)
+
+
+def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]) -> StepFigures:
+    sae, impl, n, latents = state.sae, state.impl, x.shape[0], state.ready()
+    x_centred = _centred(state, x)
+
+    def encode(tile: slice):
+        weights = (state.encoder_rows[tile].T, sae.b_enc[tile], sae.threshold[tile])
+        tf32 = state.compute_dtype == "tf32"
+        return kernels.dense_encode(x_centred, *weights, loss.bandwidth, tf32=tf32, impl=impl)
+
+    x_hat, l0, tanh, counts, n_entries = sae.b_dec.expand(x.shape), 0.0, 0.0, [], 0
+    for tile in tiles:
+        code = encode(tile)
+        x_hat = x_hat + matmul(code.f, state.decoder_rows[tile])
+        l0, n_entries = l0 + code.l0, n_entries + code.n_entries
+        tanh = tanh + tanh_penalty(loss, code.f, n)
+        counts.append(code.firing_count)
+    firing_count = torch.cat(counts)
+    residual = x_hat - x
+    penalty, s = l0_penalty(loss, l0)
+    squared_error = residual.square().sum(1).mean()
+    total = squared_error + penalty + frequency_penalty(loss, firing_count, n) + tanh
+
+    ok = _permission(state, total, True)
+    low, g = (t.to(state.decoder_rows.dtype) for t in (residual, residual * (2 / n)))
+    db_dec = low.sum(0, dtype=x.dtype) * (2 / n)
+    for tile in tiles:
+        code = code if len(tiles) == 1 else encode(tile)
+        u = low @ state.decoder_rows[tile].T
+        dz, db_enc, dthreshold = kernels.dense_backward(u, code, sae.threshold[tile], s, objective(loss, n), impl=impl)
+        if sae.pre_encoder_bias:
+            db_dec = db_dec - kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
+        kernels.update_from_dense(
+            LatentState(*(None if t is None else t[tile] for t in latents)),
+            matmul(dz.T, x_centred),
+            matmul(code.f.T, g),
+            db_enc,
+            dthreshold,
+            code.touched,
+            rule,
+            ok,
+            state.updates,
+            impl=impl,
+        )
+    _finish(state, db_dec, firing_count, n, rule, ok)
+    return StepFigures(total, squared_error, l0.mean(), n_entries, state.stalled, state.skipped)
+
+
+@torch.no_grad()
+def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: Tensor | None = None) -> StepFigures:
+    """The same update by `loss_and_gradients`, in fp32. dead: bool [d_sae], for the pre-activation loss."""
+    latents, out = state.ready(), loss_and_gradients(state.sae, x, loss, dead)
+    ok = _permission(state, out.loss, True)
+    gradients = out.gradients
+    kernels.update_from_dense(
+        latents,
+        gradients.W_enc.T,
+        gradients.W_dec,
+        gradients.b_enc,
+        gradients.threshold,
+        torch.ones_like(out.firing_count),
+        rule,
+        ok,
+        state.updates,
+        impl="reference",
+    )
+    _finish(state, gradients.b_dec, out.firing_count, x.shape[0], rule, ok)
+    return StepFigures(out.loss, out.squared_error, out.l0, out.n_entries, state.stalled, state.skipped)

@@ -1,0 +1,286 @@
+"""Training of many SAEs from one stream of activations, with the recipe of Gemma Scope (arXiv 2408.05147 §3.2)."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EnvironmentProblemError, TrainingFailedError
+from ..kernels import Rule
+from ..kernels.density import training_switch
+from ..kernels.implementations import NEED_CAPACITY
+from ..saes import JumpReLUSAE
+from ..sites import Site
+from .config import TrainConfig
+from .memory import TrainingMemory, available_memory, training_memory
+from .state import COPIES, TrainState
+from .step import StepFigures, dense_step, reference_step, sparse_step
+
+# Steps that a GPU is given before the host looks at the figures of the first of them.
+RUN_AHEAD = 4
+# Room for entries is made in these units, half as much again as were seen.
+CAPACITY_UNIT = 4096
+CAPACITY_MARGIN = 1.5
+
+
+@dataclass
+class _Job:
+    """A step the device has been given, with what it takes to give it again."""
+
+    x: Tensor
+    step: int
+    route: str
+    figures: Tensor
+    copied: "torch.cuda.Event | None"
+
+
+class SAETrainer:
+    """One SAE, its optimiser state and its counters.
+
+    sample: [n, d_model] activations that set the input scale C (mean squared norm 1 after division), the variance that
+    FVU is measured against and, with ``b_dec_init="mean"``, b_dec. Raises ValueError when they are not finite, are all
+    zero or do not vary, and EnvironmentProblemError when the device has too little free memory.
+
+    dtype: fp64 is for comparisons, on a CPU.
+
+    A step whose loss is not finite changes nothing but the count of skipped steps.
+
+    The SAE may be loaded, changed in place and copied at any time, and cast or moved there and back: the next step
+    trains what it then is, or raises ValueError when it is of another shape, dtype or device than at the start. Second
+    moments and counters stay. The trainer itself can be deep-copied and pickled. All of this after `flush`, on a GPU.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        sample: Tensor,
+        *,
+        impl: str = "auto",
+        metadata: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        sample = sample.float()
+        mean = sample.mean(0)
+        mean_square = sample.square().sum(1).mean()
+        variance = mean_square - mean.square().sum()
+        if not (torch.isfinite(mean_square) and variance > 1e-9 * mean_square):
+            raise ValueError(f"sample: expected finite activations that vary, got mean squared norm {mean_square:.3g}")
+        scale = math.sqrt(mean_square)
+        self.config = config
+        device = torch.device(device or "cpu")
+        memory, self._available = self.memory(config, sample.shape[1]), available_memory(device)
+        if self._available and memory.total > self._available:
+            raise EnvironmentProblemError(memory.advice(self._available))
+        self._variance = float(variance)
+        sae = JumpReLUSAE(
+            sample.shape[1],
+            config.d_sae,
+            input_scale=scale,
+            threshold_init=config.threshold_init,
+            impl=impl,
+            metadata=metadata,
+            generator=torch.Generator().manual_seed(config.seed),
+            device=device,
+            dtype=dtype,
+        )
+        if config.b_dec_init == "mean":
+            with torch.no_grad():
+                sae.b_dec.copy_(mean / scale)
+        self.state = TrainState.start(sae, config.compute_dtype)
+        self.step = 0
+        self.route = "dense" if config.route == "auto" else config.route
+        self.capacity: int | None = None
+        self._n_entries = 0.0  # of the last step whose loss was finite
+        self.figures: dict[str, float] = {}
+        self.run_ahead = RUN_AHEAD if sae.W_dec.is_cuda else 0
+        self._pending: deque[_Job] = deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which hold every step given so far and none in flight."""
+        self.flush()
+        return self.__dict__ | {"_pending": deque()}
+
+    @property
+    def sae(self) -> JumpReLUSAE:
+        """The SAE in training; `flush` first to have every step so far in it."""
+        return self.state.sae
+
+    @property
+    def variance(self) -> float:
+        """Of the sample, divided by the input scale."""
+        return self._variance / self.sae.input_scale**2
+
+    @staticmethod
+    def memory(config: TrainConfig, d_model: int) -> TrainingMemory:
+        """What training an SAE on activations of that width takes on its device."""
+        return training_memory(d_model, config.d_sae, config.batch_size, config.compute_dtype)
+
+    def update(self, x_raw: Tensor) -> None:
+        """One step on activations [N, d_model] as harvested.
+
+        On a GPU it returns before the step is made. Raises ValueError for an empty batch or an SAE that is not what it
+        was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
+        """
+        if x_raw.shape[0] == 0:
+            raise ValueError("x: expected at least one token, got an empty batch")
+        x = x_raw.to(self.state.b_dec_v) / self.sae.input_scale
+        self._launch(x, self.step, self.route)
+        self.step += 1
+        while len(self._pending) > self.run_ahead:
+            self._retire()
+
+    def flush(self) -> None:
+        """Wait for every step that was given to the device."""
+        while self._pending:
+            self._retire()
+
+    def _launch(self, x: Tensor, step: int, route: str) -> None:
+        config, state, sae = self.config, self.state, self.sae
+        loss = config.loss_at(step)
+        rule = Rule(
+            config.learning_rate_at(step),
+            config.adam_beta2,
+            config.adam_eps,
+            config.threshold_parametrisation == "log",
+        )
+        try:
+            if route == "sparse":
+                figures = sparse_step(state, x, loss, rule, self._room(len(x)))
+            elif route == "dense":
+                figures = dense_step(state, x, loss, rule)
+            else:
+                dead = state.tokens_since_fired >= config.dead_after_tokens if config.loss.pre_act_coefficient else None
+                figures = reference_step(state, x, loss, rule, dead)
+        except torch.OutOfMemoryError as error:
+            memory = self.memory(replace(config, batch_size=len(x)), sae.d_model)
+            raise EnvironmentProblemError(memory.advice(self._available)) from error
+        packed, copied = figures.pack(), None
+        if packed.is_cuda:
+            pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)  # else the copy would wait
+            packed, copied = pinned.copy_(packed, non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._pending.append(_Job(x, step, route, packed, copied))
+
+    def _room(self, n_tokens: int) -> int | None:
+        """Entries the sparse route makes room for, where it must be told."""
+        if self.state.impl not in NEED_CAPACITY:
+            return None
+        if self.capacity is None:
+            self._make_room(self._n_entries or 64 * n_tokens)
+        return self.capacity
+
+    def _make_room(self, n_entries: float) -> None:
+        self.capacity = CAPACITY_UNIT * math.ceil(CAPACITY_MARGIN * max(1, n_entries) / CAPACITY_UNIT)
+
+    def _retire(self) -> None:
+        """Read the figures of the oldest step; if its update was withheld for something that can be mended, mend that
+        and repeat it and all since."""
+        job = self._pending.popleft()
+        if job.copied is not None:
+            job.copied.synchronize()
+        figures = StepFigures.unpack(job.figures)
+        if figures["stalled"]:
+            if not int(figures["stalled"]) & COPIES:  # else the entries were those of other weights
+                self._make_room(figures["n_entries"])
+            self._repeat(deque([job, *self._pending]))
+            return
+        self.figures = figures
+        if not math.isfinite(figures["loss"]):
+            return
+        self._n_entries = figures["n_entries"]
+        if self.config.route == "auto":
+            self._choose_route(self._n_entries / (len(job.x) * self.sae.d_sae))
+
+    def _repeat(self, jobs: deque[_Job]) -> None:
+        self._pending.clear()
+        self.state.resume()
+        try:
+            while jobs:
+                self._launch(jobs[0].x, jobs[0].step, jobs[0].route)
+                jobs.popleft()
+                self._retire()
+        finally:
+            self._pending.extend(jobs)  # those an error left, for when the SAE is mended
+
+    def _choose_route(self, density: float) -> None:
+        switch = training_switch(self.sae.W_dec.device)
+        if density > switch.dense_above:
+            self.route = "dense"
+        elif density < switch.sparse_below:
+            self.route = "sparse"
+
+    def report(self) -> dict[str, float]:
+        """The figures of the last step, measured before its update."""
+        self.flush()
+        return {
+            "loss": self.figures["loss"],
+            "l0": self.figures["l0"],
+            "fvu": self.figures["squared_error"] / self.variance,
+            "dead": (self.state.tokens_since_fired >= self.config.dead_after_tokens).double().mean().item(),
+            "skipped": int(self.figures["skipped"]),
+            "lr": self.config.learning_rate_at(self.step - 1),
+            "l0_coefficient": self.config.l0_coefficient_at(self.step - 1),
+        }
+
+
+@contextmanager
+def _updating(trainers: Mapping[Site, SAETrainer]) -> Iterator[Callable[[Mapping[Site, Tensor]], None]]:
+    """Gives every trainer its batch. On a CPU as many SAEs are trained side by side as PyTorch has threads, each by one
+    of them: small operations keep a second thread waiting more than working."""
+    threads = torch.get_num_threads()
+    if min(threads, len(trainers)) == 1 or any(trainer.sae.W_dec.is_cuda for trainer in trainers.values()):
+
+        def update(batch: Mapping[Site, Tensor]) -> None:
+            for site, trainer in trainers.items():
+                trainer.update(batch[site])
+
+        yield update
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield lambda batch: list(pool.map(lambda site: trainers[site].update(batch[site]), trainers))
+        finally:
+            torch.set_num_threads(threads)  # for threads that start later
+
+
+def train(
+    trainers: Mapping[Site, SAETrainer],
+    stream: Iterable[Mapping[Site, Tensor]],
+    *,
+    log_every: int = 10,
+    log: Callable[[int, dict[str, dict[str, float]] | None], None] = lambda step, rows: None,
+) -> None:
+    """Give every batch {site: [N, width]} of ``stream`` to the trainer of its site.
+
+    ``log(step, rows)`` is called after each step, every ``log_every``-th with {str(site): figures}. Raises
+    TrainingFailedError naming the site when every step since the last such call was skipped, its loss not finite.
+    """
+    skipped = dict.fromkeys(trainers, 0)
+    since = 0
+    with _updating(trainers) as update:
+        for batch in stream:
+            update(batch)
+            step = next(iter(trainers.values())).step
+            since += 1
+            if step % log_every:
+                log(step, None)
+                continue
+            rows = {site: trainer.report() for site, trainer in trainers.items()}
+            for site, row in rows.items():
+                if row["skipped"] - skipped[site] == since:
+                    raise TrainingFailedError(
+                        f"{site}: the loss was not finite in the {since} steps up to step {step}; "
+                        "lower the learning rate"
+                    )
+                skipped[site] = row["skipped"]
+            since = 0
+            log(step, {str(site): row for site, row in rows.items()})
+    for trainer in trainers.values():
+        trainer.flush()

@@ -1,0 +1,81 @@
+"""Text in, byte tokens out: the split, the baseline, and one test per message."""
+
+import math
+
+import pytest
+import torch
+
+from gemmascope.demo import text
+from gemmascope.demo.text import BOS, HELD_OUT_EVERY
+
+
+def test_python_documentation_is_real_text():
+    documentation = text.python_documentation()
+    assert 1_000_000 < len(documentation) < 10_000_000
+    documentation.decode("utf-8")
+    assert b"Evaluates" in documentation or b"Return" in documentation
+
+
+def test_docstrings(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text(
+        '"""Module."""\nclass A:\n    """Class."""\n    async def f(self):\n        """Method."""\nx = "no"\n'
+    )
+    assert list(text.docstrings(path)) == ["Module.", "Class.", "Method."]
+    path.write_text("def broken(:\n")
+    assert list(text.docstrings(path)) == []
+
+
+def test_rows_start_with_bos_and_drop_the_rest():
+    assert text.rows(b"abcdefgh", 4).tolist() == [[BOS, 97, 98, 99], [BOS, 100, 101, 102]]
+
+
+def test_split_is_disjoint_and_holds_out_a_sixteenth():
+    block = 100
+    corpus = b"".join(bytes([i]) * block for i in range(3 * HELD_OUT_EVERY))
+    train, held_out = text.split(corpus[: 16 * block], context=11)
+    assert set(held_out[:, 1:].flatten().tolist()) == {15}
+    assert set(train[:, 1:].flatten().tolist()) == set(range(15))
+
+
+def test_bigram_loss_of_a_certain_text_is_near_zero_and_of_noise_is_that_of_unigrams():
+    certain = text.rows(b"ab" * 5000, 21)
+    assert text.bigram_loss(certain, certain[:50]) < 0.1
+    noise = torch.randint(0, 4, (2000, 20), generator=torch.Generator().manual_seed(0))
+    assert text.bigram_loss(noise, noise[:500]) == pytest.approx(math.log(4), abs=0.01)
+
+
+def test_bigram_loss_by_hand():
+    # Seen: 0→1 three times, 0→2 once. With vanishing smoothing p(1|0) = 3/4; the grid's least is 0.1.
+    train = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 2]])
+    unigram = (3 + 1) / (4 + text.VOCAB_SIZE)
+    losses = [-math.log((3 + a * unigram) / (4 + a)) for a in (0.1, 0.3, 1, 3, 10, 30, 100, 300)]
+    assert text.bigram_loss(train, torch.tensor([[0, 1]])) == pytest.approx(min(losses))
+
+
+def test_read_files_joins(tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_text("zwei ß")
+    assert text.read_files([tmp_path / "a", tmp_path / "b"]).decode() == "one\n\nzwei ß"
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"text: cannot read .*nothing: No such file or directory"):
+        text.read_files([tmp_path / "nothing"])
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "a").write_bytes(b" \n")
+    with pytest.raises(ValueError, match=r"text: expected some text in .*a, found an empty file"):
+        text.read_files([tmp_path / "a"])
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "a").write_bytes(b"good \xff\xfe")
+    with pytest.raises(ValueError, match=r"text: expected UTF-8 in .*a, found byte 0xff at 5"):
+        text.read_files([tmp_path / "a"])
+
+
+def test_too_short():
+    with pytest.raises(ValueError, match="text: expected at least 2048 bytes for rows of 128 tokens, got 700"):
+        text.split(b"x" * 700, 128)

@@ -1,0 +1,366 @@
+"""Metrics on activations, baselines, and losses with SAEs spliced in: hand-computed cases and properties.
+
+pytest tests/evaluation/test_evaluate.py
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gemmascope import JumpReLUSAE
+from gemmascope.evaluation import (
+    delta_loss,
+    evaluate_sae,
+    evaluate_splice,
+    language_model,
+    language_model_loss,
+    loss_recovered,
+    mean_ablation_loss,
+    pair_table_fvu,
+    pca_fvu,
+    variance,
+)
+from gemmascope.sites import Site, all_sites
+from tests import tiny_models as tiny
+
+needs_transformers = pytest.mark.usefixtures("transformers")
+RESID = Site(1, "resid")
+
+# f keeps the coordinates above 0.5; the third latent reads nothing and never fires.
+X = torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.25, 0.0], [-1.0, 1.0]])
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def by_hand(threshold=0.5):
+    sae = JumpReLUSAE(2, 3, pre_encoder_bias=False, threshold_init=threshold, impl="reference")
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
+    return sae
+
+
+def constant(value):
+    """An SAE that reconstructs everything as ``value``."""
+    sae = JumpReLUSAE(len(value), 4, threshold_init=1e30, impl="reference")
+    with torch.no_grad():
+        sae.b_dec.copy_(value)
+    return sae
+
+
+def normal(*shape, seed=0, scale=1.0, dtype=torch.float32):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+class TestEvaluateSAE:
+    def test_by_hand(self):
+        """x̂ = (2,0), (0,4), (0,0), (0,1): squared error 0.0625 + 1; Σx² = 22.0625, mean (0.3125, 1.25)."""
+        metrics = evaluate_sae(by_hand(), X)
+        assert metrics.tokens == 4
+        assert metrics.l0 == 3 / 4
+        assert metrics.fvu == 1.0625 / (22.0625 - 4 * (0.3125**2 + 1.25**2))
+        assert metrics.pca_fvu is None
+        assert metrics.dead_fraction == 1 / 3
+        assert metrics.high_freq_fraction == 2 / 3
+        assert torch.equal(metrics.firing_frequency, torch.tensor([0.25, 0.5, 0.0]))
+        assert metrics.firing_frequency.dtype == torch.float32
+
+    def test_positions_left_out_count_nowhere(self):
+        noisy = torch.cat([X[:2], torch.full((3, 2), 1e6), X[2:]])
+        keep = torch.tensor([True, True, False, False, False, True, True])
+        expected, metrics = evaluate_sae(by_hand(), X), evaluate_sae(by_hand(), noisy, keep=keep)
+        assert (metrics.tokens, metrics.l0, metrics.fvu) == (4, expected.l0, expected.fvu)
+        assert torch.equal(metrics.firing_frequency, expected.firing_frequency)
+
+    def test_more_than_ten_percent_is_strict(self):
+        x = torch.zeros(30, 2)
+        x[:3, 0], x[:4, 1] = 1, 1
+        metrics = evaluate_sae(by_hand(), x)
+        assert metrics.high_freq_fraction == 1 / 3
+        torch.testing.assert_close(metrics.firing_frequency, torch.tensor([3 / 30, 4 / 30, 0.0]))
+
+    def test_pca_has_the_rank_of_the_rounded_l0(self):
+        train, heldout = normal(60, 2, seed=1), torch.cat([X[:2]] * 2 + [X[2:]])
+        metrics = evaluate_sae(by_hand(), heldout, train)
+        assert metrics.l0 == 5 / 6
+        assert metrics.pca_fvu == pca_fvu(train, heldout, 1)
+        metrics = evaluate_sae(by_hand(threshold=3.0), heldout, train)
+        assert metrics.l0 == 2 / 6
+        assert metrics.pca_fvu == pca_fvu(train, heldout, 0)
+
+    def test_predicting_the_mean_is_one_and_copying_is_zero(self):
+        x = normal(50, 6, seed=2, scale=3.0) + 5
+        assert evaluate_sae(constant(x.mean(0)), x).fvu == pytest.approx(1, abs=1e-6)
+        sae = JumpReLUSAE(6, 12, threshold_init=0.0, pre_encoder_bias=False, impl="reference")
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.cat([torch.eye(6), -torch.eye(6)]))
+            sae.W_enc.copy_(sae.W_dec.T)
+        metrics = evaluate_sae(sae, x)
+        assert (metrics.fvu, metrics.l0) == (0, 6)
+
+    def test_folding_changes_nothing(self):
+        x = normal(200, 8, seed=3, scale=4.0)
+        sae = JumpReLUSAE(8, 16, input_scale=12.0, impl="reference", generator=torch.Generator().manual_seed(0))
+        nn.init.normal_(sae.b_dec, generator=torch.Generator().manual_seed(1), std=0.1)
+        raw, folded = evaluate_sae(sae, x), evaluate_sae(sae.fold(), x)
+        assert folded.fvu == pytest.approx(raw.fvu, rel=1e-5)
+        assert folded.l0 == pytest.approx(raw.l0, abs=0.05)
+
+    @pytest.mark.parametrize("chunk_elements", [1, 50, 7 * 48, 2**24])
+    def test_chunks_bound_the_rows_and_not_the_result(self, monkeypatch, chunk_elements):
+        x, train = normal(101, 16, seed=4), normal(130, 16, seed=5)
+        sae = JumpReLUSAE(16, 48, impl="reference", generator=torch.Generator().manual_seed(0))
+        whole, rows, encode = evaluate_sae(sae, x, train), [], sae.encode
+        monkeypatch.setattr(variance, "CHUNK_ELEMENTS", chunk_elements)
+        monkeypatch.setattr(sae, "encode", lambda x: rows.append(len(x)) or encode(x))
+        metrics = evaluate_sae(sae, x, train)
+        assert max(rows) <= max(1, chunk_elements // 48)
+        assert sum(rows) == 101
+        assert metrics.l0 == whole.l0
+        assert metrics.fvu == pytest.approx(whole.fvu, rel=1e-6)
+        assert metrics.pca_fvu == pytest.approx(whole.pca_fvu, rel=1e-9)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_stored_precision_is_not_the_saes_error(self, dtype):
+        """x̂ is compared in the weights' fp32, not rounded to the dtype of the stored activations."""
+        x = normal(300, 16, seed=6, dtype=dtype)
+        sae = JumpReLUSAE(16, 48, impl="reference", generator=torch.Generator().manual_seed(0))
+        assert evaluate_sae(sae, x).fvu == evaluate_sae(sae, x.float()).fvu
+
+    def test_a_large_mean_costs_no_precision(self):
+        x = normal(400, 4, seed=7) + 3e4
+        x_hat = constant(x[0])
+        exact = ((x - x[0]).double() ** 2).sum() / ((x.double() - x.double().mean(0)) ** 2).sum()
+        assert evaluate_sae(x_hat, x).fvu == pytest.approx(exact.item(), rel=1e-9)
+
+    def test_activations_that_do_not_vary_have_no_fvu(self):
+        metrics = evaluate_sae(by_hand(), X[:1])
+        assert math.isnan(metrics.fvu)
+        assert metrics.l0 == 1
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"activations": X.tolist()}, TypeError, r"^activations: expected a torch.Tensor, got list$"),
+            ({"activations": X.int()}, TypeError, r"^activations: expected a floating dtype, got int32$"),
+            ({"activations": X[:0]}, ValueError, r"^activations: expected at least one row, got none$"),
+            ({"activations": X[:, :1]}, ValueError, r"^activations: expected shape \[n, 2\], got \[4, 1\]$"),
+            ({"activations": X[None]}, ValueError, r"^activations: expected shape \[n, 2\], got \[1, 4, 2\]$"),
+            ({"activations": X / 0}, ValueError, r"^activations: expected finite values, found NaN or Inf$"),
+            ({"train_activations": X.T}, ValueError, r"^train_activations: expected shape \[n, 2\], got \[2, 4\]$"),
+            ({"train_activations": X / 0}, ValueError, r"^train_activations: expected finite values, found NaN or"),
+            ({"keep": [True]}, TypeError, r"^keep: expected a torch.Tensor, got list$"),
+            ({"keep": torch.ones(4)}, TypeError, r"^keep: expected dtype bool, got float32$"),
+            ({"keep": torch.ones(3).bool()}, ValueError, r"^keep: expected shape \[4\], got \[3\]$"),
+            ({"keep": torch.zeros(4).bool()}, ValueError, r"^keep: expected at least one position to count, got none"),
+        ],
+    )
+    def test_refusals(self, change, error, message):
+        with pytest.raises(error, match=message):
+            evaluate_sae(by_hand(), **({"activations": X} | change))
+
+
+class TestPCA:
+    def test_by_hand(self):
+        """Trained along the first axis about (1, 0), it misses the second coordinate: 8 of 8 + 2 + 0."""
+        train = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+        heldout = torch.tensor([[0.0, 2.0], [0.0, -2.0], [3.0, 0.0], [1.0, 0.0]])
+        assert pca_fvu(train, heldout, 1) == pytest.approx(8 / (8 + 6), rel=1e-12)
+
+    def test_full_rank_is_exact_and_rank_is_clipped(self):
+        train, heldout = normal(40, 5, seed=1), normal(30, 5, seed=2)
+        assert pca_fvu(train, heldout, 5) < 1e-25
+        assert pca_fvu(train, heldout, 99) == pca_fvu(train, heldout, 5)
+        assert pca_fvu(train, heldout, -3) == pca_fvu(train, heldout, 0) > 1  # the training mean is not theirs
+        assert pca_fvu(train, train, 0) == pytest.approx(1, rel=1e-12)
+
+    @settings(deadline=None, max_examples=30)
+    @given(n=st.integers(2, 30), d=st.integers(1, 8), seed=st.integers(0, 99))
+    def test_is_the_truncated_svd(self, n, d, seed):
+        x = normal(n, d, seed=seed) @ torch.diag(torch.arange(1.0, d + 1))
+        singular = np.linalg.svd((x - x.double().mean(0)).numpy(), compute_uv=False) ** 2
+        curve = [pca_fvu(x, x, rank) for rank in range(d + 1)]
+        exact = [singular[rank:].sum() / singular.sum() for rank in range(d + 1)]
+        np.testing.assert_allclose(curve, exact, rtol=1e-9, atol=1e-12)
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match=r"^train_activations: expected shape \[n, d_model\], got \[2\]$"):
+            pca_fvu(X[0], X, 1)
+        with pytest.raises(ValueError, match=r"^heldout_activations: expected shape \[n, 2\], got \[4, 1\]$"):
+            pca_fvu(X, X[:, :1], 1)
+        with pytest.raises(ValueError, match=r"^heldout_activations: expected finite values"):
+            pca_fvu(X, X / 0, 1)
+
+
+class TestPairTable:
+    PAIRS = torch.tensor([[1, 2], [1, 2], [3, 2], [1, 4]])
+    TRAIN = torch.tensor([[1.0], [3.0], [8.0], [0.0]])
+
+    def test_by_hand(self):
+        """(1,2) was seen: 2. (9,2) falls back to token 2: 4. (1,7) falls back to all: 3. Errors 1, 4, 9."""
+        pairs, heldout = torch.tensor([[1, 2], [9, 2], [1, 7]]), torch.tensor([[3.0], [2.0], [0.0]])
+        mean = 5 / 3
+        variance = (3 - mean) ** 2 + (2 - mean) ** 2 + mean**2
+        assert pair_table_fvu(self.TRAIN, self.PAIRS, heldout, pairs) == pytest.approx(14 / variance, rel=1e-12)
+
+    def test_pairs_are_ordered_and_do_not_collide(self):
+        """(0, 3) and (1, 0) would share a key if the base were too small, (2, 1) and (1, 2) if order were lost."""
+        pairs = torch.tensor([[0, 3], [1, 0], [2, 1], [1, 2]], dtype=torch.int32)
+        x = normal(4, 3)
+        assert pair_table_fvu(x, pairs, x.bfloat16().float(), pairs) < 1e-4
+        assert pair_table_fvu(x, pairs, x, pairs) == 0
+
+    def test_a_table_of_one_pair_predicts_the_mean(self):
+        x, pairs = normal(20, 3), torch.ones(20, 2, dtype=torch.int64)
+        assert pair_table_fvu(x, pairs, x, pairs) == pytest.approx(1, rel=1e-12)
+
+    @pytest.mark.parametrize("chunk_elements", [1, 40])
+    def test_chunks(self, monkeypatch, chunk_elements):
+        x, pairs = normal(57, 6), torch.randint(0, 4, (57, 2), generator=torch.Generator().manual_seed(0))
+        whole = pair_table_fvu(x[:40], pairs[:40], x[40:], pairs[40:])
+        monkeypatch.setattr(variance, "CHUNK_ELEMENTS", chunk_elements)
+        assert pair_table_fvu(x[:40], pairs[:40], x[40:], pairs[40:]) == pytest.approx(whole, rel=1e-12)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                {"train_pairs": PAIRS.float()},
+                TypeError,
+                r"^train_pairs: expected an integer torch.Tensor, got float32$",
+            ),
+            ({"train_pairs": [[1, 2]]}, TypeError, r"^train_pairs: expected an integer torch.Tensor, got list$"),
+            ({"heldout_pairs": PAIRS[:2]}, ValueError, r"^heldout_pairs: expected shape \[4, 2\], got \[2, 2\]$"),
+            ({"heldout_pairs": -PAIRS}, ValueError, r"^heldout_pairs: expected ids of at least 0, got -4$"),
+            ({"heldout_activations": X}, ValueError, r"^heldout_activations: expected shape \[n, 1\], got \[4, 2\]$"),
+            ({"train_activations": TRAIN[:0]}, ValueError, r"^train_activations: expected at least one row, got none$"),
+        ],
+    )
+    def test_refusals(self, change, error, message):
+        arguments = {"train_activations": self.TRAIN, "heldout_activations": self.TRAIN}
+        arguments |= {"train_pairs": self.PAIRS, "heldout_pairs": self.PAIRS} | change
+        with pytest.raises(error, match=message):
+            pair_table_fvu(**arguments)
+
+
+@needs_transformers
+class TestLanguageModelLoss:
+    def test_a_model_that_knows_nothing(self):
+        """A final norm of gain 0 makes all logits 0: ln(61) whatever the tokens."""
+        model = tiny.gemma2()
+        nn.init.constant_(model.model.norm.weight, -1.0)
+        assert language_model_loss(model, tiny.tokens()) == pytest.approx(math.log(tiny.VOCAB), rel=1e-7)
+
+    @pytest.mark.parametrize("batch_size", [None, 1, 2, 5])
+    def test_against_a_loop_over_positions(self, batch_size):
+        """Neither predictions of special tokens nor those made at them count."""
+        model, ids = tiny.gemma2(), tiny.tokens(rows=5)
+        ids[1, 4], ids[2, 5:], ids[3, 1:] = tiny.EOS, tiny.PAD, tiny.PAD
+        with torch.no_grad():
+            log_p = model(ids).logits.double().log_softmax(-1)
+        losses = [
+            -log_p[row, t, ids[row, t + 1]].item()
+            for row in range(5)
+            for t in range(8)
+            if ids[row, t : t + 2].min() > 2
+        ]
+        assert len(losses) == 7 + 5 + 3 + 7
+        assert language_model_loss(model, ids, batch_size=batch_size) == pytest.approx(np.mean(losses), rel=1e-6)
+        every = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
+        assert language_model_loss(model, ids, (), batch_size) == pytest.approx(every, rel=1e-6)
+
+    def test_the_default_batch_is_bounded(self, monkeypatch):
+        model, ids, rows = tiny.gemma2(), tiny.tokens(rows=8), []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        expected = language_model_loss(model, ids)
+        monkeypatch.setattr(language_model, "_BATCH_TOKENS", 29)
+        assert language_model_loss(model, ids.int()) == pytest.approx(expected, rel=1e-6)
+        monkeypatch.setattr(language_model, "CHUNK_ELEMENTS", 9 * tiny.VOCAB)
+        language_model_loss(model, ids)
+        assert rows == [8] + [3, 3, 2] + [1] * 8
+
+    def test_dropout_is_off_and_the_mode_kept(self):
+        model = tiny.gemma2(attention_dropout=0.5).train()
+        model.lm_head.eval()
+        modes = [module.training for module in model.modules()]
+        assert language_model_loss(model, tiny.tokens()) == language_model_loss(model, tiny.tokens())
+        assert [module.training for module in model.modules()] == modes
+
+    @pytest.mark.parametrize(
+        ("tokens", "error", "message"),
+        [
+            ([[1, 2]], TypeError, r"^tokens: expected a torch.Tensor of int64 or int32, got list$"),
+            (torch.ones(2, 3), TypeError, r"^tokens: expected a torch.Tensor of int64 or int32, got float32$"),
+            (torch.ones(3).long(), ValueError, r"^tokens: expected shape \[rows ≥ 1, context ≥ 2\], got \[3\]$"),
+            (torch.ones(3, 1).long(), ValueError, r"^tokens: expected shape .*, got \[3, 1\]$"),
+            (torch.ones(0, 3).long(), ValueError, r"^tokens: expected shape .*, got \[0, 3\]$"),
+            (torch.full((1, 3), 61), ValueError, r"^tokens: expected ids from 0 to 60, got 61$"),
+            (torch.full((1, 3), -1), ValueError, r"^tokens: expected ids from 0 to 60, got -1$"),
+            (torch.zeros(2, 3).long(), ValueError, r"^tokens: expected at least one next token to score, got special"),
+        ],
+    )
+    def test_refusals(self, tokens, error, message):
+        with pytest.raises(error, match=message):
+            language_model_loss(tiny.gemma2(), tokens)
+
+    def test_bad_batch_size(self):
+        with pytest.raises(ValueError, match=r"^batch_size: expected at least 1, got 0$"):
+            language_model_loss(tiny.gemma2(), tiny.tokens(), batch_size=0)
+
+
+@needs_transformers
+class TestSplicing:
+    @pytest.mark.parametrize("build", [tiny.gemma2, tiny.gemma3, tiny.gemma3_multimodal])
+    def test_an_identity_costs_exactly_nothing(self, build):
+        model = build()
+        for skip in (None, ()):
+            saes = {site: nn.Identity() for site in all_sites(model)}
+            assert delta_loss(model, tiny.tokens(), saes, skip) == 0
+
+    def test_an_sae_that_outputs_the_mean_is_mean_ablation(self):
+        model, ids = tiny.gemma2(), tiny.tokens(rows=4)
+        clean = language_model_loss(model, ids)
+        for site in all_sites(model):
+            mean = normal(tiny.width(site), seed=site.layer)
+            ablated = mean_ablation_loss(model, ids, site, mean)
+            assert delta_loss(model, ids, {site: constant(mean)}) == ablated - clean
+            assert ablated != clean
+
+    def test_the_metrics_of_a_splice(self):
+        model, ids = tiny.gemma2(), tiny.tokens(rows=4)
+        sae = JumpReLUSAE(16, 24, impl="reference", generator=torch.Generator().manual_seed(0))
+        mean, clean = normal(16), language_model_loss(model, ids)
+        metrics = evaluate_splice(model, ids, RESID, sae, mean)
+        assert metrics.clean_loss == clean
+        assert metrics.delta_loss == delta_loss(model, ids, {RESID: sae}) != 0
+        assert metrics.ablation_delta_loss == mean_ablation_loss(model, ids, RESID, mean) - clean
+        assert metrics.loss_recovered == loss_recovered(metrics.delta_loss, metrics.ablation_delta_loss)
+        shifted = evaluate_splice(model, ids, RESID, sae, mean, clean_loss=clean - 1)
+        assert shifted.delta_loss == pytest.approx(metrics.delta_loss + 1)
+
+    @pytest.mark.parametrize(
+        ("delta", "ablation", "recovered"),
+        [(0.1, 0.4, 0.75), (0.0, 2.0, 1.0), (0.5, 0.5, 0.0), (-0.1, 0.4, 1.25), (1.0, 0.5, -1.0), (0.1, 0.0, None),
+         (0.1, -0.2, None), (math.nan, 1.0, None), (0.1, math.nan, None), (0.1, math.inf, None)],
+    )  # fmt: skip
+    def test_loss_recovered(self, delta, ablation, recovered):
+        assert loss_recovered(delta, ablation) == recovered
+
+    def test_refusals(self):
+        model, ids = tiny.gemma2(), tiny.tokens()
+        with pytest.raises(ValueError, match=r"^mean: expected shape \[24\], the width of layer_0/att, got \[16\]$"):
+            mean_ablation_loss(model, ids, Site(0, "att"), torch.zeros(16))
+        with pytest.raises(TypeError, match=r"^mean: expected a torch.Tensor, got float$"):
+            mean_ablation_loss(model, ids, RESID, 0.0)
+        with pytest.raises(ValueError, match=r"^site layer_1/resid: expected an SAE of d_model 16, got 2$"):
+            delta_loss(model, ids, {RESID: by_hand()})

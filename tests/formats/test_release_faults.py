@@ -1,0 +1,283 @@
+"""SAE files that were tampered with or damaged, and savings that fail."""
+
+import json
+import os
+import resource
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gemmascope import JumpReLUSAE
+from gemmascope.errors import BadFileError, EnvironmentProblemError
+from gemmascope.formats import manifest
+from gemmascope.formats.files import sha256
+from tests.formats.test_release import assert_same_bits, make_sae, refusal
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_sae(folded=False).save(tmp_path / "sae")
+    return tmp_path / "sae"
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config | {"config_sha256": manifest.seal(config)}))
+
+
+# ---- our config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version: expected 1, found 2"),
+        ({"format_version": ...}, "format_version: expected 1, found None"),
+        ({"format": "other"}, "expected a gemmascope or Gemma Scope 2 config, found another"),
+        ({"d_sae": ...}, "expected the keys of format version 1, found more or fewer: d_sae"),
+        ({"new\n": 1}, "expected the keys of format version 1, found more or fewer: 'new\\n'"),
+        ({"d_model": "4"}, "d_model: expected int, found str"),
+        ({"d_sae": True}, "d_sae: expected int, found bool"),
+        ({"pre_encoder_bias": 1}, "pre_encoder_bias: expected bool, found int"),
+        ({"metadata": []}, "metadata: expected dict, found list"),
+        ({"input_scale": -1}, "input_scale: expected a number > 0, found -1"),
+        ({"input_scale": "1"}, "input_scale: expected a number > 0, found '1'"),
+        ({"input_scale": True}, "input_scale: expected a number > 0, found True"),
+        ({"architecture": "gated"}, "architecture: expected 'jump_relu', found 'gated'"),
+        ({"weights": "../x"}, "weights: expected 'params.safetensors', found '../x'"),
+    ],
+)
+def test_config_refuses(folder, changes, message):
+    edit_config(folder, **changes)
+    assert refusal(folder) == f"{folder}/config.json: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "Expecting value: line 1 column 1 (char 0)"),
+        ('{"format": "gemmascope", "input_scale": NaN}', "the constant NaN"),
+        ('{"format": "gemmascope", "input_scale": 1e999}', "a number beyond float64, 1e999"),
+        ('{"format": "a", "format": "b"}', "the key 'format' twice"),
+    ],
+)
+def test_config_must_be_strict_json(folder, text, found):
+    (folder / "config.json").write_text(text)
+    assert refusal(folder) == f"{folder}/config.json: expected JSON, found {found}"
+
+
+def test_config_with_one_changed_digit(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"input_scale": 2.5', '"input_scale": 3.5'))
+    assert refusal(folder).startswith(f"{path}: expected config_sha256 ")
+
+
+def test_config_of_other_dimensions(folder):
+    edit_config(folder, d_model=7, d_sae=4)
+    expected = "expected d_model, d_sae = (7, 4) as in its config, found (4, 7)"
+    assert refusal(folder) == f"{folder}/params.safetensors: {expected}"
+
+
+def test_npz_with_the_config_of_an_unfolded_sae(tmp_path):
+    make_sae().save(tmp_path / "params.npz")
+    edit_config(tmp_path, input_scale=2.0)
+    expected = "expected a folded SAE beside a .npz file, found input_scale 2.0"
+    assert refusal(tmp_path) == f"{tmp_path}/config.json: {expected}"
+
+
+@pytest.mark.parametrize("name", ["params.safetensors", "params.npz"])
+def test_weights_of_another_sae_under_our_config(tmp_path, name):
+    """What a kill between the two renames of a second `save` leaves."""
+    paths = [tmp_path / "1", tmp_path / "2"]
+    for seed, path in enumerate(paths):
+        make_sae(seed=seed).save(path / name if name.endswith("npz") else path)
+    found, expected = (sha256(path / name)[:12] for path in paths)
+    shutil.copy(paths[0] / name, paths[1] / name)
+    expected = f"expected SHA-256 {expected}… as in config.json, found {found}…"
+    assert refusal(paths[1]) == f"{paths[1] / name}: {expected}"
+
+
+# ---- saving
+
+
+def refuses_to_save(sae, path) -> str:
+    before = sorted(os.walk(path.parent))
+    with pytest.raises(ValueError) as caught:
+        sae.save(path)
+    assert sorted(os.walk(path.parent)) == before
+    return str(caught.value)
+
+
+def test_only_folded_saes_go_into_a_npz(tmp_path):
+    message = (
+        "sae: expected a folded SAE for a .npz file, got input_scale 2.5, pre_encoder_bias True: call fold() first"
+    )
+    assert refuses_to_save(make_sae(folded=False), tmp_path / "params.npz") == message
+
+
+def test_fp64_does_not_go_into_a_npz(tmp_path):
+    message = "sae: expected at most float32 for a .npz file, got float64: call float() first"
+    assert refuses_to_save(make_sae(torch.float64), tmp_path / "params.npz") == message
+
+
+@pytest.mark.parametrize("name", ["params.npz", "folder"])
+def test_weights_that_load_would_refuse_are_not_saved(tmp_path, name):
+    for key, value, message in (
+        ("W_dec", float("nan"), "sae: W_dec: expected finite values, found nan"),
+        ("threshold", -1.0, "sae: threshold: expected values ≥ 0, found -1"),
+    ):
+        sae = make_sae()
+        with torch.no_grad():
+            getattr(sae, key).view(-1)[2] = value
+        assert refuses_to_save(sae, tmp_path / name) == message
+
+
+def test_safetensors_is_not_a_folder_name(tmp_path):
+    path = tmp_path / "a.safetensors"
+    assert refuses_to_save(make_sae(), path) == f"path: expected a name ending in .npz or a folder, got {path}"
+
+
+def test_metadata_must_fit_into_json(tmp_path):
+    sae = make_sae()
+    sae.metadata = {"loss": float("nan")}
+    assert refuses_to_save(sae, tmp_path / "params.npz").startswith(
+        "sae.metadata: expected values that JSON can hold: "
+    )
+    sae.metadata = {"tensor": torch.ones(1)}
+    with pytest.raises(TypeError, match=r"sae.metadata: expected values that JSON can hold: "):
+        sae.save(tmp_path / "params.npz")
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_sae_per_folder(tmp_path):
+    make_sae().save(tmp_path / "a" / "params.npz")
+    expected = f"path: expected a folder for one SAE, got one that holds {tmp_path}/a/params.npz"
+    assert refuses_to_save(make_sae(), tmp_path / "a") == expected
+    make_sae().save(tmp_path / "b")
+    expected = f"path: expected a folder for one SAE, got one that holds {tmp_path}/b/params.safetensors"
+    assert refuses_to_save(make_sae(), tmp_path / "b" / "params.npz") == expected
+
+
+def test_foreign_config_is_not_overwritten(tmp_path):
+    for text in ('{"model_type": "gemma2"}', "not JSON"):
+        (tmp_path / "config.json").write_text(text)
+        expected = f"path: expected a folder without a foreign config, got one that holds {tmp_path}/config.json"
+        assert refuses_to_save(make_sae(), tmp_path / "params.npz") == expected
+        assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["params.npz", "params.safetensors"])
+def test_full_disk_leaves_the_old_sae(tmp_path, name):
+    """The limit on file sizes stands for the full disk."""
+    path = tmp_path / "sae" if name == "params.safetensors" else tmp_path / "sae" / name
+    old, large = make_sae(), JumpReLUSAE(64, 512).fold()
+    old.save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(EnvironmentProblemError, match=rf"/sae/{name}: cannot be written: .*[Ff]ile too large"):
+            large.save(path)
+        with pytest.raises(EnvironmentProblemError):
+            large.save(tmp_path / "new" / path.relative_to(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_same_bits(JumpReLUSAE.load(path), old)
+    assert sorted(os.listdir(tmp_path / "sae")) == ["config.json", name]
+    assert os.listdir(tmp_path) == ["sae"]
+
+
+def test_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "params.npz"):
+        with pytest.raises(EnvironmentProblemError, match=r"cannot be written: "):
+            make_sae().save(path)
+
+
+# ---- damage
+
+KINDS = ("flip", "set", "cut", "insert", "copy")
+MUTATION = st.tuples(st.sampled_from(KINDS), st.floats(0, 1, exclude_max=True), st.integers(0, 255))
+MUTATIONS = st.lists(MUTATION, min_size=1, max_size=4)
+
+
+def mutate(data: bytes, mutations) -> bytes:
+    data = bytearray(data)
+    for kind, position, value in mutations:
+        at = int(position * len(data))
+        if kind == "flip":
+            data[at] ^= 1 << value % 8
+        elif kind == "set":
+            data[at : at + 4] = struct.pack("<I", value * 0x01000000 + value)[: len(data[at : at + 4])]
+        elif kind == "cut":
+            del data[at : at + value]
+        elif kind == "insert":
+            data[at:at] = bytes([value])
+        else:
+            data[at:at] = data[max(0, at - value) : at]
+        data = data or bytearray(b"\0")
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("originals")
+    make_sae().save(root / "npz" / "params.npz")
+    make_sae(folded=False).save(root / "safetensors")
+    np.savez_compressed(root / "plain.npz", **dict(np.load(root / "npz" / "params.npz")))
+    return root
+
+
+@pytest.mark.parametrize("file", ["npz/params.npz", "npz/config.json", "plain.npz"])
+@settings(max_examples=250, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(mutations=MUTATIONS)
+def test_damaged_gemma_scope_file(originals, file, mutations):
+    check_damage(originals, file, "npz" if "/" in file else file, mutations)
+
+
+@pytest.mark.parametrize("file", ["safetensors/params.safetensors", "safetensors/config.json"])
+@settings(max_examples=250, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(mutations=MUTATIONS)
+def test_damaged_folder(originals, file, mutations):
+    check_damage(originals, file, "safetensors", mutations)
+
+
+def check_damage(root, file, what, mutations):
+    """Loading refuses in one line or gives the same SAE (damage to padding; a config beside a .npz that is no longer
+    ours is ignored)."""
+    original = JumpReLUSAE.load(root / what)
+    data = (root / file).read_bytes()
+    try:
+        (root / file).write_bytes(mutate(data, mutations))
+        try:
+            loaded = JumpReLUSAE.load(root / what)
+        except BadFileError as error:
+            message = str(error)
+        else:
+            message = ""
+            assert_same_bits(loaded, original)
+            assert loaded.metadata == original.metadata or (file == "npz/config.json" and loaded.metadata == {})
+        assert message.isprintable()
+    finally:
+        (root / file).write_bytes(data)
+
+
+def test_every_bit_of_a_small_npz_matters_or_changes_nothing(tmp_path):
+    """One flipped bit in every byte, without the help of our SHA-256: the CRC-32 of the format finds it."""
+    make_sae().save(tmp_path / "params.npz")
+    (tmp_path / "config.json").unlink()
+    original, data = JumpReLUSAE.load(tmp_path), (tmp_path / "params.npz").read_bytes()
+    for at in range(len(data)):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << at % 8
+        (tmp_path / "params.npz").write_bytes(flipped)
+        try:
+            loaded = JumpReLUSAE.load(tmp_path)
+        except BadFileError:
+            continue
+        assert_same_bits(loaded, original)

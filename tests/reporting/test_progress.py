@@ -1,0 +1,209 @@
+"""Progress displays: arithmetic of rates, lines, live frames, and streams that go away."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import rich.console
+
+from gemmascope.reporting.progress import Meter, StageProgress, SuiteProgress, duration, progress
+
+NAMES = [f"layer_{layer}/{site}" for layer in range(4) for site in ("att", "mlp", "resid")]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def plain(width=120):
+    return rich.console.Console(file=io.StringIO(), width=width, force_terminal=False)
+
+
+def terminal(width=100, height=30):
+    return rich.console.Console(
+        file=io.StringIO(), width=width, height=height, force_terminal=True, _environ={"TERM": "xterm"}
+    )
+
+
+def test_rate_and_eta():
+    clock = Clock()
+    meter = Meter(100, clock)
+    assert (meter.rate, meter.eta) == (None, None)
+    for step in range(1, 11):
+        clock.now += 0.5
+        meter.update(step)
+    assert meter.rate == pytest.approx(2.0)
+    assert meter.eta == pytest.approx(45.0)
+    assert meter.elapsed == pytest.approx(5.0)
+
+
+def test_eta_after_a_resume_counts_only_new_steps():
+    clock = Clock()
+    meter = Meter(1000, clock)
+    clock.now += 60
+    meter.update(900)
+    assert meter.eta is None
+    clock.now += 10
+    meter.update(905)
+    assert meter.rate == pytest.approx(0.5)
+    assert meter.eta == pytest.approx(190.0)
+
+
+def test_rate_follows_a_change_of_speed():
+    clock = Clock()
+    meter = Meter(10_000, clock)
+    for step in range(1, 101):
+        clock.now += 1.0
+        meter.update(step)
+    for step in range(110, 510, 10):
+        clock.now += 1.0
+        meter.update(step)
+    assert meter.rate == pytest.approx(10.0)
+    assert len(meter.samples) < 40, "no more history than the window"
+
+
+def test_going_back_starts_over_and_standing_still_has_no_rate():
+    clock = Clock()
+    meter = Meter(100, clock)
+    for step in (50, 60, 3):
+        clock.now += 1.0
+        meter.update(step)
+    assert meter.rate is None
+    clock.now += 1.0
+    meter.update(3)
+    assert meter.rate is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01"), (None, "-:--"), (float("inf"), "-:--")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_plain_lines_come_every_few_seconds_and_at_the_end():
+    clock, console = Clock(), plain()
+    with SuiteProgress("SAEs", 600, NAMES, unit_per_step=1024, console=console, clock=clock) as bar:
+        for step in range(1, 301):
+            clock.now += 0.1
+            bar.update(step, {"layer_3/resid": {"l0": 5.0, "fvu": 0.08}, "layer_0/att": {"l0": 9.0, "fvu": 0.02}})
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 7
+    assert lines[-1] == ("SAEs  300/600 (50 %)  10,240 tok/s  elapsed 0:30  ETA 0:30  L0 5.0…9.0  FVU 0.020…0.080")
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_long_lines_are_not_folded():
+    console = plain(width=20)
+    with StageProgress("A long title of a stage", 10, console=console) as bar:
+        bar.update(10, "loss 2.31 [not markup]")
+    (line,) = console.file.getvalue().splitlines()
+    assert line.endswith("loss 2.31 [not markup]")
+
+
+def test_live_table_shows_every_sae():
+    clock, console = Clock(), terminal()
+    with SuiteProgress("SAEs", 600, NAMES, console=console, clock=clock) as bar:
+        bar.update(1)
+        clock.now += 1
+        bar.update(5, {name: {"l0": 3.25 + i, "fvu": 0.5, "dead": 0.25} for i, name in enumerate(NAMES)})
+        clock.now += 1
+        bar.update(9, {"layer_0/att": {"l0": 77.7}})
+    frame = console.file.getvalue().rpartition("SAEs")[2]
+    assert all(name in frame for name in NAMES)
+    assert "4,096 tok/s" in frame
+    assert "77.7" in frame
+    assert "14.2" in frame
+    assert "0.500" in frame
+    assert "25%" in frame
+
+
+def test_live_table_is_cut_to_the_height_of_the_terminal():
+    console = terminal(height=12)
+    names = [f"layer_{layer}/resid" for layer in range(26)]
+    with SuiteProgress("SAEs", 600, names, console=console) as bar:
+        bar.update(1)
+        console.file.truncate(0)
+    assert "… 21 more" in console.file.getvalue()
+
+
+def test_frames_are_not_drawn_for_every_step():
+    clock, console = Clock(), terminal()
+    with StageProgress("stage", 10_000, console=console, clock=clock) as bar:
+        for step in range(10_000):
+            clock.now += 0.0001
+            bar.update(step)
+        assert console.file.getvalue().count("stage") < 20
+
+
+@pytest.mark.parametrize("console", [terminal(width=40), plain()], ids=["narrow", "file"])
+def test_no_live_display_where_it_does_not_fit(console):
+    with SuiteProgress("SAEs", 2, NAMES, console=console) as bar:
+        bar.update(1)
+        assert bar.live is None
+
+
+def test_an_exception_passes_and_the_terminal_is_restored():
+    console = terminal()
+
+    def interrupted():
+        with StageProgress("stage", 10, console=console) as bar:
+            bar.update(1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert console.file.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
+
+
+@pytest.mark.parametrize("make", [terminal, plain])
+def test_a_closed_stream_silences_progress(make):
+    console = make()
+    console.file.close()
+    with StageProgress("stage", 10, console=console) as bar:
+        for step in range(10):
+            bar.update(step)
+
+
+def test_progress_yields_all_and_counts():
+    console = plain()
+    assert list(progress(["a", "b"], "letters", console=console)) == ["a", "b"]
+    assert list(progress(3, "numbers", console=console)) == [0, 1, 2]
+    assert list(progress((x for x in "xy"), "stream", total=2, console=console)) == ["x", "y"]
+    lines = console.file.getvalue().splitlines()
+    assert [line.partition(")")[0] for line in lines if "100 %" in line] == [
+        "letters  2/2 (100 %", "numbers  3/3 (100 %", "stream  2/2 (100 %"
+    ]  # fmt: skip
+
+
+def test_nothing_to_do_is_not_a_division_by_zero():
+    for console in (plain(), terminal()):
+        assert list(progress([], "nothing", console=console)) == []
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>&1 | true"])
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path, redirection):
+    done = tmp_path / "done"
+    program = (
+        "import sys, time\n"
+        "from gemmascope.reporting.progress import SuiteProgress\n"
+        "import gemmascope.reporting.progress as module\n"
+        "module.SECONDS_BETWEEN_LINES = 0\n"
+        "with SuiteProgress('SAEs', 50, ['a']) as bar:\n"
+        "    for step in range(50):\n"
+        "        bar.update(step)\n"
+        "        time.sleep(0.005)\n"
+        f"open({str(done)!r}, 'w').close()\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = f"set -o pipefail; {sys.executable} {tmp_path / 'program.py'} {redirection}"
+    finished = subprocess.run(["bash", "-c", command], env=os.environ, timeout=120, check=False)
+    assert done.exists()
+    assert finished.returncode == 0

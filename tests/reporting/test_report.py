@@ -1,0 +1,288 @@
+"""The report of a run, from made-up results in the schema that `gemmascope demo` writes."""
+
+import html.parser
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import rich.console
+
+from gemmascope import reporting
+from gemmascope.errors import BadFileError
+from gemmascope.reporting.results import COLUMNS, PLOTS, beats_pca
+
+LAYERS, SITES, WIDTH = range(4), ("att", "mlp", "resid"), 512
+
+
+def make_results(beaten=()):
+    generator = np.random.default_rng(0)
+    saes = []
+    for layer in LAYERS:
+        for site in SITES:
+            fvu, ablation = generator.uniform(0.02, 0.11), generator.uniform(0.08, 2.4)
+            name = f"layer_{layer}/{site}"
+            saes.append(
+                {
+                    "site": site,
+                    "layer": layer,
+                    "width": WIDTH,
+                    "l0": generator.uniform(3, 12),
+                    "fvu": fvu,
+                    "pca_fvu": fvu * (0.5 if name in beaten else 4),
+                    "pair_table_fvu": generator.uniform(0.03, 0.6),
+                    "delta_loss": generator.uniform(0.004, 0.15),
+                    "ablation_delta_loss": ablation,
+                    "loss_recovered": generator.uniform(0.87, 0.99),
+                    "dead_fraction": generator.uniform(0.1, 0.6),
+                    "high_freq_fraction": generator.uniform(0, 0.02),
+                    "path": f"saes/{site}/layer_{layer}/width_{WIDTH}/average_l0_5/params.npz",
+                }
+            )
+    return {
+        "model": {
+            "layers": 4,
+            "d_model": 128,
+            "parameters": 1_012_345,
+            "text": "Python's own documentation",
+            "tokens": 512_000,
+            "loss": 1.769,
+            "bigram_loss": 2.358,
+            "steps": 500,
+            "seconds": 39.1,
+        },
+        "saes": saes,
+        "environment": {"python": "3.11.7", "torch": "2.13.0", "device": "cpu"},
+        "seconds": {"model": 39.1, "harvest": 7.9, "train": 44.6, "evaluate": 13.0},
+    }
+
+
+def write_run(folder, results):
+    generator = np.random.default_rng(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    with (folder / "train_log.jsonl").open("w", encoding="utf-8") as log:
+        for step in range(10, 601, 10):
+            for sae in results["saes"]:
+                row = {"step": step, "site": f"layer_{sae['layer']}/{sae['site']}", "loss": 0.3, "dead": 0.2}
+                decay = np.exp(-step / 80) * generator.uniform(0.9, 1.1)
+                row |= {"l0": sae["l0"] + 250 * decay, "fvu": sae["fvu"] + 1.5 * decay, "lr": 3e-3}
+                log.write(json.dumps(row | {"l0_coefficient": 1e-2}) + "\n")
+    frequencies = {}
+    for sae in results["saes"]:
+        values = 10 ** generator.normal(-2.6, 0.7, sae["width"])
+        values[generator.random(sae["width"]) < sae["dead_fraction"]] = 0
+        frequencies[f"layer_{sae['layer']}/{sae['site']}"] = np.minimum(values, 1).astype(np.float32)
+    np.savez(folder / "frequencies.npz", **frequencies)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("runs") / "demo", make_results(beaten=("layer_1/mlp",)))
+    reporting.write_plots(folder)
+    reporting.write_html(folder)
+    return folder
+
+
+def printed(renderable, width):
+    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_table_fits_100_columns_and_marks_who_beats_pca(run):
+    results = reporting.read_results(run)
+    text = printed(reporting.final_table(results), 100)
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith(SITES)]
+    assert "…" not in text
+    assert len(rows) == len(results["saes"])
+    for row, sae in zip(rows, results["saes"], strict=True):
+        assert row[:3] == [sae["site"], str(sae["layer"]), str(WIDTH)]
+        assert row[3:6] == [f"{sae['l0']:.1f}", f"{sae['fvu']:.3f}", f"{sae['pca_fvu']:.3f}"]
+        assert row[6] == ("✗" if (sae["layer"], sae["site"]) == (1, "mlp") else "✓")
+    assert "11 of 12 SAEs beat PCA of the same rank" in text
+    assert "loss 1.769 nats a token, bigram baseline 2.358" in text
+
+
+def test_equal_to_pca_does_not_beat_it():
+    assert not beats_pca({"fvu": 0.1, "pca_fvu": 0.1})
+
+
+def test_unmeasured_values_show_as_a_dash(tmp_path):
+    results = make_results()
+    results["saes"] = results["saes"][:1]
+    results["saes"][0] |= {"loss_recovered": None, "delta_loss": None}
+    del results["saes"][0]["pair_table_fvu"]
+    write_run(tmp_path, results)
+    read = reporting.read_results(tmp_path)
+    row = next(line for line in printed(reporting.final_table(read), 100).splitlines() if "att" in line)
+    assert row.split().count("–") == 3
+    reporting.write_plots(tmp_path)
+    assert ">–<" in reporting.write_html(tmp_path).read_text(encoding="utf-8")
+
+
+def test_plots_are_four_opaque_png_files(run):
+    from matplotlib import image
+
+    paths = sorted((run / "plots").iterdir())
+    assert [path.name for path in paths] == sorted(f"{name}.png" for name in PLOTS)
+    for path in paths:
+        pixels = image.imread(path)
+        assert pixels.shape[0] > 500
+        assert pixels.shape[1] > 900
+        assert pixels[0, 0].min() == 1.0, "white up to the corner"
+        assert pixels.std() > 0.05, "something is drawn"
+
+
+def test_plots_show_what_was_measured(run):
+    from matplotlib.patches import StepPatch
+
+    from gemmascope.reporting import plots
+
+    saes = reporting.read_results(run)["saes"]
+    log, frequencies = reporting.read_log(run), reporting.read_frequencies(run)
+    curves = plots.training_curves(saes, log)
+    assert [len(axes.lines) for axes in curves.axes] == [len(LAYERS)] * 2 * len(SITES)
+    last = {row["site"]: row["fvu"] for row in log}
+    drawn = sorted(line.get_ydata()[-1] for axes in curves.axes[: len(SITES)] for line in axes.lines)
+    assert drawn == sorted(last.values())
+
+    figure = plots.firing_frequencies(saes, frequencies)
+    patches = [patch for axes in figure.axes for patch in axes.patches]
+    heights = [
+        patch.get_data().values.sum() if isinstance(patch, StepPatch) else patch.get_height() for patch in patches
+    ]
+    assert sum(heights) == len(saes) * WIDTH, "every latent is in one bar"
+
+    (axes,) = plots.loss_increases(saes).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"{site} {layer}" for site in SITES for layer in LAYERS
+    ]
+    low, high = axes.get_xlim()
+    for sae in saes:
+        assert low < sae["delta_loss"] < high
+        assert low < sae["ablation_delta_loss"] < high
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_plots_of_few_and_many_layers(tmp_path, layers):
+    results = make_results()
+    template = results["saes"][2]
+    results["saes"] = [template | {"layer": layer, "delta_loss": -0.01 * layer} for layer in range(layers)]
+    assert len(reporting.write_plots(write_run(tmp_path, results))) == 4
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.tags, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href", "action", "data")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_page_needs_nothing_but_itself(run):
+    text = (run / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.sources) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "script" not in page.tags
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert "default-src 'none'" in text
+
+
+def test_page_shows_every_number_explains_it_and_reloads(run):
+    text = "\n".join(Page((run / "report.html").read_text(encoding="utf-8")).text)
+    for sae in reporting.read_results(run)["saes"]:
+        for key, _, heading, form in COLUMNS:
+            assert format(sae[key], form) in text
+            assert text.count(heading) >= 2, f"{heading}: once in the table, once explained"
+        assert sae["path"] in text
+    assert "0.59 nats" in text
+    assert "11 of 12 SAEs beat PCA" in text
+    assert "JumpReLUSAE.load(" in text
+    assert "1,012,345" in text
+    assert "2.13.0" in text
+
+
+def test_page_escapes_what_it_shows(tmp_path):
+    attack = "<script>alert('x')</script>\"&"
+    results = make_results()
+    results["saes"] = results["saes"][:1]
+    results["saes"][0] |= {"site": attack, "path": attack}
+    results["model"] |= {"text": attack, attack: 1, "list": [attack]}
+    results["environment"] = {attack: attack}
+    results["seconds"] = {attack: 1.0}
+    page = Page(reporting.write_html(write_run(tmp_path, results)).read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert attack in "".join(page.text), "shown literally"
+
+
+def test_plots_and_page_replace_old_ones_and_leave_no_scratch_files(tmp_path):
+    write_run(tmp_path, make_results())
+    (tmp_path / "report.html").write_text("old")
+    reporting.write_html(tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") != "old"
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert names == {"results.json", "train_log.jsonl", "frequencies.npz", "report.html", "plots"} | {
+        f"{name}.png" for name in PLOTS
+    }
+
+
+def test_log_keeps_the_last_row_of_a_step_and_drops_a_cut_line(tmp_path):
+    rows = [{"step": 2, "site": "a", "l0": 1.0}, {"step": 1, "site": "a"}, {"step": 2, "site": "a", "l0": 3.0}]
+    (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "si')
+    assert reporting.read_log(tmp_path) == [rows[1], rows[2]]
+
+
+def changed(**changes):
+    results = make_results()
+    results["saes"][0] |= changes
+    return results
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param("{", "results.json: expected JSON, found", id="cut"),
+        pytest.param([], "expected an object with the object 'model'", id="list"),
+        pytest.param({"model": {}}, "expected a non-empty list 'saes'", id="no saes"),
+        pytest.param({"model": {}, "saes": [3]}, r"saes\[0\]: expected an object with the string 'site'", id="row"),
+        pytest.param(changed(layer="0"), "expected an integer 'layer', found '0'", id="layer"),
+        pytest.param(changed(fvu="low"), "expected a number 'fvu', found 'low'", id="text"),
+        pytest.param(changed(fvu=None), "expected a number 'fvu', found none", id="missing"),
+        pytest.param(changed(l0=float("inf")), "expected JSON, found the constant Infinity", id="infinite"),
+    ],
+)
+def test_bad_results(tmp_path, content, message):
+    (tmp_path / "results.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(BadFileError, match=message):
+        reporting.read_results(tmp_path)
+
+
+def test_missing_and_bad_companions(tmp_path):
+    with pytest.raises(BadFileError, match=r"results.json: expected a file, found none"):
+        reporting.read_results(tmp_path)
+    with pytest.raises(BadFileError, match=r"train_log.jsonl: expected a file, found none"):
+        reporting.read_log(tmp_path)
+    with pytest.raises(BadFileError, match=r"frequencies.npz: expected a file, found none"):
+        reporting.read_frequencies(tmp_path)
+    (tmp_path / "train_log.jsonl").write_text('[1]\n{"step": 1, "site": "a"}\n')
+    with pytest.raises(BadFileError, match="line 1: expected an object with 'step' and 'site'"):
+        reporting.read_log(tmp_path)
+    (tmp_path / "train_log.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(BadFileError, match="line 1: expected an object"):
+        reporting.read_log(tmp_path)
+    (tmp_path / "frequencies.npz").write_bytes(b"PK not a zip")
+    with pytest.raises(BadFileError, match="expected an npz of arrays, found"):
+        reporting.read_frequencies(tmp_path)
+    np.savez(tmp_path / "frequencies.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(BadFileError, match="expected an npz of arrays, found"):
+        reporting.read_frequencies(tmp_path)

@@ -1,0 +1,113 @@
+"""The recipe: the published numbers, the schedules, and one test per message."""
+
+import math
+
+import pytest
+
+from gemmascope.training.config import Loss, TrainConfig
+
+
+def test_gemma_scope_is_the_published_recipe():
+    config = TrainConfig.gemma_scope()
+    assert (config.learning_rate, config.adam_beta2, config.adam_eps) == (7e-5, 0.999, 1e-8)
+    assert (config.batch_size, config.loss.bandwidth, config.threshold_init) == (4096, 1e-3, 1e-3)
+    assert (config.lr_warmup_steps, config.lr_warmup_start, config.l0_warmup_steps) == (1000, 0.1, 10_000)
+    assert (config.threshold_parametrisation, config.b_dec_init) == ("log", "zeros")
+    assert 3.99e9 < config.steps * config.batch_size < 4e9
+
+
+def test_learning_rate_warms_up_along_a_cosine_and_decays_to_zero():
+    config = TrainConfig(
+        steps=1000, learning_rate=0.01, lr_warmup_steps=100, lr_warmup_start=0.2, lr_decay_steps=50, l0_warmup_steps=0
+    )
+    assert config.learning_rate_at(0) == pytest.approx(0.002)
+    assert config.learning_rate_at(50) == pytest.approx(0.006)
+    assert config.learning_rate_at(25) == pytest.approx(0.01 * (0.2 + 0.8 * 0.5 * (1 - math.cos(math.pi / 4))))
+    assert config.learning_rate_at(500) == 0.01
+    assert config.learning_rate_at(975) == pytest.approx(0.005)
+    assert config.learning_rate_at(999) == pytest.approx(0.01 / 50)
+
+
+def test_l0_coefficient_rises_linearly():
+    config = TrainConfig.gemma_scope(l0_coefficient=0.5, l0_warmup_steps=200)
+    assert [config.l0_coefficient_at(step) for step in (0, 50, 200, 9999)] == [0, 0.125, 0.5, 0.5]
+    assert TrainConfig.gemma_scope(l0_coefficient=0.5, l0_warmup_steps=0).l0_coefficient_at(0) == 0.5
+
+
+def test_short_takes_changes():
+    config = TrainConfig.short(d_sae=77, seed=3)
+    assert (config.d_sae, config.seed, config.threshold_parametrisation) == (77, 3, "raw")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param({"d_sae": 0}, ValueError, "d_sae: expected at least 1, got 0", id="d_sae"),
+        pytest.param({"d_sae": 16.0}, TypeError, "d_sae: expected an int, got float", id="d_sae-type"),
+        pytest.param({"steps": -1}, ValueError, "steps: expected at least 0, got -1", id="steps"),
+        pytest.param({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0", id="batch_size"),
+        pytest.param({"lr_warmup_steps": True}, TypeError, "lr_warmup_steps: expected an int, got bool", id="warmup"),
+        pytest.param({"seed": -2}, ValueError, "seed: expected at least 0, got -2", id="seed"),
+        pytest.param(
+            {"learning_rate": 0.0}, ValueError, "learning_rate: expected a finite number > 0 and ≤ 1", id="lr"
+        ),
+        pytest.param({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str", id="lr-type"),
+        pytest.param({"lr_warmup_start": 1.5}, ValueError, "lr_warmup_start: .*≥ 0 and ≤ 1, got 1.5", id="lr-start"),
+        pytest.param({"adam_beta2": 1.0}, ValueError, "adam_beta2: expected a finite number > 0 and ≤ 1", id="beta2"),
+        pytest.param({"adam_eps": 0}, ValueError, "adam_eps: expected a finite number > 0, got 0", id="eps"),
+        pytest.param({"l0_coefficient": math.nan}, ValueError, "l0_coefficient: .* got nan", id="l0-nan"),
+        pytest.param(
+            {"bandwidth": 0.0}, ValueError, "bandwidth: expected a finite number > 0, got 0.0", id="bandwidth"
+        ),
+        pytest.param({"threshold_init": 0.0}, ValueError, "threshold_init: .* > 0, got 0.0", id="log-theta-zero"),
+        pytest.param(
+            {"threshold_parametrisation": "exp"}, ValueError, "expected 'log' or 'raw', got 'exp'", id="parametrisation"
+        ),
+        pytest.param({"b_dec_init": "median"}, ValueError, "expected 'zeros' or 'mean', got 'median'", id="b_dec"),
+        pytest.param({"sparsity": "l1"}, ValueError, "sparsity: expected 'l0' or .*, got 'l1'", id="sparsity"),
+        pytest.param({"l0_of": "row"}, ValueError, "l0_of: expected 'token' or 'batch', got 'row'", id="l0_of"),
+        pytest.param({"compute_dtype": "fp8"}, ValueError, "compute_dtype: expected .*, got 'fp8'", id="compute_dtype"),
+        pytest.param({"route": "fast"}, ValueError, "route: expected 'auto' or .*, got 'fast'", id="route"),
+        pytest.param({"ste_to_z": 1}, TypeError, "ste_to_z: expected a bool, got int", id="ste_to_z"),
+        pytest.param({"tanh_scale": 0}, ValueError, "tanh_scale: expected a finite number > 0, got 0", id="tanh_scale"),
+        pytest.param({"frequency_scale": -1}, ValueError, "frequency_scale: .* > 0, got -1", id="frequency_scale"),
+        pytest.param({"dead_after_tokens": 0}, ValueError, "dead_after_tokens: expected at least 1, got 0", id="dead"),
+        pytest.param({"sparsity": "target_l0", "target_l0": 0}, ValueError, "target_l0: .* > 0, got 0", id="target"),
+        pytest.param(
+            {"sparsity": "quadratic_l0"}, ValueError, "target_l0: expected a number with sparsity='quad", id="no-target"
+        ),
+        pytest.param(
+            {"pre_act_coefficient": 0.1},
+            ValueError,
+            "route: expected 'reference', the one with a pre-act",
+            id="pre-act",
+        ),
+        pytest.param(
+            {"compute_dtype": "bf16", "route": "reference"},
+            ValueError,
+            "compute_dtype: expected 'fp32' with route='reference', got 'bf16'",
+            id="reference-bf16",
+        ),
+    ],
+)
+def test_messages(changes, error, message):
+    with pytest.raises(error, match=message):
+        TrainConfig.gemma_scope(**changes)
+
+
+def test_the_loss_is_nested_and_changed_by_its_own_names():
+    config = TrainConfig(loss=Loss(0.5, sparsity="target_l0", target_l0=30), seed=2)
+    changed = config.changed(target_l0=60.0, d_sae=8)
+    assert (changed.loss, changed.d_sae, changed.seed) == (Loss(0.5, sparsity="target_l0", target_l0=60.0), 8, 2)
+    assert config.loss.target_l0 == 30
+    assert config.changed(loss=Loss(0.1), bandwidth=0.2).loss == Loss(0.1, 0.2)
+    assert config.to_dict()["loss"]["target_l0"] == 30
+    assert config.loss_at(3).l0_coefficient == pytest.approx(0.5 * 3 / 10_000)
+    with pytest.raises(TypeError, match="expected the names of its fields or its loss's, got 'width'"):
+        config.changed(width=3)
+    with pytest.raises(TypeError, match="loss: expected a Loss, got float"):
+        TrainConfig(loss=0.5)
+
+
+def test_raw_threshold_may_start_at_zero():
+    assert TrainConfig(threshold_parametrisation="raw", threshold_init=0.0).threshold_init == 0

@@ -1,0 +1,43 @@
+"""The count of memory, against the tensors a state really holds, and the advice when there is not enough."""
+
+import pytest
+
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.memory import GIB, training_memory
+from gemmascope.training.state import TrainState
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+def test_weights_moments_and_copies_are_those_of_the_state(compute_dtype):
+    state = TrainState.start(JumpReLUSAE(12, 40), compute_dtype)
+    memory = training_memory(12, 40, 64, compute_dtype)
+    assert memory.weights == sum(p.nbytes for p in state.sae.parameters())
+    moments = [v for name, v in state.latents._asdict().items() if name.endswith("_v")]
+    assert memory.second_moments == sum(v.nbytes for v in moments) + state.b_dec_v.nbytes
+    copies = [w for name, w in state.latents._asdict().items() if name.endswith("_low") and w is not None]
+    assert memory.copies == sum(w.nbytes for w in copies)
+
+
+def test_a_million_latents_fit_sixty_gigabytes():
+    memory = training_memory(2304, 1 << 20, 4096, "bf16")
+    assert memory.total < 60e9
+    assert memory.weights > 19e9
+    table = memory.table()
+    assert f"{memory.total / GIB:8.2f} GiB" in table
+    assert "524,288 entries" in table
+
+
+def test_advice():
+    memory = training_memory(2304, 16384, 65536, "bf16")
+    assert memory.total > 2 * GIB
+    assert "take about" in memory.advice(0)
+    assert memory.advice(0).endswith("; make d_sae or batch_size smaller")
+    assert memory.advice(200 * GIB).endswith("something else holds memory on this device")
+    smaller = memory.advice(3 * GIB)
+    tokens = int(smaller.split("a batch_size of ")[1].split(" ")[0])
+    assert training_memory(2304, 16384, tokens, "bf16").total < 3 * GIB
+    assert tokens in (8192, 16384, 32768)
+    narrower = training_memory(2304, 1 << 20, 4096, "bf16").advice(40 * GIB)
+    width = int(narrower.split("a d_sae of ")[1].split(" ")[0])
+    assert training_memory(2304, width, 4096, "bf16").total < 40 * GIB
+    assert training_memory(2304, 1 << 20, 4096, "bf16").advice(1000).endswith("; make d_sae and batch_size smaller")

@@ -1,0 +1,311 @@
+"""One SAE's update against formulas in fp64, and the training of several against what they must achieve."""
+
+import math
+
+import pytest
+import torch
+
+from gemmascope.activations import batches
+from gemmascope.errors import EnvironmentProblemError, TrainingFailedError
+from gemmascope.evaluation import evaluate_sae
+from gemmascope.kernels import reference
+from gemmascope.kernels.dispatch import triton_problem
+from gemmascope.sites import Site
+from gemmascope.training import trainer as trainer_module
+from gemmascope.training.config import TrainConfig
+from gemmascope.training.trainer import SAETrainer, train
+
+
+def sample(n=400, d=8, seed=0, scale=7.0):
+    """Activations that are sparse in an overcomplete dictionary, off centre."""
+    generator = torch.Generator().manual_seed(seed)
+    dictionary = torch.randn(20, d, generator=generator)
+    dictionary /= dictionary.norm(dim=1, keepdim=True)
+    codes = torch.rand(n, 20, generator=generator) * (torch.rand(n, 20, generator=generator) < 0.1)
+    return scale * (codes @ dictionary + 0.3)
+
+
+def config(**changes):
+    defaults = {
+        "d_sae": 24,
+        "steps": 50,
+        "batch_size": 64,
+        "lr_decay_steps": 0,
+        "bandwidth": 0.05,
+        "threshold_init": 0.07,
+    }
+    return TrainConfig.short(**(defaults | changes))
+
+
+def written_adam(rows, settings, batch_list):
+    """The recipe of arXiv 2408.05147 §3.2 written out in fp64, from the same start."""
+    trainer = SAETrainer(settings, rows)
+    sae = trainer.sae
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    p = {name: getattr(sae, name).detach().double().clone() for name in names}
+    v = {name: torch.zeros_like(p[name]) for name in names}
+    for step, batch in enumerate(batch_list):
+        x = batch.double() / sae.input_scale
+        parameters = reference.Parameters(*(p[name] for name in names))
+        forward = reference.sae_forward(x, parameters)
+        gradients = reference.sae_backward(
+            x, parameters, forward, settings.l0_coefficient_at(step), settings.loss.bandwidth,
+            threshold_parametrisation=settings.threshold_parametrisation,
+        )._asdict()  # fmt: skip
+        unit = p["W_dec"]
+        gradients["W_dec"] = gradients["W_dec"] - (gradients["W_dec"] * unit).sum(1, keepdim=True) * unit
+        for name in names:
+            g = gradients[name]
+            v[name] = settings.adam_beta2 * v[name] + (1 - settings.adam_beta2) * g**2
+            v_hat = v[name] / (1 - settings.adam_beta2 ** (step + 1))
+            move = settings.learning_rate_at(step) * g / (v_hat.sqrt() + settings.adam_eps)
+            if name == "threshold" and settings.threshold_parametrisation == "log":
+                p[name] = torch.exp(torch.log(p[name]) - move)
+            else:
+                p[name] = p[name] - move
+        p["threshold"] = p["threshold"].clamp(min=0)
+        p["W_dec"] = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
+    return p
+
+
+@pytest.mark.parametrize("parametrisation", ["raw", "log"])
+def test_updates_equal_the_written_recipe(parametrisation):
+    rows = sample()
+    settings = config(threshold_parametrisation=parametrisation, lr_warmup_steps=3, l0_warmup_steps=4)
+    stream = [batch[Site(0, "resid")] for batch in batches({Site(0, "resid"): rows}, 64, 6, seed=0)]
+    trainer = SAETrainer(settings, rows)
+    for batch in stream:
+        trainer.update(batch)
+    for name, exact in written_adam(rows, settings, stream).items():
+        ours = getattr(trainer.sae, name).detach().double()
+        assert (ours - exact).norm() <= 2e-5 * exact.norm() + 1e-7, name
+
+
+def test_start_follows_the_recipe():
+    rows = sample()
+    trainer = SAETrainer(config(b_dec_init="zeros"), rows)
+    sae = trainer.sae
+    assert sae.input_scale == pytest.approx(rows.square().sum(1).mean().sqrt().item())
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+    torch.testing.assert_close(sae.threshold, torch.full((24,), 0.07))
+    centred = SAETrainer(config(b_dec_init="mean"), rows)
+    torch.testing.assert_close(centred.sae.b_dec * centred.sae.input_scale, rows.mean(0))
+
+
+def test_decoder_stays_unit_norm_and_threshold_non_negative():
+    trainer = SAETrainer(
+        config(threshold_init=1e-3, learning_rate=0.05, lr_warmup_steps=0, l0_coefficient=0.0), sample()
+    )
+    for seed in range(20):
+        trainer.update(sample(64, seed=seed))
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(24))
+    assert trainer.sae.threshold.min() == 0 < trainer.sae.threshold.max()
+
+
+def test_threshold_moves_as_far_as_its_learning_rate_allows():
+    """A log θ can move lr·θ a step, a raw one lr: the reason why short runs are raw."""
+    rows = sample()
+    moved = {}
+    for parametrisation in ("raw", "log"):
+        trainer = SAETrainer(
+            config(threshold_parametrisation=parametrisation, learning_rate=1e-3, lr_warmup_steps=0), rows
+        )
+        before = trainer.sae.threshold.detach().clone()
+        for batch in batches({Site(0, "mlp"): rows}, 64, 20, seed=0):
+            trainer.update(batch[Site(0, "mlp")])
+        moved[parametrisation] = (trainer.sae.threshold - before).abs().max().item()
+    assert moved["raw"] > 5 * moved["log"] > 0
+
+
+def test_suite_learns_and_is_deterministic():
+    sites = {Site(0, "resid"): sample(2000, seed=1), Site(1, "att"): sample(2000, d=6, seed=2)}
+    settings = config(steps=150, learning_rate=5e-3, l0_coefficient=0.01, l0_warmup_steps=50, lr_warmup_steps=10)
+
+    def run():
+        trainers = {site: SAETrainer(settings, rows) for site, rows in sites.items()}
+        logged = []
+        stream = batches(sites, settings.batch_size, settings.steps, seed=3)
+        train(trainers, stream, log_every=10, log=lambda step, rows: logged.append((step, rows)))
+        return trainers, logged
+
+    trainers, logged = run()
+    assert [step for step, _ in logged] == list(range(1, 151))
+    assert all((rows is None) == bool(step % 10) for step, rows in logged)
+    first, last = logged[9][1], logged[-1][1]
+    assert set(last) == {"layer_0/resid", "layer_1/att"}
+    for name, row in last.items():
+        assert row["fvu"] < 0.5 * first[name]["fvu"], name
+        assert 0 < row["l0"] < 12, name
+    again, _ = run()
+    for site, trainer in trainers.items():
+        for ours, theirs in zip(trainer.sae.parameters(), again[site].sae.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_one_sae_is_the_same_alone_and_in_company():
+    rows, site = sample(), Site(2, "mlp")
+    company = {site: rows, Site(0, "att"): sample(seed=9)}
+    trainers = {key: SAETrainer(config(), value) for key, value in company.items()}
+    train(trainers, batches(company, 64, 5, seed=0))
+    alone = {site: SAETrainer(config(), rows)}
+    train(alone, batches({site: rows}, 64, 5, seed=0))
+    assert torch.equal(alone[site].sae.W_enc, trainers[site].sae.W_enc)
+
+
+def test_side_by_side_is_the_same_as_one_after_another():
+    company = {Site(layer, "mlp"): sample(seed=layer) for layer in range(5)}
+    threads, suites = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            suites.append({site: SAETrainer(config(), rows) for site, rows in company.items()})
+            train(suites[-1], batches(company, 64, 40, seed=0))
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(threads)
+    for site in company:
+        for one, other in zip(*(suite[site].sae.parameters() for suite in suites), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_an_error_of_one_side_by_side_is_raised(monkeypatch):
+    company = {Site(layer, "mlp"): sample(seed=layer) for layer in range(3)}
+    trainers, threads = {site: SAETrainer(config(), rows) for site, rows in company.items()}, torch.get_num_threads()
+    monkeypatch.setattr(trainers[Site(1, "mlp")], "update", lambda x: math.sqrt(-1))
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="math domain error"):
+            train(trainers, batches(company, 64, 1, seed=0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_dead_latents_are_counted_by_tokens():
+    trainer = SAETrainer(config(dead_after_tokens=1500), sample())
+    with torch.no_grad():
+        trainer.sae.threshold[:3] = 1e6
+    for _ in range(3):
+        trainer.update(sample(400))
+    assert trainer.report()["dead"] == 0
+    trainer.update(sample(400))
+    assert trainer.report()["dead"] >= 3 / 24
+    assert (trainer.state.tokens_since_fired[:3] == 1600).all()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted():
+    rows, site = sample(), Site(1, "resid")
+    bad = rows[:64].clone()
+    bad[5, 2] = math.nan
+    good = list(batches({site: rows}, 64, 4, seed=0))
+    trainers, logged = [SAETrainer(config(lr_warmup_steps=0, l0_warmup_steps=0), rows) for _ in range(2)], []
+    stream = [good[0], good[1], {site: bad}, good[2], good[3]]
+    train({site: trainers[0]}, stream, log_every=5, log=lambda step, rows: logged.append(rows))
+    train({site: trainers[1]}, good, log_every=4)
+    assert logged[-1]["layer_1/resid"]["skipped"] == 1
+    for ours, theirs in zip(trainers[0].sae.parameters(), trainers[1].sae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_training_ends_when_no_step_is_finite():
+    rows, site = sample(), Site(1, "resid")
+    bad = torch.full((64, 8), math.nan)
+    message = r"layer_1/resid: the loss was not finite in the 2 steps up to step 4; lower the learning rate"
+    with pytest.raises(TrainingFailedError, match=message):
+        train({site: SAETrainer(config(), rows)}, [{site: x} for x in (rows[:64], bad, bad, bad)], log_every=2)
+
+
+def test_an_empty_batch():
+    with pytest.raises(ValueError, match="x: expected at least one token, got an empty batch"):
+        SAETrainer(config(), sample()).update(torch.zeros(0, 8))
+
+
+def trained(route, steps=120, impl="auto", run_ahead=0, room=None, **changes):
+    rows, site = sample(2000, seed=1), Site(0, "resid")
+    settings = config(steps=steps, learning_rate=5e-3, l0_coefficient=0.01, l0_warmup_steps=50, route=route, **changes)
+    trainer = SAETrainer(settings, rows, impl=impl)
+    trainer.run_ahead, trainer.capacity = run_ahead, room
+    routes = []
+    for batch in batches({site: rows}, settings.batch_size, steps, seed=3):
+        trainer.update(batch[site])
+        routes.append(trainer.route)
+    trainer.flush()
+    return trainer, routes
+
+
+def test_a_run_that_switches_equals_those_that_do_not(monkeypatch):
+    monkeypatch.setitem(density.TRAINING_STEP, "cpu", density.Switch(0.3, 0.25))
+    switched, routes = trained("auto")
+    first = routes.index("sparse")
+    assert 0 < first < 100
+    assert routes[:first] == ["dense"] * first
+    for route in ("dense", "sparse", "reference"):
+        other, _ = trained(route)
+        for name, figure in switched.report().items():
+            assert other.report()[name] == pytest.approx(figure, rel=1e-3, abs=1e-6), f"{route}: {name}"
+        for ours, theirs in zip(switched.sae.parameters(), other.sae.parameters(), strict=True):
+            assert (ours - theirs).norm() <= 1e-3 * ours.norm()
+
+
+def test_the_switch_has_hysteresis():
+    trainer = SAETrainer(config(route="auto"), sample())
+    seen = []
+    for density in (0.9, 0.18, 0.17, 0.15, 0.17, 0.19, 0.21, 0.17):
+        trainer._choose_route(density)
+        seen.append(trainer.route)
+    assert seen == ["dense"] * 3 + ["sparse"] * 3 + ["dense"] * 2
+
+
+@pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
+def test_steps_without_room_are_repeated_in_order():
+    """The host looks at a step's figures two steps later; the repetition must leave the same bits all the same."""
+    changes = {"steps": 6, "impl": "triton", "batch_size": 6, "d_sae": 10, "lr_warmup_steps": 0}
+    roomy, _ = trained("sparse", room=60, **changes)
+    cramped, _ = trained("sparse", run_ahead=2, room=8, **changes)
+    assert cramped.capacity > 8
+    assert cramped.state.updates == 6
+    for name, tensor in roomy.state.tensors().items():
+        assert torch.equal(cramped.state.tensors()[name], tensor), name
+    assert roomy.report() == cramped.report()
+
+
+def test_out_of_memory_names_sizes_and_a_way_out(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer_module, "dense_step", fail)
+    trainer = SAETrainer(config(), sample())
+    with pytest.raises(EnvironmentProblemError, match=r"^out of memory: d_model 8, d_sae 24, batch of 64 tokens take"):
+        trainer.update(sample(64))
+
+
+def test_too_little_memory_is_said_before_anything_is_allocated(monkeypatch):
+    monkeypatch.setattr(trainer_module, "available_memory", lambda device: 1 << 30)
+    message = r"d_sae 1048576, batch of 4096 tokens take about .* of the 1.0 GiB there are; a d_sae of 16384 would"
+    with pytest.raises(EnvironmentProblemError, match=message):
+        SAETrainer(TrainConfig(d_sae=1 << 20, batch_size=4096), sample())
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(5, 4), torch.full((5, 4), math.inf), torch.ones(5, 4)])
+def test_samples_that_set_no_scale(rows):
+    with pytest.raises(ValueError, match="sample: expected finite activations that vary, got mean squared norm"):
+        SAETrainer(config(), rows)
+
+
+@pytest.mark.gpu
+def test_triton_and_reference_train_alike():
+    """Adam amplifies rounding in single weights; what the SAEs do must agree between kernels, reference and CPU."""
+    rows, site = sample(4000, d=64, seed=5), Site(0, "resid")
+    settings = config(d_sae=512, batch_size=256, steps=50)
+    figures = {}
+    for impl, device in (("reference", "cpu"), ("reference", "cuda"), ("triton", "cuda")):
+        trainer = SAETrainer(settings, rows, impl=impl, device=device)
+        train({site: trainer}, batches({site: rows}, settings.batch_size, settings.steps, seed=0))
+        metrics = evaluate_sae(trainer.sae, rows)
+        figures[impl, device] = [metrics.l0, metrics.fvu]
+    for found in figures.values():
+        assert found == pytest.approx(figures["reference", "cpu"], rel=0.02)
