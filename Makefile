@@ -21,7 +21,7 @@ SEES_GPU = import torch, pytest, gemmascope; exit(not torch.cuda.is_available())
 NO_GPU = test-gpu: $(GPU_PYTHON) needs a GPU that torch sees, pytest, and \
 	'$(GPU_PYTHON) -m pip install -e . --no-deps --no-build-isolation'
 
-KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -lE 'gemmascope.kernels|bench' tests/test_*.py))
+KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -lE 'gemmascope.kernels|bench' tests/test_*.py tests/bench/test_*.py))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -119,8 +119,8 @@ $(VENV_PEERS)/.installed: constraints.txt pyproject.toml setup.py
 	$(call install,$(VENV_PEERS),"$(shell grep '^triton==' constraints.txt | tr '"' "'")")
 
 # One by one when they do not come all together, so that a package that is not to be had is not the end of the others.
-$(VENV_PEERS)/.peers: $(VENV_PEERS)/.installed bench/peers-constraints.txt
+$(VENV_PEERS)/.peers: $(VENV_PEERS)/.installed bench/peers/constraints.txt
 	pip="$(VENV_PEERS)/bin/python -m pip install -q --no-compile --only-binary :all: --no-deps"; \
-	$$pip -r bench/peers-constraints.txt || for pin in $$(grep -E '^[a-zA-Z]' bench/peers-constraints.txt); do \
+	$$pip -r bench/peers/constraints.txt || for pin in $$(grep -E '^[a-zA-Z]' bench/peers/constraints.txt); do \
 		$$pip $$pin 2>/dev/null || echo "bench-peers: $$pin cannot be installed" >&2; done
 	touch $@

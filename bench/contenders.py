@@ -21,7 +21,7 @@ import importlib.metadata
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemmascope.kernels.training import Rule
 from gemmascope.losses import Loss
@@ -31,6 +31,10 @@ TRAINING = ("step", "forward", "backward")
 INFERENCE = ("infer", "encode", "decode")
 OPERATORS = ("encode", "decode", "decode_backward", "jumprelu", "jumprelu_backward")
 PARTS = tuple(dict.fromkeys((*TRAINING, *INFERENCE, *OPERATORS)))
+
+
+# Names of a JumpReLU SAE's parameters, in our module and in those of some others.
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
 class UnavailableError(Exception):
@@ -56,6 +60,12 @@ class Inputs:
     def k(self) -> int:
         """Latents a token for those that fix their number."""
         return max(1, round(self.l0))
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    for name in PARAMETERS:
+        getattr(target, name).copy_(getattr(source, name))
 
 
 class Contender:

@@ -1,4 +1,4 @@
-"""Our own contenders, and the bare products that theirs and ours are measured by."""
+"""Our own contender and trainer."""
 
 import copy
 import math
@@ -7,15 +7,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bench.arithmetic import OPERAND_DTYPES
 from bench.contenders import INFERENCE, OPERATORS, TRAINING, Contender, Inputs, UnavailableError
+from bench.trainers import Setting, Trainer
 from gemmascope import kernels
+from gemmascope.config import TrainConfig
 from gemmascope.kernels.autograd import operator
 from gemmascope.kernels.dispatch import choose
 from gemmascope.kernels.training import Residual, training_operators
+from gemmascope.sae import JumpReLUSAE
 from gemmascope.step import StepFigures, TrainState, dense_step, sparse_step
-from gemmascope.trainer import CAPACITY_MARGIN, CAPACITY_UNIT
+from gemmascope.trainer import CAPACITY_MARGIN, CAPACITY_UNIT, SAETrainer
 
-OPERAND_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 BANDWIDTH = 0.1  # of the activation by itself: wide enough that the window is a share of the entries worth summing
 
 
@@ -159,25 +162,17 @@ class Ours(Contender):
         getattr(self, needs.get(part, "weights"), None)
 
 
-class Products(Contender):
-    """The dense products alone: what any encoder, and a decoder of dense f, cannot do without."""
+class OursTrainer(Trainer):
+    def __init__(self, name: str = "ours", route: str = "auto", impl: str = "auto", dtype: torch.dtype = torch.float32):
+        self.name, self.route, self.impl, self.dtype = name, route, impl, dtype
 
-    parts = INFERENCE
-    differs = "the two dense products alone: no bias, no gate"
+    def start(self, setting: Setting, start: JumpReLUSAE, sample: Tensor) -> None:
+        changes = setting.config.to_dict() | {"route": self.route}
+        self.trainer = SAETrainer(TrainConfig(**changes), sample, impl=self.impl, dtype=self.dtype)
 
-    def set_up(self, inputs: Inputs) -> None:
-        dtype = OPERAND_DTYPES[inputs.dtype]
-        sae = inputs.sae.fold()
-        self.x = inputs.x.to(dtype)
-        self.W_enc, self.W_dec = sae.W_enc.detach().T.to(dtype).T, sae.W_dec.detach().to(dtype)
-        z = self.x @ self.W_enc + sae.b_enc.detach()
-        self.f = torch.where(z > sae.threshold, z, 0).to(dtype)
+    def update(self, x: Tensor) -> None:
+        self.trainer.update(x)
 
-    def encode(self) -> Tensor:
-        return torch.mm(self.x, self.W_enc)
-
-    def decode(self) -> Tensor:
-        return torch.mm(self.f, self.W_dec)
-
-    def infer(self) -> Tensor:
-        return torch.mm(torch.mm(self.x, self.W_enc), self.W_dec)
+    def sae(self) -> JumpReLUSAE:
+        self.trainer.flush()
+        return self.trainer.sae
