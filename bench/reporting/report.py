@@ -1,7 +1,6 @@
 """Tables, pictures and one HTML page, from recorded rows only."""
 
 import argparse
-import base64
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -12,10 +11,10 @@ from bench.cases import judge
 from bench.reporting import records, tables
 from bench.reporting.tables import Row
 from gemmascope.files import atomic_write
-from gemmascope.page import STYLE
+from gemmascope.html import document, figure, section
 
 OUT = Path("runs/bench")
-EXTRA_STYLE = "pre.table { background: none; padding: 0; }\n"
+STYLE = "pre.table { background: none; padding: 0; }\n"
 CASE = ("suite", "shape", "tokens", "target_l0", "dtype", "skew")
 
 
@@ -74,31 +73,21 @@ def page(sections: Sequence[tuple[str, str, bytes | None, list[tuple[str, str]]]
     """sections: (title, machine, PNG, tables by title)."""
     body = []
     for title, machine, image, texts in sections:
-        parts = [f"<h2>{escape(title)}</h2>\n<p>{escape(machine)}</p>"]
+        parts = [f"<p>{escape(machine)}</p>"]
         if image is not None:
-            source = base64.b64encode(image).decode()
-            parts.append(f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{source}"></figure>')
+            parts.append(figure(image, title))
         parts += [f"<h3>{escape(name)}</h3>\n<pre class=table>{escape(text)}</pre>" for name, text in texts]
-        body.append("<section>\n" + "\n".join(parts) + "\n</section>")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>gemmascope: benchmarks</title>
-<style>{STYLE}{EXTRA_STYLE}</style>
-</head>
-<body>
-<h1>Benchmarks</h1>
+        body.append(section(title, "\n".join(parts)))
+    content = "\n".join(body)
+    return document(
+        "gemmascope: benchmarks",
+        f"""<h1>Benchmarks</h1>
 <p>Times are medians; contenders of a case ran in turn on the same activations and weights, after their results had been
 checked. "x ours" is how many times as long as ours a contender takes. The roofline is what the machine itself reached
 in the same run: a large copy and a large product.</p>
-{chr(10).join(body)}
-</body>
-</html>
-"""
+{content}""",
+        STYLE,
+    )
 
 
 def slug(text: str) -> str:
