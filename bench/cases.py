@@ -173,7 +173,7 @@ def cases(suite: str, *, shapes=(), tokens=(), l0=(), dtype=None, only=(), parts
             for target in l0 or spec.l0:
                 for all_parts, contenders in spec.comparisons:
                     kept = tuple(part for part in all_parts if part in (parts or all_parts))
-                    if not kept:
+                    if not kept or (shape.more and "infer" not in kept):
                         continue
                     case = Case(suite, shape, n, target, dtype or spec.dtype, kept, contenders, skew, spec.operators)
                     if shape.more:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.arithmetic import OPERAND_DTYPES, allowing_tf32
-from bench.contenders import INFERENCE, TRAINING, Contender, Inputs
+from bench.contenders import INFERENCE, INFERENCE_WITHOUT_MODULE, TRAINING, Contender, Inputs
 from gemmascope.losses import Loss
 from gemmascope.sae import JumpReLUSAE
 
@@ -83,6 +83,19 @@ def released_weights(sae: JumpReLUSAE, dtype: torch.dtype) -> tuple[Tensor, Tens
     return tuple(getattr(folded, name).detach().to(dtype).contiguous() for name in names)
 
 
+class DenseSAE(nn.Module):
+    """Inference as one writes it: a module of five tensors."""
+
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor):
+        super().__init__()
+        given = {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold, "W_dec": W_dec, "b_dec": b_dec}
+        for name, tensor in given.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense_decode(dense_encode(x, self.W_enc, self.b_enc, self.threshold), self.W_dec, self.b_dec)
+
+
 class DensePyTorch(Contender):
     """Autograd through dense tensors, projection of the decoder's gradient, fused Adam, renormalisation; eager or by
     torch.compile. With dtype "bf16" training runs under autocast and inference holds weights of that dtype."""
@@ -104,6 +117,7 @@ class DensePyTorch(Contender):
         self.x = inputs.x.to(OPERAND_DTYPES[inputs.dtype])
         *self.encoder, self.W_dec, self.b_dec = released_weights(sae, self.x.dtype)
         self.f = None
+        sae = DenseSAE(*self.encoder, self.W_dec, self.b_dec)
 
         def maybe_compiled(part):
             return torch.compile(part, dynamic=False) if self.compiled else part
@@ -111,6 +125,7 @@ class DensePyTorch(Contender):
         self.loss_of, self.project, self.renormalise, self.encode_of, self.decode_of = map(
             maybe_compiled, (dense_loss, project, renormalise, dense_encode, dense_decode)
         )
+        self.sae = maybe_compiled(sae)
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -160,8 +175,13 @@ class DensePyTorch(Contender):
         with self.arithmetic():
             return self.decode_of(self.encode_of(self.x, *self.encoder), self.W_dec, self.b_dec)
 
+    @torch.no_grad()
+    def module(self) -> Tensor:
+        with self.arithmetic():
+            return self.sae(self.x)
+
     def outputs(self) -> dict[str, Tensor]:
-        found = {"x_hat": self.infer(), "loss": self.forward()}
+        found = {"x_hat": self.infer(), "module": self.module(), "loss": self.forward()}
         self.backward()
         if self.inputs.dtype == "fp32":
             found |= dict(zip(("W_enc", "b_enc", "W_dec", "b_dec"), (p.grad for p in self.parameters), strict=False))
@@ -174,7 +194,7 @@ class DensePyTorch(Contender):
 class SparseDecoder(Contender):
     """A dense encoder whose active latents go through a sparse product of PyTorch's own."""
 
-    parts = INFERENCE
+    parts = INFERENCE_WITHOUT_MODULE
 
     def set_up(self, inputs: Inputs) -> None:
         self.tolerance = TOLERANCES[inputs.dtype]
@@ -202,7 +222,7 @@ class SparseDecoder(Contender):
 
 
 class EmbeddingBag(SparseDecoder):
-    parts = (*INFERENCE, "decode_backward")
+    parts = (*INFERENCE_WITHOUT_MODULE, "decode_backward")
     differs = "dense encoder and nonzero(), then F.embedding_bag"
 
     @torch.no_grad()
@@ -250,7 +270,7 @@ class TorchSparse(SparseDecoder):
 class Products(Contender):
     """The dense products alone: what any encoder, and a decoder of dense f, cannot do without."""
 
-    parts = INFERENCE
+    parts = INFERENCE_WITHOUT_MODULE
     differs = "the two dense products alone: no bias, no gate"
 
     def set_up(self, inputs: Inputs) -> None:

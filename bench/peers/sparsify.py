@@ -124,8 +124,12 @@ class Sparsify(Contender):
     def infer(self) -> Tensor:
         return self.coder.decode(*self.encode())
 
+    @torch.no_grad()
+    def module(self) -> Tensor:
+        return self.coder(self.inputs.x).sae_out
+
     def outputs(self) -> dict[str, Tensor]:
-        found = {"x_hat": self.infer(), "loss": self.forward()}
+        found = {"x_hat": self.infer(), "module": self.module(), "loss": self.forward()}
         self.backward()
         coder = self.coder
         gradients = (coder.encoder.weight.grad.T, coder.encoder.bias.grad, coder.W_dec.grad, coder.b_dec.grad)
@@ -145,7 +149,8 @@ class Sparsify(Contender):
         x_hat = torch.zeros_like(z).scatter(1, latents, values) @ W_dec + b_dec
         fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
         gradients = torch.autograd.grad(fvu, parameters)
-        return {"x_hat": x_hat.detach(), "loss": fvu.detach()} | dict(zip(names, gradients, strict=True))
+        found = {"x_hat": x_hat.detach(), "module": x_hat.detach(), "loss": fvu.detach()}
+        return found | dict(zip(names, gradients, strict=True))
 
 
 class TopKSAE(torch.nn.Module):

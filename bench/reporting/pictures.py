@@ -32,6 +32,7 @@ TITLES = {
     "forward": "Forward",
     "backward": "Backward",
     "infer": "Inference, encode and decode",
+    "module": "Inference, the module called",
     "encode": "Encode",
     "decode": "Decode",
     "decode_backward": "Backward of decode",

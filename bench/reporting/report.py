@@ -30,16 +30,22 @@ def machine_key(row: Row) -> tuple[str, int]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of every contender in every case on every machine, the rows of its last run."""
-    last: dict[tuple, tuple[str, list[Row]]] = {}
+    """Of every part of every contender in every case on every machine, the rows of its last run. A run that was to time
+    a part and did not, because the contender failed, counts."""
+    rows, last = list(rows), {}
+
+    def runs(row: Row, parts: Iterable[str]) -> list[tuple]:
+        return [(machine_key(row), *(row[name] for name in CASE), row["contender"], part) for part in parts]
+
     for row in rows:
-        key = (machine_key(row), *(row[name] for name in CASE), tuple(row["parts"]), row["contender"])
-        date = row["machine"]["date"]
-        if key not in last or date > last[key][0]:
-            last[key] = (date, [])
-        if date == last[key][0]:
-            last[key][1].append(row)
-    return [row for _, kept in last.values() for row in kept]
+        for run in runs(row, row["parts"]):
+            last[run] = max(last.get(run, ""), row["machine"]["date"])
+
+    def counts(row: Row) -> bool:
+        parts = [row["part"]] if "part" in row else row["parts"]
+        return any(last[run] == row["machine"]["date"] for run in runs(row, parts))
+
+    return [row for row in rows if counts(row)]
 
 
 def by_machine(rows: Iterable[Row]) -> dict[tuple, list[Row]]:

@@ -71,16 +71,16 @@ def part_work(part: str, size: Size) -> tuple[int, int]:
     """(FLOPs, bytes) of a part.
 
     step, forward, backward: the operators of the sparse step. encode: one [N, d]·[d, F] product; reads x and W_enc
-    once, writes 8 bytes an active entry. decode: 2d FLOPs an active entry, each gathering a row of W_dec. infer: both.
-    decode_backward: 4d FLOPs an active entry, gathering a row of W_dec for its value and one of ∂L/∂x̂ for dW_dec,
-    which is written. jumprelu reads pre and writes f; its backward reads pre and ∂L/∂f and writes dpre.
+    once, writes 8 bytes an active entry. decode: 2d FLOPs an active entry, each gathering a row of W_dec. infer and
+    module: both. decode_backward: 4d FLOPs an active entry, gathering a row of W_dec for its value and one of ∂L/∂x̂
+    for dW_dec, which is written. jumprelu reads pre and writes f; its backward reads pre and ∂L/∂f and writes dpre.
     """
     n, d, f, active, _, _, b = size
     if part in ("step", "forward", "backward"):
         names = {"forward": FORWARD, "backward": BACKWARD}.get(part, FORWARD + BACKWARD)
         flops, n_bytes = zip(*(operator_work(name, size) for name in names), strict=True)
         return sum(flops), sum(n_bytes)
-    if part == "infer":
+    if part in ("infer", "module"):
         (a, b), (c, d) = part_work("encode", size), part_work("decode", size)
         return a + c, b + d
     return {

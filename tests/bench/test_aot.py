@@ -1,6 +1,8 @@
 """The shipped kernels compile for GPUs that are not here, within bounds; and the check can fail."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -106,6 +108,48 @@ def test_arguments_must_be_the_kernels():
     wrong = Spec(spec.name, spec.kernel, spec.arguments | {"typo": "i32"}, spec.constants)
     with pytest.raises(ValueError, match=r"arguments differ from the kernel's: \['typo'\]"):
         compilation.compile_spec(wrong, "sm_90")
+
+
+TABLE = """\
+| kernel | sm_80 | sm_90 | sm_100 | gfx942 |
+|---|---|---|---|---|
+| gather_bf16 | 82 / 0 / 4.5 / 442 |  |  | 105 / 8 / 0.0312 / 503 |
+| product |  | 214 / 0 / 144 / 2992 |  |  |"""
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    def row(registers, spills, shared, instructions):
+        return {"registers": registers, "spills": spills, "shared": shared, "instructions": instructions, "classes": {}}
+
+    rows = {"product@sm_90": row(214, 0, 147456, 2992), "gather_bf16@gfx942": row(105, 8, 32, 503)}
+    rows |= {"gather_bf16@sm_80": row(82, 0, 4608, 442), "product_fp16@sm_90": row(214, 0, 147456, 2992)}
+    rows |= {"gather_ones@sm_90": row(1, 0, 0, 1)}
+    for version in ("3.9", "3.10"):
+        (tmp_path / f"triton-{version}.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(aot, "BASELINES", tmp_path)
+    monkeypatch.setattr(aot, "compile_all", None)
+
+
+def test_what_is_recorded_is_a_table(recorded, capsys):
+    assert aot.main(["--table", "3.9"]) == 0
+    head = "**Triton {}**: registers / spills in bytes / shared memory in KiB / instructions\n\n"
+    one = head.format("3.9") + TABLE + "\n"
+    assert capsys.readouterr().out == one
+    assert aot.main(["--table"]) == 0
+    assert capsys.readouterr().out == head.format("3.10") + TABLE + "\n\n" + one
+    with pytest.raises(SystemExit):
+        aot.main(["--table", "3.5"])
+    assert "--table: expected some of 3.10, 3.9, got 3.5" in capsys.readouterr().err
+
+
+def test_the_table_needs_no_triton():
+    program = "import sys; sys.modules['triton'] = None\nfrom bench.aot.__main__ import main\nmain(['--table'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    versions = [line for line in lines if line.startswith("**Triton ")]
+    assert len(versions) == len(list(aot.BASELINES.glob("triton-*.json"))) > 0
+    assert all(line.count(" | ") == 4 for line in lines if line.startswith("| "))
 
 
 def test_a_worker_reports_what_it_cannot_compile(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from bench.arithmetic import OPERAND_DTYPES
 from bench.contenders import Contender
 from bench.ours import Ours, WithheldError
 from bench.peers.pytorch import Products
@@ -92,6 +93,7 @@ def test_the_operator_gate_is_green(impl, given):
 SCALED = {
     "encode": lambda result: result._replace(values=result.values * 1.05),
     "infer": lambda result: result * 1.05,
+    "module": lambda result: result * 1.05,
     "decode": lambda result: result + 0.1,
     "decode_backward": lambda result: (result[0], result[1] * 1.05),
     "jumprelu": lambda result: result._replace(l0=result.l0 + 1),
@@ -139,6 +141,7 @@ def test_agreement_names_what_differs(given):
     exact = gate.exact_outputs(given)
     assert set(gate.agreement(Peer(), given, exact)) == {
         "x_hat",
+        "module",
         "loss",
         "W_enc",
         "b_enc",
@@ -149,6 +152,28 @@ def test_agreement_names_what_differs(given):
     for name in exact:
         with pytest.raises(gate.RedGateError, match=rf"{name} differs by 0.01 of its norm; 0.0001 is allowed"):
             gate.agreement(Peer(name), given, exact)
+
+
+def test_a_module_may_have_a_tolerance_of_its_own(given):
+    exact, peer = gate.exact_outputs(given), Peer("module")
+    peer.module_tolerance = 0.02
+    assert gate.agreement(peer, given, exact)["module"] == pytest.approx(0.01)
+    peer.wrong = "x_hat"
+    with pytest.raises(gate.RedGateError, match="x_hat differs"):
+        gate.agreement(peer, given, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_our_module_is_the_one_a_user_calls(impl, given):
+    ours = Ours(impl)
+    ours.set_up(given)
+    ours.before("module")
+    sae, dtype = ours.released, OPERAND_DTYPES[given.dtype]
+    assert type(sae) is JumpReLUSAE
+    assert (sae.impl, sae.W_dec.dtype, sae.W_enc.T.is_contiguous()) == (impl, dtype, True)
+    x_hat = ours.module()
+    assert not x_hat.requires_grad
+    assert torch.equal(x_hat, sae(given.x.to(dtype)))
 
 
 def test_a_contender_may_bring_its_own_formula(given):
@@ -285,6 +310,7 @@ def test_work_by_hand():
     assert work.part_work("encode", size) == (768, 396 + 32)
     assert work.part_work("decode", size) == (24, 6 * 6 + 32)
     assert work.part_work("infer", size) == (768 + 24, 396 + 32 + 36 + 32)
+    assert work.part_work("module", size) == work.part_work("infer", size)
     assert work.part_work("decode_backward", size) == (48, 6 * (8 + 64) + 48)
     assert work.part_work("jumprelu", size) == (256, 512)
     assert work.part_work("jumprelu_backward", size) == (1024, 768)

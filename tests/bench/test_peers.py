@@ -37,7 +37,8 @@ def eager_outputs(inputs) -> dict[str, torch.Tensor]:
     sae = inputs.sae
     out = loss_and_gradients(sae, inputs.x, inputs.loss)
     found = {name: getattr(out.gradients, name) for name in GRADIENTS}
-    return found | {"x_hat": sae(inputs.x), "loss": out.loss}
+    x_hat = sae(inputs.x)
+    return found | {"x_hat": x_hat, "module": x_hat, "loss": out.loss}
 
 
 def assert_agrees(contender, inputs, expected: set[str]) -> None:
@@ -52,7 +53,7 @@ def assert_agrees(contender, inputs, expected: set[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("dense", {"x_hat", "loss"} | GRADIENTS),
+        ("dense", {"x_hat", "module", "loss"} | GRADIENTS),
         ("embedding_bag", {"x_hat"}),
         ("torch_sparse", {"x_hat"}),
     ],
@@ -96,6 +97,13 @@ def test_decoding_what_was_encoded_is_inference(name, inputs):
     assert torch.equal(contender.decode(), contender.infer())
 
 
+def test_calling_the_dense_module_is_inference(inputs):
+    dense = make("dense")
+    dense.set_up(inputs)
+    assert torch.equal(dense.module(), dense.infer())
+    assert dense.sae.W_dec.data_ptr() == dense.W_dec.data_ptr()
+
+
 def test_gradients_of_embedding_bag_are_ours(inputs):
     contender, ours = make("embedding_bag"), make("ours_pytorch")
     for one in (contender, ours):
@@ -111,7 +119,7 @@ def test_bf16_contenders_hold_bf16_operands():
     contender = make("dense")
     contender.set_up(inputs)
     assert contender.infer().dtype == torch.bfloat16
-    assert set(contender.outputs()) == {"x_hat", "loss"}
+    assert set(contender.outputs()) == {"x_hat", "module", "loss"}
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -171,7 +179,7 @@ class TestPackages:
         contender = make(name)
         contender.set_up(inputs)
         found, exact = contender.outputs(), contender.exact(inputs)
-        assert set(found) == set(exact) == {"x_hat", "loss"} | GRADIENTS - {"threshold"}
+        assert set(found) == set(exact) == {"x_hat", "module", "loss"} | GRADIENTS - {"threshold"}
         for key, value in found.items():
             assert (value.double() - exact[key]).norm() <= 1e-6 * exact[key].norm(), key
 
@@ -199,6 +207,14 @@ class TestPackages:
         assert all(torch.equal(value, start[key]) for key, value in trained.named_parameters())
         contender.step()
         assert all((value != start[key]).any() for key, value in trained.named_parameters())
+
+    @pytest.mark.parametrize("name", ["saelens", "dictionary_learning", "sparsify"])
+    def test_calling_the_module_is_inference(self, name, inputs):
+        contender = make(name)
+        contender.set_up(inputs)
+        x_hat = contender.module()
+        assert not x_hat.requires_grad
+        assert torch.allclose(x_hat, contender.infer(), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("name", PACKAGES)
     def test_inputs_are_not_written_to(self, name, inputs):

@@ -124,6 +124,26 @@ def test_a_worse_peer_is_above_our_curve(activations, tmp_path, capsys, monkeypa
     assert "is off by nine" in out
 
 
+@pytest.mark.parametrize(
+    ("recipe", "differs"), [("published", "is off by nine, by default"), ("shared", "is off by nine")]
+)
+def test_every_row_says_which_recipe_it_is_of(recipe, differs, activations, tmp_path, capsys, monkeypatch):
+    def make(name, impl):
+        if name == "saelens":
+            raise UnavailableError("sae-lens is not installed")
+        return FakePeer()
+
+    monkeypatch.setattr(FakePeer, "defaults", "by default")
+    monkeypatch.setattr(quality, "make", make)
+    arguments = ("--recipe", recipe, "--trainers", "dictionary_learning", "saelens", "--no-parity", "--save")
+    assert run(activations, tmp_path, *arguments) == 0
+    rows = read(tmp_path / "quality.jsonl")
+    assert [row["kind"] for row in rows] == ["quality", "quality", "skipped"]
+    assert {row["recipe"] for row in rows} == {recipe}
+    assert {row["differs"] for row in rows[:2]} == {differs}
+    assert f"  saelens: {differs}\n" in capsys.readouterr().out
+
+
 def test_a_missing_package_is_a_row_and_the_others_go_on(activations, tmp_path, capsys, monkeypatch):
     make = quality.make
 

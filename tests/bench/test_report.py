@@ -102,6 +102,7 @@ def test_cases_of_a_suite():
     inference = cases.cases("inference")
     assert {case.tokens for case in inference if case.shape.name == "gemma-2-2b 16k"} == {1, 8, 64, 512, 4096}
     assert {(case.tokens, case.parts) for case in inference if case.shape.more} == {(1, ("infer",)), (4096, ("infer",))}
+    assert not any(case.shape.more for case in cases.cases("inference", parts=["module"]))
     (case,) = cases.cases("cpu", shapes=["8x9"], tokens=[3], l0=[2], dtype="bf16", only=["dense"], parts=["step"])
     assert (case.tokens, case.l0, case.dtype, case.contenders, case.parts) == (3, 2, "bf16", ("dense",), ("step",))
 
@@ -148,6 +149,15 @@ def test_only_the_last_run_of_a_contender_counts():
     assert rows[1] not in kept
     assert rows[2] not in kept
     assert [found for found in rows if found in kept] == rows[3:]
+
+
+def test_a_later_run_of_other_parts_leaves_what_it_did_not_time():
+    old, new = on("2026-01-01"), on("2026-01-02")
+    infer, decode = (row("dense", part, parts=["infer", "decode"], machine=old) for part in ("infer", "decode"))
+    later = [row("dense", part, parts=["infer", "module"], machine=new) for part in ("infer", "module")]
+    assert report.newest([infer, decode, *later]) == [decode, *later]
+    gone = skipped("dense", parts=["module", "decode"], machine=on("2026-01-03"))
+    assert report.newest([infer, decode, *later, gone]) == [later[0], gone]
 
 
 def test_report_writes_pictures_and_one_page(tmp_path, capsys):

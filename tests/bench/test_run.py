@@ -1,5 +1,6 @@
 """The runner: rows are complete, faults are rows, nothing is timed on a red gate, ratios and bars add up."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def test_rows_ratios_and_the_json_line(capsys, tmp_path):
     document = json.loads(printed.splitlines()[-1])
     found = times(document["rows"])
     assert set(found) == {
-        *(("ours_pytorch", part) for part in ("step", "forward", "backward", "infer", "encode", "decode")),
+        *(("ours_pytorch", part) for part in ("step", "forward", "backward", "infer", "module", "encode", "decode")),
         *(("products", part) for part in ("infer", "encode", "decode")),
     }
     ours, products = found["ours_pytorch", "infer"], found["products", "infer"]
@@ -154,6 +155,19 @@ def test_a_red_gate_of_ours_prints_no_time(monkeypatch, capsys):
     assert "ours_pytorch: red gate, not timed: error of W_dec is 3 times its budget" in printed
     assert not times(json.loads(printed.splitlines()[-1])["rows"])
     assert "p50" not in "\n".join(printed.splitlines()[:-1])
+
+
+@pytest.mark.parametrize("contender", ["ours_pytorch", "dense"])
+def test_a_module_that_is_wrong_is_not_timed(contender, monkeypatch):
+    module = cases.CONTENDERS[contender][:2]
+    kind = getattr(importlib.import_module(module[0]), module[1])
+    right = kind.module
+    monkeypatch.setattr(kind, "module", lambda self: 1.01 * right(self))
+    monkeypatch.setattr(gate, "operator_gate", lambda impl, inputs: 0.0)
+    rows, failed = rows_of(contender, "products", parts=("infer", "module"))
+    assert failed == (contender == "ours_pytorch")
+    assert reasons(rows)[contender].startswith("red gate, not timed: module differs by 0.01 of its norm")
+    assert set(times(rows)) == {("products", "infer")}
 
 
 def test_a_failure_of_ours_is_an_exit_status(monkeypatch, registry):
@@ -281,7 +295,7 @@ def test_the_memory_of_a_part(capsys):
     case = cases.cases("cpu", shapes=["16x96"], tokens=[32], l0=[6])[1]
     assert worker.memory(worker.arguments_of(case, "ours_pytorch")) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"infer", "encode", "decode"}
+    assert set(found) == {"infer", "module", "encode", "decode"}
     assert all(part["peak_mib"] >= part["held_mib"] for part in found.values())
 
 
