@@ -248,7 +248,8 @@ def test_packages_start_where_ours_does_and_learn(name, recipe):
     if find_spec(PACKAGES[name]) is None:  # not imported: sparsify chooses its decoder when it is
         pytest.skip(f"{name} is not installed")
     rows = sums_of_directions()
-    config = TrainConfig.short(d_sae=48, steps=40, batch_size=64, lr_warmup_steps=5, l0_warmup_steps=15)
+    warm_ups = {"lr_warmup_steps": 5, "l0_warmup_steps": 15, "lr_decay_steps": 10}
+    config = TrainConfig.short(d_sae=48, steps=40, batch_size=64, **warm_ups)
     ours, theirs = trainers.make("ours"), trainers.make(name)
     setting = Setting(config, 4, recipe)
     ours.start(setting, None, rows)
