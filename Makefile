@@ -119,8 +119,8 @@ $(VENV_PEERS)/.installed: constraints.txt pyproject.toml setup.py
 	$(call install,$(VENV_PEERS),"$(shell grep '^triton==' constraints.txt | tr '"' "'")")
 
 # One by one when they do not come all together, so that a package that is not to be had is not the end of the others.
-$(VENV_PEERS)/.peers: $(VENV_PEERS)/.installed bench/peers-constraints.txt
+$(VENV_PEERS)/.peers: $(VENV_PEERS)/.installed bench/peers/constraints.txt
 	pip="$(VENV_PEERS)/bin/python -m pip install -q --no-compile --only-binary :all: --no-deps"; \
-	$$pip -r bench/peers-constraints.txt || for pin in $$(grep -E '^[a-zA-Z]' bench/peers-constraints.txt); do \
+	$$pip -r bench/peers/constraints.txt || for pin in $$(grep -E '^[a-zA-Z]' bench/peers/constraints.txt); do \
 		$$pip $$pin 2>/dev/null || echo "bench-peers: $$pin cannot be installed" >&2; done
 	touch $@

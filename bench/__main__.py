@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from bench import compare, records, report, tables, worker
-from bench.cases import CONTENDERS, SHAPES, SUITES, Case, cases, judge
-from bench.inputs import SKEW
-from bench.measure import Clock
-from bench.run import Gates, Options, run_case
+from bench.cases import CONTENDERS, SHAPES, SKEW, SUITES, Case, cases, judge
+from bench.reporting import compare, records, report, tables
+from bench.timing import worker
+from bench.timing.measure import Clock
+from bench.timing.run import Gates, Options, run_case
 from gemmascope.training.config import COMPUTE_DTYPES
 
 QUICK_ROUNDS = 3
@@ -137,7 +137,7 @@ def finish(given: argparse.Namespace, rows: list[dict], machine: dict, failed: b
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["quality"]:
-        from bench import quality
+        from bench.quality import __main__ as quality
 
         return quality.main(arguments[1:])
     if arguments[:1] == ["memory"]:

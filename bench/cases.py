@@ -4,7 +4,8 @@ import importlib
 from dataclasses import dataclass, replace
 
 from bench.contenders import INFERENCE, OPERATORS, TRAINING, Contender, UnavailableError
-from bench.inputs import SKEW
+
+SKEW = 0.7  # decades by which firing frequencies differ, see `bench.timing.inputs`
 
 # Name: module, class, arguments. Modules are imported when one of their contenders is asked for.
 CONTENDERS: dict[str, tuple[str, str, dict]] = {
@@ -12,16 +13,16 @@ CONTENDERS: dict[str, tuple[str, str, dict]] = {
     "ours_cpu": ("bench.ours", "Ours", {"impl": "cpu"}),
     "ours_pytorch": ("bench.ours", "Ours", {"impl": "pytorch"}),
     "ours_dense": ("bench.ours", "Ours", {"impl": "auto", "route": "dense"}),
-    "products": ("bench.ours", "Products", {}),
-    "dense": ("bench.peers", "DensePyTorch", {}),
-    "dense_compiled": ("bench.peers", "DensePyTorch", {"compiled": True}),
-    "embedding_bag": ("bench.peers", "EmbeddingBag", {}),
-    "torch_sparse": ("bench.peers", "TorchSparse", {}),
-    "saelens": ("bench.peers_saelens", "SAELens", {}),
-    "saelens_autocast": ("bench.peers_saelens", "SAELens", {"autocast": True}),
-    "saelens_compiled": ("bench.peers_saelens", "SAELens", {"compiled": True}),
-    "dictionary_learning": ("bench.peers_dictionary_learning", "DictionaryLearning", {}),
-    "sparsify": ("bench.peers_sparsify", "Sparsify", {}),
+    "products": ("bench.peers.pytorch", "Products", {}),
+    "dense": ("bench.peers.pytorch", "DensePyTorch", {}),
+    "dense_compiled": ("bench.peers.pytorch", "DensePyTorch", {"compiled": True}),
+    "embedding_bag": ("bench.peers.pytorch", "EmbeddingBag", {}),
+    "torch_sparse": ("bench.peers.pytorch", "TorchSparse", {}),
+    "saelens": ("bench.peers.saelens", "SAELens", {}),
+    "saelens_autocast": ("bench.peers.saelens", "SAELens", {"autocast": True}),
+    "saelens_compiled": ("bench.peers.saelens", "SAELens", {"compiled": True}),
+    "dictionary_learning": ("bench.peers.dictionary_learning", "DictionaryLearning", {}),
+    "sparsify": ("bench.peers.sparsify", "Sparsify", {}),
 }
 
 
@@ -172,7 +173,7 @@ def cases(suite: str, *, shapes=(), tokens=(), l0=(), dtype=None, only=(), parts
             for target in l0 or spec.l0:
                 for all_parts, contenders in spec.comparisons:
                     kept = tuple(part for part in all_parts if part in (parts or all_parts))
-                    if not kept:
+                    if not kept or (shape.more and "infer" not in kept):
                         continue
                     case = Case(suite, shape, n, target, dtype or spec.dtype, kept, contenders, skew, spec.operators)
                     if shape.more:

@@ -10,6 +10,7 @@ A contender takes x that is already on the device and returns what the part is n
 | `encode` | x | the active latents, dense or sparse |
 | `decode` | what `encode` gives | x̂ [N, d_model] |
 | `infer` | x | x̂ by `encode` and `decode`, or however the package does it, without gradients |
+| `module` | x | x̂ by calling the package's module as its users do, without gradients; often that is `infer` already |
 
 The operators by themselves, for the suite `kernels`: `decode_backward`, `jumprelu`, `jumprelu_backward`.
 
@@ -21,16 +22,21 @@ import importlib.metadata
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemmascope.kernels import Rule
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.training.config import Loss
 
 TRAINING = ("step", "forward", "backward")
-INFERENCE = ("infer", "encode", "decode")
+INFERENCE_WITHOUT_MODULE = ("infer", "encode", "decode")
+INFERENCE = ("infer", "module", "encode", "decode")
 OPERATORS = ("encode", "decode", "decode_backward", "jumprelu", "jumprelu_backward")
 PARTS = tuple(dict.fromkeys((*TRAINING, *INFERENCE, *OPERATORS)))
+
+
+# Names of a JumpReLU SAE's parameters, in our module and in those of some others.
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
 class UnavailableError(Exception):
@@ -58,6 +64,12 @@ class Inputs:
         return max(1, round(self.l0))
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    for name in PARAMETERS:
+        getattr(target, name).copy_(getattr(source, name))
+
+
 class Contender:
     """An implementation of some of the `PARTS`.
 
@@ -76,6 +88,9 @@ class Contender:
     tolerance: float = 1e-4
     """Largest relative error, in the Euclidean norm, of each of `outputs`; a contender beyond it is not timed. One that
     rounds to bf16 sets it to 1e-2 or so."""
+    module_tolerance: float | None = None
+    """That of the output `module`, where it is another: modules that round z before their gate let latents change
+    sides."""
 
     def check_available(self, device: torch.device) -> None:
         """Raise `UnavailableError` when the contender cannot run on this machine. Cheap: nothing is imported."""
@@ -103,8 +118,9 @@ class Contender:
     def outputs(self) -> dict[str, Tensor]:
         """What this contender computes from ``inputs`` and must agree on with the fp64 reference, after `set_up`.
 
-        Names: ``x_hat`` [N, d_model] of `infer`; ``loss``, the scalar of `forward`; gradients of that loss by the name
-        of the parameter, in our shapes: ``W_enc`` [d_model, d_sae], ``b_enc``, ``W_dec`` [d_sae, d_model], ``b_dec``,
+        Names: ``x_hat`` [N, d_model] of `infer`; ``module``, the same of `module` where that is another call; ``loss``,
+        the scalar of `forward`; gradients of that loss by the name of the parameter, in our shapes: ``W_enc`` [d_model,
+        d_sae], ``b_enc``, ``W_dec`` [d_sae, d_model], ``b_dec``,
         ``threshold``. Leave out what is defined differently, and say so in ``differs``.
         """
         return {}
@@ -131,3 +147,7 @@ class Contender:
 
     def infer(self) -> Tensor:
         raise NotImplementedError
+
+    def module(self) -> Tensor:
+        """For those whose `infer` is the call of a module."""
+        return self.infer()

@@ -1,4 +1,4 @@
-"""Our own contenders, and the bare products that theirs and ours are measured by."""
+"""Our own contender and trainer."""
 
 import copy
 import math
@@ -7,16 +7,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bench.arithmetic import OPERAND_DTYPES
 from bench.contenders import INFERENCE, OPERATORS, TRAINING, Contender, Inputs, UnavailableError
+from bench.trainers import Setting, Trainer
 from gemmascope import kernels
 from gemmascope.kernels.dispatch import choose
 from gemmascope.kernels.implementations import operator
+from gemmascope.saes import JumpReLUSAE
 from gemmascope.training.losses import l0_penalty, objective
 from gemmascope.training.state import TrainState
 from gemmascope.training.step import StepFigures, dense_step, sparse_step
-from gemmascope.training.trainer import CAPACITY_MARGIN, CAPACITY_UNIT
+from gemmascope.training.trainer import CAPACITY_MARGIN, CAPACITY_UNIT, SAETrainer
 
-OPERAND_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 BANDWIDTH = 0.1  # of the activation by itself: wide enough that the window is a share of the entries worth summing
 
 
@@ -49,6 +51,7 @@ class Ours(Contender):
         self.operand_dtype = OPERAND_DTYPES[inputs.dtype]
         self.tf32 = inputs.dtype == "tf32"
         self.tolerance = 1e-4 if inputs.dtype == "fp32" else 1e-2
+        self.module_tolerance = 5e-2 if inputs.dtype == "bf16" else None  # as plain PyTorch's
 
     @cached_property
     def state(self) -> TrainState:
@@ -105,11 +108,18 @@ class Ours(Contender):
         )
 
     @cached_property
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """W_enc, b_enc, threshold, W_dec, b_dec of the folded SAE, as it would be released."""
+    def released(self) -> JumpReLUSAE:
+        """The folded SAE, in the dtype of the operands, as one has it who loads it and moves it there."""
         sae = self.inputs.sae.fold()
-        W_enc, W_dec = (w.detach().to(self.operand_dtype) for w in (sae.W_enc.T, sae.W_dec))
-        return W_enc.T, sae.b_enc.detach(), sae.threshold.detach(), W_dec, sae.b_dec.detach()
+        sae.impl = self.impl
+        return sae.to(self.operand_dtype)
+
+    @cached_property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """W_enc, b_enc, threshold, W_dec, b_dec of the folded SAE, the biases in fp32."""
+        sae, released = self.inputs.sae.fold(), self.released
+        found = (released.W_enc, sae.b_enc, sae.threshold, released.W_dec, sae.b_dec)
+        return tuple(weight.detach() for weight in found)
 
     @cached_property
     def x(self) -> Tensor:
@@ -130,6 +140,10 @@ class Ours(Contender):
     @torch.no_grad()
     def infer(self) -> Tensor:
         return kernels.decode(self.encode(), *self.weights[3:], impl=self.impl)
+
+    @torch.no_grad()
+    def module(self) -> Tensor:
+        return self.released(self.x)
 
     def decode_backward(self) -> tuple[Tensor, Tensor]:
         impl = choose(self.impl, self.x.device, self.operand_dtype).impl
@@ -153,7 +167,8 @@ class Ours(Contender):
         return backward(*self.upstream, self.pre, *self.weights[1:3], BANDWIDTH)
 
     def outputs(self) -> dict[str, Tensor]:
-        return {"x_hat": self.infer()} | ({"loss": self.forward()} if self.route == "sparse" else {})
+        found = {"x_hat": self.infer(), "module": self.module()}
+        return found | ({"loss": self.forward()} if self.route == "sparse" else {})
 
     def before(self, part: str) -> None:
         super().before(part)
@@ -162,25 +177,17 @@ class Ours(Contender):
         getattr(self, needs.get(part, "weights"), None)
 
 
-class Products(Contender):
-    """The dense products alone: what any encoder, and a decoder of dense f, cannot do without."""
+class OursTrainer(Trainer):
+    def __init__(self, name: str = "ours", route: str = "auto", impl: str = "auto", dtype: torch.dtype = torch.float32):
+        self.name, self.route, self.impl, self.dtype = name, route, impl, dtype
 
-    parts = INFERENCE
-    differs = "the two dense products alone: no bias, no gate"
+    def start(self, setting: Setting, start: JumpReLUSAE, sample: Tensor) -> None:
+        config = setting.config.changed(route=self.route)
+        self.trainer = SAETrainer(config, sample, impl=self.impl, dtype=self.dtype)
 
-    def set_up(self, inputs: Inputs) -> None:
-        dtype = OPERAND_DTYPES[inputs.dtype]
-        sae = inputs.sae.fold()
-        self.x = inputs.x.to(dtype)
-        self.W_enc, self.W_dec = sae.W_enc.detach().T.to(dtype).T, sae.W_dec.detach().to(dtype)
-        z = self.x @ self.W_enc + sae.b_enc.detach()
-        self.f = torch.where(z > sae.threshold, z, 0).to(dtype)
+    def update(self, x: Tensor) -> None:
+        self.trainer.update(x)
 
-    def encode(self) -> Tensor:
-        return torch.mm(self.x, self.W_enc)
-
-    def decode(self) -> Tensor:
-        return torch.mm(self.f, self.W_dec)
-
-    def infer(self) -> Tensor:
-        return torch.mm(torch.mm(self.x, self.W_enc), self.W_dec)
+    def sae(self) -> JumpReLUSAE:
+        self.trainer.flush()
+        return self.trainer.sae

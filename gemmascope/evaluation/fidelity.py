@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import dtype_name
 from ..kernels.density import is_sparse
-from ..saes import JumpReLUSAE
+from ..saes import SparseAutoencoder
 from .baselines import pca_fvu
 from .variance import check_activations, fvu_of
 
@@ -39,7 +39,7 @@ class SAEMetrics:
 
 @torch.no_grad()
 def evaluate_sae(
-    sae: JumpReLUSAE,
+    sae: SparseAutoencoder,
     activations: Tensor,
     train_activations: Tensor | None = None,
     keep: Tensor | None = None,

@@ -1,6 +1,5 @@
-"""The HTML page of a run: one file that needs nothing else, legible on a phone and on paper."""
+"""The HTML page of a run."""
 
-import base64
 import json
 import statistics
 from collections.abc import Iterable, Mapping
@@ -8,16 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .html import document, figure, section
 from .results import COLUMNS, PLOTS, beats_pca, formatted, summary
 
 STYLE = """
-:root { --ink: #1c1c1c; --soft: #595959; --line: #d9d9d9; --good: #00614a; --bad: #a63c00; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: #fff;
-  font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-p { max-width: 46rem; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; text-align: right; vertical-align: bottom; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
@@ -33,13 +26,8 @@ tr.first td { border-top: 2px solid var(--soft); }
   padding: 0; margin: 1.2rem 0; }
 .key b { display: block; font-size: 1.5rem; line-height: 1.2; }
 .key span { color: var(--soft); font-size: .875rem; }
-figure { margin: 1.4rem 0; break-inside: avoid; }
-figure img { max-width: 100%; height: auto; display: block; }
-figcaption { color: var(--soft); font-size: .875rem; max-width: 46rem; }
 dt { font-weight: 600; margin-top: .7rem; }
 dd { margin: 0; max-width: 46rem; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8125rem; overflow-wrap: normal; }
-code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
 @media screen and (max-width: 52rem) { /* a sheet of paper is narrower, and keeps the table */
   .saes thead { display: none; }
   .saes, .saes tbody { display: block; }
@@ -51,18 +39,12 @@ code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
   .saes tr.first td { border: 0; }
 }
 @media print {
-  @page { margin: 1.4cm; }
-  body { max-width: none; padding: 0; font-size: 9.5pt; }
-  h2 { margin-top: 1.2rem; }
-  figure img { max-height: 10.5cm; }
   dt { break-after: avoid; }
   .key b { font-size: 1.1rem; }
   .key { grid-template-columns: repeat(5, 1fr); margin: .6rem 0; }
   .saes, .facts { font-size: 7.5pt; }
   th, td { padding: .12rem .25rem; }
-  h2 { break-after: avoid; }
   tr, dt, dd { break-inside: avoid; }
-  pre { break-inside: avoid; white-space: pre-wrap; border: 1px solid var(--line); }
 }
 """
 
@@ -179,11 +161,7 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
     model, saes = results["model"], results["saes"]
     model_rows = [(MODEL_LABELS.get(key, key), value) for key, value in model.items()]
     environment, seconds = (results.get(key) or {} for key in ("environment", "seconds"))
-    figures = "\n".join(
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for caption, image in ((PLOTS[name], path.read_bytes()) for name, path in images.items())
-    )
+    figures = "\n".join(figure(path.read_bytes(), PLOTS[name], caption=True) for name, path in images.items())
     glossary = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in METRICS.items())
     files = [(f"{sae['site']}, layer {sae['layer']}", str(sae.get("path", "–"))) for sae in saes]
     sections = [
@@ -202,23 +180,11 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
     ]
     if seconds:
         sections.append(("Time, in seconds", facts((name.replace("_", " "), value) for name, value in seconds.items())))
-    body = "\n".join(f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" for title, content in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>gemmascope: {escape(run_dir.name)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>Sparse autoencoders on a small Gemma 2</h1>
+    content = "\n".join(section(*titled) for titled in sections)
+    body = f"""<h1>Sparse autoencoders on a small Gemma 2</h1>
 <p>JumpReLU sparse autoencoders (SAEs) rewrite each activation of a language model as a few active
 <em>latents</em>. This page shows how sparse and how faithful those of this run are, and what the model loses by
 them.</p>
 {key_figures(results)}
-{body}
-</body>
-</html>
-"""
+{content}"""
+    return document(f"gemmascope: {run_dir.name}", body, STYLE)

@@ -1,5 +1,6 @@
 """The sparse autoencoders as torch modules."""
 
 from .jumprelu import JumpReLUSAE
+from .protocol import SparseAutoencoder
 
-__all__ = ["JumpReLUSAE"]
+__all__ = ["JumpReLUSAE", "SparseAutoencoder"]

@@ -9,6 +9,7 @@ from gemmascope.activations import batches
 from gemmascope.errors import EnvironmentProblemError, TrainingFailedError
 from gemmascope.evaluation import evaluate_sae
 from gemmascope.kernels import reference
+from gemmascope.kernels.density import TRAINING_STEP, Switch
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.sites import Site
 from gemmascope.training import trainer as trainer_module
@@ -237,7 +238,7 @@ def trained(route, steps=120, impl="auto", run_ahead=0, room=None, **changes):
 
 
 def test_a_run_that_switches_equals_those_that_do_not(monkeypatch):
-    monkeypatch.setitem(density.TRAINING_STEP, "cpu", density.Switch(0.3, 0.25))
+    monkeypatch.setitem(TRAINING_STEP, "cpu", Switch(0.3, 0.25))
     switched, routes = trained("auto")
     first = routes.index("sparse")
     assert 0 < first < 100

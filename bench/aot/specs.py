@@ -1,0 +1,476 @@
+"""Which compilations `bench.aot` checks: every kernel in the configurations its operator file ships.
+
+To add an operator: write a generator that takes the target and yields `Spec`s, with the block sizes and warps read from
+the operator's own configuration table, and name it in `OPERATORS`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from gemmascope.kernels import _decode, _dense, _encode, _encode_gemm, _entries, _jumprelu, _latents, _residual, _update
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kernel as one launch would compile it.
+
+    arguments: the type of every run-time argument in Triton's spelling: "*bf16" (pointer), "i32", "fp32",
+    "tensordesc<bf16[128,64]>". Pointers and integers count as divisible by 16, like real tensors and sizes, unless the
+    kernel does not specialise them or ``unaligned`` names them. constants: the constexpr arguments, and integers that
+    are 1, which the JIT makes constant too. num_stages: None is the backend's default. expects: instruction classes
+    of `bench.aot.compilation` that must occur. max_spill: bytes of spill stores and loads allowed.
+    """
+
+    name: str
+    kernel: object
+    arguments: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int | None = None
+    unaligned: tuple[str, ...] = ()
+    expects: tuple[str, ...] = field(default=())
+    max_spill: int = 0
+
+
+def jumprelu(target: str) -> Iterator[Spec]:
+    counts = {"N": "i32", "F": "i32"}
+    vector_load = ("load128",)
+    for dtype in ("bf16", "fp32"):
+        forward, backward = _jumprelu.FORWARD, _jumprelu.BACKWARD
+        yield Spec(
+            name=f"jumprelu_fwd_{dtype}",
+            kernel=_jumprelu._jumprelu_fwd_kernel,
+            arguments={
+                "pre_ptr": f"*{dtype}",
+                "b_enc_ptr": "*fp32",
+                "threshold_ptr": "*fp32",
+                "f_ptr": f"*{dtype}",
+                "l0_ptr": "*i32",
+                "firing_count_ptr": "*i32",
+                "stride_pre_n": "i32",
+                **counts,
+            },
+            constants={
+                "stride_pre_f": 1,
+                "BLOCK_N": forward.block_n,
+                "BLOCK_F": forward.block_f,
+                "TILES": forward.tiles,
+            },
+            num_warps=forward.num_warps,
+            expects=vector_load,
+        )
+        yield Spec(
+            name=f"jumprelu_bwd_{dtype}",
+            kernel=_jumprelu._jumprelu_bwd_kernel,
+            arguments={
+                "grad_f_ptr": f"*{dtype}",
+                "grad_l0_ptr": "*fp32",
+                "pre_ptr": f"*{dtype}",
+                "b_enc_ptr": "*fp32",
+                "threshold_ptr": "*fp32",
+                "dpre_ptr": f"*{dtype}",
+                "partial_ptr": "*fp32",
+                "bandwidth": "fp32",
+                "half_bandwidth": "fp32",
+                "stride_grad_f_n": "i32",
+                "stride_pre_n": "i32",
+                **counts,
+            },
+            constants={
+                "stride_grad_f_f": 1,
+                "stride_grad_l0": 1,
+                "stride_pre_f": 1,
+                "BLOCK_N": backward.block_n,
+                "BLOCK_F": backward.block_f,
+                "TILES": backward.tiles,
+            },
+            num_warps=backward.num_warps,
+            expects=vector_load,
+        )
+    reduce = _jumprelu.REDUCE
+    yield Spec(
+        name="jumprelu_sum_partials",
+        kernel=_jumprelu._sum_partials_kernel,
+        arguments={
+            "partial_ptr": "*fp32",
+            "db_enc_ptr": "*fp32",
+            "dthreshold_ptr": "*fp32",
+            "N_PARTIAL": "i32",
+            "F": "i32",
+        },
+        constants={"BLOCK_N": reduce.block_n, "BLOCK_F": reduce.block_f},
+        num_warps=reduce.num_warps,
+        expects=vector_load,
+    )
+
+
+def matrix_instruction(target: str, dtype: str, block_m: int) -> str:
+    """The instruction class that ``tl.dot`` should become."""
+    if target.startswith("gfx"):
+        return "mfma"
+    wide = {"sm_90": "HGMMA", "sm_100": "tcgen05"}.get(target)
+    return wide if wide and block_m >= 64 else "HMMA"
+
+
+def encode_gemm(
+    target: str, name: str, config: _encode_gemm.EncodeConfig, dtype: str, mode: str = "inference", **overrides
+) -> Spec:
+    sizes = {"N": "i32", "F": "i32", "D": "i32"}
+    outputs = {"b_enc_ptr": "*fp32", "threshold_ptr": "*fp32", "half_bandwidth": "fp32", "words_ptr": "*i32"}
+    outputs |= {"z_ptr": f"*{dtype}" if mode == "dense" else "*fp32", "window_ptr": "*i32", **sizes}
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "SPLIT": config.split,
+        "GROUP_M": config.group_m,
+        "MODE": mode,
+        "INPUT_PRECISION": config.input_precision,
+    }
+    if config.descriptors:
+        kernel = _encode_gemm._encode_fwd_descriptor_kernel
+        operands = {
+            "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
+            "W_enc_desc": f"tensordesc<{dtype}[{config.block_n},{config.block_k}]>",
+        }
+        expects = ("TMA",)
+    else:
+        kernel = _encode_gemm._encode_fwd_kernel
+        operands = {"x_ptr": f"*{dtype}", "W_enc_ptr": f"*{dtype}", "stride_xn": "i32", "stride_wf": "i32"}
+        constants |= {"stride_xd": 1, "stride_wd": 1}
+        expects = ("load128",) if target.startswith("gfx") else ("cp.async",)
+    if dtype != "fp32" or config.input_precision == "tf32" or target.startswith("gfx"):
+        expects += (matrix_instruction(target, dtype, config.block_m),)
+    arguments = {key: kind for key, kind in {**operands, **outputs}.items() if key not in overrides}
+    return Spec(
+        name=name,
+        kernel=kernel,
+        arguments=arguments,
+        constants=constants | overrides,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        expects=() if overrides else expects,
+    )
+
+
+def encode(target: str) -> Iterator[Spec]:
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        chosen = {}
+        for n_tokens in (16, 128, 4096) if dtype != "fp16" else (4096,):
+            for describable in (True, False):
+                config = _encode_gemm.encode_config(target, torch_dtype, n_tokens, describable)
+                kind = "tma" if config.descriptors else "ptr"
+                chosen[f"encode_{kind}_{config.block_m}x{config.block_n}x{config.block_k}_{dtype}"] = config
+        for name, config in chosen.items():
+            yield encode_gemm(target, name, config, dtype)
+    segments = {"n_words": "i32", "per_row": "i32"}
+    words = _encode.SEGMENT // 32
+    yield Spec(
+        name="encode_count",
+        kernel=_encode._count_kernel,
+        arguments={"words_ptr": "*i32", "counts_ptr": "*i32", "n_segments": "i32", **segments},
+        constants={"WORDS": words, "BLOCK": _encode.COUNT_BLOCK},
+        unaligned=("per_row",),
+        expects=("load128",),
+    )
+    compact = {
+        "words_ptr": "*i32",
+        "z_ptr": "*fp32",
+        "starts_ptr": "*i64",
+        "values_ptr": "*fp32",
+        "indices_ptr": "*i32",
+        "F": "i32",
+        **segments,
+    }
+    yield Spec(
+        name="encode_compact",
+        kernel=_encode._compact_kernel,
+        arguments=compact,
+        constants={"WORDS": words},
+        num_warps=1,
+        unaligned=("per_row",),
+        expects=() if target.startswith("gfx") else ("load128",),  # two words a lane of 64
+    )
+    if target == "sm_90":  # sizes of 1 are compile-time constants, which the interpreter does not show
+        ones = {"F": 1, "D": 1, "stride_xn": 1, "stride_wf": 1}
+        yield encode_gemm(target, "encode_ptr_ones", _encode_gemm.TINY, "bf16", **ones)
+        ones = {"F": 1, "n_words": 1, "per_row": 1}
+        arguments = {key: kind for key, kind in compact.items() if key not in ones}
+        constants = {"WORDS": words, **ones}
+        yield Spec("encode_compact_ones", _encode._compact_kernel, arguments, constants, num_warps=1)
+
+
+def training_encode(target: str) -> Iterator[Spec]:
+    """The product of a training step: batches are large, operands aligned."""
+    for dtype, torch_dtype, tf32 in (
+        ("bf16", torch.bfloat16, False),
+        ("fp32", torch.float32, False),
+        ("fp32", torch.float32, True),
+    ):
+        chosen = {}
+        for n_tokens, describable in ((128, True), (4096, True), (4096, False)):
+            config = _encode_gemm.encode_config(target, torch_dtype, n_tokens, describable, tf32)
+            kind = "tma" if config.descriptors else "ptr"
+            tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+            chosen[f"{kind}_{tile}_{'tf32' if tf32 else dtype}"] = config
+        for name, config in chosen.items():
+            for mode in ("entries", "dense"):
+                yield encode_gemm(target, f"training_{mode}_{name}", config, dtype, mode)
+    segments = {"n_words": "i32", "per_row": "i32"}
+    yield Spec(
+        name="training_entries_move",
+        kernel=_entries._entries_kernel,
+        arguments={
+            "words_ptr": "*i32",
+            "z_ptr": "*fp32",
+            "threshold_ptr": "*fp32",
+            "starts_ptr": "*i64",
+            "z_out_ptr": "*fp32",
+            "latents_ptr": "*i32",
+            "tokens_ptr": "*i32",
+            "first_token": "i32",
+            "capacity": "i32",
+            "F": "i32",
+            **segments,
+        },
+        constants={"WORDS": _encode.SEGMENT // 32},
+        num_warps=1,
+        unaligned=("per_row",),
+        expects=() if target.startswith("gfx") else ("load128",),  # two words a lane of 64
+    )
+
+
+def dense(target: str) -> Iterator[Spec]:
+    sizes = {"N": "i32", "F": "i32", "n_words": "i32"}
+    count, backward = _dense.COUNT, _dense.BACKWARD
+    yield Spec(
+        name="dense_count",
+        kernel=_dense._count_bits_kernel,
+        arguments={
+            "active_ptr": "*i32",
+            "window_ptr": "*i32",
+            "l0_ptr": "*i32",
+            "firing_count_ptr": "*i32",
+            "touched_ptr": "*i32",
+            **sizes,
+        },
+        constants={"BLOCK_N": count.block_n, "WORDS": count.words, "TILES": count.tiles},
+        num_warps=count.num_warps,
+        expects=("atomic",),
+    )
+    for dtype, options in (("bf16", False), ("bf16", True), ("fp32", False)):
+        yield Spec(
+            name=f"dense_bwd_{dtype}{'_tanh_ste' if options else ''}",
+            kernel=_dense._dense_bwd_kernel,
+            arguments={
+                "u_ptr": f"*{dtype}",
+                "f_ptr": f"*{dtype}",
+                "active_ptr": "*i32",
+                "window_ptr": "*i32",
+                "threshold_ptr": "*fp32",
+                "s_ptr": "*fp32",
+                "firing_count_ptr": "*i32",
+                "partial_ptr": "*fp32",
+                "stride_un": "i32",
+                **dict.fromkeys(("scale", "bandwidth", "frequency_slope", "tanh_slope", "tanh_scale"), "fp32"),
+                **sizes,
+            },
+            constants={
+                "stride_uf": 1,
+                "HAS_TANH": options,
+                "STE_TO_Z": options,
+                "BLOCK_N": backward.block_n,
+                "WORDS": backward.words,
+                "TILES": backward.tiles,
+            },
+            num_warps=backward.num_warps,
+            # Four waves of 64 have eight bytes each of a tile of bf16.
+            expects=() if target.startswith("gfx") and dtype == "bf16" else ("load128", "store128"),
+        )
+
+
+def decode(target: str) -> Iterator[Spec]:
+    gather, dot = _decode.GATHER, _decode.DOT
+    # Gathers are prefetched into shared memory where there are asynchronous copies, into registers on AMD.
+    prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
+    one = [("ones", "bf16", {"D": 1, "stride_row": 1}, {"D": 1, "stride_grad_n": 1, "stride_wf": 1})]
+    for suffix, dtype, sum_ones, dot_ones in [("bf16", "bf16", {}, {}), ("fp32", "fp32", {}, {})] + (
+        one if target == "sm_90" else []
+    ):
+        arguments = {
+            "values_ptr": "*fp32",
+            "rows_ptr": "*i32",
+            "offsets_ptr": "*i64",
+            "table_ptr": f"*{dtype}",
+            "bias_ptr": f"*{dtype}",
+            "out_ptr": f"*{dtype}",
+            "D": "i32",
+            "stride_row": "i32",
+        }
+        yield Spec(
+            name=f"decode_gather_sum_{suffix}",
+            kernel=_decode._gather_sum_kernel,
+            arguments={key: kind for key, kind in arguments.items() if key not in sum_ones},
+            constants={
+                "stride_column": 1,
+                "HAS_BIAS": True,
+                "LANES": gather.lanes,
+                "BLOCK_D": gather.block_d,
+                "NUM_STAGES": gather.num_stages,
+                **sum_ones,
+            },
+            num_warps=gather.num_warps,
+            expects=() if sum_ones else prefetch,
+        )
+        arguments = {
+            "grad_ptr": f"*{dtype}",
+            "indices_ptr": "*i32",
+            "offsets_ptr": "*i64",
+            "W_dec_ptr": f"*{dtype}",
+            "dvalues_ptr": "*fp32",
+            "D": "i32",
+            "stride_grad_n": "i32",
+            "stride_wf": "i32",
+        }
+        yield Spec(
+            name=f"decode_gather_dot_{suffix}",
+            kernel=_decode._gather_dot_kernel,
+            arguments={key: kind for key, kind in arguments.items() if key not in dot_ones},
+            constants={
+                "stride_grad_d": 1,
+                "stride_wd": 1,
+                "LANES": dot.lanes,
+                "BLOCK_D": dot.block_d,
+                "NUM_STAGES": dot.num_stages,
+                **dot_ones,
+            },
+            num_warps=dot.num_warps,
+            expects=() if dot_ones else prefetch,
+        )
+
+
+def with_ones(spec: Spec, *sizes: str) -> Spec:
+    """The compilation for sizes of 1, which the JIT makes constants and the interpreter does not show."""
+    arguments = {name: kind for name, kind in spec.arguments.items() if name not in sizes}
+    constants = spec.constants | dict.fromkeys(sizes, 1)
+    return replace(spec, name=f"{spec.name}_ones", arguments=arguments, constants=constants, expects=())
+
+
+def sparse_step(target: str) -> Iterator[Spec]:
+    """The passes of a training step over the entries, and the update."""
+    chosen = list(sparse_step_specs(target))
+    yield from chosen
+    if target == "sm_90":
+        sizes = {"residual_bf16": ("capacity", "D", "stride_xn", "stride_wf"), "latents": ("F",)}
+        sizes |= dict.fromkeys(("update_entries_bf16", "update_dense_bf16"), ("D",))
+        yield from (with_ones(spec, *sizes[spec.name]) for spec in chosen if spec.name in sizes)
+
+
+def sparse_step_specs(target: str) -> Iterator[Spec]:
+    prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
+    entries = {"z_ptr": "*fp32", "latents_ptr": "*i32", "offsets_ptr": "*i64"}
+    config = _residual.CONFIG
+    for dtype in ("bf16", "fp32"):
+        yield Spec(
+            name=f"residual_{dtype}",
+            kernel=_residual._residual_kernel,
+            arguments={
+                **entries,
+                "x_ptr": "*fp32",
+                "W_dec_ptr": f"*{dtype}",
+                "b_dec_ptr": "*fp32",
+                "residual_ptr": f"*{dtype}",
+                "squared_error_ptr": "*fp32",
+                "l0_ptr": "*fp32",
+                "u_ptr": "*fp32",
+                "capacity": "i32",
+                "D": "i32",
+                "stride_xn": "i32",
+                "stride_wf": "i32",
+            },
+            constants={
+                "stride_xd": 1,
+                "stride_wd": 1,
+                "LANES": config.lanes,
+                "BLOCK_D": config.block_d,
+                "NUM_STAGES": config.num_stages,
+            },
+            num_warps=config.num_warps,
+            expects=prefetch,
+        )
+    config = _latents.CONFIG
+    for suffix, options in (("", False), ("_all_options", True)):
+        floats = ("scale", "bandwidth", "half_bandwidth", "frequency_slope", "tanh_slope", "tanh_scale")
+        outputs = ("dec_ptr", "dz_ptr", "db_enc_ptr", "dthreshold_ptr", "along_ptr")
+        yield Spec(
+            name=f"latents{suffix}",
+            kernel=_latents._latents_kernel,
+            arguments={
+                **entries,
+                "tokens_ptr": "*i32",
+                "order_ptr": "*i64",
+                **dict.fromkeys(("u_ptr", "threshold_ptr", "s_ptr", *outputs), "*fp32"),
+                "tokens_out_ptr": "*i32",
+                "count_ptr": "*i32",
+                "F": "i32",
+                **dict.fromkeys(floats, "fp32"),
+            },
+            constants={
+                **dict.fromkeys(("HAS_FREQUENCY", "HAS_TANH", "STE_TO_Z"), options),
+                "BLOCK_F": config.block_f,
+                "LANES": config.lanes,
+                "NUM_STAGES": config.num_stages,
+            },
+            num_warps=config.num_warps,
+        )
+    config = _update.CONFIG
+    parameters = ("W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "threshold_ptr")
+    second_moments = ("W_enc_v_ptr", "W_dec_v_ptr", "b_enc_v_ptr", "threshold_v_ptr")
+    gradients = ("db_enc_ptr", "dthreshold_ptr")
+    low = ("W_enc_low_ptr", "W_dec_low_ptr")
+    of_entries = {"dz_ptr": "*fp32", "dec_ptr": "*fp32", "tokens_ptr": "*i32", "along_ptr": "*fp32"}
+    for source in ("entries", "dense"):
+        for dtype in ("bf16", "fp32"):
+            arguments = {
+                **dict.fromkeys((*parameters, *second_moments, *gradients), "*fp32"),
+                **{"last_ptr": "*i64", "step_ptr": "*i64", "ok_ptr": "*i32", "D": "i32"},
+                **{"learning_rate": "fp32", "eps": "fp32"},
+            }
+            if source == "entries":
+                rows = f"*{dtype}"
+                arguments |= of_entries | {"lists_ptr": "*i64"}
+            else:
+                rows = "*fp32"
+                arguments |= {"lists_ptr": "*i32"}
+            arguments |= {"enc_rows_ptr": rows, "dec_rows_ptr": rows}
+            if dtype == "bf16":
+                arguments |= dict.fromkeys(low, "*bf16")
+            absent = {name: None for name in (*low, *of_entries) if name not in arguments}
+            yield Spec(
+                name=f"update_{source}_{dtype}",
+                kernel=_update._update_kernel,
+                arguments=arguments,
+                constants={
+                    **absent,
+                    "BETA2": 0.999,
+                    "LOG2_BETA2": math.log2(0.999),
+                    "LOG_THRESHOLD": dtype == "bf16",
+                    "FROM_ENTRIES": source == "entries",
+                    "LANES": config.lanes,
+                    "BLOCK_D": config.block_d,
+                    "NUM_STAGES": config.num_stages,
+                },
+                num_warps=config.num_warps,
+                expects=prefetch if source == "entries" and not target.startswith("gfx") else (),
+            )
+
+
+OPERATORS = (jumprelu, encode, training_encode, dense, decode, sparse_step)
+
+
+def specs(target: str) -> list[Spec]:
+    """Everything that is compiled for ``target`` ("sm_90", "gfx942", …)."""
+    return [spec for operator in OPERATORS for spec in operator(target)]
