@@ -55,9 +55,9 @@ format: $(VENV)/.installed
 # The compiled CPU backend, in the environment of `make test` and `make demo`. Needs a C++ compiler; half a minute a core.
 native: $(VENV)/.native
 
-$(VENV)/.native: $(VENV)/.installed $(wildcard kernels/csrc/*) kernels/_native.py setup.py
+$(VENV)/.native: $(VENV)/.installed $(wildcard kernels/cpu/csrc/*) kernels/cpu/build.py setup.py
 	GEMMASCOPE_NATIVE=1 $(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(VENV)/bin/python -c "from gemmascope.kernels import _native; exit(_native.problem())"
+	$(VENV)/bin/python -c "from gemmascope.kernels.cpu import build; exit(build.problem())"
 	touch $@
 
 SANITIZERS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -67,7 +67,7 @@ CXX_RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print
 test-native-san: $(VENV)/.installed
 	GEMMASCOPE_NATIVE=1 GEMMASCOPE_NATIVE_FLAGS="$(SANITIZERS) -DPORTABLE_LANES=16" \
 	LD_PRELOAD="$(CXX_RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-	$(VENV)/bin/python -m pytest tests/test_native.py tests/test_native_training.py tests/test_training_operators.py $(ARGS)
+	$(VENV)/bin/python -m pytest tests/kernels/test_native.py tests/kernels/test_native_training.py tests/test_training_operators.py $(ARGS)
 
 aot: $(VENV)/.installed
 	$(VENV)/bin/python -m bench.aot $(ARGS)

@@ -29,13 +29,13 @@ def native_backend() -> dict:
     except ImportError:
         print("gemmascope: no torch to build the native CPU backend with; add --no-build-isolation", file=sys.stderr)
         return {}
-    spec = importlib.util.spec_from_file_location("native", "kernels/_native.py")
+    spec = importlib.util.spec_from_file_location("native", "kernels/cpu/build.py")
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
 
     class Build(BuildExtension):
         def run(self):
-            library = Path(self.get_ext_fullpath("gemmascope.kernels._csrc"))
+            library = Path(self.get_ext_fullpath("gemmascope.kernels.cpu._csrc"))
             failure = native.failure_file(library)
             for left in (library, failure):  # an earlier build's is not what these sources make
                 left.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def native_backend() -> dict:
     return {
         "ext_modules": [
             CppExtension(
-                "gemmascope.kernels._csrc",
+                "gemmascope.kernels.cpu._csrc",
                 [str(Path(path).relative_to(Path.cwd())) for path in native.sources()],
                 extra_compile_args=list(native.COMPILER_FLAGS),
                 extra_link_args=list(native.LINKER_FLAGS),

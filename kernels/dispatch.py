@@ -4,7 +4,7 @@
 
 * ``"reference"``: the specification, plain PyTorch written to be read;
 * ``"pytorch"``: plain PyTorch written for speed on a CPU;
-* ``"cpu"``: the native backend, where it was built (`_native.py`);
+* ``"cpu"``: the native backend, where it was built (`cpu/build.py`);
 * ``"triton"``: the GPU kernels.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _native
+from .cpu import build
 from .validation import dtype_name
 
 IMPLS = ("auto", "reference", "pytorch", "cpu", "triton")
@@ -63,7 +63,7 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the tensors are on {device.type}; the native backend is for the CPU"
     if dtype not in NATIVE_DTYPES:
         return f"the native backend takes float32 or bfloat16, not {dtype_name(dtype)}"
-    return _native.problem()
+    return build.problem()
 
 
 def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
@@ -85,7 +85,7 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
         problem = why_not_native(device, dtype)
         if problem:  # what is written for speed loops over pieces, which a compiler would unroll
             return Choice("reference" if torch.compiler.is_compiling() else "pytorch", problem)
-        return Choice("cpu", f"the native backend, {_native.isa()}")
+        return Choice("cpu", f"the native backend, {build.isa()}")
     problem = why_not_triton(device, dtype)
     if impl == "triton":
         if problem:

@@ -1,9 +1,9 @@
-"""The implementations of the operators: name → modules, and the one thing that tells them apart for a caller.
+"""The implementations of the operators: name → package, and the one thing that tells them apart for a caller.
 
-This is the one place that knows where an implementation lives. An implementation is a set of functions of the same
-names and signatures: `jumprelu_forward`, `jumprelu_backward`, `preactivations`, `encode_forward`, `decode_forward`,
-`decode_backward` for inference, and the operators of the training step under their public names (`api.py` has their
-contracts). Modules are imported when one of their functions is first asked for.
+This is the one place that knows where an implementation lives. An implementation is a package with functions of the
+same names and signatures: `jumprelu_forward`, `jumprelu_backward`, `preactivations`, `encode_forward`,
+`decode_forward`, `decode_backward` for inference, and the operators of the training step under their public names
+(`api.py` has their contracts). It is imported when one of its functions is first asked for.
 """
 
 from collections.abc import Callable
@@ -14,26 +14,25 @@ from types import ModuleType
 NEED_CAPACITY = ("triton",)
 
 
-def _modules(impl: str) -> tuple[ModuleType, ModuleType]:
+def _package(impl: str) -> ModuleType:
     # Written out as imports, which `torch.compile` can trace.
     if impl == "triton":
-        from . import _inference, _training
+        from . import gpu
 
-        return _inference, _training
+        return gpu
     if impl == "cpu":
-        from . import _cpu, _cpu_training
+        from . import cpu
 
-        return _cpu, _cpu_training
+        return cpu
     if impl == "pytorch":
-        from . import _pytorch, _pytorch_training
+        from . import eager
 
-        return _pytorch, _pytorch_training
-    from . import reference, reference_training
+        return eager
+    from . import reference
 
-    return reference, reference_training
+    return reference
 
 
 def operator(name: str, impl: str) -> Callable:
     """The function that implements operator ``name``. impl: "reference", "pytorch", "cpu" or "triton"."""
-    inference, training = _modules(impl)
-    return getattr(inference if hasattr(inference, name) else training, name)
+    return getattr(_package(impl), name)

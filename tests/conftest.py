@@ -71,7 +71,7 @@ def sanitized_interpreter():
     if not interpreting() or importlib.util.find_spec("triton") is None:
         yield None
         return
-    from tests import sanitizer
+    from tests.kernels import sanitizer
 
     with sanitizer.sanitize() as report:
         yield report

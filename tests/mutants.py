@@ -28,19 +28,19 @@ class Mutant(NamedTuple):
 
 # The tests that must notice a mutant of a file: one dtype, to be quick; "float16" is in "bfloat16".
 TESTS = {
-    "_jumprelu.py": ["tests/test_jumprelu.py", "-k", "not compiled and not opcheck and not float16"],
-    "_encode.py": ["tests/test_encode.py", "-k", "not float16 and not shipped_tiles"],
-    "_encode_gemm.py": [
-        *("tests/test_encode.py", "tests/test_entries.py", "tests/test_dense.py"),
+    "gpu/jumprelu.py": ["tests/kernels/test_jumprelu.py", "-k", "not compiled and not opcheck and not float16"],
+    "gpu/encode.py": ["tests/kernels/test_encode.py", "-k", "not float16 and not shipped_tiles"],
+    "gpu/encode_gemm.py": [
+        *("tests/kernels/test_encode.py", "tests/kernels/test_entries.py", "tests/kernels/test_dense.py"),
         *("-k", "not float16 and not shipped and not tf32 and not backward and not repeats"),
     ],
-    "_entries.py": ["tests/test_entries.py", "-k", "not shipped and not repeats"],
-    "_dense.py": ["tests/test_dense.py", "-k", "not every_tiling and not repeats"],
-    "_decode.py": ["tests/test_decode.py", "-k", "not float16"],
-    "_residual.py": ["tests/test_residual.py", "-k", "not float32 and not shipped"],
-    "_latents.py": ["tests/test_latents.py", "-k", "not shipped and not float32"],
-    "_update.py": ["tests/test_update.py", "-k", "not owed"],
-    "_transpose.py": ["tests/test_latents.py", "-k", "by_latent"],
+    "gpu/entries.py": ["tests/kernels/test_entries.py", "-k", "not shipped and not repeats"],
+    "gpu/dense.py": ["tests/kernels/test_dense.py", "-k", "not every_tiling and not repeats"],
+    "gpu/decode.py": ["tests/kernels/test_decode.py", "-k", "not float16"],
+    "gpu/residual.py": ["tests/kernels/test_residual.py", "-k", "not float32 and not shipped"],
+    "gpu/latents.py": ["tests/kernels/test_latents.py", "-k", "not shipped and not float32"],
+    "gpu/update.py": ["tests/kernels/test_update.py", "-k", "not owed"],
+    "transpose.py": ["tests/kernels/test_latents.py", "-k", "by_latent"],
 }
 
 JUMPRELU = [
@@ -339,16 +339,16 @@ TRANSPOSE = [
 MUTANTS = [
     Mutant(name, file, old, new)
     for file, mutants in (
-        ("_jumprelu.py", JUMPRELU),
-        ("_encode_gemm.py", ENCODE_GEMM),
-        ("_encode.py", ENCODE),
-        ("_entries.py", ENTRIES),
-        ("_dense.py", DENSE),
-        ("_decode.py", DECODE),
-        ("_residual.py", RESIDUAL),
-        ("_latents.py", LATENTS),
-        ("_update.py", UPDATE),
-        ("_transpose.py", TRANSPOSE),
+        ("gpu/jumprelu.py", JUMPRELU),
+        ("gpu/encode_gemm.py", ENCODE_GEMM),
+        ("gpu/encode.py", ENCODE),
+        ("gpu/entries.py", ENTRIES),
+        ("gpu/dense.py", DENSE),
+        ("gpu/decode.py", DECODE),
+        ("gpu/residual.py", RESIDUAL),
+        ("gpu/latents.py", LATENTS),
+        ("gpu/update.py", UPDATE),
+        ("transpose.py", TRANSPOSE),
     )
     for name, old, new in mutants
 ]

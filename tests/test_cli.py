@@ -15,7 +15,7 @@ import torch
 import gemmascope.demo
 from gemmascope.__main__ import main
 from gemmascope.errors import BadFileError, EnvironmentProblemError, TrainingFailedError
-from gemmascope.kernels import _native
+from gemmascope.kernels.cpu import build as native_build
 from tests.reporting.test_report import make_results, write_run
 
 
@@ -112,7 +112,7 @@ def test_info_names_versions_devices_and_every_choice(capsys):
     for dtype in ("float16", "float64"):
         assert chosen["cpu", dtype] == "pytorch"
     for dtype in ("float32", "bfloat16"):
-        assert chosen["cpu", dtype] == ("pytorch" if _native.problem() else "cpu")
+        assert chosen["cpu", dtype] == ("pytorch" if native_build.problem() else "cpu")
     for index in range(torch.cuda.device_count()):
         assert chosen[f"cuda:{index}", "bfloat16"] == "triton"
 

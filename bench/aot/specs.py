@@ -10,7 +10,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from gemmascope.kernels import _decode, _dense, _encode, _encode_gemm, _entries, _jumprelu, _latents, _residual, _update
+from gemmascope.kernels.gpu import decode as gpu_decode
+from gemmascope.kernels.gpu import dense as gpu_dense
+from gemmascope.kernels.gpu import encode as gpu_encode
+from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
+from gemmascope.kernels.gpu import entries as gpu_entries
+from gemmascope.kernels.gpu import jumprelu as gpu_jumprelu
+from gemmascope.kernels.gpu import latents as gpu_latents
+from gemmascope.kernels.gpu import residual as gpu_residual
+from gemmascope.kernels.gpu import update as gpu_update
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,10 @@ def jumprelu(target: str) -> Iterator[Spec]:
     counts = {"N": "i32", "F": "i32"}
     vector_load = ("load128",)
     for dtype in ("bf16", "fp32"):
-        forward, backward = _jumprelu.FORWARD, _jumprelu.BACKWARD
+        forward, backward = gpu_jumprelu.FORWARD, gpu_jumprelu.BACKWARD
         yield Spec(
             name=f"jumprelu_fwd_{dtype}",
-            kernel=_jumprelu._jumprelu_fwd_kernel,
+            kernel=gpu_jumprelu._jumprelu_fwd_kernel,
             arguments={
                 "pre_ptr": f"*{dtype}",
                 "b_enc_ptr": "*fp32",
@@ -64,7 +72,7 @@ def jumprelu(target: str) -> Iterator[Spec]:
         )
         yield Spec(
             name=f"jumprelu_bwd_{dtype}",
-            kernel=_jumprelu._jumprelu_bwd_kernel,
+            kernel=gpu_jumprelu._jumprelu_bwd_kernel,
             arguments={
                 "grad_f_ptr": f"*{dtype}",
                 "grad_l0_ptr": "*fp32",
@@ -90,10 +98,10 @@ def jumprelu(target: str) -> Iterator[Spec]:
             num_warps=backward.num_warps,
             expects=vector_load,
         )
-    reduce = _jumprelu.REDUCE
+    reduce = gpu_jumprelu.REDUCE
     yield Spec(
         name="jumprelu_sum_partials",
-        kernel=_jumprelu._sum_partials_kernel,
+        kernel=gpu_jumprelu._sum_partials_kernel,
         arguments={
             "partial_ptr": "*fp32",
             "db_enc_ptr": "*fp32",
@@ -116,7 +124,7 @@ def matrix_instruction(target: str, dtype: str, block_m: int) -> str:
 
 
 def encode_gemm(
-    target: str, name: str, config: _encode_gemm.EncodeConfig, dtype: str, mode: str = "inference", **overrides
+    target: str, name: str, config: gpu_encode_gemm.EncodeConfig, dtype: str, mode: str = "inference", **overrides
 ) -> Spec:
     sizes = {"N": "i32", "F": "i32", "D": "i32"}
     outputs = {"b_enc_ptr": "*fp32", "threshold_ptr": "*fp32", "half_bandwidth": "fp32", "words_ptr": "*i32"}
@@ -131,14 +139,14 @@ def encode_gemm(
         "INPUT_PRECISION": config.input_precision,
     }
     if config.descriptors:
-        kernel = _encode_gemm._encode_fwd_descriptor_kernel
+        kernel = gpu_encode_gemm._encode_fwd_descriptor_kernel
         operands = {
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
             "W_enc_desc": f"tensordesc<{dtype}[{config.block_n},{config.block_k}]>",
         }
         expects = ("TMA",)
     else:
-        kernel = _encode_gemm._encode_fwd_kernel
+        kernel = gpu_encode_gemm._encode_fwd_kernel
         operands = {"x_ptr": f"*{dtype}", "W_enc_ptr": f"*{dtype}", "stride_xn": "i32", "stride_wf": "i32"}
         constants |= {"stride_xd": 1, "stride_wd": 1}
         expects = ("load128",) if target.startswith("gfx") else ("cp.async",)
@@ -161,18 +169,18 @@ def encode(target: str) -> Iterator[Spec]:
         chosen = {}
         for n_tokens in (16, 128, 4096) if dtype != "fp16" else (4096,):
             for describable in (True, False):
-                config = _encode_gemm.encode_config(target, torch_dtype, n_tokens, describable)
+                config = gpu_encode_gemm.encode_config(target, torch_dtype, n_tokens, describable)
                 kind = "tma" if config.descriptors else "ptr"
                 chosen[f"encode_{kind}_{config.block_m}x{config.block_n}x{config.block_k}_{dtype}"] = config
         for name, config in chosen.items():
             yield encode_gemm(target, name, config, dtype)
     segments = {"n_words": "i32", "per_row": "i32"}
-    words = _encode.SEGMENT // 32
+    words = gpu_encode.SEGMENT // 32
     yield Spec(
         name="encode_count",
-        kernel=_encode._count_kernel,
+        kernel=gpu_encode._count_kernel,
         arguments={"words_ptr": "*i32", "counts_ptr": "*i32", "n_segments": "i32", **segments},
-        constants={"WORDS": words, "BLOCK": _encode.COUNT_BLOCK},
+        constants={"WORDS": words, "BLOCK": gpu_encode.COUNT_BLOCK},
         unaligned=("per_row",),
         expects=("load128",),
     )
@@ -187,7 +195,7 @@ def encode(target: str) -> Iterator[Spec]:
     }
     yield Spec(
         name="encode_compact",
-        kernel=_encode._compact_kernel,
+        kernel=gpu_encode._compact_kernel,
         arguments=compact,
         constants={"WORDS": words},
         num_warps=1,
@@ -196,11 +204,11 @@ def encode(target: str) -> Iterator[Spec]:
     )
     if target == "sm_90":  # sizes of 1 are compile-time constants, which the interpreter does not show
         ones = {"F": 1, "D": 1, "stride_xn": 1, "stride_wf": 1}
-        yield encode_gemm(target, "encode_ptr_ones", _encode_gemm.TINY, "bf16", **ones)
+        yield encode_gemm(target, "encode_ptr_ones", gpu_encode_gemm.TINY, "bf16", **ones)
         ones = {"F": 1, "n_words": 1, "per_row": 1}
         arguments = {key: kind for key, kind in compact.items() if key not in ones}
         constants = {"WORDS": words, **ones}
-        yield Spec("encode_compact_ones", _encode._compact_kernel, arguments, constants, num_warps=1)
+        yield Spec("encode_compact_ones", gpu_encode._compact_kernel, arguments, constants, num_warps=1)
 
 
 def training_encode(target: str) -> Iterator[Spec]:
@@ -212,7 +220,7 @@ def training_encode(target: str) -> Iterator[Spec]:
     ):
         chosen = {}
         for n_tokens, describable in ((128, True), (4096, True), (4096, False)):
-            config = _encode_gemm.encode_config(target, torch_dtype, n_tokens, describable, tf32)
+            config = gpu_encode_gemm.encode_config(target, torch_dtype, n_tokens, describable, tf32)
             kind = "tma" if config.descriptors else "ptr"
             tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
             chosen[f"{kind}_{tile}_{'tf32' if tf32 else dtype}"] = config
@@ -222,7 +230,7 @@ def training_encode(target: str) -> Iterator[Spec]:
     segments = {"n_words": "i32", "per_row": "i32"}
     yield Spec(
         name="training_entries_move",
-        kernel=_entries._entries_kernel,
+        kernel=gpu_entries._entries_kernel,
         arguments={
             "words_ptr": "*i32",
             "z_ptr": "*fp32",
@@ -236,7 +244,7 @@ def training_encode(target: str) -> Iterator[Spec]:
             "F": "i32",
             **segments,
         },
-        constants={"WORDS": _encode.SEGMENT // 32},
+        constants={"WORDS": gpu_encode.SEGMENT // 32},
         num_warps=1,
         unaligned=("per_row",),
         expects=() if target.startswith("gfx") else ("load128",),  # two words a lane of 64
@@ -245,10 +253,10 @@ def training_encode(target: str) -> Iterator[Spec]:
 
 def dense(target: str) -> Iterator[Spec]:
     sizes = {"N": "i32", "F": "i32", "n_words": "i32"}
-    count, backward = _dense.COUNT, _dense.BACKWARD
+    count, backward = gpu_dense.COUNT, gpu_dense.BACKWARD
     yield Spec(
         name="dense_count",
-        kernel=_dense._count_bits_kernel,
+        kernel=gpu_dense._count_bits_kernel,
         arguments={
             "active_ptr": "*i32",
             "window_ptr": "*i32",
@@ -264,7 +272,7 @@ def dense(target: str) -> Iterator[Spec]:
     for dtype, options in (("bf16", False), ("bf16", True), ("fp32", False)):
         yield Spec(
             name=f"dense_bwd_{dtype}{'_tanh_ste' if options else ''}",
-            kernel=_dense._dense_bwd_kernel,
+            kernel=gpu_dense._dense_bwd_kernel,
             arguments={
                 "u_ptr": f"*{dtype}",
                 "f_ptr": f"*{dtype}",
@@ -293,7 +301,7 @@ def dense(target: str) -> Iterator[Spec]:
 
 
 def decode(target: str) -> Iterator[Spec]:
-    gather, dot = _decode.GATHER, _decode.DOT
+    gather, dot = gpu_decode.GATHER, gpu_decode.DOT
     # Gathers are prefetched into shared memory where there are asynchronous copies, into registers on AMD.
     prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
     one = [("ones", "bf16", {"D": 1, "stride_row": 1}, {"D": 1, "stride_grad_n": 1, "stride_wf": 1})]
@@ -312,7 +320,7 @@ def decode(target: str) -> Iterator[Spec]:
         }
         yield Spec(
             name=f"decode_gather_sum_{suffix}",
-            kernel=_decode._gather_sum_kernel,
+            kernel=gpu_decode._gather_sum_kernel,
             arguments={key: kind for key, kind in arguments.items() if key not in sum_ones},
             constants={
                 "stride_column": 1,
@@ -337,7 +345,7 @@ def decode(target: str) -> Iterator[Spec]:
         }
         yield Spec(
             name=f"decode_gather_dot_{suffix}",
-            kernel=_decode._gather_dot_kernel,
+            kernel=gpu_decode._gather_dot_kernel,
             arguments={key: kind for key, kind in arguments.items() if key not in dot_ones},
             constants={
                 "stride_grad_d": 1,
@@ -372,11 +380,11 @@ def sparse_step(target: str) -> Iterator[Spec]:
 def sparse_step_specs(target: str) -> Iterator[Spec]:
     prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
     entries = {"z_ptr": "*fp32", "latents_ptr": "*i32", "offsets_ptr": "*i64"}
-    config = _residual.CONFIG
+    config = gpu_residual.CONFIG
     for dtype in ("bf16", "fp32"):
         yield Spec(
             name=f"residual_{dtype}",
-            kernel=_residual._residual_kernel,
+            kernel=gpu_residual._residual_kernel,
             arguments={
                 **entries,
                 "x_ptr": "*fp32",
@@ -401,13 +409,13 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             num_warps=config.num_warps,
             expects=prefetch,
         )
-    config = _latents.CONFIG
+    config = gpu_latents.CONFIG
     for suffix, options in (("", False), ("_all_options", True)):
         floats = ("scale", "bandwidth", "half_bandwidth", "frequency_slope", "tanh_slope", "tanh_scale")
         outputs = ("dec_ptr", "dz_ptr", "db_enc_ptr", "dthreshold_ptr", "along_ptr")
         yield Spec(
             name=f"latents{suffix}",
-            kernel=_latents._latents_kernel,
+            kernel=gpu_latents._latents_kernel,
             arguments={
                 **entries,
                 "tokens_ptr": "*i32",
@@ -426,7 +434,7 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             },
             num_warps=config.num_warps,
         )
-    config = _update.CONFIG
+    config = gpu_update.CONFIG
     parameters = ("W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "threshold_ptr")
     second_moments = ("W_enc_v_ptr", "W_dec_v_ptr", "b_enc_v_ptr", "threshold_v_ptr")
     gradients = ("db_enc_ptr", "dthreshold_ptr")
@@ -451,7 +459,7 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             absent = {name: None for name in (*low, *of_entries) if name not in arguments}
             yield Spec(
                 name=f"update_{source}_{dtype}",
-                kernel=_update._update_kernel,
+                kernel=gpu_update._update_kernel,
                 arguments=arguments,
                 constants={
                     **absent,

@@ -17,7 +17,7 @@ from gemmascope.training.config import Loss
 from gemmascope.training.losses import loss_and_gradients
 from gemmascope.training.state import ROOM, TrainState
 from gemmascope.training.step import dense_step, reference_step, sparse_step
-from tests.native import needs_native
+from tests.kernels.native import needs_native
 from tests.training.test_losses import LOSSES
 
 # In the interpreter, or on a GPU where there is one.

@@ -1,0 +1,43 @@
+"""The native CPU backend: its build, its operators, and their C++ in csrc/."""
+
+from .inference import (
+    decode_backward,
+    decode_forward,
+    encode_forward,
+    jumprelu_backward,
+    jumprelu_forward,
+    preactivations,
+)
+from .training import (
+    by_latent,
+    dense_backward,
+    dense_encode,
+    encode_entries,
+    encoder_times,
+    latent_pass,
+    residual_pass,
+    settle,
+    update_from_dense,
+    update_from_entries,
+    weight_gradients,
+)
+
+__all__ = [
+    "by_latent",
+    "decode_backward",
+    "decode_forward",
+    "dense_backward",
+    "dense_encode",
+    "encode_entries",
+    "encode_forward",
+    "encoder_times",
+    "jumprelu_backward",
+    "jumprelu_forward",
+    "latent_pass",
+    "preactivations",
+    "residual_pass",
+    "settle",
+    "update_from_dense",
+    "update_from_entries",
+    "weight_gradients",
+]

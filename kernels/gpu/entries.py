@@ -1,0 +1,108 @@
+"""The entries of a batch: the pairs (token, latent) with z > θ or |z − θ| < ε/2, where z = x·W_enc + b_enc.
+
+x [N, d], W_enc [d, F] of one dtype (fp32, fp16, bf16), b_enc [F], θ = threshold [F] fp32  →  `training.Entries`.
+
+As in sparse inference (`_encode`), the GEMM leaves one bit per entry and the fp32 z of the entries it keeps, in scratch
+for a chunk of tokens at a time; the bits are counted and scanned; a light kernel moves the kept entries where they go.
+Here the room for them is given beforehand and the host never waits: the scan runs on, on the device, from chunk to
+chunk, and what falls beyond the capacity is counted but not written. Whether an entry is active is decided once more
+from the same z and θ when it is moved.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..entries import ACTIVE, Entries
+from .common import on_device
+from .encode import SEGMENT, _count, _popcount
+from .encode_gemm import encode_gemm, launch_config, tokens_per_chunk, words_per_row
+
+_ACTIVE = tl.constexpr(ACTIVE)
+
+
+@triton.jit(do_not_specialize=["first_token", "capacity"])
+def _entries_kernel(
+    words_ptr, z_ptr, threshold_ptr, starts_ptr, z_out_ptr, latents_ptr, tokens_ptr, first_token, capacity, F, n_words,
+    per_row, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Moves the kept entries of one segment of a row to starts[segment] (int64) and on, as far as capacity allows."""
+    segment = tl.program_id(0)
+    start = tl.load(starts_ptr + segment)
+    end = tl.load(starts_ptr + segment + 1)
+    if (end > start) & (start < capacity):
+        row = (segment // per_row).to(tl.int64)
+        word_columns = (segment % per_row) * WORDS + tl.arange(0, WORDS)
+        words = tl.load(words_ptr + row * n_words + word_columns, mask=word_columns < n_words, other=0).to(tl.uint32)
+        counts = _popcount(words)
+        position = start + tl.cumsum(counts, 0) - counts
+        for _ in range(tl.max(counts, 0)):  # each word gives up its lowest bit
+            kept = words != 0
+            lower = words - kept.to(tl.uint32)
+            latent = word_columns * 32 + _popcount(lower & (lower ^ words))
+            z = tl.load(z_ptr + row * F + latent, mask=kept, other=0.0)
+            threshold = tl.load(threshold_ptr + latent, mask=kept, other=0.0)
+            inactive = (z <= threshold) & (tl.abs(z) < float("inf"))
+            stored = kept & (position < capacity)
+            tl.store(z_out_ptr + position, z, mask=stored)
+            tl.store(latents_ptr + position, tl.where(inactive, latent, latent | _ACTIVE), mask=stored)
+            tl.store(tokens_ptr + position, tl.zeros([WORDS], tl.int32) + first_token + row.to(tl.int32), mask=stored)
+            words = words & lower
+            position += 1
+
+
+def _move(words: Tensor, z: Tensor, threshold: Tensor, starts: Tensor, first_token: int, entries: Entries) -> None:
+    """From one chunk's words and scratch to its entries; ``starts``: [segments of the chunk + 1]."""
+    F = threshold.shape[0]
+    _entries_kernel[(starts.shape[0] - 1,)](
+        words_ptr=words,
+        z_ptr=z,
+        threshold_ptr=threshold,
+        starts_ptr=starts,
+        z_out_ptr=entries.z,
+        latents_ptr=entries.latents,
+        tokens_ptr=entries.tokens,
+        first_token=first_token,
+        capacity=entries.z.shape[0],
+        F=F,
+        n_words=words.shape[1],
+        per_row=triton.cdiv(F, SEGMENT),
+        WORDS=SEGMENT // 32,
+        num_warps=1,
+    )
+
+
+def encode_entries(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, capacity: int, tf32: bool = False
+) -> Entries:
+    """By the contract of `reference_training.encode_entries`; z and tokens beyond the last entry are undefined.
+
+    Launches without waiting for the device. Any strides; x whose rows start on 16-byte boundaries and latent-major
+    W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `SCRATCH_BYTES` at most, or that of
+    one token, and 8 bytes for each `SEGMENT` latents of a token.
+    """
+    N, F = x.shape[0], W_enc.shape[1]
+    z_out = x.new_empty(capacity, dtype=torch.float32)
+    latents = torch.full((capacity,), F, dtype=torch.int32, device=x.device)
+    tokens = x.new_empty(capacity, dtype=torch.int32)
+    if N == 0 or F == 0:
+        return Entries(z_out, latents, tokens, torch.zeros(N + 1, dtype=torch.int64, device=x.device))
+    config = launch_config(x, W_enc, tf32)
+    chunk, per_row = min(N, tokens_per_chunk(F, config)), triton.cdiv(F, SEGMENT)
+    z = x.new_empty(chunk, F, dtype=torch.float32)
+    words = x.new_empty(chunk, words_per_row(F), dtype=torch.int32)
+    counts = x.new_empty(chunk * per_row, dtype=torch.int32)
+    starts = torch.zeros(N * per_row + 1, dtype=torch.int64, device=x.device)
+    entries = Entries(z_out, latents, tokens, starts[::per_row])
+    b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
+    with on_device(x):
+        for first in range(0, N, chunk):
+            rows = min(chunk, N - first)
+            encode_gemm(x[first : first + rows], W_enc, b_enc, threshold, z, words, config, "entries", bandwidth)
+            _count(words, counts[: rows * per_row], per_row)
+            part = starts[first * per_row : (first + rows) * per_row + 1]
+            torch.cumsum(counts[: rows * per_row], 0, dtype=torch.int64, out=part[1:])
+            part[1:] += part[0]
+            _move(words, z, threshold, part, first, entries)
+    return entries._replace(offsets=entries.offsets.contiguous())

@@ -1,0 +1,355 @@
+"""The update by Triton against the fp64 reference and plain dense Adam: python -m pytest tests/test_update.py"""
+
+import pytest
+import torch
+
+from gemmascope.kernels import reference
+from gemmascope.kernels.dispatch import interpreting
+from gemmascope.kernels.entries import ByLatent, LatentState, LatentSums, Rule
+from tests.helpers import (
+    assert_bitwise_equal,
+    assert_same_not_finite,
+    assert_within_budget,
+    errors,
+    normal,
+    shape_cases,
+)
+from tests.kernels import sanitizer
+from tests.kernels.entries import double
+
+pytest.importorskip("triton")
+from gemmascope.kernels.gpu import update as gpu_update
+from gemmascope.kernels.gpu.decode import GatherConfig
+from gemmascope.kernels.gpu.update import settle, update_from_dense, update_from_entries
+
+RULE = Rule(learning_rate=1e-2, beta2=0.999, eps=1e-8, log_threshold=False)
+LOG = RULE._replace(log_threshold=True)
+interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(gpu_update, "CONFIG", GatherConfig(lanes=4, block_d=16, num_warps=1, num_stages=3))
+
+
+def uniform(*shape, seed):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_state(F, d, low=False, device="cpu", updates=20) -> LatentState:
+    """As after ``updates`` updates, latents last touched at different ones of them."""
+    W_enc, W_dec = normal(F, d, seed=1), torch.nn.functional.normalize(normal(F, d, seed=2), dim=1)
+    moments = (1e-2 * uniform(*shape, seed=3 + i) for i, shape in enumerate(((F, d), (F, d), (F,), (F,))))
+    last = torch.randint(0, updates + 1, (F,), generator=torch.Generator().manual_seed(7))
+    copies = (W_enc.bfloat16(), W_dec.bfloat16()) if low else ()
+    state = (W_enc, W_dec, normal(F, seed=8), 0.1 + uniform(F, seed=9), *moments, last, *copies)
+    return LatentState(*(t.to(device) for t in state))
+
+
+def clone(state: LatentState) -> LatentState:
+    return LatentState(*(t if t is None else t.clone() for t in state))
+
+
+def random_sums(N, F, device="cpu", active=0.4, seed=10) -> tuple[ByLatent, LatentSums]:
+    """Coefficients of the listed pairs, room for two more; of F > 2 latents the second has none, the third has all."""
+    listed = uniform(F, N, seed=seed) < active
+    if F > 2:
+        listed[1], listed[2] = False, True
+    latents, tokens = torch.nonzero(listed, as_tuple=True)
+    offsets = torch.nn.functional.pad(listed.sum(1).cumsum(0), (1, 0))
+    dec, dz = (normal(len(latents) + 2, seed=seed + i) for i in (1, 2))
+    dec[-2:] = dz[-2:] = torch.nan
+    tokens = torch.nn.functional.pad(tokens.int(), (0, 2), value=2**31 - 1)
+    totals = (normal(F, seed=seed + i) for i in (3, 4, 5))
+    sums = LatentSums(dec, dz, tokens, *totals, torch.zeros(F, dtype=torch.int32))
+    order = torch.arange(len(dec))
+    return ByLatent(order.to(device), offsets.to(device)), LatentSums(*(t.to(device) for t in sums))
+
+
+def scalars(ok=1, step=20, device="cpu"):
+    return torch.tensor(ok, dtype=torch.int32, device=device), torch.tensor(step, device=device)
+
+
+def check_state(actual: LatentState, exact: LatentState, eager: LatentState):
+    for name, a, b, c in zip(actual._fields, actual, exact, eager, strict=True):
+        if a is None:
+            continue
+        if a.dtype == torch.int64:
+            assert_bitwise_equal(name, a, c)
+        else:
+            assert_within_budget(name, a, b, c)
+
+
+def run_entries(update, state, sums, rows, rule, ok, step):
+    update(state, sums[0], sums[1], *rows, rule, ok, step)
+    return state
+
+
+def check_entries(N, F, d, rule, dtype=torch.float32, low=False, device="cpu"):
+    """The state after one update from entries, which agrees with the reference."""
+    state, sums = random_state(F, d, low, device), random_sums(N, F, device)
+    rows = tuple(normal(N, d, dtype=dtype, device=device, seed=seed) for seed in (20, 21))
+    rest = (rule, *scalars(device=device))
+    actual = run_entries(update_from_entries, clone(state), sums, rows, *rest)
+    eager = run_entries(reference.update_from_entries, clone(state), sums, rows, *rest)
+    exact = run_entries(reference.update_from_entries, double(clone(state)), double(sums), double(rows), *rest)
+    check_state(actual, exact, eager)
+    return state, actual, sums
+
+
+@interpreted
+@pytest.mark.parametrize("rule", [RULE, LOG], ids=["raw", "log"])
+@pytest.mark.parametrize(("N", "F", "d"), shape_cases(4, 6, 16, empty=False))
+def test_matches_reference(small_tiles, N, F, d, rule):
+    check_entries(N, F, d, rule)
+
+
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize("d", [3, gpu_update.CONFIG.block_d + 1])
+def test_shipped_tiles_match_reference(d, dtype, low, device):
+    check_entries(7, 4, d, LOG, dtype, low, device)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_latents_without_entries_stay_bit_for_bit(low, device):
+    before, after, (transposed, _) = check_entries(5, 6, 9, RULE, low=low, device=device)
+    idle = transposed.offsets.diff() == 0
+    assert idle.any()
+    assert not idle.all()
+    for name, a, b in zip(before._fields, before, after, strict=True):
+        if a is not None:
+            assert_bitwise_equal(name, b[idle], a[idle])
+            assert not torch.equal(b[~idle], a[~idle]), name
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 9])
+def test_lists_around_the_gather(small_tiles, tokens):
+    check_entries(tokens, 3, 37, RULE)
+
+
+@interpreted
+@pytest.mark.parametrize("rule", [RULE, LOG], ids=["raw", "log"])
+@pytest.mark.parametrize(("F", "d", "low"), [(1, 1, False), (5, 15, True), (5, 16, True), (5, 37, True)])
+def test_update_from_dense_gradients(small_tiles, F, d, low, rule):
+    state = random_state(F, d, low)
+    gradients = normal(F, d, seed=30), normal(F, d, seed=31), normal(F, seed=32), normal(F, seed=33)
+    touched = torch.tensor([2, 0, 1, 0, 5][:F], dtype=torch.int32)
+    actual, eager, exact = clone(state), clone(state), double(clone(state))
+    rest = (touched, rule, *scalars())
+    update_from_dense(actual, *gradients, *rest)
+    reference.update_from_dense(eager, *gradients, *rest)
+    reference.update_from_dense(exact, *double(gradients), *rest)
+    check_state(actual, exact, eager)
+    for a, b in zip(actual, state, strict=True):
+        assert a is None or torch.equal(a[touched == 0], b[touched == 0])
+
+
+def test_both_sources_agree(device):
+    """With `along` taken of the very gradient, the entries and the matrices give the same numbers."""
+    N, F, d = 6, 5, 9
+    state, (transposed, sums) = random_state(F, d, device=device), random_sums(N, F, device)
+    residual, x_centred = (normal(N, d, device=device, seed=seed) for seed in (20, 21))
+    gradients = reference.weight_gradients(transposed, sums, residual, x_centred)
+    sums = sums._replace(along=(gradients[1].double() * state.W_dec).sum(1).float())
+    touched = transposed.offsets.diff().int()
+    of_entries, of_dense = clone(state), clone(state)
+    rest = (RULE, *scalars(device=device))
+    update_from_entries(of_entries, transposed, sums, residual, x_centred, *rest)
+    update_from_dense(of_dense, *gradients, sums.db_enc, sums.dthreshold, touched, *rest)
+    for name, a, b in zip(state._fields[:-2], of_entries, of_dense, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("source", ["entries", "dense"])
+def test_nothing_changes_without_permission(source, device):
+    N, F, d = 4, 3, 5
+    state, (transposed, sums) = random_state(F, d, True, device), random_sums(N, F, device)
+    after, rest = clone(state), (RULE, *scalars(ok=0, device=device))
+    rows = [torch.full((N, d), torch.nan, device=device)] * 2
+    if source == "entries":
+        update_from_entries(after, transposed, sums, *rows, *rest)
+    else:
+        gradients = [torch.full((F, d), torch.nan, device=device)] * 2
+        touched = torch.ones(F, dtype=torch.int32, device=device)
+        update_from_dense(after, *gradients, sums.db_enc, sums.dthreshold, touched, *rest)
+    for name, a, b in zip(state._fields, after, state, strict=True):
+        assert_bitwise_equal(name, a, b)
+
+
+@pytest.mark.parametrize("rule", [RULE, LOG], ids=["raw", "log"])
+def test_threshold_never_falls_below_zero_and_shows_nan(rule, device):
+    state, (transposed, sums) = random_state(4, 3, device=device), random_sums(5, 4, device, active=1.0)
+    state.threshold_v.zero_()
+    sums.dthreshold.copy_(torch.tensor([1.0, 1.0, -1.0, torch.nan]))
+    eager = clone(state)
+    rows = normal(5, 3, device=device), normal(5, 3, device=device, seed=1)
+    rest = (rule._replace(learning_rate=10.0), *scalars(device=device))
+    update_from_entries(state, transposed, sums, *rows, *rest)
+    reference.update_from_entries(eager, transposed, sums, *rows, *rest)
+    assert_same_not_finite("threshold", state.threshold, eager.threshold)
+    assert state.threshold[3].isnan()
+    assert state.threshold[0] == eager.threshold[0]
+    assert (state.threshold[0] == 0) == (rule is RULE)
+
+
+def test_repeats_bit_for_bit(device):
+    state, sums = random_state(12, 19, True, device), random_sums(9, 12, device)
+    rows = normal(9, 19, device=device), normal(9, 19, device=device, seed=1)
+    first = run_entries(update_from_entries, clone(state), sums, rows, RULE, *scalars(device=device))
+    for seed in (1, 2):
+        with sanitizer.sanitize(race=True, seed=seed):
+            again = run_entries(update_from_entries, clone(state), sums, rows, RULE, *scalars(device=device))
+        for name, a, b in zip(first._fields, again, first, strict=True):
+            assert_bitwise_equal(name, a, b)
+
+
+class DenseAdam:
+    """torch.optim.Adam over dense fp64 parameters, log θ among them, that makes every update on every latent."""
+
+    def __init__(self, state: LatentState, rule: Rule):
+        weights = (state.W_enc, state.W_dec, state.b_enc, state.threshold.log())
+        self.parameters = [weight.clone().requires_grad_() for weight in weights]
+        self.optimiser = torch.optim.Adam(self.parameters, rule.learning_rate, (0.0, rule.beta2), rule.eps)
+
+    def step(self, *gradients):
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimiser.step()
+        with torch.no_grad():
+            self.parameters[1] /= self.parameters[1].norm(dim=1, keepdim=True)
+
+    def weights(self) -> list:
+        *weights, t = (parameter.detach() for parameter in self.parameters)
+        return [*weights, t.exp()]
+
+    def state(self) -> dict:
+        moments = (self.optimiser.state[parameter]["exp_avg_sq"] for parameter in self.parameters)
+        return dict(zip(LatentState._fields, (*self.weights(), *moments), strict=False))
+
+
+def without(idle, transposed, sums):
+    """The entries without those of the idle latents, nothing beyond the last."""
+    lengths = transposed.offsets.diff()
+    keep = ~idle.repeat_interleave(lengths)
+    sums = LatentSums(*(part[:-2][keep] for part in sums[:3]), *sums[3:])
+    offsets = torch.nn.functional.pad((lengths * ~idle).cumsum(0), (1, 0))
+    return ByLatent(torch.arange(len(sums.dec)), offsets), sums
+
+
+def dense_gradients(transposed, sums, rows, W_dec, threshold):
+    """dW_enc, dW_dec (projected), db_enc and dL/dlog θ in fp64 by matrix products; and the sums with their `along`."""
+    lengths = transposed.offsets.diff()
+    coefficients = torch.zeros(2, len(lengths), len(rows[0]), dtype=torch.float64)
+    latents = torch.arange(len(lengths)).repeat_interleave(lengths)
+    coefficients[:, latents, sums.tokens.long()] = torch.stack((sums.dz, sums.dec)).double()
+    dW_enc, dW_dec = coefficients[0] @ rows[1].double(), coefficients[1] @ rows[0].double()
+    sums = sums._replace(along=(dW_dec * W_dec).sum(1).float())
+    touched = lengths > 0
+    dW_dec -= sums.along.double()[:, None] * W_dec
+    db_enc, dthreshold = (total.double() * touched for total in (sums.db_enc, sums.dthreshold))
+    return (dW_enc, dW_dec, db_enc, threshold * dthreshold), sums
+
+
+@interpreted
+def test_owed_decay_is_plain_dense_adam(small_tiles):
+    """200 updates of a latent with entries at 3 in 40 of them, one that never has any, and one that always does, but
+    for 3,000 more updates without any entry in the middle. Then `settle`.
+    """
+    N, F, d, rule = 3, 3, 4, Rule(1e-3, 0.999, 1e-8, True)
+    start = random_state(F, d)
+    start.last.zero_()
+    start.W_dec.sign_().mul_(0.5)  # exactly of unit norm, so that dense Adam leaves an idle latent as it is
+    for v in start[4:8]:
+        v.zero_()
+    actual, eager, exact = clone(start), clone(start), double(clone(start))
+    adam = DenseAdam(exact, rule)
+    ok, updates = scalars(step=0)
+    for i in range(200):
+        idle = torch.tensor([i % 40 > 2, False, False])
+        transposed, sums = without(idle, *random_sums(N, F, active=0.5, seed=100 * i))
+        rows = normal(N, d, seed=i), normal(N, d, seed=i + 1000)
+        _, W_dec, _, threshold = adam.weights()
+        gradients, sums = dense_gradients(transposed, sums, rows, W_dec, threshold)
+        adam.step(*gradients)
+        with sanitizer.sanitize(race=False):
+            update_from_entries(actual, transposed, sums, *rows, rule, ok, updates)
+        reference.update_from_entries(eager, transposed, sums, *rows, rule, ok, updates)
+        reference.update_from_entries(exact, transposed, double(sums), *double(rows), rule, ok, updates)
+        updates += 1
+        if i == 100:
+            for _ in range(3000):
+                adam.step(*(torch.zeros_like(gradient) for gradient in gradients))
+            updates += 3000
+    assert actual.last[0] < 3200 - 30
+    assert actual.last.tolist()[1:] == [0, 3200]
+    for state in (actual, eager, exact):
+        settle(state, updates, rule.beta2)
+        assert (state.last == updates).all()
+    for name, expected in adam.state().items():
+        torch.testing.assert_close(getattr(exact, name), expected, rtol=1e-10, atol=1e-14, msg=name)
+        # Two roundings an update add up like a random walk; with three latents, eager PyTorch may just be lucky.
+        allowed = 2 * 200**0.5 * torch.finfo(torch.float32).eps
+        for state in (actual, eager):
+            assert errors(getattr(state, name), expected)["norm"] <= allowed, name
+
+
+def test_power_of_beta2_is_exact_after_many_updates(device):
+    """In fp32, β2 to the power of 20,000 would be off by 3e-4."""
+    state, (transposed, sums) = random_state(3, 2, device=device), random_sums(2, 3, device, active=1.0)
+    rest = (RULE, *scalars(step=20_000, device=device))
+    state.last.copy_(torch.tensor([0, 0, 10]))
+    nothing = sums._replace(db_enc=torch.zeros_like(sums.db_enc))
+    before = state.b_enc_v.clone()
+    rows = normal(2, 2, device=device), normal(2, 2, device=device, seed=1)
+    update_from_entries(state, transposed, nothing, *rows, *rest)
+    touched = transposed.offsets.diff() > 0
+    exponent = 20_001 - torch.tensor([0.0, 0.0, 10.0], dtype=torch.float64, device=device)
+    exact = (before.double() * torch.pow(torch.full_like(exponent, RULE.beta2), exponent))[touched]
+    assert_within_budget("b_enc_v", state.b_enc_v[touched], exact, exact.float())
+
+
+def far_state(F, d):
+    state = LatentState(
+        *(torch.empty(F, d) for _ in range(2)), *(torch.zeros(F) for _ in range(2)),
+        *(torch.empty(F, d) for _ in range(2)), *(torch.zeros(F) for _ in range(2)),
+        torch.zeros(F, dtype=torch.int64), *(torch.empty(F, d, dtype=torch.bfloat16) for _ in range(2)),
+    )  # fmt: skip
+    near = random_state(1, d, low=True)
+    for far, row in zip(state, near, strict=True):
+        far[-1:] = row
+    return state, near
+
+
+@interpreted
+@pytest.mark.parametrize("source", ["entries", "dense"])
+def test_offsets_beyond_32_bits(source, monkeypatch):
+    """The last latent of weights of 2³¹ + 2¹⁵ elements, and entries, tokens and gradients as far out."""
+    monkeypatch.setattr(gpu_update, "CONFIG", GatherConfig(lanes=4, block_d=4096, num_warps=1, num_stages=3))
+    F, d = 2**16 + 1, 2**15
+    state, near = far_state(F, d)
+    ok, step = scalars()
+    data = normal(2, d, seed=1)
+    far_rows, totals = torch.empty(2, F, d), normal(3, 1, seed=2)
+    far_rows[:, -1] = data
+    last_program = sanitizer.sanitize(race=False, programs=lambda dims: [dims[0] - 1])
+    far_totals = [torch.zeros(F).index_fill_(0, torch.tensor(F - 1), total.item()) for total in totals]
+    if source == "dense":
+        touched = torch.ones(F, dtype=torch.int32)
+        with last_program:
+            update_from_dense(state, *far_rows, *far_totals[:2], touched, RULE, ok, step)
+        update_from_dense(near, *data[:, None], *totals[:2], touched[:1], RULE, ok, step)
+    else:
+        capacity = 2**31 + 2
+        dec, dz = (torch.empty(capacity) for _ in range(2))
+        tokens, count = torch.empty(capacity, dtype=torch.int32), torch.zeros(F, dtype=torch.int32)
+        dec[-2:], dz[-2:], tokens[-2:] = torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 3.0]), F - 1
+        offsets = torch.zeros(F + 1, dtype=torch.int64)
+        offsets[-2:] = torch.tensor([capacity - 2, capacity])
+        far_sums = LatentSums(dec, dz, tokens, *far_totals, count)
+        near_sums = LatentSums(dec[-2:], dz[-2:], torch.zeros(2, dtype=torch.int32), *totals, count[:1])
+        with last_program:
+            update_from_entries(state, ByLatent(None, offsets), far_sums, *far_rows, RULE, ok, step)
+        update_from_entries(near, ByLatent(None, torch.tensor([0, 2])), near_sums, *data[:, None], RULE, ok, step)
+    for name, a, b in zip(state._fields, state, near, strict=True):
+        assert_bitwise_equal(name, a[-1:], b)
