@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemmascope.config import TrainConfig
 from gemmascope.kernels import Rule
 from gemmascope.kernels.dispatch import triton_problem
-from gemmascope.sae import JumpReLUSAE
-from gemmascope.state import COPIES, ROOM, TrainState
-from gemmascope.step import dense_step, sparse_step
-from gemmascope.trainer import SAETrainer
+from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import TrainConfig
+from gemmascope.training.state import COPIES, ROOM, TrainState
+from gemmascope.training.step import dense_step, sparse_step
+from gemmascope.training.trainer import SAETrainer
 
 D, F, N = 8, 24, 64
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
