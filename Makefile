@@ -44,9 +44,13 @@ test-gpu:
 test-triton36: $(VENV_TRITON36)/.installed
 	$(call PYTEST,$(VENV_TRITON36)) -m "not gpu" $(KERNEL_TESTS) $(ARGS)
 
+# Without a look for newer versions of itself: nothing is asked of a network.
+PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(PYRIGHT) --pythonpath $(VENV)/bin/python
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .

@@ -26,8 +26,9 @@ def describe(error: Exception) -> tuple[int, str]:
     """Exit code and one-line message of a failure."""
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in TRAIN_PACKAGES:
         return 4, f"the package {package} is missing: pip install 'gemmascope[train]'"
-    if hasattr(error, "format_message"):  # wrong options and arguments, as typer reports them
-        return 2, error.format_message()
+    format_message = getattr(error, "format_message", None)  # wrong options and arguments, as typer reports them
+    if format_message is not None:
+        return 2, format_message()
     if isinstance(error, OSError) and error.strerror:
         return 4, ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     for kinds, code in EXIT_CODES:
@@ -47,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: the process's own) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without Δ shows a question mark, not a failure
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")  # a terminal without Δ shows a question mark, not a failure
     try:
         from .cli import run_command
 
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         # Python would flush what is left to the closed pipe when it exits, and complain.
+        assert sys.stdout is not None  # else no pipe of ours could have closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

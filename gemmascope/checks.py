@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.validation import check_int, check_number, check_tensor, check_type, dtype_name
+from .kernels import validation
+
+check_int = validation.check_int
+check_number = validation.check_number
+check_tensor = validation.check_tensor
+check_type = validation.check_type
+dtype_name = validation.dtype_name
 
 __all__ = [
     "check_choice",

@@ -14,8 +14,7 @@ import typer
 
 from . import reporting
 from .checks import dtype_name
-from .kernels import choose
-from .kernels.density import decode_dense_above, training_switch
+from .kernels import choose, density
 from .version import __version__
 
 app = typer.Typer(add_completion=False, help="Sparse autoencoders on every layer of Gemma 2.")
@@ -113,7 +112,7 @@ def info(debug: Debug = False) -> None:
     console.print(table)
     console.print()
     for kind in dict.fromkeys("cpu" if name == "cpu" else "cuda" for name, _ in devices()):
-        switch, decode = training_switch(torch.device(kind)), decode_dense_above(torch.device(kind))
+        switch, decode = density.training_switch(torch.device(kind)), density.decode_dense_above(torch.device(kind))
         console.print(
             f"{kind}: of all pairs of token and latent, a training step turns dense above {switch.dense_above:g}, "
             f"sparse below {switch.sparse_below:g}; sae(x) decodes by whole matrices above {decode:g}",

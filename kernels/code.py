@@ -50,7 +50,7 @@ class SparseCode(NamedTuple):
         return dense.index_put((self.token_indices(), self.indices.long()), self.values)
 
     def to(self, device: torch.device | str) -> "SparseCode":
-        return SparseCode(*(t.to(device) for t in self[:3]), self.d_sae)
+        return SparseCode(self.values.to(device), self.indices.to(device), self.offsets.to(device), self.d_sae)
 
     @staticmethod
     def from_dense(f: Tensor) -> "SparseCode":

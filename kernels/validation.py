@@ -217,9 +217,8 @@ def check_state(state: LatentState) -> None:
         ("W_enc_low", (d_sae, d_model), (torch.bfloat16,)),
         ("W_dec_low", (d_sae, d_model), (torch.bfloat16,)),
     ):
-        tensor = getattr(state, name)
-        if tensor is not None or not name.endswith("_low"):
-            check_tensor(f"state.{name}", tensor, shape, dtypes, device)
+        if getattr(state, name) is not None or not name.endswith("_low"):
+            check_tensor(f"state.{name}", getattr(state, name), shape, dtypes, device)
     for name, tensor in state._asdict().items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"state.{name}: expected a contiguous tensor, got strides {tensor.stride()}")

@@ -1,7 +1,7 @@
 """Activations of a language model at many sites, from one forward per batch."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def harvest(
     with evaluating(model), Capture(model, sites) as capture:
         for start in range(0, len(tokens), batch_size):
             batch = tokens[start : start + batch_size]
-            model.base_model(batch.to(device), use_cache=False)
+            cast(nn.Module, model.base_model)(batch.to(device), use_cache=False)
             kept = keep[start : start + batch_size]
             n = int(kept.sum())
             for site, rows in harvested.items():

@@ -23,7 +23,7 @@ def batches(
     if n < batch_size:
         raise ValueError(f"batch_size: expected at most the {n} tokens harvested, got {batch_size}")
     per_epoch = n // batch_size
-    order = epoch = None
+    epoch, order = None, torch.empty(0)
     for step in range(first_step, steps):
         if epoch != step // per_epoch:
             epoch = step // per_epoch

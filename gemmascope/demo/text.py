@@ -42,7 +42,9 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _documentation() -> Iterator[str]:
     try:
-        from pydoc_data.topics import topics
+        import pydoc_data.topics as documented
+
+        topics = documented.topics
     except ImportError:  # some Linux packages leave the topics out
         topics = {}
     yield from (topics[name] for name in sorted(topics))

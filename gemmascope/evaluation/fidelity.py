@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import dtype_name
-from ..kernels.density import is_sparse
+from ..kernels import density
 from ..saes import SparseAutoencoder
 from .baselines import pca_fvu
 from .variance import check_activations, fvu_of
@@ -66,7 +66,7 @@ def evaluate_sae(
         # The weights' precision, not that of the stored activations: rounding x̂ to bf16 would count as SAE error.
         code = sae.encode_sparse(x.to(device=device, dtype=sae.W_dec.dtype))
         fired.add_(code.firing_count())
-        return sae.decode(code if is_sparse(code) else code.to_dense())
+        return sae.decode(code if density.is_sparse(code) else code.to_dense())
 
     fvu = fvu_of("activations", activations, reconstruct, max(sae.d_sae, sae.d_model))
     l0 = fired.sum().item() / n

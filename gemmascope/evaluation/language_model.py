@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import found
 from ..sites import Site, attach, evaluating, site_width, special_token_ids
+from ..sites.decoder import embedding_weight
 from .variance import CHUNK_ELEMENTS
 
 # Eager attention holds several [batch, heads, context, context] tensors, which small vocabularies do not bound.
@@ -61,7 +62,7 @@ def language_model_loss(
     elif batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
 
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     total = torch.zeros((), dtype=torch.float64)
     with evaluating(model):
         for rows, mask in zip(tokens.split(batch_size), scored.split(batch_size), strict=True):
@@ -74,7 +75,7 @@ def language_model_loss(
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+    return embedding_weight(model).shape[0]
 
 
 def _check_tokens(model: nn.Module, tokens: Tensor) -> None:

@@ -250,7 +250,7 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 def _fill(tensor: Tensor, file, where: str) -> None:
-    data = memoryview(_bytes_of(tensor))
+    data = _bytes_of(tensor).data
     position = 0
     while position < len(data):
         count = file.readinto(data[position : position + CHUNK_BYTES])

@@ -6,6 +6,7 @@ expected and what was found; what the machine cannot do is an `EnvironmentProble
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import BadFileError, EnvironmentProblemError
 
@@ -96,7 +97,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 # ---- reading
 
 
-def open_file(path: str | os.PathLike) -> BinaryIO:
+def open_file(path: str | os.PathLike) -> io.BufferedReader:
     """Open a regular file for reading bytes. Raises BadFileError when there is none (a pipe would hang the reader)."""
     try:
         mode = os.stat(path).st_mode

@@ -49,6 +49,7 @@ def text(config: SAEConfig, dtype: torch.dtype, weights: Path, digest: str) -> s
 
     Raises ValueError or TypeError when ``config.metadata`` does not fit into JSON.
     """
+    assert config.shape is not None  # only configs of others, which are read and not written, leave it out
     d_model, d_sae = config.shape
     entries = {
         "format": FORMAT,

@@ -15,7 +15,7 @@ import functools
 import math
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -197,7 +197,8 @@ def _check_replaceable(weights: Path, config_path: Path) -> None:
 
 
 def _write_npz(tensors: dict[str, Tensor], temporary: Path) -> None:
-    arrays = {key: tensor.to("cpu", torch.float32).contiguous().numpy() for key, tensor in tensors.items()}
+    # Any, because one of the names might be that of an option of savez, as far as types say.
+    arrays: dict[str, Any] = {k: t.to("cpu", torch.float32).contiguous().numpy() for k, t in tensors.items()}
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
@@ -256,6 +257,7 @@ def _read_from_hub(repo: str, path: PurePosixPath, revision: str | None) -> Stor
         name, weights = path / NPZ, fetch(path / NPZ, optional=True)
         if weights is None:
             name, weights = path / SAFETENSORS, fetch(path / SAFETENSORS)
+    assert weights is not None  # only what is optional is
     config_name = PurePosixPath(manifest.path_for(Path(name)))
     tensors, config = _read(weights, fetch(config_name, optional=name.suffix == ".npz"))
     snapshot = weights.parents[len(name.parts) - 1]  # …/snapshots/COMMIT

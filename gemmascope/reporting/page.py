@@ -129,7 +129,8 @@ def sae_table(saes: list[Mapping[str, Any]]) -> str:
 
 
 def key_figures(results: Mapping[str, Any]) -> str:
-    model, saes = results["model"], results["saes"]
+    model: Mapping[str, Any] = results["model"]
+    saes = results["saes"]
     loss, bigram = (model.get(key) for key in ("loss", "bigram_loss"))
     figures = [(f"{sum(map(beats_pca, saes))} of {len(saes)}", "SAEs beat PCA of the same rank")]
     if isinstance(loss, (int, float)) and isinstance(bigram, (int, float)):
@@ -158,7 +159,8 @@ def reload_code(run_dir: Path, saes: list[Mapping[str, Any]]) -> str:
 
 def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]) -> str:
     """The page. images: a PNG for each of `report.PLOTS`."""
-    model, saes = results["model"], results["saes"]
+    model: Mapping[str, Any] = results["model"]
+    saes = results["saes"]
     model_rows = [(MODEL_LABELS.get(key, key), value) for key, value in model.items()]
     environment, seconds = (results.get(key) or {} for key in ("environment", "seconds"))
     figures = "\n".join(figure(path.read_bytes(), PLOTS[name], caption=True) for name, path in images.items())

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import rich.console
 import rich.live
@@ -250,10 +250,11 @@ def progress(
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
     """Yield ``items`` (an int n stands for range(n)) under a `StageProgress`. total: where len() fails."""
-    items = range(items) if isinstance(items, int) else items
-    total = len(items) if total is None else total
+    # Any: with an int, Item is int, which types cannot say without an overload.
+    iterable: Any = range(items) if isinstance(items, int) else items
+    total = len(iterable) if total is None else total
     with StageProgress(description, total, unit, console=console, clock=clock) as bar:
         bar.update(0)
-        for done, item in enumerate(items, start=1):
+        for done, item in enumerate(iterable, start=1):
             yield item
             bar.update(done)

@@ -13,8 +13,7 @@ from ..checks import check_floating, check_int, check_number, dtype_name
 from ..formats import release
 from ..formats.manifest import SAEConfig
 from ..formats.release import StoredSAE
-from ..kernels import JumpReLUOutput, SparseCode
-from ..kernels.density import is_sparse
+from ..kernels import JumpReLUOutput, SparseCode, density
 
 # What a state dict holds beside the parameters, which are the attributes of the same names.
 STATE_SCALARS = {"input_scale": torch.float64, "pre_encoder_bias": torch.bool}
@@ -221,7 +220,7 @@ class JumpReLUSAE(nn.Module):
         if not isinstance(x, Tensor) or self._goes_densely(x):
             return self.decode(self.encode(x)).to(x.dtype)
         code = self.encode_sparse(x)
-        x_hat = self.decode(code if is_sparse(code) else code.to_dense())
+        x_hat = self.decode(code if density.is_sparse(code) else code.to_dense())
         return x_hat.reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()

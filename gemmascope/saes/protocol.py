@@ -10,8 +10,10 @@ from ..kernels import SparseCode
 class SparseAutoencoder(Protocol):
     """A module that has these is judged by `gemmascope.evaluation` and spliced in by `gemmascope.sites.attach`."""
 
-    W_dec: Tensor
-    """[d_sae, d_model]; its dtype and device are those of the SAE."""
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802 as every SAE calls it
+        """[d_sae, d_model]; its dtype and device are those of the SAE."""
+        ...
 
     @property
     def d_model(self) -> int: ...

@@ -11,6 +11,8 @@ from .decoder import Decoder, find_decoder, refuse_attention_without_cap, specia
 from .hooks import check_activation, hook
 from .site import Site, as_site
 
+Reconstruct = Callable[[Tensor], Tensor]
+
 
 class _SpecialTokens:
     """Knows, while the model runs, which positions hold tokens to leave alone."""
@@ -47,7 +49,7 @@ class _SpecialTokens:
 class _Splice:
     """Puts an SAE's reconstruction in the place of the activation."""
 
-    def __init__(self, site: Site, sae: Callable[[Tensor], Tensor], width: int, special: _SpecialTokens | None):
+    def __init__(self, site: Site, sae: Reconstruct, width: int, special: _SpecialTokens | None):
         self.site, self._sae, self._width, self._special = site, sae, width, special
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ def spliced_kinds(layer: nn.Module) -> set[str]:
 
 def attach(
     model: nn.Module,
-    saes: Mapping[Site | str, Callable[[Tensor], Tensor]],
+    saes: Mapping[Site, Reconstruct] | Mapping[str, Reconstruct] | Mapping[Site | str, Reconstruct],
     skip_token_ids: Iterable[int] | None = None,
 ) -> Attachment:
     """Splice SAEs into ``model``: from now on each site's activation x is replaced by ``sae(x)``, in x's dtype.
@@ -124,12 +126,12 @@ def attach(
     refuse_attention_without_cap(decoder.config)
     if not isinstance(saes, Mapping):
         raise TypeError(f"saes: expected a dict from Site to SAE, got {type(saes).__name__}")
-    saes = {as_site(site): sae for site, sae in saes.items()}
-    if not saes:
+    by_site = {as_site(site): sae for site, sae in saes.items()}
+    if not by_site:
         raise ValueError("saes: expected at least one site, got none")
-    widths = {site: decoder.width(site) for site in saes}
-    layers = {site: decoder.layers[site.layer] for site in saes}
-    for site, sae in saes.items():
+    widths = {site: decoder.width(site) for site in by_site}
+    layers = {site: decoder.layers[site.layer] for site in by_site}
+    for site, sae in by_site.items():
         if not callable(sae):
             raise TypeError(f"site {site}: expected a module or function, got {type(sae).__name__}")
         d_model = getattr(sae, "d_model", widths[site])
@@ -141,7 +143,7 @@ def attach(
     skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
     special = _SpecialTokens(decoder, skipped) if skipped else None
     handles = list(special.handles) if special else []
-    for site, sae in saes.items():
+    for site, sae in by_site.items():
         handles.append(hook(layers[site], site.kind, _Splice(site, sae, widths[site], special)))
         spliced_kinds(layers[site]).add(site.kind)
     return Attachment(layers, handles)

@@ -88,6 +88,7 @@ class Capture:
 
     def _end(self, module, args, output) -> None:
         fired, self._fired = self._fired, None
+        assert fired is not None  # `_begin` comes first
         for site, times in fired.items():
             if times != 1:
                 self._captured.clear()

@@ -6,9 +6,9 @@ This imports torch only; models come from transformers 5.17 or newer.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import EnvironmentProblemError
 from .site import KINDS, Site
@@ -35,7 +35,7 @@ class Decoder:
             raise ValueError(f"site {site}: expected a layer from 0 to {len(self.layers) - 1}, got {site.layer}")
         if site.kind != "att":
             return self.config.hidden_size
-        _refuse_sharded(site, self.layers[site.layer].self_attn.o_proj)
+        _refuse_sharded(site, self.layers[site.layer].get_submodule("self_attn.o_proj"))
         return self.config.num_attention_heads * self.config.head_dim
 
 
@@ -65,6 +65,11 @@ def find_decoder(model: nn.Module) -> Decoder:
 def _is_gemma_layer(layer: nn.Module) -> bool:
     parts_present = all(isinstance(getattr(layer, part, None), nn.Module) for part in _PARTS)
     return parts_present and isinstance(getattr(layer.self_attn, "o_proj", None), nn.Module)
+
+
+def embedding_weight(model: nn.Module) -> Tensor:
+    """[vocabulary, hidden_size], where a model of transformers turns token ids into activations."""
+    return cast(Any, model).get_input_embeddings().weight
 
 
 def _refuse_sharded(site: Site, o_proj: nn.Module) -> None:

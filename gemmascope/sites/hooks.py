@@ -20,7 +20,7 @@ def hook(layer: nn.Module, kind: str, function: Callable[[Tensor], Tensor | None
             replaced = function(args[0])
             return None if replaced is None else (replaced, *args[1:])
 
-        return layer.self_attn.o_proj.register_forward_pre_hook(before)
+        return layer.get_submodule("self_attn.o_proj").register_forward_pre_hook(before)
 
     def after(module, args, output):
         # A decoder layer returns a tensor since transformers 5 and a tuple before; indexing a tensor would silently
@@ -31,7 +31,7 @@ def hook(layer: nn.Module, kind: str, function: Callable[[Tensor], Tensor | None
             return None
         return (replaced, *output[1:]) if is_tuple else replaced
 
-    module = layer if kind == "resid" else layer.post_feedforward_layernorm
+    module = layer if kind == "resid" else layer.get_submodule("post_feedforward_layernorm")
     return module.register_forward_hook(after)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import EnvironmentProblemError
 from .attach import spliced_kinds
 from .capture import Capture
-from .decoder import Decoder, all_sites, evaluating, find_decoder, refuse_attention_without_cap
+from .decoder import Decoder, all_sites, embedding_weight, evaluating, find_decoder, refuse_attention_without_cap
 from .site import Site
 
 _PROBE_TOKENS = 16
@@ -33,7 +33,7 @@ def probe(model: nn.Module) -> None:
     for index, layer in enumerate(decoder.layers):
         for kind in sorted(spliced_kinds(layer)):
             raise ValueError(f"model: expected no SAE attached while probing, found one at {Site(index, kind)}")
-    device = decoder.text_model.get_input_embeddings().weight.device
+    device = embedding_weight(decoder.text_model).device
     input_ids = torch.arange(_PROBE_TOKENS, device=device)[None] % decoder.config.vocab_size
     with torch.no_grad(), evaluating(decoder.text_model):
         _probe_identity(decoder, input_ids)
@@ -58,10 +58,13 @@ def _probe_identity(decoder: Decoder, input_ids: Tensor) -> None:
     def keep_input(module, args, kwargs):
         stream_in.append(args[0] if args else kwargs["hidden_states"])
 
+    def keep_attention(module, args, output):
+        from_attention.append(output)
+
     handles = [decoder.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
     for layer in decoder.layers:
-        norm = layer.post_attention_layernorm
-        handles.append(norm.register_forward_hook(lambda module, args, output: from_attention.append(output)))
+        norm = layer.get_submodule("post_attention_layernorm")
+        handles.append(norm.register_forward_hook(keep_attention))
     try:
         with Capture(decoder.text_model, all_sites(decoder.text_model)) as capture:
             decoder.text_model(input_ids, use_cache=False)
@@ -87,14 +90,14 @@ def _probe_soft_cap(decoder: Decoder, input_ids: Tensor) -> None:
     for index, layer in enumerate(decoder.layers):
         first_of_type.setdefault(getattr(layer.self_attn, "layer_type", None), index)
     for index in first_of_type.values():
-        attention, site = decoder.layers[index].self_attn, Site(index, "att")
+        attention, site = decoder.layers[index].get_submodule("self_attn"), Site(index, "att")
 
         def heads(site: Site = site) -> Tensor:
             with Capture(decoder.text_model, [site]) as capture:
                 decoder.text_model(input_ids, use_cache=False)
             return capture[site]
 
-        with _overridden(attention, "scaling", attention.scaling * _PROBE_SCALE):
+        with _overridden(attention, "scaling", cast(float, attention.scaling) * _PROBE_SCALE):
             capped = heads()
             with _overridden(attention, "attn_logit_softcapping", None):
                 uncapped = heads()

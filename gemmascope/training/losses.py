@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import Objective
-from ..kernels.reference import Parameters, activation, gate, window
+from ..kernels import Objective, reference
 from ..saes import JumpReLUSAE
 from .config import Loss
 
@@ -59,7 +58,7 @@ class LossAndGradients(NamedTuple):
     firing_count: Tensor  # [d_sae] int32, tokens on which each latent fired
     n_entries: Tensor  # [] latents above the threshold or in its window, over all tokens
     residual: Tensor  # [N, d_model] x̂ − x
-    gradients: Parameters
+    gradients: reference.Parameters
 
 
 @torch.no_grad()
@@ -75,7 +74,11 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
         raise ValueError("x: expected at least one token, got an empty batch")
     centred, theta = x - sae.b_dec if sae.pre_encoder_bias else x, sae.threshold
     z = torch.addmm(sae.b_enc, centred, sae.W_enc)
-    active, inside, f = gate(z, theta), window(z, theta, loss.bandwidth), activation(z, theta)
+    active, inside, f = (
+        reference.gate(z, theta),
+        reference.window(z, theta, loss.bandwidth),
+        reference.activation(z, theta),
+    )
     firing_count = (z > theta).sum(0).to(torch.int32)
     residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x
     l0, weights = active.sum(1), objective(loss, n)
@@ -99,6 +102,6 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     db_enc, db_dec = dz.sum(0), g.sum(0)
     if sae.pre_encoder_bias:
         db_dec -= sae.W_enc @ db_enc
-    gradients = Parameters((dz.T @ centred).T, db_enc, f.T @ g, db_dec, dthreshold)
+    gradients = reference.Parameters((dz.T @ centred).T, db_enc, f.T @ g, db_dec, dthreshold)
     n_entries = torch.maximum(active, inside).sum()
     return LossAndGradients(total, squared_error, l0.mean(), firing_count, n_entries, residual, gradients)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.entries import SCRATCH_BYTES
+from ..kernels import entries
 
 GIB = 1 << 30
 # Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, which are encoded twice.
@@ -91,7 +91,7 @@ def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: st
     weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
     operand = 2 if compute_dtype == "bf16" else 4
     n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae)
-    sparse = min(SCRATCH_BYTES, batch_size * d_sae * 33 // 8)  # z where kept, and a bit for each
+    sparse = min(entries.SCRATCH_BYTES, batch_size * d_sae * 33 // 8)  # z where kept, and a bit for each
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (8 * operand + 1) // 4 + 8 * d_model * tile
     return TrainingMemory(

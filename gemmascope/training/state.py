@@ -164,11 +164,11 @@ class TrainState:
             p = parameters.get(name)
             if p is None or (p.shape, p.stride(), p.dtype, p.device) != began:
                 self._put_in_order(name, p, began)
-        W_enc, W_dec = parameters["W_enc"], parameters["W_dec"]
+        W_enc, W_dec = self.sae.W_enc, self.sae.W_dec
         if W_enc.data_ptr() == W_dec.data_ptr():  # two parameters, even if they were given one memory
             W_enc.data = W_enc.data.clone()
         latents, self._fresh = self.latents, False
-        if self.W_enc_low is not None:
+        if self.W_enc_low is not None and self.W_dec_low is not None:
             seen = (_look(W_enc), _look(W_dec))
             if seen != self._seen:
                 self.W_enc_low.copy_(latents.W_enc)
@@ -202,7 +202,7 @@ class TrainState:
         """Bool scalar: whether a column of the weights, each step another one, differs from what the copies have there,
         as after ``sae.W_dec.data[3] = row``, which leaves no other trace. None where that needs no look: without
         copies, and when `ready` has just made them."""
-        if self.W_enc_low is None or self._fresh:
+        if self.W_enc_low is None or self.W_dec_low is None or self._fresh:
             return None
         column = self.turn % self.sae.d_model
         self.turn += 1

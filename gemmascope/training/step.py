@@ -186,6 +186,8 @@ def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: lis
         l0, n_entries = l0 + code.l0, n_entries + code.n_entries
         tanh = tanh + tanh_penalty(loss, code.f, n)
         counts.append(code.firing_count)
+    assert isinstance(l0, Tensor)  # a sum over at least one tile
+    assert isinstance(n_entries, Tensor)
     firing_count = torch.cat(counts)
     residual = x_hat - x
     penalty, s = l0_penalty(loss, l0)
@@ -202,7 +204,7 @@ def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: lis
         if sae.pre_encoder_bias:
             db_dec = db_dec - kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
         kernels.update_from_dense(
-            LatentState(*(None if t is None else t[tile] for t in latents)),
+            LatentState._make(None if t is None else t[tile] for t in latents),
             matmul(dz.T, x_centred),
             matmul(code.f.T, g),
             db_enc,

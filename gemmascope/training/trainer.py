@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EnvironmentProblemError, TrainingFailedError
-from ..kernels import Rule
-from ..kernels.density import training_switch
-from ..kernels.implementations import NEED_CAPACITY
+from ..kernels import Rule, implementations
+from ..kernels import density as densities
 from ..saes import JumpReLUSAE
 from ..sites import Site
 from .config import TrainConfig
@@ -170,7 +169,7 @@ class SAETrainer:
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""
-        if self.state.impl not in NEED_CAPACITY:
+        if self.state.impl not in implementations.NEED_CAPACITY:
             return None
         if self.capacity is None:
             self._make_room(self._n_entries or 64 * n_tokens)
@@ -210,7 +209,7 @@ class SAETrainer:
             self._pending.extend(jobs)  # those an error left, for when the SAE is mended
 
     def _choose_route(self, density: float) -> None:
-        switch = training_switch(self.sae.W_dec.device)
+        switch = densities.training_switch(self.sae.W_dec.device)
         if density > switch.dense_above:
             self.route = "dense"
         elif density < switch.sparse_below:
@@ -231,7 +230,7 @@ class SAETrainer:
 
 
 @contextmanager
-def _updating(trainers: Mapping[Site, SAETrainer]) -> Iterator[Callable[[Mapping[Site, Tensor]], None]]:
+def _updating(trainers: Mapping[Site, SAETrainer]) -> Iterator[Callable[[Mapping[Site, Tensor]], object]]:
     """Gives every trainer its batch. On a CPU as many SAEs are trained side by side as PyTorch has threads, each by one
     of them: small operations keep a second thread waiting more than working."""
     threads = torch.get_num_threads()
@@ -262,7 +261,7 @@ def train(
     ``log(step, rows)`` is called after each step, every ``log_every``-th with {str(site): figures}. Raises
     TrainingFailedError naming the site when every step since the last such call was skipped, its loss not finite.
     """
-    skipped = dict.fromkeys(trainers, 0)
+    skipped = dict.fromkeys(trainers, 0.0)
     since = 0
     with _updating(trainers) as update:
         for batch in stream:

@@ -124,8 +124,9 @@ def latent_pass(
     dz = torch.where(active, u, 0)
     if objective.ste_to_z:
         dz = dz - q
-    padded = (F.pad(values, (0, room)) for values in (scale * f, dz, tokens))
-    return LatentSums(*padded, by_latent_sum(dz), by_latent_sum(q), along, count)
+    db_enc, dthreshold = by_latent_sum(dz), by_latent_sum(q)
+    dec, dz, tokens = (F.pad(values, (0, room)) for values in (scale * f, dz, tokens))
+    return LatentSums(dec, dz, tokens, db_enc, dthreshold, along, count)
 
 
 def weight_gradients(
@@ -133,10 +134,11 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dW_enc and dW_dec: the rows of the tokens that each latent's list names, weighted and summed."""
     nnz, dtype = int(transposed.offsets[-1]), sums.dz.dtype
-    return tuple(
+    dW_enc, dW_dec = (
         sum_rows(coefficients[:nnz], sums.tokens[:nnz], table.to(dtype), transposed.offsets[:-1])
         for coefficients, table in ((sums.dz, x_centred), (sums.dec, residual))
     )
+    return dW_enc, dW_dec
 
 
 def encoder_times(W_enc: Tensor, db_enc: Tensor) -> Tensor:

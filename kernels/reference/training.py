@@ -145,8 +145,9 @@ def latent_pass(
         dz = dz - q
 
     room = len(transposed.order) - len(order)
-    dec_and_rest = (torch.cat((values, values.new_zeros(room))) for values in (dec, dz, tokens))
-    return LatentSums(*dec_and_rest, sum_by_latent(dz), sum_by_latent(q), along, firing_count)
+    db_enc, dthreshold = sum_by_latent(dz), sum_by_latent(q)
+    dec, dz, tokens = (torch.cat((values, values.new_zeros(room))) for values in (dec, dz, tokens))
+    return LatentSums(dec, dz, tokens, db_enc, dthreshold, along, firing_count)
 
 
 def weight_gradients(

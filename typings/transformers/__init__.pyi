@@ -1,0 +1,12 @@
+"""What gemmascope uses of transformers: reading all of it takes type checkers a minute."""
+
+from typing import Any
+
+from torch import nn
+
+class Gemma2Config:
+    def __init__(self, **values: Any) -> None: ...
+
+class Gemma2ForCausalLM(nn.Module):
+    config: Any
+    def __init__(self, config: Gemma2Config) -> None: ...
