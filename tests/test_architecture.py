@@ -16,7 +16,7 @@ FOLDERS = {"gemmascope": ROOT / "gemmascope", "gemmascope.kernels": ROOT / "kern
 # Bottom to top; a room or file imports only from those before it. "" is gemmascope/__init__.py.
 LAYERS = (
     *("kernels", "errors", "version", "checks"),
-    *("formats", "saes", "sites", "activations", "training", "evaluation", "reporting", "demo"),
+    *("formats", "runs", "saes", "sites", "activations", "training", "evaluation", "reporting", "demo"),
     *("", "cli", "__main__"),
 )
 

@@ -25,7 +25,8 @@ from gemmascope.evaluation import evaluate_sae
 from gemmascope.reporting.progress import SuiteProgress
 from gemmascope.sites import Site
 from gemmascope.training.config import TrainConfig
-from gemmascope.training.trainer import SAETrainer, train
+from gemmascope.training.suite import train
+from gemmascope.training.trainer import SAETrainer
 
 ROUTES = ("reference", "dense", "sparse", "auto")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}

@@ -10,6 +10,7 @@ from .language_model import (
     loss_recovered,
     mean_ablation_loss,
 )
+from .suite import judge_suite
 
 __all__ = [
     "HIGH_FREQUENCY",
@@ -18,6 +19,7 @@ __all__ = [
     "delta_loss",
     "evaluate_sae",
     "evaluate_splice",
+    "judge_suite",
     "language_model_loss",
     "loss_recovered",
     "mean_ablation_loss",

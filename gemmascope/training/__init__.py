@@ -3,6 +3,17 @@
 from .config import Loss, TrainConfig
 from .losses import LossAndGradients, loss_and_gradients
 from .sparse_loss import sparse_loss
-from .trainer import SAETrainer, train
+from .suite import suite_memory, train, train_suite
+from .trainer import SAETrainer
 
-__all__ = ["Loss", "LossAndGradients", "SAETrainer", "TrainConfig", "loss_and_gradients", "sparse_loss", "train"]
+__all__ = [
+    "Loss",
+    "LossAndGradients",
+    "SAETrainer",
+    "TrainConfig",
+    "loss_and_gradients",
+    "sparse_loss",
+    "suite_memory",
+    "train",
+    "train_suite",
+]

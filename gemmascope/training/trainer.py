@@ -1,21 +1,17 @@
-"""Training of many SAEs from one stream of activations, with the recipe of Gemma Scope (arXiv 2408.05147 §3.2)."""
+"""The training of one SAE, with the recipe of Gemma Scope (arXiv 2408.05147 §3.2)."""
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import EnvironmentProblemError, TrainingFailedError
+from ..errors import EnvironmentProblemError
 from ..kernels import Rule, implementations
 from ..kernels import density as densities
 from ..saes import JumpReLUSAE
-from ..sites import Site
 from .config import TrainConfig
 from .memory import TrainingMemory, available_memory, training_memory
 from .state import COPIES, TrainState
@@ -227,59 +223,3 @@ class SAETrainer:
             "lr": self.config.learning_rate_at(self.step - 1),
             "l0_coefficient": self.config.l0_coefficient_at(self.step - 1),
         }
-
-
-@contextmanager
-def _updating(trainers: Mapping[Site, SAETrainer]) -> Iterator[Callable[[Mapping[Site, Tensor]], object]]:
-    """Gives every trainer its batch. On a CPU as many SAEs are trained side by side as PyTorch has threads, each by one
-    of them: small operations keep a second thread waiting more than working."""
-    threads = torch.get_num_threads()
-    if min(threads, len(trainers)) == 1 or any(trainer.sae.W_dec.is_cuda for trainer in trainers.values()):
-
-        def update(batch: Mapping[Site, Tensor]) -> None:
-            for site, trainer in trainers.items():
-                trainer.update(batch[site])
-
-        yield update
-        return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield lambda batch: list(pool.map(lambda site: trainers[site].update(batch[site]), trainers))
-        finally:
-            torch.set_num_threads(threads)  # for threads that start later
-
-
-def train(
-    trainers: Mapping[Site, SAETrainer],
-    stream: Iterable[Mapping[Site, Tensor]],
-    *,
-    log_every: int = 10,
-    log: Callable[[int, dict[str, dict[str, float]] | None], None] = lambda step, rows: None,
-) -> None:
-    """Give every batch {site: [N, width]} of ``stream`` to the trainer of its site.
-
-    ``log(step, rows)`` is called after each step, every ``log_every``-th with {str(site): figures}. Raises
-    TrainingFailedError naming the site when every step since the last such call was skipped, its loss not finite.
-    """
-    skipped = dict.fromkeys(trainers, 0.0)
-    since = 0
-    with _updating(trainers) as update:
-        for batch in stream:
-            update(batch)
-            step = next(iter(trainers.values())).step
-            since += 1
-            if step % log_every:
-                log(step, None)
-                continue
-            rows = {site: trainer.report() for site, trainer in trainers.items()}
-            for site, row in rows.items():
-                if row["skipped"] - skipped[site] == since:
-                    raise TrainingFailedError(
-                        f"{site}: the loss was not finite in the {since} steps up to step {step}; "
-                        "lower the learning rate"
-                    )
-                skipped[site] = row["skipped"]
-            since = 0
-            log(step, {str(site): row for site, row in rows.items()})
-    for trainer in trainers.values():
-        trainer.flush()

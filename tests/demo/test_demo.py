@@ -13,10 +13,12 @@ from gemmascope.demo import run as demo
 from gemmascope.demo import small_gemma, text
 from gemmascope.demo.run import DemoConfig
 from gemmascope.demo.small_gemma import CONTEXT, LanguageModelConfig
-from gemmascope.errors import BadFileError
+from gemmascope.errors import BadFileError, EnvironmentProblemError
 from gemmascope.evaluation import evaluate_sae
+from gemmascope.runs import Run
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.sites import KINDS, Site
+from gemmascope.training import suite
 from gemmascope.training.config import TrainConfig
 
 
@@ -71,24 +73,24 @@ def test_writes_everything_and_the_saes_reload(config):
 
 def test_the_second_run_does_nothing(config, monkeypatch):
     first = demo.run(config)
-    for owner, name in ((small_gemma, "train"), (demo, "train"), (demo, "judge")):
+    for owner, name in ((small_gemma, "train"), (demo, "train_suite"), (demo, "judge_suite")):
         monkeypatch.setattr(owner, name, None)
     assert demo.run(config) == json.loads(json.dumps(first))
 
 
 def test_resumes_after_an_interruption_with_the_same_result(config, tmp_path, monkeypatch):
     whole = demo.run(dataclasses.replace(config, out=tmp_path / "whole"))
-    train, language_model = demo.train, small_gemma.train
+    train, language_model = suite.train, small_gemma.train
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train", interrupted)
+    monkeypatch.setattr(suite, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.run(config)
     assert not (config.out / "results.json").exists()
     assert not (config.out / "saes").exists()
-    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(suite, "train", train)
     monkeypatch.setattr(small_gemma, "train", None)  # must not be needed again
     results = demo.run(config)
     monkeypatch.setattr(small_gemma, "train", language_model)
@@ -123,6 +125,11 @@ def test_a_folder_of_something_else_is_left_alone(config):
     with pytest.raises(ValueError, match="out: expected a new folder or that of an earlier demo, found other files in"):
         demo.run(config)
     assert [path.name for path in config.out.iterdir()] == ["saes"]
+
+
+def test_a_folder_that_another_process_works_in(config):
+    with Run(config.out), pytest.raises(EnvironmentProblemError, match="expected no other process to work in it"):
+        demo.run(config)
 
 
 @pytest.mark.parametrize(

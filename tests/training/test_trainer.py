@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemmascope.activations import batches
-from gemmascope.errors import EnvironmentProblemError, TrainingFailedError
+from gemmascope.errors import EnvironmentProblemError
 from gemmascope.evaluation import evaluate_sae
 from gemmascope.kernels import reference
 from gemmascope.kernels.density import TRAINING_STEP, Switch
@@ -14,7 +14,8 @@ from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.sites import Site
 from gemmascope.training import trainer as trainer_module
 from gemmascope.training.config import TrainConfig
-from gemmascope.training.trainer import SAETrainer, train
+from gemmascope.training.suite import train
+from gemmascope.training.trainer import SAETrainer
 
 
 def sample(n=400, d=8, seed=0, scale=7.0):
@@ -121,70 +122,6 @@ def test_threshold_moves_as_far_as_its_learning_rate_allows():
     assert moved["raw"] > 5 * moved["log"] > 0
 
 
-def test_suite_learns_and_is_deterministic():
-    sites = {Site(0, "resid"): sample(2000, seed=1), Site(1, "att"): sample(2000, d=6, seed=2)}
-    settings = config(steps=150, learning_rate=5e-3, l0_coefficient=0.01, l0_warmup_steps=50, lr_warmup_steps=10)
-
-    def run():
-        trainers = {site: SAETrainer(settings, rows) for site, rows in sites.items()}
-        logged = []
-        stream = batches(sites, settings.batch_size, settings.steps, seed=3)
-        train(trainers, stream, log_every=10, log=lambda step, rows: logged.append((step, rows)))
-        return trainers, logged
-
-    trainers, logged = run()
-    assert [step for step, _ in logged] == list(range(1, 151))
-    assert all((rows is None) == bool(step % 10) for step, rows in logged)
-    first, last = logged[9][1], logged[-1][1]
-    assert set(last) == {"layer_0/resid", "layer_1/att"}
-    for name, row in last.items():
-        assert row["fvu"] < 0.5 * first[name]["fvu"], name
-        assert 0 < row["l0"] < 12, name
-    again, _ = run()
-    for site, trainer in trainers.items():
-        for ours, theirs in zip(trainer.sae.parameters(), again[site].sae.parameters(), strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def test_one_sae_is_the_same_alone_and_in_company():
-    rows, site = sample(), Site(2, "mlp")
-    company = {site: rows, Site(0, "att"): sample(seed=9)}
-    trainers = {key: SAETrainer(config(), value) for key, value in company.items()}
-    train(trainers, batches(company, 64, 5, seed=0))
-    alone = {site: SAETrainer(config(), rows)}
-    train(alone, batches({site: rows}, 64, 5, seed=0))
-    assert torch.equal(alone[site].sae.W_enc, trainers[site].sae.W_enc)
-
-
-def test_side_by_side_is_the_same_as_one_after_another():
-    company = {Site(layer, "mlp"): sample(seed=layer) for layer in range(5)}
-    threads, suites = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            suites.append({site: SAETrainer(config(), rows) for site, rows in company.items()})
-            train(suites[-1], batches(company, 64, 40, seed=0))
-            assert torch.get_num_threads() == n
-    finally:
-        torch.set_num_threads(threads)
-    for site in company:
-        for one, other in zip(*(suite[site].sae.parameters() for suite in suites), strict=True):
-            assert torch.equal(one, other)
-
-
-def test_an_error_of_one_side_by_side_is_raised(monkeypatch):
-    company = {Site(layer, "mlp"): sample(seed=layer) for layer in range(3)}
-    trainers, threads = {site: SAETrainer(config(), rows) for site, rows in company.items()}, torch.get_num_threads()
-    monkeypatch.setattr(trainers[Site(1, "mlp")], "update", lambda x: math.sqrt(-1))
-    try:
-        torch.set_num_threads(2)
-        with pytest.raises(ValueError, match="math domain error"):
-            train(trainers, batches(company, 64, 1, seed=0))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_dead_latents_are_counted_by_tokens():
     trainer = SAETrainer(config(dead_after_tokens=1500), sample())
     with torch.no_grad():
@@ -209,14 +146,6 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
     assert logged[-1]["layer_1/resid"]["skipped"] == 1
     for ours, theirs in zip(trainers[0].sae.parameters(), trainers[1].sae.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_training_ends_when_no_step_is_finite():
-    rows, site = sample(), Site(1, "resid")
-    bad = torch.full((64, 8), math.nan)
-    message = r"layer_1/resid: the loss was not finite in the 2 steps up to step 4; lower the learning rate"
-    with pytest.raises(TrainingFailedError, match=message):
-        train({site: SAETrainer(config(), rows)}, [{site: x} for x in (rows[:64], bad, bad, bad)], log_every=2)
 
 
 def test_an_empty_batch():
