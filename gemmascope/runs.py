@@ -141,7 +141,7 @@ def _locked(folder: Path) -> int | None:
         os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         return descriptor
     except OSError as error:
-        if isinstance(error, BlockingIOError):
+        if isinstance(error, BlockingIOError) and descriptor is not None:
             problem = f"expected no other process to work in it, found {_holder(descriptor)}"
         else:
             problem = f"cannot be locked: {error.strerror or error}"

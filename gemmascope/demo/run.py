@@ -195,7 +195,8 @@ def judge(
             on_done=lambda done, site: bar.update(done, str(site)),
         )
     with atomic_write(config.out / "frequencies.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, **{str(site): frequency.numpy() for site, frequency in frequencies.items()})
+        arrays: dict[str, Any] = {str(site): frequency.numpy() for site, frequency in frequencies.items()}
+        np.savez(file, **arrays)
     return [
         row | {"path": path.relative_to(config.out).as_posix()} for row, path in zip(saes, paths.values(), strict=True)
     ]

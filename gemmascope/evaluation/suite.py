@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..activations import harvest
 from ..saes import JumpReLUSAE
 from ..sites import Site, special_token_ids
+from ..sites.decoder import embedding_weight
 from .baselines import pair_table_fvu
 from .fidelity import evaluate_sae
 from .language_model import evaluate_splice, language_model_loss
@@ -74,7 +75,7 @@ def token_pairs(model: nn.Module, tokens: Tensor) -> Tensor:
 
     The previous id of a row's first token is the size of the vocabulary, which is no token.
     """
-    none = model.get_input_embeddings().weight.shape[0]
+    none = embedding_weight(model).shape[0]
     previous = torch.cat([torch.full_like(tokens[:, :1], none), tokens[:, :-1]], 1)
     special = torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device)
     return torch.stack([previous, tokens], -1)[~torch.isin(tokens, special)]
