@@ -11,12 +11,6 @@ from torch import Tensor
 
 from .kernels import validation
 
-check_int = validation.check_int
-check_number = validation.check_number
-check_tensor = validation.check_tensor
-check_type = validation.check_type
-dtype_name = validation.dtype_name
-
 __all__ = [
     "check_choice",
     "check_floating",
@@ -28,6 +22,12 @@ __all__ = [
     "found",
     "is_integer",
 ]
+
+check_int = validation.check_int
+check_number = validation.check_number
+check_tensor = validation.check_tensor
+check_type = validation.check_type
+dtype_name = validation.dtype_name
 
 
 def is_integer(tensor: Any) -> bool:

@@ -257,7 +257,7 @@ def _read_from_hub(repo: str, path: PurePosixPath, revision: str | None) -> Stor
         name, weights = path / NPZ, fetch(path / NPZ, optional=True)
         if weights is None:
             name, weights = path / SAFETENSORS, fetch(path / SAFETENSORS)
-    assert weights is not None  # only what is optional is
+    assert weights is not None  # `hub.fetch` raises where a file that is not optional is missing
     config_name = PurePosixPath(manifest.path_for(Path(name)))
     tensors, config = _read(weights, fetch(config_name, optional=name.suffix == ".npz"))
     snapshot = weights.parents[len(name.parts) - 1]  # …/snapshots/COMMIT

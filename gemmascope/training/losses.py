@@ -74,11 +74,8 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
         raise ValueError("x: expected at least one token, got an empty batch")
     centred, theta = x - sae.b_dec if sae.pre_encoder_bias else x, sae.threshold
     z = torch.addmm(sae.b_enc, centred, sae.W_enc)
-    active, inside, f = (
-        reference.gate(z, theta),
-        reference.window(z, theta, loss.bandwidth),
-        reference.activation(z, theta),
-    )
+    active, inside = reference.gate(z, theta), reference.window(z, theta, loss.bandwidth)
+    f = reference.activation(z, theta)
     firing_count = (z > theta).sum(0).to(torch.int32)
     residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x
     l0, weights = active.sum(1), objective(loss, n)
