@@ -14,7 +14,7 @@ gradients: under Adam with β1 = 0 it does not move and its second moments decay
 
 The sparse route runs, in this order: `encode_entries`, `residual_pass` (token by token), `by_latent`, `latent_pass` and
 `update_from_entries` (latent by latent). The dense route, for a code that is not sparse yet: `dense_encode`, products
-of whole matrices, `dense_backward`, `update_from_dense`. Symbols as in `reference.py`; capacity is the room for
+of whole matrices, `dense_backward`, `update_from_dense`. Symbols as in `reference/`; capacity is the room for
 entries, a number on the host, while how many there are is only known on the device.
 """
 

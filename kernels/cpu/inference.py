@@ -1,6 +1,6 @@
 """The native CPU backend of `jumprelu`, `encode` and `decode`: what `csrc/` computes, under the operators' names.
 
-fp32 and bf16, accumulated in fp32; contracts and NaN policy as in `reference.py`. Every index is checked: IndexError.
+fp32 and bf16, accumulated in fp32; contracts and NaN policy as in `reference/`. Every index is checked: IndexError.
 """
 
 import torch

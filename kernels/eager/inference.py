@@ -1,6 +1,6 @@
 """The operators by PyTorch's own sparse operations: what a CPU runs where the native backend was not built.
 
-Same signatures, results and treatment of NaN as `reference.py`. Everything goes through memory a cache-full at a time:
+Same signatures, results and treatment of NaN as `reference/`. Everything goes through memory a cache-full at a time:
 on a CPU a fresh tensor of 100 MB costs more in page faults than the arithmetic that fills it. The product that makes z
 comes in pieces that are searched for entries while they are still in a cache; sums over entries are `embedding_bag`,
 products of pairs of rows `sampled_addmm`, which both work row by row in a fixed order, so that results repeat bit for

@@ -4,7 +4,7 @@
     dpre = u·1[z > θ];   db_enc = Σ_n dpre;   dθ = Σ_n 1[|z − θ| < ε/2]·( −(θ/ε)·u − s_n/ε )
 
 with u = ∂L/∂f [N, F] and s = ∂L/∂l0 [N] (Rajamanoharan et al. 2024, arXiv 2407.14435, equations 11 and 12). pre [N, F]
-in fp16, bf16 or fp32; b_enc [F] of any float dtype; θ [F] fp32. `reference.py` is the specification, also for NaN and
+in fp16, bf16 or fp32; b_enc [F] of any float dtype; θ [F] fp32. `reference/` is the specification, also for NaN and
 Inf.
 
 Memory traffic, for entries of b bytes: forward 2b per entry of [N, F] (read pre, write f) and 0.08 bytes of counts;

@@ -1,7 +1,7 @@
 """The specification of the training step's operators in plain PyTorch: the formulas of `entries.py`, in its order.
 
 Written to be read: matrices [N, F] and [entries, d] stand in memory. Computes in fp32, in fp64 for fp64 inputs, on any
-device. Symbols as in `reference.py`, with r_n = x̂_n − x_n.
+device. Symbols as in `inference.py`, with r_n = x̂_n − x_n.
 
 Sources: JumpReLU SAEs (arXiv 2407.14435) equations 11 and 12 for the gradients; Gemma Scope (arXiv 2408.05147) section
 3.2 for the optimiser.
