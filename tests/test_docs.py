@@ -1,0 +1,175 @@
+"""The documents against the code: their Python runs, their figures are those of the rows, what they name exists."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "notes").glob("*.md"))]
+RUN, CHECK = "python", "python no-run"
+
+SPEED = {
+    "ours_cpu": "gemmascope, native backend",
+    "ours_pytorch": "gemmascope, PyTorch alone",
+    "dense_compiled": "the same in dense PyTorch, compiled",
+    "dense": "the same in dense PyTorch",
+    "dictionary_learning": "dictionary_learning",
+    "saelens": "SAELens",
+    "sparsify": "sparsify (TopK)",
+}
+QUALITY = {
+    "saelens": "SAELens",
+    "dictionary_learning": "dictionary_learning",
+    "sparsify": "sparsify's TopK",
+    "sparsify_adam": "the same with Adam",
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[tuple[str, int, str]]:
+    """Language, line and text of every fenced block."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```([^\n`]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(match[1].strip(), text.count("\n", 0, match.start(2)), match[2]) for match in found]
+
+
+def marked(page: Path, name: str) -> tuple[str, str]:
+    """What stands between ``<!-- name OF -->`` and ``<!-- /name -->``, and OF."""
+    begin, end = rf"<!-- {name} ?(.*?) ?-->\n", f"\n<!-- /{name} -->"
+    found = re.findall(f"{begin}(.*?){end}", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(found) == 1, f"{name_of(page)}: expected one block between the marks {name}, found {len(found)}"
+    [(of, block)] = found
+    return block, of
+
+
+def assert_block(page: Path, name: str, expected: str) -> None:
+    found, _ = marked(page, name)
+    assert found == expected, f"{name_of(page)}: the block <!-- {name} --> should be\n\n{expected}\n"
+
+
+# ---- Python
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """In order and in one namespace, in an empty folder. Blocks marked no-run only compile."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for language, line, source in blocks(page):
+        assert language in (RUN, CHECK) or not language.startswith("py"), f"{name_of(page)}:{line}: {language!r}"
+        if language in (RUN, CHECK):
+            if "transformers" in source:
+                pytest.importorskip("transformers")
+            code = compile("\n" * line + source, str(page), "exec")  # so that a traceback shows the page's line
+            if language == RUN:
+                exec(code, namespace)
+
+
+# ---- figures
+
+
+def rows_of(name: str) -> list[dict]:
+    with (ROOT / "bench" / "results" / name).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def speed_block(date: str) -> str:
+    """The table of the run of ``date``; in brackets the ratios of it and all runs before it."""
+    rows = [row for row in rows_of("cpu.jsonl") if row["kind"] == "time" and row["machine"]["date"] <= date]
+    times = {(row["machine"]["date"], row["part"], row["contender"]): row["p50_ms"] for row in rows}
+    runs = sorted({row["machine"]["date"] for row in rows})
+    assert date in runs, f"cpu.jsonl: expected the run of {date}, found {', '.join(runs)}"
+    lines = ["| | step, ms | times ours | inference, ms | times ours |", "|---|---|---|---|---|"]
+    for contender, label in SPEED.items():
+        cells = [label]
+        for part in ("step", "infer"):
+            ratios = [times[run, part, contender] / times[run, part, "ours_cpu"] for run in runs]
+            ratio = times[date, part, contender] / times[date, part, "ours_cpu"]
+            spread = "" if contender == "ours_cpu" else f" ({min(ratios):.1f}–{max(ratios):.1f})"
+            cells += [f"{times[date, part, contender]:,.0f}", f"{ratio:.1f}{spread}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quality_block(date: str) -> str:
+    from bench.quality.verdicts import compare
+
+    rows = [row for row in rows_of("quality.jsonl") if row["machine"]["date"] == date]
+    (site,) = {row["site"] for row in rows}
+    lines = ["| against | our FVU over theirs at equal L0 |", "|---|---|"]
+    for contender, label in QUALITY.items():
+        found = compare(rows, contender, site)
+        lines.append(f"| {label} | {found['least']:.2f}–{found['most']:.2f} |".replace("0.", "."))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("name", "block"), [("speed", speed_block), ("quality", quality_block)])
+def test_figures_are_those_of_the_rows(name, block):
+    assert_block(README, name, block(marked(README, name)[1]))
+
+
+# ---- what is named
+
+
+def packages() -> dict[str, str]:
+    """Folder and first docstring line of every package, outermost first."""
+    found = {}
+    for root in ("gemmascope", "kernels", "bench"):
+        for path in sorted((ROOT / root).rglob("__init__.py")):
+            folder = f"{path.parent.relative_to(ROOT)}/"
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            found[folder] = docstring.partition("\n")[0]
+    without = [folder for folder, line in found.items() if not line]
+    assert not without, f"expected a docstring in the __init__.py of {', '.join(without)}, found none"
+    return found
+
+
+def packages_block() -> str:
+    found = packages()
+    width = max(map(len, found))
+    return "\n".join(["```", *(f"{folder:<{width}}  {line}" for folder, line in found.items()), "```"])
+
+
+def test_readme_lists_the_packages():
+    assert_block(README, "packages", packages_block())
+
+
+def test_every_page_is_listed():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in PAGES[1:]} - {"README.md"}
+    examples = {f"../examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+    assert sorted(name for name in pages | examples if f"]({name})" not in index) == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ +(.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
+def test_targets_of_make_exist(page):
+    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"(?:^|`)make ([a-z][a-z0-9-]*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(set(named) - set(targets)) == []
