@@ -1,0 +1,1 @@
+"""Benchmarks: a gate before any time, rows with provenance, pictures from the rows."""

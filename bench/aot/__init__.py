@@ -1,0 +1,1 @@
+"""Kernels compiled ahead of time: registers and spills against baselines."""

@@ -1,0 +1,1 @@
+"""The packages people use, as contenders."""

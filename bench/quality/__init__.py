@@ -1,0 +1,1 @@
+"""The same SAE by every trainer, and by every route."""

@@ -1,0 +1,1 @@
+"""The runner: inputs, gate, clocks, ceilings, memory."""
