@@ -162,7 +162,7 @@ class TrainState:
         parameters = self.sae._parameters
         for name, began in self._began_with.items():
             p = parameters.get(name)
-            if p is None or (p.shape, p.stride(), p.dtype, p.device) != began:
+            if p is None or p.is_inference() or (p.shape, p.stride(), p.dtype, p.device) != began:
                 self._put_in_order(name, p, began)
         W_enc, W_dec = self.sae.W_enc, self.sae.W_dec
         if W_enc.data_ptr() == W_dec.data_ptr():  # two parameters, even if they were given one memory
@@ -196,7 +196,13 @@ class TrainState:
                 f"sae: {name} is {dtype_name(p.dtype)}; training needs the {began_as} master weights it started with: "
                 f"load them, or go on with rounded ones by sae.to(torch.{began_as}), and cast a copy.deepcopy instead"
             )
-        p.data = torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(p.data)
+        if p.stride() == strides and torch.is_inference_mode_enabled():
+            return
+        laid_out = torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(p.data)
+        if p.is_inference():  # no step outside inference mode could change it
+            self.sae._parameters[name] = nn.Parameter(laid_out, p.requires_grad)
+        else:
+            p.data = laid_out
 
     def copies_differ(self) -> Tensor | None:
         """Bool scalar: whether a column of the weights, each step another one, differs from what the copies have there,
