@@ -1,4 +1,5 @@
-"""The specification of every operator in plain PyTorch, with the backward formulas written out.
+"""The specification of every operator in plain PyTorch, with the backward formulas written out; those of the training
+step are in `reference_training.py`.
 
 Computes in the inputs' dtype promoted to at least fp32 (fp64 stays fp64), with autocast off, on any device. The
 straight-through gradients are definitions, not derivatives, so autograd cannot be their oracle: they stand here as
