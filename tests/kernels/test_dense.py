@@ -205,7 +205,7 @@ def test_tf32_only_when_asked_for(device, monkeypatch, tf32, precision):
 
 def backward_operands(N, F, dtype=torch.float32, device="cpu", d=3):
     """u, the kernel's code of a lattice, the reference's of the same, θ and s."""
-    arguments = lattice_operands(N, d, F, device=device)
+    arguments = lattice_operands(N, d, F, dtype, device)
     u, s = normal(N, F, dtype=dtype, device=device, seed=7), normal(N, device=device, seed=8)
     exact = reference.dense_encode(*(t.double() for t in arguments), BANDWIDTH)
     return u, dense_encode(*arguments, BANDWIDTH), exact, arguments[3], s

@@ -104,7 +104,8 @@ def test_latents_without_entries(device):
     assert idle.any()
     for name in ("db_enc", "dthreshold", "along", "firing_count"):
         assert not getattr(sums, name)[idle].any(), name
-    nothing = by_latent(inputs[0]._replace(latents=torch.full_like(inputs[0].latents, 10)), 10)
+    latents, offsets = torch.full_like(inputs[0].latents, 10), torch.zeros_like(inputs[0].offsets)
+    nothing = by_latent(inputs[0]._replace(latents=latents, offsets=offsets), 10)
     for value in latent_pass(*inputs[:2], nothing, *inputs[3:], OBJECTIVES["all"])[3:]:
         assert not value.any()
 
