@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bench.contenders import INFERENCE, TRAINING, Contender, Inputs
 from bench.trainers import Setting, Trainer, inputs_of
-from gemmascope.kernels import SparseCode
 from gemmascope.saes import JumpReLUSAE
 
 
@@ -176,11 +175,7 @@ class TopKSAE(torch.nn.Module):
         values, latents = z.topk(self.k, dim=-1)
         return torch.zeros_like(z).scatter(-1, latents, values)
 
-    def encode_sparse(self, x: Tensor) -> SparseCode:
-        return SparseCode.from_dense(self.encode(x))
-
-    def decode(self, f: Tensor | SparseCode) -> Tensor:
-        f = f.to_dense() if isinstance(f, SparseCode) else f
+    def decode(self, f: Tensor) -> Tensor:
         return (f @ self.W_dec + self.b_dec) * self.input_scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -62,9 +62,16 @@ def evaluate_sae(
     device = sae.W_dec.device
     n, fired = activations.shape[0], torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
 
+    encode_sparse = getattr(sae, "encode_sparse", None)  # another package's module may have the dense code alone
+
     def reconstruct(x: Tensor, start: int) -> Tensor:
         # The weights' precision, not that of the stored activations: rounding x̂ to bf16 would count as SAE error.
-        code = sae.encode_sparse(x.to(device=device, dtype=sae.W_dec.dtype))
+        x = x.to(device=device, dtype=sae.W_dec.dtype)
+        if encode_sparse is None:
+            f = sae.encode(x)
+            fired.add_((f != 0).sum(0))
+            return sae.decode(f)
+        code = encode_sparse(x)
         fired.add_(code.firing_count())
         return sae.decode(code if density.is_sparse(code) else code.to_dense())
 

@@ -4,11 +4,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..kernels import SparseCode
-
 
 class SparseAutoencoder(Protocol):
-    """A module that has these is judged by `gemmascope.evaluation` and spliced in by `gemmascope.sites.attach`."""
+    """A module that has these is judged by `gemmascope.evaluation` and spliced in by `gemmascope.sites.attach`.
+
+    One with ``encode_sparse(x) -> SparseCode`` too, whose ``decode`` takes such a code, is judged on its active entries.
+    """
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802 as every SAE calls it
@@ -25,12 +26,8 @@ class SparseAutoencoder(Protocol):
         """Dense activations [..., d_sae] of x [..., d_model]."""
         ...
 
-    def encode_sparse(self, x: Tensor) -> SparseCode:
-        """The active latents of x [N, d_model]."""
-        ...
-
-    def decode(self, f: Tensor | SparseCode) -> Tensor:
-        """The reconstruction [..., d_model] of dense activations, or [N, d_model] of a code."""
+    def decode(self, f: Tensor) -> Tensor:
+        """The reconstruction [..., d_model] of dense activations."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor:
