@@ -163,15 +163,17 @@ def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: 
 @torch.no_grad()
 def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigures:
     """The same update without a limit on the entries."""
-    sae, n = state.sae, x.shape[0]
+    latents, d_sae = state.ready(), state.sae.d_sae
     with _tf32() if state.compute_dtype == "tf32" else nullcontext():
-        width = dense_tile(n, sae.d_sae)
-        tiles = [slice(start, start + width) for start in range(0, sae.d_sae, width)]
-        return _dense_step(state, x, loss, rule, tiles)
+        width = dense_tile(x.shape[0], d_sae)
+        tiles = [slice(start, start + width) for start in range(0, d_sae, width)]
+        return _dense_step(state, latents, x, loss, rule, tiles)
 
 
-def _dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]) -> StepFigures:
-    sae, impl, n, latents = state.sae, state.impl, x.shape[0], state.ready()
+def _dense_step(
+    state: TrainState, latents: LatentState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]
+) -> StepFigures:
+    sae, impl, n = state.sae, state.impl, x.shape[0]
     x_centred = _centred(state, x)
 
     def encode(tile: slice):

@@ -119,7 +119,7 @@ def fewer_latents(sae):
 
 
 def remove(sae):
-    sae.W_enc = None
+    sae.W_dec = None
 
 
 def assign_bf16(sae):
@@ -135,7 +135,7 @@ REFUSED = {
     move: r"sae: W_enc is on meta; training began on cpu, where the second moments are: move the SAE back with sae.to",
     narrow: rf"sae: W_dec has shape \[{F}, 5\]; training began with \[{F}, {D}\]: give it weights of that shape",
     fewer_latents: rf"sae: b_enc has shape \[{F - 1}\]; training began with \[{F}\]",
-    remove: rf"sae: W_enc is missing; training began with one of shape \[{D}, {F}\]",
+    remove: rf"sae: W_dec is missing; training began with one of shape \[{F}, {D}\]",
 }
 
 
