@@ -66,6 +66,11 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     return build.problem()
 
 
+def _plain(why: str) -> Choice:
+    """Plain PyTorch: what is written for speed loops over pieces, which a compiler would unroll."""
+    return Choice("reference" if torch.compiler.is_compiling() else "pytorch", why)
+
+
 def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
     """The implementation that ``impl`` means for tensors of this device and dtype.
 
@@ -83,8 +88,8 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
         return Choice("cpu", "asked for")
     if impl == "auto" and device.type == "cpu":
         problem = why_not_native(device, dtype)
-        if problem:  # what is written for speed loops over pieces, which a compiler would unroll
-            return Choice("reference" if torch.compiler.is_compiling() else "pytorch", problem)
+        if problem:
+            return _plain(problem)
         return Choice("cpu", f"the native backend, {build.isa()}")
     problem = why_not_triton(device, dtype)
     if impl == "triton":
@@ -92,5 +97,5 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
             raise ValueError(f"impl='triton': {problem}")
         return Choice("triton", "asked for")
     if problem:
-        return Choice("reference", problem)
+        return _plain(problem)
     return Choice("triton", f"{device.type} tensors and {dtype_name(dtype)}")

@@ -8,8 +8,8 @@ from torch import Tensor
 class SparseAutoencoder(Protocol):
     """A module that has these is judged by `gemmascope.evaluation` and spliced in by `gemmascope.sites.attach`.
 
-    One that also has ``encode_sparse(x) -> SparseCode``, and whose ``decode`` takes such a code, is judged on its active
-    entries.
+    One that also has ``encode_sparse(x) -> SparseCode``, and whose ``decode`` takes such a code, is judged on its
+    active entries.
     """
 
     @property

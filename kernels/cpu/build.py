@@ -8,8 +8,8 @@ Nothing is ever compiled unasked. Three ways to ask:
 * `build` does so from Python.
 
 ``GEMMASCOPE_NATIVE_FLAGS`` adds flags for the compiler and the linker, and makes a process build a library of its own.
-``GEMMASCOPE_NATIVE=0`` leaves a library that is there unused. Sources: ``csrc/``, one file for each instruction set and
-one for the operators; the best set that the processor has is taken at run time.
+``GEMMASCOPE_NATIVE=0`` leaves a library that is there unused. Sources: ``csrc/``, one file for each instruction set,
+the rest by subject; the best set that the processor has is taken at run time.
 """
 
 import hashlib

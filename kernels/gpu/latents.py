@@ -1,13 +1,13 @@
 """The latent-major pass of the training step: what the entries contribute to the gradients, latent by latent.
 
-For entry e = (token n, latent j), with f_e = z_e where active, else 0, and u_e = ⟨r_n, W_dec[j]⟩ from `_residual.py`:
+For entry e = (token n, latent j), with f_e = z_e where active, else 0, and u_e = ⟨r_n, W_dec[j]⟩ from `residual.py`:
 
     du_e = (2/N)·u_e + tanh_slope·(1 − tanh²(tanh_scale·f_e));   along_j = Σ_e (2/N)·f_e·u_e
     q_e  = 1[|z_e − θ_j| < ε/2]·( −(θ_j·du_e + s_n + frequency_slope·count_j)/ε );   dθ_j = Σ_e q_e
     dz_e = 1[active]·du_e, less q_e with the straight-through estimator on z;   db_enc_j = Σ_e dz_e
 
 and, for those who want gradients in memory, dW_enc[j] = Σ_e dz_e·(x_n − b_dec) and dW_dec[j] = Σ_e (2/N)·f_e·r_n;
-`_update.py` forms these two in registers instead. Everything is fp32.
+`update.py` forms these two in registers instead. Everything is fp32.
 
 A program does a few latents, a group of entries of each at a time. Entry i of a latent is added to partial sum
 i mod `lanes`, then the partial sums are added: no atomics, and every sum depends on its latent alone.

@@ -71,9 +71,9 @@ def test_auto_on_a_gpu(interpreter):
     assert kernels.choose("auto", "cuda", torch.bfloat16) == ("triton", "cuda tensors and bfloat16")
 
 
-def test_auto_takes_the_reference_for_fp64(interpreter):
+def test_auto_takes_plain_pytorch_for_fp64(interpreter):
     choice = kernels.choose("auto", "cuda", torch.float64)
-    assert choice == ("reference", "the kernels take float32, float16 or bfloat16, not float64")
+    assert choice == ("pytorch", "the kernels take float32, float16 or bfloat16, not float64")
 
 
 def test_explicit_triton_is_met_in_the_interpreter(interpreter):
@@ -94,7 +94,7 @@ def test_explicit_triton_without_triton(monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="impl='triton': triton is not installed"):
         kernels.choose("triton", "cuda", torch.float32)
-    assert kernels.choose("auto", "cuda", torch.float32) == ("reference", "triton is not installed")
+    assert kernels.choose("auto", "cuda", torch.float32) == ("pytorch", "triton is not installed")
 
 
 def test_explicit_triton_with_an_old_triton(monkeypatch):

@@ -1,5 +1,5 @@
 // The latent-major half of the training step: what the entries of a latent contribute to its gradients, and the update
-// of the latent, formulas as in kernels/_latents.py and kernels/_update.py. A latent is done by one thread, its entries
+// of the latent, formulas as in kernels/gpu/latents.py and kernels/gpu/update.py. A latent is done by one thread, its entries
 // in token order: no result depends on the number of threads.
 #pragma once
 
