@@ -3,10 +3,10 @@
 x [N, d], W_enc [d, F] of one dtype (fp32, fp16, bf16), b_enc [F], θ = threshold [F] fp32  →  `Entries`.
 
 As in sparse inference (`encode.py`), the GEMM leaves one bit per entry and the fp32 z of the entries it keeps, in
-scratch for a chunk of tokens at a time; the bits are counted and scanned; a light kernel moves the kept entries where they go.
-Here the room for them is given beforehand and the host never waits: the scan runs on, on the device, from chunk to
-chunk, and what falls beyond the capacity is counted but not written. Whether an entry is active is decided once more
-from the same z and θ when it is moved.
+scratch for a chunk of tokens at a time; the bits are counted and scanned; a light kernel moves the kept entries where
+they go. Here the room for them is given beforehand and the host never waits: the scan runs on, on the device, from
+chunk to chunk, and what falls beyond the capacity is counted but not written. Whether an entry is active is decided
+once more from the same z and θ when it is moved.
 """
 
 import torch
