@@ -119,7 +119,7 @@ def copy_of_the_tree(tmp_path):
 @needs_compiler
 def test_an_installation_whose_build_fails_goes_on_without(tmp_path):
     tree = copy_of_the_tree(tmp_path)
-    (tree / "kernels" / "cpu" / "csrc" / "isa_portable.cpp").write_text("#error broken on purpose\n")
+    (tree / "kernels" / "cpu" / "csrc" / "arguments.cpp").write_text("#error broken on purpose\n")
     command = ["-m", "pip", "wheel", "-v", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(tmp_path), "."]
     done = run(command, tree, GEMMASCOPE_NATIVE="1", MAX_JOBS="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
