@@ -118,9 +118,9 @@ class TestEvaluateSAE:
     def test_chunks_bound_the_rows_and_not_the_result(self, monkeypatch, chunk_elements):
         x, train = normal(101, 16, seed=4), normal(130, 16, seed=5)
         sae = JumpReLUSAE(16, 48, impl="reference", generator=torch.Generator().manual_seed(0))
-        whole, rows, encode = evaluate_sae(sae, x, train), [], sae.encode
+        whole, rows, encode = evaluate_sae(sae, x, train), [], sae.encode_sparse
         monkeypatch.setattr(variance, "CHUNK_ELEMENTS", chunk_elements)
-        monkeypatch.setattr(sae, "encode", lambda x: rows.append(len(x)) or encode(x))
+        monkeypatch.setattr(sae, "encode_sparse", lambda x: rows.append(len(x)) or encode(x))
         metrics = evaluate_sae(sae, x, train)
         assert max(rows) <= max(1, chunk_elements // 48)
         assert sum(rows) == 101

@@ -17,6 +17,7 @@ from tests.helpers import (
 from tests.kernels import sanitizer
 
 pytest.importorskip("triton")
+from gemmascope.kernels import gpu
 from gemmascope.kernels.gpu import decode as gpu_decode
 from gemmascope.kernels.gpu.decode import GatherConfig
 
@@ -125,8 +126,8 @@ def test_only_the_gradients_asked_for(needs, device, monkeypatch):
     values, indices, offsets, W_dec, b_dec, grad = inputs(5, 13, 19, device=device)
     expected = run("reference", values, indices, offsets, W_dec, b_dec, grad)
     asked = []
-    backward = gpu_decode.decode_backward
-    monkeypatch.setattr(gpu_decode, "decode_backward", lambda *a: (asked.append(a[-2:]), backward(*a))[1])
+    backward = gpu.decode_backward
+    monkeypatch.setattr(gpu, "decode_backward", lambda *a: (asked.append(a[-2:]), backward(*a))[1])
     leaves = [t.clone().requires_grad_(need) for t, need in zip((values, W_dec, b_dec), needs, strict=True)]
     decode(SparseCode(leaves[0], indices, offsets, 13), *leaves[1:], impl="triton").backward(grad)
     assert asked == [needs[:2]]
