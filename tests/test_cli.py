@@ -233,7 +233,8 @@ def test_a_terminal_without_unicode_shows_question_marks(tmp_path):
 def test_interrupting_the_process(tmp_path):
     ready = tmp_path / "ready"
     code = (
-        "import sys, time, types, pathlib\n"
+        "import signal, sys, time, types, pathlib\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "demo = types.ModuleType('gemmascope.demo.run')\n"
         "demo.DemoConfig = lambda **options: None\n"
         f"demo.run = lambda config: (pathlib.Path({str(ready)!r}).touch(), time.sleep(60))\n"
