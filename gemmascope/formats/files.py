@@ -10,13 +10,22 @@ import io
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from ..errors import BadFileError, EnvironmentProblemError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
@@ -31,6 +40,11 @@ def shown(path: str | os.PathLike) -> str:
 
 # ---- writing
 
+# The folder in which a writer works, beside what it writes. With a suffix: a file that earlier versions wrote there.
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\.\w+)?")
+LOCK = ".tmp-lock"
+ATTEMPTS = 100
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
@@ -39,34 +53,69 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with atomic_write("runs/a/results.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
 
-    The temporary file lies in the same folder (created if missing) and is flushed to the disk before the rename, so
-    that ``path`` holds the old bytes or all of the new ones, whatever happens. When the block raises, the temporary
-    file and the folders created for it are removed. Raises EnvironmentProblemError when the file cannot be written:
-    unwritable folder, full disk, ``path`` is a folder, ….
+    The temporary file has the name of ``path`` and lies in a folder ``.tmp-…`` beside it (folders that are missing are
+    made). It is flushed to the disk before the rename, so that ``path`` holds the old bytes or all of the new ones,
+    whatever happens. Its mode is the one that the umask gives, whatever wrote it. When the block raises, the temporary
+    folder and the folders made for it are removed; what a killed process leaves, `remove_stale_temporaries` removes.
+    Raises EnvironmentProblemError when the file cannot be written: unwritable folder, full disk, ``path`` is a folder,
+    ….
     """
     path = Path(path)
+    with staging(path) as stage:
+        temporary = stage / path.name
+        mode = create(temporary)
+        yield temporary
+        finish(temporary, mode)
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A new folder for what will take the place of ``path``, beside it; gone when the block ends.
+
+    When the block raises, the folders made for it go too, and an OSError becomes an EnvironmentProblemError.
+    """
     missing = [folder for folder in path.parents if not os.path.lexists(folder)]
-    temporary = path.parent / f".tmp-{secrets.token_hex(8)}{path.suffix}"
-    written = False
+    stage, lock, done = None, None, False
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-        written = True
-        with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
-            _flush_to_disk(path.parent)
-    except OSError as error:
-        raise EnvironmentProblemError(f"{shown(path)}: cannot be written: {error.strerror or error}") from error
+        stage, lock = _locked_folder(path.parent)
+        yield stage
+        done = True
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EnvironmentProblemError(f"{shown(path)}: cannot be written: {reason}") from error
     finally:
-        if not written:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-                for folder in missing:
-                    folder.rmdir()
+        with contextlib.suppress(OSError):
+            if stage is not None:
+                _discard(stage)
+            for folder in missing if not done else ():
+                folder.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def create(path: Path) -> int:
+    """Make the new file ``path``; its mode."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def finish(path: Path, mode: int) -> None:
+    """Flush what was written to the disk, in ``mode``: `safetensors` puts a file of mode 0600 in the place of ours."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+    _flush_to_disk(path)
+
+
+def flush_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        _flush_to_disk(folder)
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -75,6 +124,71 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_stale_temporaries(folder: str | os.PathLike) -> None:
+    """Remove from ``folder`` what writers left that were killed. What a living process writes there stays.
+
+    A writer holds a lock of the kernel while it lives. Without such locks (Windows, some network file systems) nothing
+    is removed. Subfolders are not searched.
+    """
+    with contextlib.suppress(OSError):
+        for path in [path for path in Path(folder).iterdir() if TEMPORARY.fullmatch(path.name)]:
+            with contextlib.suppress(OSError):
+                _remove_unless_alive(path)
+
+
+def _remove_unless_alive(path: Path) -> None:
+    if fcntl is None:
+        return
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        path.unlink()
+        return
+    try:
+        lock = os.open(path / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        path.rmdir()  # killed between making the folder and locking it, or about to: then it makes another
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _discard(path)
+    finally:
+        os.close(lock)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, int | None]:
+    """A new temporary folder, and the descriptor that holds its lock where there are locks."""
+    for _ in range(ATTEMPTS):  # until no other process takes it for a dead one's before it is locked
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = parent / f".tmp-{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError):
+            folder.mkdir()
+            if fcntl is None:
+                return folder, None
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            if _is_held(lock):
+                return folder, lock
+            os.close(lock)
+    raise FileNotFoundError("its folder vanishes as soon as it is made")
+
+
+def _is_held(lock: int) -> bool:
+    """Whether this process now holds the lock, or nobody can."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return os.fstat(lock).st_nlink > 0
+
+
+def _discard(folder: Path) -> None:
+    """Remove a temporary folder, its lock last: without it, nobody could tell that its writer is dead."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.rmdir()
 
 
 def json_text(obj: Any, name: str) -> str:

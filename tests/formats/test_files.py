@@ -1,5 +1,6 @@
 """Atomic writing and strict reading."""
 
+import fcntl
 import json
 import os
 import resource
@@ -7,11 +8,25 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from gemmascope.errors import BadFileError, EnvironmentProblemError
-from gemmascope.formats.files import atomic_write, json_text, open_file, read_json, sha256, shown, write_json
+from gemmascope.formats.files import (
+    LOCK,
+    atomic_write,
+    json_text,
+    open_file,
+    read_json,
+    remove_stale_temporaries,
+    sha256,
+    shown,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -32,8 +47,8 @@ def as_user(tmp_path):
 def test_file_appears_whole_with_ordinary_permissions(tmp_path):
     target = tmp_path / "new" / "folder" / "a.json"
     with atomic_write(target) as temporary:
-        assert temporary.parent == target.parent
-        assert temporary.suffix == ".json"
+        assert temporary.parent.parent == target.parent
+        assert temporary.name == target.name
         temporary.write_text("whole")
         assert not target.exists()
     assert target.read_text() == "whole"
@@ -72,6 +87,64 @@ def test_killed_writer_leaves_the_old_file(tmp_path):
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -signal.SIGKILL
     assert target.read_text() == "old"
+    assert len(os.listdir(tmp_path)) == 2
+    remove_stale_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    stale = tmp_path / ".tmp-0123456789abcdef"
+    for path in (stale / LOCK, stale / "a", stale / "b" / "c", tmp_path / ".tmp-1123456789abcdef.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / ".tmp-2123456789abcdef").mkdir()
+    (tmp_path / ".tmp-notes").touch()
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("a")
+        code = "import sys; from gemmascope.formats.files import *; remove_stale_temporaries(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        assert sorted(os.listdir(tmp_path)) == sorted([".tmp-notes", temporary.parent.name])
+    assert (tmp_path / "a").read_text() == "a"
+    remove_stale_temporaries(tmp_path / "missing")
+
+
+def test_writer_whose_new_folder_is_taken_for_a_dead_ones_makes_another(tmp_path, monkeypatch):
+    """Between making its folder and locking it, and between making the lock and taking it."""
+    steps, flock, locks = [], fcntl.flock, []
+
+    def flock_after_another(lock, how):
+        steps.append("flock")
+        if len(steps) == 1:
+            remove_stale_temporaries(tmp_path)  # takes the lock itself, by the second call
+        flock(lock, how)
+
+    def open_after_another(path, *arguments):
+        if Path(path).name == LOCK and arguments[0] & os.O_CREAT:
+            locks.append(path)
+            if len(locks) == 1:
+                remove_stale_temporaries(tmp_path)
+        return os_open(path, *arguments)
+
+    os_open = os.open
+    monkeypatch.setattr(fcntl, "flock", flock_after_another)
+    monkeypatch.setattr(os, "open", open_after_another)
+    write_json(tmp_path / "a.json", 1)
+    assert len(locks) == 3
+    assert read_json(tmp_path / "a.json") == 1
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0])
+def test_mode_is_that_of_the_umask_whoever_writes(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "a") as temporary:
+            safetensors.torch.save_file({"a": torch.ones(1)}, temporary)
+        write_json(tmp_path / "b", 1)
+    finally:
+        os.umask(before)
+    for name in ("a", "b"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_symbolic_link_is_replaced_and_its_target_left_alone(tmp_path):
@@ -109,15 +182,34 @@ def test_unwritable_folder(as_user):
         write_json(as_user / "a.json", 1)
 
 
-def test_full_disk(tmp_path):
+def save_text(path):
+    path.write_text("x" * 5000)
+
+
+def save_npz(path):
+    with open(path, "wb") as file:
+        np.savez(file, a=np.ones(5000))
+
+
+def save_safetensors(path):
+    safetensors.torch.save_file({"a": torch.ones(5000)}, path)
+
+
+@pytest.mark.parametrize("save", [save_text, save_npz, save_safetensors])
+def test_full_disk(tmp_path, save):
     """The limit on file sizes stands for the full disk: the write fails half-way."""
+
+    def write():
+        with atomic_write(target) as temporary:
+            save(temporary)
+
     target = tmp_path / "a"
     target.write_text("old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(EnvironmentProblemError, match=r"a: cannot be written: File too large$"):
-            write_json(target, "x" * 5000)
+        with pytest.raises(EnvironmentProblemError, match=r"a: cannot be written: .*File too large"):
+            write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert target.read_text() == "old"
