@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFileError, EnvironmentProblemError
-from .files import open_file, parse_json, shown
+from .files import as_path, open_file, parse_json, shown
 
 MAX_ARRAYS = 64
 MAX_HEADER_BYTES = 1 << 20
@@ -55,17 +55,21 @@ class Header(NamedTuple):
 Check = Callable[[dict[str, Header]], None]
 
 
-def read_npz(path: str | os.PathLike, check: Check | None = None) -> dict[str, Tensor]:
-    """The arrays of a .npz file: float16, float32 or float64, either byte order, C or Fortran order.
+def read_npz(
+    path: str | os.PathLike, check: Check | None = None, file: io.BufferedReader | None = None
+) -> dict[str, Tensor]:
+    """The arrays of a .npz file, on the CPU: float16, float32 or float64, either byte order, C or Fortran order.
 
-    check: called with the headers before any data is read; raises to refuse them. Raises BadFileError for a file that
+    check: called with the headers before any data is read; raises to refuse them. file: that of ``path``, already open
+    and at its beginning. Raises BadFileError for a file that
     is damaged (each member has a CRC-32), holds anything but such arrays, repeats a name or would inflate too far.
     """
-    name = shown(path)
+    name = shown(as_path("path", path))
     with (
-        _SmallReads(open_file(path).detach()) as file,
+        contextlib.nullcontext(file) if file else open_file(path) as file,
+        _small_reads(file) as small,
         _damage_is_a_bad_file(name),
-        zipfile.ZipFile(file) as archive,
+        zipfile.ZipFile(small) as archive,
     ):
         members = _npz_members(archive, name, os.fstat(file.fileno()).st_size)
         parsed = {key: _read_npy_header(archive, info, f"{name}: {printable(key)}") for key, info in members.items()}
@@ -74,14 +78,17 @@ def read_npz(path: str | os.PathLike, check: Check | None = None) -> dict[str, T
         return {key: _read_npy(archive, members[key], *parsed[key], f"{name}: {printable(key)}") for key in members}
 
 
-def read_safetensors(path: str | os.PathLike, check: Check | None = None) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: float16, bfloat16, float32 or float64.
+def read_safetensors(
+    path: str | os.PathLike, check: Check | None = None, file: io.BufferedReader | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, on the CPU: float16, bfloat16, float32 or float64.
 
-    check: as for `read_npz`. Raises BadFileError for a header over 1 MiB, over 64 tensors, duplicate keys, and data
-    that the header does not account for byte by byte. The format has no checksum: flipped bits in the data go unseen.
+    check, file: as for `read_npz`. Raises BadFileError for a header over 1 MiB, over 64 tensors, duplicate keys, and
+    data that the header does not account for byte by byte. The format has no checksum: flipped bits in the data go
+    unseen.
     """
-    name = shown(path)
-    with open_file(path) as file:
+    name = shown(as_path("path", path))
+    with contextlib.nullcontext(file) if file else open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -129,6 +136,15 @@ class _SmallReads(io.BufferedReader):
         if len(data) > MAX_HEADER_BYTES:
             raise zipfile.BadZipFile(f"a directory over {MAX_HEADER_BYTES} bytes")
         return data
+
+
+@contextlib.contextmanager
+def _small_reads(file: io.BufferedReader) -> Iterator[_SmallReads]:
+    small = _SmallReads(file.raw)
+    try:
+        yield small
+    finally:
+        small.detach()  # closing it would close the file of the caller
 
 
 def _npz_members(archive: zipfile.ZipFile, name: str, file_size: int) -> dict[str, zipfile.ZipInfo]:
@@ -240,7 +256,7 @@ def _is_sizes(value) -> bool:
 
 def _allocate(header: Header, where: str) -> Tensor:
     try:
-        return torch.empty(header.shape, dtype=header.dtype)
+        return torch.empty(header.shape, dtype=header.dtype, device="cpu")
     except RuntimeError as error:
         raise EnvironmentProblemError(f"{where}: not enough memory for {header.nbytes} bytes") from error
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import safetensors
 
+from ..checks import check_int, check_type
 from ..errors import BadFileError, EnvironmentProblemError
 
 try:
@@ -36,6 +37,14 @@ def shown(path: str | os.PathLike) -> str:
     """``path`` as one printable line."""
     text = os.fspath(path)
     return text if text.isprintable() else repr(text)
+
+
+def as_path(name: str, path: str | os.PathLike) -> Path:
+    """The argument ``name`` as a Path. Raises TypeError for what is none."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a str or an os.PathLike, got {type(path).__name__}") from error
 
 
 # ---- writing
@@ -60,7 +69,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     Raises EnvironmentProblemError when the file cannot be written: unwritable folder, full disk, ``path`` is a folder,
     ….
     """
-    path = Path(path)
+    path = as_path("path", path)
     with staging(path) as stage:
         temporary = stage / path.name
         mode = create(temporary)
@@ -76,6 +85,12 @@ def staging(path: Path) -> Iterator[Path]:
 
     When the block raises, the folders made for it go too, and an OSError becomes an EnvironmentProblemError.
     """
+    try:
+        os.stat(path)
+    except OSError:
+        pass
+    except ValueError as error:  # a NUL, or characters that no file name can hold
+        raise ValueError(f"path: expected a path, got {shown(path)}") from error
     missing = [folder for folder in path.parents if not os.path.lexists(folder)]
     stage, lock, done = None, None, False
     try:
@@ -132,8 +147,9 @@ def remove_stale_temporaries(folder: str | os.PathLike) -> None:
     A writer holds a lock of the kernel while it lives. Without such locks (Windows, some network file systems) nothing
     is removed. Subfolders are not searched.
     """
-    with contextlib.suppress(OSError):
-        for path in [path for path in Path(folder).iterdir() if TEMPORARY.fullmatch(path.name)]:
+    folder = as_path("folder", folder)
+    with contextlib.suppress(OSError, ValueError):
+        for path in [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]:
             with contextlib.suppress(OSError):
                 _remove_unless_alive(path)
 
@@ -192,9 +208,14 @@ def _discard(folder: Path) -> None:
 
 
 def json_text(obj: Any, name: str) -> str:
-    """``obj`` as strict JSON. Raises ValueError or TypeError naming ``name`` for NaN, Inf and what JSON cannot hold."""
+    """``obj`` as strict JSON. Raises ValueError or TypeError naming ``name`` for NaN, Inf, what JSON cannot hold and
+    what `parse_json` would refuse."""
     try:
-        return json.dumps(obj, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(obj, indent=2, allow_nan=False) + "\n"
+        parse_json(text.encode(), name)
+        return text
+    except BadFileError as error:
+        raise ValueError(str(error)) from error
     except TypeError as error:
         raise TypeError(f"{name}: expected values that JSON can hold: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -202,8 +223,12 @@ def json_text(obj: Any, name: str) -> str:
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
-    """Write ``obj`` as JSON, atomically. NaN and Inf raise ValueError: write None for what is not a number."""
+    """Write ``obj`` as JSON, atomically. What `read_json` would refuse raises ValueError, as do NaN and Inf: write None
+    for what is not a number."""
+    path = as_path("path", path)
     text = json_text(obj, shown(path))
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{shown(path)}: expected at most {MAX_JSON_BYTES} bytes of JSON, got {len(text)}")
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -213,6 +238,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 
 def open_file(path: str | os.PathLike) -> io.BufferedReader:
     """Open a regular file for reading bytes. Raises BadFileError when there is none (a pipe would hang the reader)."""
+    path = as_path("path", path)
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
@@ -230,16 +256,29 @@ def open_file(path: str | os.PathLike) -> io.BufferedReader:
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of the bytes of a file, in hexadecimal."""
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(file)
+
+
+def sha256_of(file: io.BufferedReader) -> str:
+    """The same of an open file, which is at its beginning before and after."""
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    return digest
 
 
 def read_json(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON file. Raises BadFileError for all that `parse_json` refuses and for over ``max_bytes``."""
+    check_int("max_bytes", max_bytes, 0)
     with open_file(path) as file:
-        data = file.read(max_bytes + 1)
+        return read_json_of(file, shown(path), max_bytes)
+
+
+def read_json_of(file: io.BufferedReader, name: str, max_bytes: int) -> Any:
+    """The same of an open file."""
+    data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise BadFileError(f"{shown(path)}: expected at most {max_bytes} bytes of JSON, found more")
-    return parse_json(data, shown(path))
+        raise BadFileError(f"{name}: expected at most {max_bytes} bytes of JSON, found more")
+    return parse_json(data, name)
 
 
 def parse_json(data: bytes, name: str) -> Any:
@@ -248,6 +287,7 @@ def parse_json(data: bytes, name: str) -> Any:
     Raises BadFileError naming ``name`` for what is not JSON (NaN and Infinity are not), duplicate keys, numbers of
     over 40 digits or beyond float64, and nesting deeper than 64.
     """
+    check_type("data", data, bytes)
     try:
         value = json.loads(
             data.decode("utf-8"),

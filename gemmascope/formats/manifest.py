@@ -5,17 +5,19 @@ bit in ``input_scale`` does as much harm as one in the weights.
 """
 
 import hashlib
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..checks import dtype_name
+from ..checks import check_number, check_type, dtype_name
 from ..errors import BadFileError
 from ..version import __version__
 from .arrays import printable
-from .files import json_text, read_json, sha256, shown
+from .files import json_text, read_json, read_json_of, shown
 
 CONFIG = "config.json"
 FORMAT, FORMAT_VERSION = "gemmascope", 1
@@ -23,6 +25,8 @@ CONFIG_KEYS = {
     "format", "format_version", "gemmascope_version", "architecture", "d_model", "d_sae", "dtype", "input_scale",
     "pre_encoder_bias", "weights", "metadata", "sha256", "config_sha256",
 }  # fmt: skip
+# Those that nobody else has: one damaged byte leaves two of them.
+OUR_OWN_KEYS = {"format_version", "gemmascope_version", "config_sha256"}
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -39,6 +43,15 @@ class SAEConfig(NamedTuple):
         return self.input_scale == 1.0 and not self.pre_encoder_bias
 
 
+class Manifest(NamedTuple):
+    """What is written beside weights. sha256: that of the file of weights, where it is stated. is_stated: whether it
+    says that they are an SAE's."""
+
+    config: SAEConfig = SAEConfig()
+    sha256: str | None = None
+    is_stated: bool = False
+
+
 def path_for(weights: Path) -> Path:
     return weights.with_name(CONFIG) if weights.stem == "params" else weights.with_suffix(".json")
 
@@ -47,8 +60,12 @@ def text(config: SAEConfig, dtype: torch.dtype, weights: Path, digest: str) -> s
     """Our config.json of an SAE whose weights, in ``dtype``, go into a file named like ``weights`` with the SHA-256
     ``digest``.
 
-    Raises ValueError or TypeError when ``config.metadata`` does not fit into JSON.
+    Raises ValueError or TypeError for what `read` would refuse: metadata that does not fit into JSON, or is too much.
     """
+    check_number("sae.input_scale", config.input_scale, 0, open_low=True)
+    check_type("sae.pre_encoder_bias", config.pre_encoder_bias, bool)
+    metadata = {} if config.metadata is None else config.metadata
+    check_type("sae.metadata", metadata, dict)
     assert config.shape is not None  # only configs of others, which are read and not written, leave it out
     d_model, d_sae = config.shape
     entries = {
@@ -62,11 +79,14 @@ def text(config: SAEConfig, dtype: torch.dtype, weights: Path, digest: str) -> s
         "input_scale": config.input_scale,
         "pre_encoder_bias": config.pre_encoder_bias,
         "weights": weights.name,
-        "metadata": config.metadata,
+        "metadata": metadata,
         "sha256": digest,
     }
     entries = json.loads(json_text(entries, "sae.metadata"))
-    return json_text(entries | {"config_sha256": seal(entries)}, "sae.metadata")
+    text = json_text(entries | {"config_sha256": seal(entries)}, "sae.metadata")
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ValueError(f"sae.metadata: expected a config of at most {MAX_CONFIG_BYTES} bytes, got {len(text)}")
+    return text
 
 
 def seal(config: dict[str, Any]) -> str:
@@ -76,34 +96,42 @@ def seal(config: dict[str, Any]) -> str:
 
 
 def is_ours(path: Path) -> bool:
+    """Whether it is a config of ours, be it damaged."""
     try:
-        config = read_json(path, MAX_CONFIG_BYTES)
+        return _is_ours(read_json(path, MAX_CONFIG_BYTES))
     except BadFileError:
         return False
-    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
-def read(weights: Path, path: Path | None) -> SAEConfig:
+def _is_ours(config: Any) -> bool:
+    return isinstance(config, dict) and (config.get("format") == FORMAT or not OUR_OWN_KEYS.isdisjoint(config))
+
+
+def read(weights: Path, file: io.BufferedReader | None) -> Manifest:
+    """What ``file``, the open config beside ``weights``, says. Others' beside a .npz says nothing."""
     is_npz = weights.suffix == ".npz"
-    if path is None:
+    path = path_for(weights)
+    if file is None:
         if is_npz:
-            return SAEConfig()
-        name = path_for(weights).name
+            return Manifest()
         raise BadFileError(
-            f"{shown(weights)}: expected {name} beside it, found none: the weights alone do not say enough"
+            f"{shown(weights)}: expected {path.name} beside it, found none: the weights alone do not say whether they"
+            " are an SAE's, a transcoder's or of inputs that were scaled (Gemma Scope 2 has one in each folder)"
         )
-    config = read_json(path, MAX_CONFIG_BYTES)
     name = shown(path)
-    if isinstance(config, dict) and config.get("format") == FORMAT:
+    config = read_json_of(file, name, MAX_CONFIG_BYTES)
+    if _is_ours(config):
         return _read_ours(config, name, weights)
     if is_npz:
-        return SAEConfig()
+        return Manifest()
     if isinstance(config, dict) and "hf_hook_point_in" in config:
         return _read_gemma_scope_2(config, name)
     raise BadFileError(f"{name}: expected a gemmascope or Gemma Scope 2 config, found another")
 
 
-def _read_ours(config: dict, name: str, weights: Path) -> SAEConfig:
+def _read_ours(config: dict, name: str, weights: Path) -> Manifest:
+    if config.get("format") != FORMAT:
+        raise BadFileError(f"{name}: format: expected {FORMAT!r}, found {config.get('format')!r:.40}")
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise BadFileError(f"{name}: format_version: expected {FORMAT_VERSION}, found {version!r:.40}")
@@ -126,20 +154,26 @@ def _read_ours(config: dict, name: str, weights: Path) -> SAEConfig:
         raise BadFileError(f"{name}: weights: expected {weights.name!r}, found {config['weights']!r:.40}")
     if weights.suffix == ".npz" and (scale != 1 or config["pre_encoder_bias"]):
         raise BadFileError(f"{name}: expected a folded SAE beside a .npz file, found input_scale {scale!r:.40}")
-    digest = sha256(weights)
-    if config["sha256"] != digest:
-        raise BadFileError(
-            f"{shown(weights)}: expected SHA-256 {config['sha256']!s:.12}… as in {CONFIG}, found {digest[:12]}…"
-        )
+    if not (isinstance(config["sha256"], str) and re.fullmatch("[0-9a-f]{64}", config["sha256"])):
+        raise BadFileError(f"{name}: sha256: expected 64 hexadecimal digits, found {config['sha256']!r:.70}")
     shape = (config["d_model"], config["d_sae"])
-    return SAEConfig(float(scale), config["pre_encoder_bias"], config["metadata"], shape)
+    sae_config = SAEConfig(float(scale), config["pre_encoder_bias"], config["metadata"], shape)
+    return Manifest(sae_config, config["sha256"], is_stated=True)
 
 
-def _read_gemma_scope_2(config: dict, name: str) -> SAEConfig:
+def _read_gemma_scope_2(config: dict, name: str) -> Manifest:
+    """null means that nothing is stated."""
     if config.get("architecture") != "jump_relu":
         raise BadFileError(f"{name}: architecture: expected 'jump_relu', found {config.get('architecture')!r:.40}")
-    site = config["hf_hook_point_in"]
-    if config.get("affine_connection") or config.get("hf_hook_point_out", site) != site:
+    kind = config.get("type")
+    if kind not in (None, "sae"):
+        raise BadFileError(f"{name}: type: expected 'sae', found {kind!r:.40}")
+    hooks = [config.get(f"hf_hook_point_{end}") for end in ("in", "out")]
+    for hook, end in zip(hooks, ("in", "out"), strict=True):
+        if not isinstance(hook, str | None):
+            raise BadFileError(f"{name}: hf_hook_point_{end}: expected str, found {type(hook).__name__}")
+    if config.get("affine_connection") or len(set(hooks) - {None}) > 1:
         raise BadFileError(f"{name}: expected an SAE, which reads and writes one site, found a transcoder")
     names = {"model": "model_name", "site": "hf_hook_point_in", "l0": "l0"}
-    return SAEConfig(metadata={ours: config[theirs] for ours, theirs in names.items() if theirs in config})
+    metadata = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
+    return Manifest(SAEConfig(metadata=metadata), is_stated=kind == "sae" or None not in hooks)

@@ -120,7 +120,11 @@ class JumpReLUSAE(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The parameters, and what else the function of the SAE depends on: ``input_scale``, an fp64 scalar, and
-        ``pre_encoder_bias``, a bool scalar."""
+        ``pre_encoder_bias``, a bool scalar.
+
+        The tensors are the parameters themselves, W_enc the transposed view that it is. So `safetensors.torch.save_file`
+        refuses the dict, naming W_enc; `safetensors.torch.save_model` takes the module.
+        """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, dtype in STATE_SCALARS.items():
             destination[prefix + name] = torch.tensor(getattr(self, name), dtype=dtype, device="cpu")
@@ -256,7 +260,9 @@ class JumpReLUSAE(nn.Module):
         return cls._from_stored(release.read(path))
 
     @classmethod
-    def from_pretrained(cls, repo: str, path: str, *, revision: str | None = None) -> "JumpReLUSAE":
+    def from_pretrained(
+        cls, repo: str | os.PathLike, path: str | os.PathLike, *, revision: str | None = None
+    ) -> "JumpReLUSAE":
         """An SAE from a Hugging Face repository, or from a local folder of that name.
 
             JumpReLUSAE.from_pretrained("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")

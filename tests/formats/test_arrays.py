@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 from gemmascope.errors import BadFileError
-from gemmascope.formats.arrays import MAX_HEADER_BYTES, read_npz, read_safetensors
+from gemmascope.formats import arrays
+from gemmascope.formats.arrays import MAX_HEADER_BYTES, MAX_INFLATION, read_npz, read_safetensors
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -285,6 +286,21 @@ def test_safetensors_truncated_anywhere(tmp_path):
 
 
 # ---- bounded memory
+
+
+@pytest.mark.parametrize(("dead", "fits"), [(5 / 6, True), (0.99, False)])
+def test_compressed_weights_of_dead_latents_are_no_bomb(tmp_path, monkeypatch, dead, fits):
+    """Some of Gemma Scope's own files are compressed to a sixth, their dead latents being rows of zeros."""
+    monkeypatch.setattr(arrays, "SMALL_BYTES", 0)
+    array = np.random.default_rng(0).standard_normal((1200, 500), "<f4")
+    array[: int(dead * len(array))] = 0
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, a=array)
+    assert array.nbytes > 6 * path.stat().st_size
+    if fits:
+        assert np.array_equal(read_npz(path)["a"].numpy(), array)
+    else:
+        assert refusal(read_npz, path).startswith(f"expected at most {MAX_INFLATION * path.stat().st_size} bytes in a ")
 
 
 def test_refusals_take_little_memory(tmp_path):

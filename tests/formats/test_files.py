@@ -101,8 +101,7 @@ def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     (tmp_path / ".tmp-notes").touch()
     with atomic_write(tmp_path / "a") as temporary:
         temporary.write_text("a")
-        code = "import sys; from gemmascope.formats.files import *; remove_stale_temporaries(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        remove_stale_temporaries(tmp_path)
         assert sorted(os.listdir(tmp_path)) == sorted([".tmp-notes", temporary.parent.name])
     assert (tmp_path / "a").read_text() == "a"
     remove_stale_temporaries(tmp_path / "missing")

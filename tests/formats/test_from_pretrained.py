@@ -99,7 +99,7 @@ def test_gemma_scope_1_from_the_hub(hub, path):
     sae = JumpReLUSAE.from_pretrained(REPO, path)
     assert_same_bits(sae, make_sae())
     assert sae.metadata == {"repo": REPO, "path": path, "revision": COMMIT}
-    assert hub.calls == [(REPO, f"{FOLDER}/params.npz", None), (REPO, f"{FOLDER}/config.json", None)]
+    assert hub.calls == [(REPO, f"{FOLDER}/config.json", None), (REPO, f"{FOLDER}/params.npz", None)]
 
 
 def test_our_files_from_the_hub(hub):
@@ -109,7 +109,7 @@ def test_our_files_from_the_hub(hub):
         sae = JumpReLUSAE.from_pretrained(REPO, path, revision="v1")
         assert_same_bits(sae, make_sae(folded=folded))
         assert sae.metadata == METADATA | {"repo": REPO, "path": path, "revision": COMMIT}
-    assert {revision for *_, revision in hub.calls} == {"v1"}
+    assert {(name.endswith("json"), revision) for _, name, revision in hub.calls} == {(True, "v1"), (False, COMMIT)}
 
 
 def test_gemma_scope_2_from_the_hub(hub):
@@ -117,6 +117,23 @@ def test_gemma_scope_2_from_the_hub(hub):
     write_gemma_scope_2(hub.snapshot / "resid_post" / "layer_17_width_65k_l0_medium")
     sae = JumpReLUSAE.from_pretrained(REPO, "resid_post/layer_17_width_65k_l0_medium")
     assert sae.metadata["site"] == "model.layers.17.output"
+
+
+def test_transcoders_are_refused_before_they_are_fetched(hub):
+    repo = "google/gemma-scope-2b-pt-transcoders"
+    for path in (FOLDER, FOLDER + "/params.npz"):
+        with pytest.raises(BadFileError) as caught:
+            JumpReLUSAE.from_pretrained(repo, path)
+        assert str(caught.value).startswith(f"{repo}/{path}: expected an SAE, found the name {repo.split('/')[1]!r}: ")
+    assert {name for _, name, _ in hub.calls} == {f"{FOLDER}/config.json"}
+    make_sae().save(hub.snapshot / FOLDER / "params.npz")
+    assert_same_bits(JumpReLUSAE.from_pretrained(repo, FOLDER), make_sae())
+
+
+def test_paths_of_pathlib(hub):
+    make_sae().save(hub.snapshot / FOLDER / "params.npz")
+    for repo in (hub.snapshot, REPO):
+        assert_same_bits(JumpReLUSAE.from_pretrained(repo, Path(FOLDER)), make_sae())
 
 
 def test_a_snapshot_folder_is_a_local_folder(hub):
@@ -139,7 +156,7 @@ def test_damaged_download_is_named(hub):
         (
             errors.GatedRepoError,
             EnvironmentProblemError,
-            f"{REPO}/a.npz: access is restricted: accept its licence on huggingface.co and log in (hf auth login)",
+            f"{REPO}/a.json: access is restricted: accept its licence on huggingface.co and log in (hf auth login)",
         ),
         (
             errors.RepositoryNotFoundError,
@@ -157,8 +174,8 @@ def test_damaged_download_is_named(hub):
             EnvironmentProblemError,
             f"{REPO}/a.npz: not in the local cache and the hub cannot be reached",
         ),
-        (errors.HfHubHTTPError, EnvironmentProblemError, f"{REPO}/a.npz: cannot be fetched: the reason"),
-        (ConnectionError, EnvironmentProblemError, f"{REPO}/a.npz: cannot be fetched: the reason"),
+        (errors.HfHubHTTPError, EnvironmentProblemError, f"{REPO}/a.json: cannot be fetched: the reason"),
+        (ConnectionError, EnvironmentProblemError, f"{REPO}/a.json: cannot be fetched: the reason"),
         (
             errors.HFValidationError,
             BadFileError,

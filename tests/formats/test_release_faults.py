@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from gemmascope import JumpReLUSAE
 from gemmascope.errors import BadFileError, EnvironmentProblemError
-from gemmascope.formats import manifest
+from gemmascope.formats import manifest, release
 from gemmascope.formats.files import sha256
+from gemmascope.formats.manifest import SAEConfig
 from tests.formats.test_release import assert_same_bits, make_sae, refusal
 
 
@@ -39,7 +40,10 @@ def edit_config(folder, **changes):
     [
         ({"format_version": 2}, "format_version: expected 1, found 2"),
         ({"format_version": ...}, "format_version: expected 1, found None"),
-        ({"format": "other"}, "expected a gemmascope or Gemma Scope 2 config, found another"),
+        ({"format": "other"}, "format: expected 'gemmascope', found 'other'"),
+        ({"format": ...}, "format: expected 'gemmascope', found None"),
+        ({"sha256": None}, "sha256: expected 64 hexadecimal digits, found None"),
+        ({"sha256": "\n"}, "sha256: expected 64 hexadecimal digits, found '\\n'"),
         ({"d_sae": ...}, "expected the keys of format version 1, found more or fewer: d_sae"),
         ({"new\n": 1}, "expected the keys of format version 1, found more or fewer: 'new\\n'"),
         ({"d_model": "4"}, "d_model: expected int, found str"),
@@ -93,7 +97,6 @@ def test_npz_with_the_config_of_an_unfolded_sae(tmp_path):
 
 @pytest.mark.parametrize("name", ["params.safetensors", "params.npz"])
 def test_weights_of_another_sae_under_our_config(tmp_path, name):
-    """What a kill between the two renames of a second `save` leaves."""
     paths = [tmp_path / "1", tmp_path / "2"]
     for seed, path in enumerate(paths):
         make_sae(seed=seed).save(path / name if name.endswith("npz") else path)
@@ -141,6 +144,97 @@ def test_weights_that_load_would_refuse_are_not_saved(tmp_path, name):
 def test_safetensors_is_not_a_folder_name(tmp_path):
     path = tmp_path / "a.safetensors"
     assert refuses_to_save(make_sae(), path) == f"path: expected a name ending in .npz or a folder, got {path}"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"a": 10**40}, "expected JSON, found a number of 41 digits"),
+        ({"a": -(10**39)}, "expected JSON, found a number of 41 digits"),
+        ({"a": json.loads("[" * 63 + "]" * 63)}, "expected JSON, found nesting deeper than 64"),
+        ({"a": "x" * (1 << 20)}, "expected a config of at most 1048576 bytes, got 1049"),
+        ({1: "a", "1": "b"}, "expected JSON, found the key '1' twice"),
+    ],
+)
+@pytest.mark.parametrize("name", ["params.npz", "sae"])
+def test_metadata_that_load_would_refuse_is_not_saved(tmp_path, name, metadata, message):
+    sae = make_sae()
+    sae.save(tmp_path / name)
+    sae.metadata = metadata
+    assert refuses_to_save(sae, tmp_path / name).startswith(f"sae.metadata: {message}")
+    assert refuses_to_save(sae, tmp_path / "new" / name).startswith(f"sae.metadata: {message}")
+    assert_same_bits(JumpReLUSAE.load(tmp_path / name), make_sae())
+    make_sae(seed=1).save(tmp_path / name)
+    assert_same_bits(JumpReLUSAE.load(tmp_path / name), make_sae(seed=1))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**45), 10**45) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(metadata=st.dictionaries(st.text(), JSON_VALUES, max_size=4))
+def test_metadata_comes_back_or_is_refused(tmp_path_factory, metadata):
+    folder = tmp_path_factory.mktemp("sae")
+    sae = make_sae()
+    sae.metadata = metadata
+    try:
+        sae.save(folder)
+    except ValueError as error:
+        assert str(error).startswith("sae.metadata: expected ")  # noqa: PT017
+        assert os.listdir(folder) == []
+    else:
+        assert JumpReLUSAE.load(folder).metadata == metadata
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("input_scale", float("nan"), "sae.input_scale: expected a finite number > 0, got nan"),
+        ("input_scale", 0, "sae.input_scale: expected a finite number > 0, got 0"),
+        ("input_scale", "2", "sae.input_scale: expected a number, got str"),
+        ("pre_encoder_bias", 1, "sae.pre_encoder_bias: expected a bool, got int"),
+        ("metadata", [], "sae.metadata: expected a dict, got list"),
+        ("b_enc", torch.nn.Parameter(torch.zeros(8)), "sae: W_enc: expected shape [4, 8] (b_dec has"),
+        ("b_dec", torch.nn.Parameter(torch.zeros(4).half()), "sae: b_dec: expected float32, found float16"),
+        ("b_dec", torch.nn.Parameter(torch.zeros(4, device="meta")), "sae: b_dec: expected a dense tensor, found one"),
+        ("b_dec", torch.nn.Parameter(torch.zeros(4).to_sparse()), "sae: b_dec: expected a dense tensor, found torch.s"),
+        ("b_enc", torch.nn.Parameter(torch.zeros(0)), "sae: b_enc: expected shape [d_sae], found [0]"),
+    ],
+)
+def test_what_load_would_refuse_is_not_saved(tmp_path, attribute, value, message):
+    sae = make_sae(folded=False)
+    setattr(sae, attribute, value)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        sae.save(tmp_path / "sae")
+    assert str(caught.value).startswith(message)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_written_needs_no_metadata_and_no_memory_of_its_own(tmp_path):
+    sae = make_sae()
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in sae.parameters()]).requires_grad_()
+    tensors, start = {}, 0
+    for key, parameter in sae.named_parameters():
+        tensors[key] = flat[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    for path in (tmp_path / "sae", tmp_path / "params.npz"):
+        release.write(path, tensors, SAEConfig())
+        assert_same_bits(JumpReLUSAE.load(path), sae)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0])
+@pytest.mark.parametrize("name", ["params.npz", "sae"])
+def test_modes_are_those_of_the_umask(tmp_path, name, umask):
+    before = os.umask(umask)
+    try:
+        make_sae().save(tmp_path / "new" / name)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "new").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask
 
 
 def test_metadata_must_fit_into_json(tmp_path):
@@ -248,8 +342,8 @@ def test_damaged_folder(originals, file, mutations):
 
 
 def check_damage(root, file, what, mutations):
-    """Loading refuses in one line or gives the same SAE (damage to padding; a config beside a .npz that is no longer
-    ours is ignored)."""
+    """Loading refuses in one line or gives the same SAE (damage to padding; a config beside a .npz of which none of our
+    own keys is left is ignored)."""
     original = JumpReLUSAE.load(root / what)
     data = (root / file).read_bytes()
     try:
@@ -261,7 +355,8 @@ def check_damage(root, file, what, mutations):
         else:
             message = ""
             assert_same_bits(loaded, original)
-            assert loaded.metadata == original.metadata or (file == "npz/config.json" and loaded.metadata == {})
+            ignored = file == "npz/config.json" and not manifest.is_ours(root / file)
+            assert loaded.metadata == ({} if ignored else original.metadata)
         assert message.isprintable()
     finally:
         (root / file).write_bytes(data)
@@ -281,3 +376,19 @@ def test_every_bit_of_a_small_npz_matters_or_changes_nothing(tmp_path):
         except BadFileError:
             continue
         assert_same_bits(loaded, original)
+
+
+@pytest.mark.parametrize("name", ["params.npz", "sae"])
+def test_every_byte_of_our_config_matters(tmp_path, name):
+    make_sae().save(tmp_path / name)
+    path = manifest.path_for(tmp_path / name) if name.endswith("npz") else tmp_path / name / "config.json"
+    data = path.read_bytes()
+    for at in range(len(data)):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            loaded = JumpReLUSAE.load(tmp_path / name)
+        except BadFileError:
+            continue
+        assert loaded.metadata == make_sae().metadata  # white space between the values
