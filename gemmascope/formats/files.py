@@ -181,7 +181,11 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
             folder.mkdir()
             if fcntl is None:
                 return folder, None
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            except BaseException:
+                folder.rmdir()
+                raise
             if _is_held(lock):
                 return folder, lock
             os.close(lock)

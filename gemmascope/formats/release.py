@@ -224,6 +224,7 @@ def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: SAEConfig
     tensors = {_canonical(key): tensor for key, tensor in tensors.items()}
     dtype, (d_sae, d_model) = tensors["W_dec"].dtype, tensors["W_dec"].shape
     config = config._replace(shape=(d_model, d_sae))
+    manifest.text(config, dtype, weights, digest="0" * 64)  # refuses the metadata before anything is touched
     if is_npz and not config.is_folded:
         raise ValueError(
             f"sae: expected a folded SAE for a .npz file, got input_scale {config.input_scale:.6g}, pre_encoder_bias"
@@ -231,7 +232,6 @@ def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: SAEConfig
         )
     if is_npz and dtype == torch.float64:
         raise ValueError("sae: expected at most float32 for a .npz file, got float64: call float() first")
-    manifest.text(config, dtype, weights, digest="0" * 64)  # refuses the metadata before anything is touched
     _check_replaceable(pair)
 
     remove_stale_temporaries(weights.parent)

@@ -122,8 +122,8 @@ class JumpReLUSAE(nn.Module):
         """The parameters, and what else the function of the SAE depends on: ``input_scale``, an fp64 scalar, and
         ``pre_encoder_bias``, a bool scalar.
 
-        The tensors are the parameters themselves, W_enc the transposed view that it is. So `safetensors.torch.save_file`
-        refuses the dict, naming W_enc; `safetensors.torch.save_model` takes the module.
+        The tensors are the parameters themselves, W_enc the transposed view that it is. Therefore
+        `safetensors.torch.save_file` refuses the dict, naming W_enc; `safetensors.torch.save_model` takes the module.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, dtype in STATE_SCALARS.items():

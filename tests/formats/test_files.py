@@ -1,5 +1,6 @@
 """Atomic writing and strict reading."""
 
+import errno
 import fcntl
 import json
 import os
@@ -131,6 +132,20 @@ def test_writer_whose_new_folder_is_taken_for_a_dead_ones_makes_another(tmp_path
     assert len(locks) == 3
     assert read_json(tmp_path / "a.json") == 1
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("name", [LOCK, "a.json"])
+def test_full_disk_before_the_first_byte(tmp_path, monkeypatch, name):
+    def full(path, *arguments):
+        if Path(path).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os_open(path, *arguments)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(EnvironmentProblemError, match=r"a.json: cannot be written: No space left on device$"):
+        write_json(tmp_path / "new" / "a.json", 1)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0])

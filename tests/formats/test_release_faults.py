@@ -207,9 +207,10 @@ def test_metadata_comes_back_or_is_refused(tmp_path_factory, metadata):
 def test_what_load_would_refuse_is_not_saved(tmp_path, attribute, value, message):
     sae = make_sae(folded=False)
     setattr(sae, attribute, value)
-    with pytest.raises((ValueError, TypeError)) as caught:
-        sae.save(tmp_path / "sae")
-    assert str(caught.value).startswith(message)
+    for name in ("sae", "params.npz"):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            sae.save(tmp_path / name)
+        assert str(caught.value).startswith(message)
     assert os.listdir(tmp_path) == []
 
 
