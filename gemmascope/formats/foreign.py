@@ -15,6 +15,7 @@ LAYOUTS = {
 }
 # A name of its own in a name: gemma-scope-2b-pt-transcoders, transcoder_all, clt.
 OTHER_KINDS = re.compile(r"(?<![a-z])(transcoder|crosscoder|clt)s?(?![a-z])", re.IGNORECASE)
+SAES = re.compile(r"(?<![a-z])saes?(?![a-z])|gemma-scope-.*-(res|att|mlp)$", re.IGNORECASE)
 
 
 def found_in(folder: Path) -> str | None:
@@ -23,5 +24,10 @@ def found_in(folder: Path) -> str | None:
 
 
 def named_for_another_kind(path: str) -> str | None:
-    """The last part of ``path`` that says transcoder, crosscoder or CLT."""
-    return next((part for part in reversed(PurePath(path).parts) if OTHER_KINDS.search(part)), None)
+    """The part of ``path`` that says transcoder, crosscoder or CLT, unless a later one says SAE."""
+    for part in reversed(PurePath(path).parts):
+        if OTHER_KINDS.search(part):
+            return part
+        if SAES.search(part):
+            break
+    return None

@@ -11,7 +11,8 @@ Dimensions come from the tensors, never from names, and weights of the wrong sha
 config.json carries the SHA-256 of the weights beside it and its own; both are checked on loading.
 
 Transcoders of Gemma Scope 1 hold the same arrays. Where no config says that the weights are an SAE's, a name that says
-transcoder, crosscoder or CLT (of the file, a folder above it or the repository) is believed, and they are refused.
+transcoder, crosscoder or CLT (of the file, a folder above it or the repository) is believed, and they are refused. A
+name nearer to the file that says SAE is believed first.
 """
 
 import contextlib
@@ -110,7 +111,7 @@ def _check_kind(stated: Manifest, name: str, place: str) -> None:
     if part is not None:
         raise BadFileError(
             f"{name}: expected an SAE, found the name {part!r:.80}: transcoders, whose files look the same,"
-            " are not read; an SAE is, under another name"
+            " are not read; an SAE is, in a folder named 'sae'"
         )
 
 

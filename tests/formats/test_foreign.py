@@ -11,8 +11,8 @@ from gemmascope.errors import BadFileError
 from tests.formats.test_release import arrays, assert_same_bits, make_sae, refusal, write_gemma_scope_2
 
 TRANSCODER = (
-    "expected an SAE, found the name {!r}: transcoders, whose files look the same, are not read; an SAE is, under"
-    " another name"
+    "expected an SAE, found the name {!r}: transcoders, whose files look the same, are not read; an SAE is, in"
+    " a folder named 'sae'"
 )
 
 
@@ -38,14 +38,15 @@ def test_files_of_others(tmp_path, files, found):
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma-scope-2b-pt-transcoders", "transcoder", "Transcoders", "transcoder_all", "clt", "crosscoders"]
+    "name",
+    ["gemma-scope-2b-pt-transcoders", "transcoder", "Transcoders", "transcoder_all", "clt", "crosscoders", "sae/clt"],
 )
 def test_name_of_another_kind(tmp_path, monkeypatch, name):
     folder = tmp_path / name / "layer_5" / "average_l0_37"
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **arrays())
     for path in (folder, folder / "params.npz"):
-        assert refusal(path) == f"{folder}/params.npz: {TRANSCODER.format(name)}"
+        assert refusal(path) == f"{folder}/params.npz: {TRANSCODER.format(os.path.basename(name))}"
     with pytest.raises(BadFileError, match="found the name"):
         JumpReLUSAE.from_pretrained(str(tmp_path / name), "layer_5/average_l0_37")
     monkeypatch.chdir(folder)
@@ -53,9 +54,11 @@ def test_name_of_another_kind(tmp_path, monkeypatch, name):
         JumpReLUSAE.load("params.npz")
 
 
-@pytest.mark.parametrize("name", ["intertranscoderal", "eclteic", "transcoding"])
+@pytest.mark.parametrize(
+    "name", ["intertranscoderal", "eclteic", "transcoding", "clt/sae", "transcoders/gemma-scope-2b-pt-res/layer_1"]
+)
 def test_name_that_only_looks_like_it(tmp_path, name):
-    (tmp_path / name).mkdir()
+    (tmp_path / name).mkdir(parents=True)
     np.savez(tmp_path / name / "params.npz", **arrays())
     JumpReLUSAE.load(tmp_path / name)
 
