@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checks import dtype_name
 from ..errors import BadFileError
 from ..formats.arrays import Header, printable, read_npz
 from ..formats.files import open_file, read_json, shown
@@ -149,7 +150,8 @@ def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
     def check(headers: dict[str, Header]) -> None:
         for key, header in headers.items():
             if header.dtype != torch.float32 or len(header.shape) != 1:
-                raise BadFileError(f"{name}: {printable(key)}: expected float32 [width], found {header}")
+                what = f"{dtype_name(header.dtype)} {list(header.shape)}"
+                raise BadFileError(f"{name}: {printable(key)}: expected float32 [width], found {what}")
 
     frequencies = {key: tensor.numpy() for key, tensor in read_npz(path, check).items()}
     for key, values in frequencies.items():
