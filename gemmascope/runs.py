@@ -21,7 +21,7 @@ import torch
 
 from .checks import check_type
 from .errors import BadFileError, EnvironmentProblemError
-from .formats.files import TEMPORARY, read_json, remove_stale_temporaries, sha256, shown, write_json
+from .formats.files import TEMPORARY, as_path, read_json, remove_stale_temporaries, sha256, shown, write_json
 from .version import __version__
 
 try:
@@ -83,12 +83,10 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike, fresh: bool = False, kind: str = "run"):
-        if not isinstance(folder, (str, os.PathLike)):
-            raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
+        self.folder = as_path("folder", folder)
         check_type("fresh", fresh, bool)
-        self.folder = Path(folder)
         self._lock: int | None = None
-        if "\0" in os.fspath(folder) or (os.path.lexists(folder) and not os.path.isdir(folder)):
+        if "\0" in str(self.folder) or (os.path.lexists(folder) and not os.path.isdir(folder)):
             raise ValueError(f"out: expected a folder, found none: {shown(self.folder)}")
         if _holds_other_files(self.folder):
             raise ValueError(
@@ -180,7 +178,7 @@ class Stage:
 
     def keep(self, *paths: str | os.PathLike) -> None:
         """Files in the run's folder that the stage leaves, for the block of `doing` to name."""
-        for path in map(Path, paths):
+        for path in (as_path("paths", path) for path in paths):
             if not path.is_relative_to(self.run.folder) or ".." in path.parts:
                 raise ValueError(f"paths: expected files in {shown(self.run.folder)}, got {shown(path)}")
             self._kept[path.relative_to(self.run.folder).as_posix()] = path
@@ -209,7 +207,7 @@ def check_finished(folder: str | os.PathLike, stage: str) -> None:
 
     A folder without stages.json, into which results alone were copied, is let through.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if not os.path.lexists(folder / STAGES):
         return
     stages, names = _stages_in(folder), [stage]

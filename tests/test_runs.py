@@ -430,7 +430,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: Run(3), "folder: expected a path, got int"),
+        (lambda folder: Run(3), "folder: expected a str or an os.PathLike, got int"),
         (lambda folder: Run(folder, "no"), "fresh: expected a bool, got str"),
         (lambda folder: Run(folder).stage(3), "name: expected a str, got int"),
         (lambda folder: Run(folder).stage("a", object()), "parts: expected values of JSON, .* got object"),

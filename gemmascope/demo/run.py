@@ -21,7 +21,7 @@ from ..activations import harvest
 from ..checks import check_int, check_type
 from ..evaluation import judge_suite, language_model_loss
 from ..formats.arrays import read_safetensors
-from ..formats.files import atomic_write, read_json, write_json
+from ..formats.files import as_path, atomic_write, read_json, write_json
 from ..kernels import choose
 from ..reporting.progress import ErrorConsole, StageProgress, SuiteProgress
 from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG
@@ -51,8 +51,7 @@ class DemoConfig:
     impl: str = "auto"
 
     def __post_init__(self):
-        if not isinstance(self.out, (str, os.PathLike)):
-            raise TypeError(f"out: expected a path, got {type(self.out).__name__}")
+        as_path("out", self.out)
         check_type("text", self.text, tuple)
         for name in ("fast", "fresh"):
             check_type(name, getattr(self, name), bool)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFileError, EnvironmentProblemError
-from ..formats.files import open_file, shown
+from ..formats.files import as_path, open_file, shown
 
 BOS = 256
 VOCAB_SIZE = 257
@@ -90,9 +90,7 @@ def read_files(paths: Iterable[str | os.PathLike]) -> bytes:
     """
     parts, left = [], MAX_TEXT_BYTES
     for path in paths:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"text: expected paths, got {type(path).__name__}")
-        name, data = shown(path), _bytes_of(path, left)
+        name, data = shown(as_path("text", path)), _bytes_of(path, left)
         if not data.strip():
             raise ValueError(f"text: expected some text in {name}, found an empty file")
         try:

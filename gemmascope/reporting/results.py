@@ -8,7 +8,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from ..checks import dtype_name
 from ..errors import BadFileError
 from ..formats.arrays import Header, printable, read_npz
-from ..formats.files import open_file, read_json, shown
+from ..formats.files import as_path, open_file, read_json, shown
 from ..runs import check_finished
 
 RESULTS, TRAIN_LOG, FREQUENCIES = "results.json", "train_log.jsonl", "frequencies.npz"
@@ -56,8 +55,8 @@ def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
 
     Raises BadFileError when the file is missing or is not what a finished run writes.
     """
-    check_finished(_folder(run_dir), FINISHED)
-    path = Path(run_dir) / RESULTS
+    path = as_path("run_dir", run_dir) / RESULTS
+    check_finished(run_dir, FINISHED)
     name, results = shown(path), read_json(path)
     if not isinstance(results, dict) or not isinstance(results.get("model"), dict):
         raise BadFileError(f"{name}: expected an object with the object 'model'")
@@ -74,12 +73,6 @@ def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
     if len({sae["site"] for sae in saes}) > MAX_SITES:
         raise BadFileError(f"{name}: expected at most {MAX_SITES} different sites, found more")
     return {**results, "saes": saes}
-
-
-def _folder(run_dir: Any) -> Path:
-    if not isinstance(run_dir, (str, os.PathLike)):
-        raise TypeError(f"run_dir: expected a path, got {type(run_dir).__name__}")
-    return Path(run_dir)
 
 
 def _checked_sae(path: str, position: int, sae: Any) -> dict[str, Any]:
@@ -113,7 +106,7 @@ def read_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
 
     An incomplete last line, as a kill leaves it, is ignored. Raises BadFileError when anything else is not a row.
     """
-    path = _folder(run_dir) / TRAIN_LOG
+    path = as_path("run_dir", run_dir) / TRAIN_LOG
     rows = {}
     with open_file(path) as file:
         number = 0
@@ -144,7 +137,7 @@ def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Raises BadFileError for a file that holds anything else, or far more than its size.
     """
-    path = _folder(run_dir) / FREQUENCIES
+    path = as_path("run_dir", run_dir) / FREQUENCIES
     name = shown(path)
 
     def check(headers: dict[str, Header]) -> None:
