@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from .errors import BadFileError, EnvironmentProblemError, TrainingFailedError
-from .streams import divert, open_missing
+from .process import INTERRUPTED, divert, ending_when_interrupted, interruption, open_missing
 
 TRAIN_PACKAGES = ("transformers", "huggingface_hub", "typer", "rich", "matplotlib")
 
@@ -37,13 +37,6 @@ def describe(error: Exception) -> tuple[int, str]:
     return 1, f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 
-def interruption(arguments: Sequence[str]) -> str:
-    if "demo" not in arguments:
-        return "interrupted"
-    command = "the same command without --fresh" if "--fresh" in arguments else "the same command"
-    return f"interrupted; {command} goes on from the last finished stage"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: the process's own) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -53,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         code = 141
     except KeyboardInterrupt:
-        code, message = 130, interruption(arguments)
+        code, message = INTERRUPTED, interruption(arguments)
     except Exception as error:
         code, message = describe(error)
         trace = traceback.format_exc() if "--debug" in arguments else ""
@@ -76,7 +69,8 @@ def run(arguments: Sequence[str]) -> int:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")  # a terminal without Δ shows a question mark, not a failure
-    from .cli import run_command  # the first to import PyTorch
+    with ending_when_interrupted(arguments):
+        from .cli import run_command  # the first to import PyTorch
 
     code = run_command(arguments)
     if sys.stdout is not None:

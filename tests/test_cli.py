@@ -223,17 +223,15 @@ def real_demo(monkeypatch, tmp_path):
         (["--seed"], "Option '--seed' requires an argument"),
         (["--text", "none"], "text: cannot read none: expected a file, found none"),
         (["--text", ""], "text: cannot read .: expected a file, found a folder"),
-        (["--text", "a\0b"], "text: cannot read 'a\\x00b': expected a file, found none"),
         (["--text", "file"], "text: expected some text in file, found an empty file"),
         (["--text", "latin"], "text: expected UTF-8 in latin, found byte 0xe9 at 0"),
         (["--text", "short"], "text: expected at least"),
         (["--text", "/dev/zero"], "text: cannot read /dev/zero: expected a file, found a device, pipe or socket"),
         (["--out", "file"], "out: expected a folder, found none: file"),
         (["--out", "other"], "out: expected a new folder or that of an earlier demo, found other files in other"),
-        (["--out", "a\0b"], "out: expected a folder, found none: 'a\\x00b'"),
         (["--fast=yes"], "Option '--fast' does not take a value"),
         (["--fresh=1"], "Option '--fresh' does not take a value"),
-        (["\x1b[2J"], "Got unexpected extra argument (\\x1b[2J)"),
+        (["\x1b[2J"], "Got unexpected extra argument"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:24],
 )
@@ -243,7 +241,8 @@ def test_wrong_options_are_named_and_leave_nothing_behind(real_demo, tmp_path, c
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"gemmascope: error: {message}")
-    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert err[:-1].isprintable()
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -262,7 +261,7 @@ def test_any_option_works_or_is_refused_in_one_line(real_demo, option, value):
     assert not trace or option == "--debug"
 
 
-@pytest.mark.parametrize("run", ["results.json", "a\0b", "none", ""])
+@pytest.mark.parametrize("run", ["results.json", "none", ""])
 def test_report_of_what_is_no_run(tmp_path, monkeypatch, capsys, run):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results.json").write_text("{}")
@@ -336,7 +335,7 @@ def test_interrupting_the_process(tmp_path):
     assert shown == "gemmascope: error: interrupted; the same command goes on from the last finished stage\n"
 
 
-@pytest.mark.parametrize("module", ["rich", "torch"])
+@pytest.mark.parametrize("module", ["rich", "torch", "gemmascope.demo.run"])
 @pytest.mark.parametrize(
     "start",
     [
@@ -345,12 +344,17 @@ def test_interrupting_the_process(tmp_path):
     ],
 )
 def test_interrupting_the_imports(module, start):
+    """Even where a library swallows the KeyboardInterrupt."""
     code = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "class Interrupts:\n"
         "    def find_spec(name, path, target=None):\n"
         f"        if name == {module!r}:\n"
-        "            raise KeyboardInterrupt\n"
+        "            try:\n"
+        "                signal.raise_signal(signal.SIGINT)\n"
+        "            except KeyboardInterrupt:\n"
+        "                pass\n"
         "sys.meta_path.insert(0, Interrupts)\n"
     )
     finished = run_python(code + start, "demo")
@@ -391,7 +395,7 @@ def test_closed_streams_hide_no_exit_code(closed, monkeypatch, capsys):
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
     code = (
         "import os; os.close(0); os.close(2)\n"
-        "from gemmascope.streams import open_missing; open_missing()\n"
+        "from gemmascope.process import open_missing; open_missing()\n"
         f"print(os.open({str(tmp_path / 'file')!r}, os.O_CREAT) > 2)"
     )
     assert run_python(code).stdout == "True\n"

@@ -5,20 +5,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ..errors import BadFileError
 from ..formats.arrays import read_safetensors
 from ..formats.files import atomic_write, shown
 from .text import BOS, VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from transformers import Gemma2ForCausalLM
 
 CONTEXT = 128
 
@@ -53,10 +50,8 @@ def plain_defaults() -> Iterator[None]:
 
 
 @plain_defaults()
-def build(config: LanguageModelConfig) -> "Gemma2ForCausalLM":
+def build(config: LanguageModelConfig) -> Gemma2ForCausalLM:
     """The untrained model, in fp32 with eager attention (the one that keeps the soft-cap)."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
     head_dim = config.d_model // config.n_heads
     architecture = Gemma2Config(
         vocab_size=VOCAB_SIZE,
@@ -84,7 +79,7 @@ def build(config: LanguageModelConfig) -> "Gemma2ForCausalLM":
 
 @plain_defaults()
 def train(
-    model: "Gemma2ForCausalLM",
+    model: Gemma2ForCausalLM,
     rows: Tensor,
     config: LanguageModelConfig,
     log: Callable[[int, float], None] = lambda step, loss: None,
@@ -111,7 +106,7 @@ def train(
     model.eval()
 
 
-def save(model: "Gemma2ForCausalLM", folder: Path) -> tuple[Path, Path]:
+def save(model: Gemma2ForCausalLM, folder: Path) -> tuple[Path, Path]:
     """A folder that transformers' own ``from_pretrained`` opens, each of the files returned whole or not at all."""
     config, weights = folder / "config.json", folder / "model.safetensors"
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name != "lm_head.weight"}
@@ -122,7 +117,7 @@ def save(model: "Gemma2ForCausalLM", folder: Path) -> tuple[Path, Path]:
     return config, weights
 
 
-def load(folder: Path, config: LanguageModelConfig) -> "Gemma2ForCausalLM":
+def load(folder: Path, config: LanguageModelConfig) -> Gemma2ForCausalLM:
     """What `save` wrote. Raises BadFileError when it is not that model."""
     model = build(config)
     try:
@@ -136,5 +131,5 @@ def load(folder: Path, config: LanguageModelConfig) -> "Gemma2ForCausalLM":
     return model
 
 
-def n_parameters(model: "Gemma2ForCausalLM") -> int:
+def n_parameters(model: Gemma2ForCausalLM) -> int:
     return sum(math.prod(p.shape) for p in model.parameters())

@@ -17,7 +17,7 @@ import rich.progress_bar
 import rich.table
 import rich.text
 
-from ..streams import divert
+from ..process import divert
 
 Item = TypeVar("Item")
 
