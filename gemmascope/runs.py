@@ -54,7 +54,7 @@ def _plain(value: Any) -> Any:
         return {"bytes": hashlib.sha256(value).hexdigest()}
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return {"tensor": [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]}
+        return {"tensor": [str(value.dtype), list(value.shape), hashlib.sha256(content.data).hexdigest()]}
     what = "a dict with other keys than strings" if isinstance(value, dict) else type(value).__name__
     raise TypeError(f"parts: expected values of JSON, paths, bytes and tensors, got {what}")
 
