@@ -4,12 +4,12 @@ Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad file, 4 environment, 5 tr
 reader of our output went away.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from .errors import BadFileError, EnvironmentProblemError, TrainingFailedError
+from .process import INTERRUPTED, divert, ending_when_interrupted, interruption, open_missing
 
 TRAIN_PACKAGES = ("transformers", "huggingface_hub", "typer", "rich", "matplotlib")
 
@@ -37,40 +37,50 @@ def describe(error: Exception) -> tuple[int, str]:
     return 1, f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 
-def interruption(arguments: Sequence[str]) -> str:
-    if "demo" not in arguments:
-        return "interrupted"
-    command = "the same command without --fresh" if "--fresh" in arguments else "the same command"
-    return f"interrupted; {command} goes on from the last finished stage"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: the process's own) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    message = trace = ""
+    try:
+        code = run(arguments)
+    except BrokenPipeError:
+        code = 141
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED, interruption(arguments)
+    except Exception as error:
+        code, message = describe(error)
+        trace = traceback.format_exc() if "--debug" in arguments else ""
+    # A stream that cannot be written hides no exit code, and nothing stays in it for Python to fail on when it exits.
+    line = f"{trace}gemmascope: error: {printable(message)}\n" if message else ""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, line)):
+        if stream is not None:
+            try:
+                stream.write(text)
+                stream.flush()
+            except (OSError, ValueError):
+                divert(stream)
+    return code
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code; failures are raised."""
+    open_missing()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")  # a terminal without Δ shows a question mark, not a failure
-    try:
-        from .cli import run_command
+    with ending_when_interrupted(arguments):
+        from .cli import run_command  # the first to import PyTorch
 
-        code = run_command(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Python would flush what is left to the closed pipe when it exits, and complain.
-        assert sys.stdout is not None  # else no pipe of ours could have closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        code, message = 130, interruption(arguments)
-    except Exception as error:
-        code, message = describe(error)
-        if "--debug" in arguments:
-            traceback.print_exc()
-    print(f"gemmascope: error: {' '.join(message.split())}", file=sys.stderr)
+    code = run_command(arguments)
+    if sys.stdout is not None:
+        sys.stdout.flush()
     return code
+
+
+def printable(message: str) -> str:
+    """``message`` as one line, without anything that a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
 
 
 if __name__ == "__main__":

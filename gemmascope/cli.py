@@ -15,6 +15,7 @@ import typer
 from . import reporting
 from .checks import dtype_name
 from .kernels import choose, density
+from .process import ending_when_interrupted
 from .version import __version__
 
 app = typer.Typer(add_completion=False, help="Sparse autoencoders on every layer of Gemma 2.")
@@ -66,7 +67,8 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train a small Gemma 2 and an SAE at each of its sites, then judge, plot and save them."""
-    from .demo import run as job
+    with ending_when_interrupted(["demo", "--fresh"] if fresh else ["demo"]):
+        from .demo import run as job
 
     results = job.run(job.DemoConfig(out=out, text=tuple(text or ()), fast=fast, seed=seed, fresh=fresh))
     present(out, results)

@@ -1,5 +1,7 @@
 """The command line: what each command does, and one line and an exit code for every failure."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +11,8 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
@@ -189,6 +193,85 @@ def test_usage_errors(arguments, message, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.fixture
+def real_demo(monkeypatch, tmp_path):
+    """The demo's own settings and checks, and a text without reading documentation; only the training is missing."""
+    from gemmascope.demo import run as job
+
+    def no_training(*args, **kwargs):
+        raise TrainingFailedError("got as far as training")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job.text, "python_documentation", lambda: b"text " * 1000)
+    monkeypatch.setattr(job, "language_model", no_training)
+    (tmp_path / "file").touch()
+    (tmp_path / "latin").write_bytes(b"\xe9" * 3000)
+    (tmp_path / "short").write_bytes(b"short")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    return job
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "seed: expected at least 0, got -1"),
+        (["--seed", str(2**64)], f"seed: expected at most {2**63 - 1}, got {2**64}"),
+        (["--seed", "9" * 5000], "Invalid value for '--seed'"),
+        (["--seed", "1.5"], "Invalid value for '--seed'"),
+        (["--seed", ""], "Invalid value for '--seed'"),
+        (["--seed"], "Option '--seed' requires an argument"),
+        (["--text", "none"], "text: cannot read none: expected a file, found none"),
+        (["--text", ""], "text: cannot read .: expected a file, found a folder"),
+        (["--text", "file"], "text: expected some text in file, found an empty file"),
+        (["--text", "latin"], "text: expected UTF-8 in latin, found byte 0xe9 at 0"),
+        (["--text", "short"], "text: expected at least"),
+        (["--text", "/dev/zero"], "text: cannot read /dev/zero: expected a file, found a device, pipe or socket"),
+        (["--out", "file"], "out: expected a folder, found none: file"),
+        (["--out", "other"], "out: expected a new folder or that of an earlier demo, found other files in other"),
+        (["--fast=yes"], "Option '--fast' does not take a value"),
+        (["--fresh=1"], "Option '--fresh' does not take a value"),
+        (["\x1b[2J"], "Got unexpected extra argument"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:24],
+)
+def test_wrong_options_are_named_and_leave_nothing_behind(real_demo, tmp_path, capsys, arguments, message):
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["demo", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"gemmascope: error: {message}")
+    assert err.endswith("\n")
+    assert err[:-1].isprintable()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@hypothesis.given(
+    option=st.sampled_from(["--seed", "--text", "--out", "--fast", "--fresh", "--debug"]), value=st.text()
+)
+@hypothesis.settings(deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+def test_any_option_works_or_is_refused_in_one_line(real_demo, option, value):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = main(["demo", "--out", "run", option, value])
+    assert code in (2, 4, 5)  # 4: a name that the file system does not take
+    *trace, line = errors.getvalue().splitlines()
+    assert line.startswith("gemmascope: error: ")
+    assert line.isprintable()
+    assert not trace or option == "--debug"
+
+
+@pytest.mark.parametrize("run", ["results.json", "none", ""])
+def test_report_of_what_is_no_run(tmp_path, monkeypatch, capsys, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    assert main(["report", run]) == 3
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("gemmascope: error: ")
+    assert "results.json: expected " in err
+
+
 def test_report_of_a_folder_without_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path / "none")]) == 3
     assert capsys.readouterr().err == (
@@ -250,6 +333,72 @@ def test_interrupting_the_process(tmp_path):
     _, shown = process.communicate(timeout=30)
     assert process.returncode == 130
     assert shown == "gemmascope: error: interrupted; the same command goes on from the last finished stage\n"
+
+
+@pytest.mark.parametrize("module", ["rich", "torch", "gemmascope.demo.run"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param("import runpy; runpy.run_module('gemmascope', run_name='__main__')", id="python -m"),
+        pytest.param("from gemmascope.__main__ import main; sys.exit(main())", id="script"),
+    ],
+)
+def test_interrupting_the_imports(module, start):
+    """Even where a library swallows the KeyboardInterrupt."""
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+        "class Interrupts:\n"
+        "    def find_spec(name, path, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            try:\n"
+        "                signal.raise_signal(signal.SIGINT)\n"
+        "            except KeyboardInterrupt:\n"
+        "                pass\n"
+        "sys.meta_path.insert(0, Interrupts)\n"
+    )
+    finished = run_python(code + start, "demo")
+    assert (finished.returncode, finished.stdout) == (130, "")
+    assert finished.stderr == "gemmascope: error: interrupted; the same command goes on from the last finished stage\n"
+
+
+def test_what_a_command_imports_before_it_can_be_interrupted():
+    code = (
+        "import sys, gemmascope.__main__; print([name for name in sys.modules if name in ('torch', 'numpy', 'rich')])"
+    )
+    assert run_python(code).stdout == "[]\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["demo", "--seed", "x"], ["demo", "--seed", "x", "--debug"]])
+def test_a_full_standard_error_hides_no_exit_code(arguments, monkeypatch):
+    with open("/dev/full", "w") as full:  # closing it would fail if anything were left in it
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(arguments) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_standard_output_is_the_environments_problem(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["--version"]) == 4
+    assert capsys.readouterr().err == "gemmascope: error: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_streams_hide_no_exit_code(closed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, closed, None)
+    assert main(["demo", "--seed", "x"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    code = (
+        "import os; os.close(0); os.close(2)\n"
+        "from gemmascope.process import open_missing; open_missing()\n"
+        f"print(os.open({str(tmp_path / 'file')!r}, os.O_CREAT) > 2)"
+    )
+    assert run_python(code).stdout == "True\n"
 
 
 def test_importing_the_package_needs_none_of_the_training_packages():

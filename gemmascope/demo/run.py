@@ -5,7 +5,6 @@ on, so that a second run does only what is missing.
 """
 
 import dataclasses
-import hashlib
 import os
 import platform
 import time
@@ -15,26 +14,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..activations import harvest
+from ..checks import check_int, check_type
 from ..evaluation import judge_suite, language_model_loss
-from ..formats.files import atomic_write, read_json, write_json
+from ..formats.arrays import read_safetensors
+from ..formats.files import as_path, atomic_write, read_json, write_json
 from ..kernels import choose
 from ..reporting.progress import ErrorConsole, StageProgress, SuiteProgress
-from ..runs import Run, key_of
+from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG
+from ..runs import Run, Stage
 from ..sites import Site, all_sites
 from ..training import TrainConfig, suite_memory, train_suite
 from ..version import __version__
 from . import small_gemma, text
-from .small_gemma import CONTEXT, LanguageModelConfig
+from .small_gemma import CONTEXT, LanguageModelConfig, plain_defaults
+
+LARGEST_SEED = 2**63 - 1  # the order of later epochs is drawn with larger ones, of which generators take up to 2⁶⁴ − 1
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """out: the run's folder. text: the user's own UTF-8 files instead of Python's documentation. fast: a shorter
-    training. seed: of weights and data order. fresh: start over instead of resuming."""
+    training. seed: of weights and data order. fresh: start over instead of resuming. impl: of the SAEs, see `choose`.
+
+    Raises ValueError and TypeError naming the setting that is wrong.
+    """
 
     out: Path = Path("runs/demo")
     text: tuple[Path, ...] = ()
@@ -42,6 +49,16 @@ class DemoConfig:
     seed: int = 0
     fresh: bool = False
     impl: str = "auto"
+
+    def __post_init__(self):
+        as_path("out", self.out)
+        check_type("text", self.text, tuple)
+        for name in ("fast", "fresh"):
+            check_type(name, getattr(self, name), bool)
+        check_int("seed", self.seed, 0)
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"seed: expected at most {LARGEST_SEED}, got {self.seed}")
+        choose(self.impl, "cpu", torch.float32)  # refuses one that cannot run
 
     def language_model(self) -> LanguageModelConfig:
         return LanguageModelConfig(steps=220 if self.fast else 280, seed=self.seed)
@@ -63,118 +80,127 @@ def say(message: str) -> None:
     ErrorConsole().print(message, markup=False, soft_wrap=True)
 
 
+@plain_defaults()
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Do what is missing of the run in ``config.out`` and return its results, also written to results.json there."""
+    """Do what is missing of the run in ``config.out`` and return its results, also written to results.json there.
+
+    Raises ValueError for a text that is none or too short and as `Run`; BadFileError for a file of the run that was
+    damaged since; EnvironmentProblemError as `Run` and when a file cannot be written; TrainingFailedError as
+    `train_suite`.
+    """
+    check_type("config", config, DemoConfig)
     started = time.monotonic()
-    config.sae()  # refuses a bad seed before anything is written
     corpus = text.read_files(config.text) if config.text else text.python_documentation()
     rows, held_out = text.split(corpus, CONTEXT)
-    source = ", ".join(path.name for path in config.text) or "documentation of Python " + platform.python_version()
-    text_key = key_of(hashlib.sha256(corpus).hexdigest(), __version__)
+    held_out = held_out[: config.held_out_rows]
+    # Rows that the language model was trained on or not: all are equally real text for the SAEs.
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[: config.harvest_rows]
+    train_tokens = rows[picked]
+    source = (
+        ", ".join(Path(path).name for path in config.text) or "documentation of Python " + platform.python_version()
+    )
     with Run(config.out, config.fresh, kind="demo") as work:
-        model, model_key = language_model(config, work, rows, text_key)
-        # Rows that the language model was trained on or not: all are equally real text for the SAEs.
-        picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[: config.harvest_rows]
-        train_tokens, held_out = rows[picked], held_out[: config.held_out_rows]
-        activations, activations_key = activations_of(work, model, train_tokens, model_key)
-        paths, saes_key = train_saes(config, work, activations, activations_key)
+        trained = work.stage("model", dataclasses.asdict(config.language_model()), rows)
+        model = language_model(config, trained, rows)
+        harvested = work.stage("activations", train_tokens, after=[trained])
+        activations = activations_of(harvested, model, train_tokens)
+        saved = work.stage("saes", config.sae().to_dict(), config.impl, after=[harvested])
+        paths = train_saes(config, saved, activations)
 
-        results_path = config.out / "results.json"
-        key = key_of(saes_key, len(held_out))
-        if work.done("results", key, results_path, config.out / "frequencies.npz"):
+        path = work.folder / RESULTS
+        settings = (source, rows, train_tokens, held_out, config.impl)
+        judged = work.stage(FINISHED, *settings, after=[trained, harvested, saved])
+        if judged.done():
             say(f"{config.out}: finished before; start over with --fresh")
-            return read_json(results_path)
-        with work.doing("results", key):
-            results_path.unlink(missing_ok=True)  # written below, when the stage is done
+            return read_json(path)
+        with judged.doing():
             loss = language_model_loss(model, held_out)
-            saes = judge(config, model, train_tokens, held_out, activations, paths, loss)
-        facts = {
-            "layers": model.config.num_hidden_layers,
-            "d_model": model.config.hidden_size,
-            "parameters": small_gemma.n_parameters(model),
-            "text": source,
-            "text_bytes": len(corpus),
-            "tokens": config.language_model().steps * config.language_model().batch_rows * CONTEXT,
-            "steps": config.language_model().steps,
-            "seconds": work.stages["model"]["seconds"],
-            "loss": loss,
-            "bigram_loss": text.bigram_loss(rows, held_out),
-            "held_out_tokens": held_out[:, 1:].numel(),
-            "seed": config.seed,
-        }
-        results = {
-            "model": facts,
-            "saes": saes,
-            "training": config.sae().to_dict(),
-            "environment": {
-                "gemmascope": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                "processors": os.cpu_count(),
-            },
-            "seconds": {name: stage["seconds"] for name, stage in work.stages.items()}
-            | {"this_run": round(time.monotonic() - started, 1)},
-        }
-        write_json(results_path, results)
+            saes = judge(config, work.folder, model, train_tokens, held_out, activations, paths, loss)
+            facts = {
+                "layers": model.config.num_hidden_layers,
+                "d_model": model.config.hidden_size,
+                "parameters": small_gemma.n_parameters(model),
+                "text": source,
+                "text_bytes": len(corpus),
+                "tokens": config.language_model().steps * config.language_model().batch_rows * CONTEXT,
+                "steps": config.language_model().steps,
+                "seconds": trained.seconds,
+                "loss": loss,
+                "bigram_loss": text.bigram_loss(rows, held_out),
+                "held_out_tokens": held_out[:, 1:].numel(),
+                "seed": config.seed,
+            }
+            results = {
+                "model": facts,
+                "saes": saes,
+                "training": config.sae().to_dict(),
+                "environment": {
+                    "gemmascope": __version__,
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "processors": os.cpu_count(),
+                },
+                "seconds": {stage.name: stage.seconds for stage in (trained, harvested, saved, judged)}
+                | {"this_run": round(time.monotonic() - started, 1)},
+            }
+            write_json(path, results)
+            judged.keep(path, work.folder / FREQUENCIES, work.folder / TRAIN_LOG)
         return results
 
 
-def language_model(demo: DemoConfig, work: Run, rows: Tensor, text_key: str):
-    config, folder = demo.language_model(), work.folder / "model"
-    key = key_of(text_key, dataclasses.asdict(config))
-    if work.done("model", key, folder / "model.safetensors"):
+def language_model(demo: DemoConfig, stage: Stage, rows: Tensor):
+    config, folder = demo.language_model(), stage.run.folder / "model"
+    if stage.done():
         say(f"language model: resumed from {folder}")
-        return small_gemma.load(folder, config), key
+        return small_gemma.load(folder, config)
     model = small_gemma.build(config)
     with (
-        work.doing("model", key),
+        stage.doing(),
         StageProgress("Language model", config.steps, "tok", config.batch_rows * CONTEXT) as bar,
     ):
         small_gemma.train(model, rows, config, lambda step, loss: bar.update(step, f"loss {loss:.3f}"))
-        small_gemma.save(model, folder)
-    return model, key
+        stage.keep(*small_gemma.save(model, folder))
+    return model
 
 
-def activations_of(work: Run, model, tokens: Tensor, model_key: str) -> tuple[dict[Site, Tensor], str]:
+def activations_of(stage: Stage, model, tokens: Tensor) -> dict[Site, Tensor]:
     """Activations of every site on ``tokens``, bf16 as Gemma computes them; about 3 KB a token."""
-    path = work.folder / "activations.safetensors"
-    key = key_of(model_key, len(tokens))
-    if work.done("activations", key, path):
+    path = stage.run.folder / "activations.safetensors"
+    if stage.done():
         say(f"activations: resumed from {path}")
-        return {Site.parse(name): rows for name, rows in load_file(path).items()}, key
+        return {Site.parse(name): rows for name, rows in read_safetensors(path).items()}
     sites = all_sites(model)
-    with work.doing("activations", key), StageProgress("Activations", len(tokens), "tok", CONTEXT) as bar:
+    with stage.doing(), StageProgress("Activations", len(tokens), "tok", CONTEXT) as bar:
         activations = harvest(model, tokens, sites, dtype=torch.bfloat16, progress=bar.update)
         with atomic_write(path) as temporary:
             save_file({str(site): rows for site, rows in activations.items()}, temporary)
-    return activations, key
+        stage.keep(path)
+    return activations
 
 
-def train_saes(
-    demo: DemoConfig, work: Run, activations: dict[Site, Tensor], activations_key: str
-) -> tuple[dict[Site, Path], str]:
+def train_saes(demo: DemoConfig, stage: Stage, activations: dict[Site, Tensor]) -> dict[Site, Path]:
     """Train the SAEs of all sites together and save them folded; {site: file}."""
-    config, out = demo.sae(), work.folder
-    key = key_of(activations_key, config.to_dict())
-    stored = work.facts("saes").get("paths", {})
-    if work.done("saes", key, *(out / path for path in stored.values())):
+    config, out = demo.sae(), stage.run.folder
+    if stage.done():
         say(f"SAEs: resumed from {out / 'saes'}")
-        return {Site.parse(name): out / path for name, path in stored.items()}, key
+        return {Site.parse(name): out / path for name, path in stage.facts["paths"].items()}
     memory = suite_memory(config, (rows.shape[1] for rows in activations.values()))
     impl, why = choose(demo.impl, "cpu", torch.float32)
     say(f"SAEs: {len(activations)} of {config.d_sae} latents, at most {memory / 1e9:.2f} GB in training")
     say(f"SAEs are trained by impl={impl!r}: {why}")
     names = [str(site) for site in activations]
-    with work.doing("saes", key) as facts:
+    with stage.doing():
         with SuiteProgress("SAEs", config.steps, names, "tok", config.batch_size) as bar:
             paths = train_suite(activations, config, out, model_name="gemma2-demo", impl=demo.impl, log=bar.update)
-        facts["paths"] = {str(site): path.relative_to(out).as_posix() for site, path in paths.items()}
-    return paths, key
+        stage.facts["paths"] = {str(site): path.relative_to(out).as_posix() for site, path in paths.items()}
+        stage.keep(out / TRAIN_LOG, *paths.values(), *(path.with_name("config.json") for path in paths.values()))
+    return paths
 
 
 def judge(
     config: DemoConfig,
+    out: Path,
     model,
     train_tokens: Tensor,
     held_out: Tensor,
@@ -194,9 +220,7 @@ def judge(
             clean_loss=clean_loss,
             on_done=lambda done, site: bar.update(done, str(site)),
         )
-    with atomic_write(config.out / "frequencies.npz") as temporary, open(temporary, "wb") as file:
+    with atomic_write(out / FREQUENCIES) as temporary, open(temporary, "wb") as file:
         arrays: dict[str, Any] = {str(site): frequency.numpy() for site, frequency in frequencies.items()}
         np.savez(file, **arrays)
-    return [
-        row | {"path": path.relative_to(config.out).as_posix()} for row, path in zip(saes, paths.values(), strict=True)
-    ]
+    return [row | {"path": path.relative_to(out).as_posix()} for row, path in zip(saes, paths.values(), strict=True)]

@@ -1,23 +1,21 @@
 """A Gemma 2 of about a million parameters over byte tokens, trained from scratch: the demo's language model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ..errors import BadFileError
-from ..formats.files import atomic_write
+from ..formats.arrays import read_safetensors
+from ..formats.files import atomic_write, shown
 from .text import BOS, VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from transformers import Gemma2ForCausalLM
 
 CONTEXT = 128
 
@@ -39,10 +37,21 @@ class LanguageModelConfig:
     seed: int = 0
 
 
-def build(config: LanguageModelConfig) -> "Gemma2ForCausalLM":
-    """The untrained model, in fp32 with eager attention (the one that keeps the soft-cap)."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """PyTorch's own default dtype and device: transformers and AdamW make tensors by them, whatever the caller set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):  # the latter slows every operator
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
+
+@plain_defaults()
+def build(config: LanguageModelConfig) -> Gemma2ForCausalLM:
+    """The untrained model, in fp32 with eager attention (the one that keeps the soft-cap)."""
     head_dim = config.d_model // config.n_heads
     architecture = Gemma2Config(
         vocab_size=VOCAB_SIZE,
@@ -68,8 +77,9 @@ def build(config: LanguageModelConfig) -> "Gemma2ForCausalLM":
         return Gemma2ForCausalLM(architecture).float().eval()
 
 
+@plain_defaults()
 def train(
-    model: "Gemma2ForCausalLM",
+    model: Gemma2ForCausalLM,
     rows: Tensor,
     config: LanguageModelConfig,
     log: Callable[[int, float], None] = lambda step, loss: None,
@@ -96,29 +106,30 @@ def train(
     model.eval()
 
 
-def save(model: "Gemma2ForCausalLM", folder: Path) -> None:
-    """A folder that transformers' own ``from_pretrained`` opens; each file is written whole or not at all."""
+def save(model: Gemma2ForCausalLM, folder: Path) -> tuple[Path, Path]:
+    """A folder that transformers' own ``from_pretrained`` opens, each of the files returned whole or not at all."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name != "lm_head.weight"}
-    with atomic_write(folder / "config.json") as temporary:
+    with atomic_write(config) as temporary:
         temporary.write_text(model.config.to_json_string(use_diff=True), encoding="utf-8")
-    with atomic_write(folder / "model.safetensors") as temporary:
+    with atomic_write(weights) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    return config, weights
 
 
-def load(folder: Path, config: LanguageModelConfig) -> "Gemma2ForCausalLM":
+def load(folder: Path, config: LanguageModelConfig) -> Gemma2ForCausalLM:
     """What `save` wrote. Raises BadFileError when it is not that model."""
     model = build(config)
     try:
-        tensors = load_file(folder / "model.safetensors")
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        missing, unexpected = model.load_state_dict(read_safetensors(folder / "model.safetensors"), strict=False)
+    except (BadFileError, RuntimeError) as error:
         raise BadFileError(
-            f"{folder}: expected the demo's language model, found {str(error).splitlines()[0]}"
+            f"{shown(folder)}: expected the demo's language model, found {str(error).splitlines()[0]}"
         ) from error
     if set(missing) - {"lm_head.weight"} or unexpected:
-        raise BadFileError(f"{folder}: expected the demo's language model, found other tensors")
+        raise BadFileError(f"{shown(folder)}: expected the demo's language model, found other tensors")
     return model
 
 
-def n_parameters(model: "Gemma2ForCausalLM") -> int:
+def n_parameters(model: Gemma2ForCausalLM) -> int:
     return sum(math.prod(p.shape) for p in model.parameters())

@@ -16,10 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import BadFileError, EnvironmentProblemError
+from ..formats.files import as_path, open_file, shown
+
 BOS = 256
 VOCAB_SIZE = 257
 BLOCK_BYTES = 16 * 1024
 HELD_OUT_EVERY = 16
+MAX_TEXT_BYTES = 64 << 20
 
 
 def python_documentation() -> bytes:
@@ -78,24 +82,42 @@ def docstrings(path: Path) -> Iterator[str]:
             queue.extend(getattr(node, block, ()))
 
 
-def read_files(paths: Iterable[Path]) -> bytes:
-    """The user's own text. Raises ValueError for a file that cannot be read, is empty or is not UTF-8."""
-    parts = []
+def read_files(paths: Iterable[str | os.PathLike]) -> bytes:
+    """The user's own text, at most `MAX_TEXT_BYTES` in all: as tokens, each takes eight bytes of memory and more.
+
+    Raises TypeError for what is no path; ValueError for one that cannot be read or is no file, and for a file that is
+    empty, too large or not UTF-8.
+    """
+    parts, left = [], MAX_TEXT_BYTES
     for path in paths:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"text: cannot read {path}: {error.strerror}") from error
+        name, data = shown(as_path("text", path)), _bytes_of(path, left)
         if not data.strip():
-            raise ValueError(f"text: expected some text in {path}, found an empty file")
+            raise ValueError(f"text: expected some text in {name}, found an empty file")
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"text: expected UTF-8 in {path}, found byte {data[error.start]:#04x} at {error.start}"
+                f"text: expected UTF-8 in {name}, found byte {data[error.start]:#04x} at {error.start}"
             ) from error
         parts.append(data)
+        left -= len(data)
     return b"\n\n".join(parts)
+
+
+def _bytes_of(path: str | os.PathLike, most: int) -> bytes:
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size  # 0 in /proc, some of whose files never end
+            if size > most:
+                raise ValueError(
+                    f"text: expected at most {MAX_TEXT_BYTES} bytes in all, found {size} in {shown(path)}: "
+                    "give a part of it, the demo learns from less than a megabyte"
+                )
+            return file.read(size)
+    except (BadFileError, EnvironmentProblemError) as error:
+        raise ValueError(f"text: cannot read {error}") from error
+    except OSError as error:
+        raise ValueError(f"text: cannot read {shown(path)}: {error.strerror}") from error
 
 
 def split(text: bytes, context: int) -> tuple[Tensor, Tensor]:
@@ -116,9 +138,11 @@ def split(text: bytes, context: int) -> tuple[Tensor, Tensor]:
 
 def rows(text: bytes, context: int) -> Tensor:
     """Rows of BOS and context − 1 bytes; a last partial row is dropped."""
-    body = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    body = body[: len(body) // (context - 1) * (context - 1)].view(-1, context - 1)
-    return torch.cat([torch.full((len(body), 1), BOS), body], 1)
+    n = len(text) // (context - 1)
+    body = torch.frombuffer(bytearray(text), dtype=torch.uint8)[: n * (context - 1)]
+    tokens = torch.full((n, context), BOS, dtype=torch.int64, device="cpu")
+    tokens[:, 1:] = body.view(n, context - 1)
+    return tokens
 
 
 def bigram_loss(train: Tensor, held_out: Tensor) -> float:
@@ -126,9 +150,10 @@ def bigram_loss(train: Tensor, held_out: Tensor) -> float:
 
     Rows [rows, context]. The smoothing strength is the best of a grid *on the held-out text*, in the baseline's favour.
     """
-    counts = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, dtype=torch.float64)
-    previous, current = train[:, :-1].flatten(), train[:, 1:].flatten()
-    counts.view(-1).index_add_(0, previous * VOCAB_SIZE + current, torch.ones(len(current), dtype=torch.float64))
+    counts = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, dtype=torch.float64, device=train.device)
+    for piece in train.split(4096):  # 64 MiB of text would otherwise take gigabytes
+        pairs = piece[:, :-1] * VOCAB_SIZE + piece[:, 1:]
+        counts += pairs.flatten().bincount(minlength=counts.numel()).view_as(counts)
     unigram = (counts.sum(0) + 1) / (counts.sum() + VOCAB_SIZE)
     previous, current = held_out[:, :-1].flatten(), held_out[:, 1:].flatten()
     totals = counts.sum(1)[previous]

@@ -1,6 +1,7 @@
 """The HTML page of a run."""
 
 import json
+import os
 import statistics
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -151,7 +152,7 @@ def reload_code(run_dir: Path, saes: list[Mapping[str, Any]]) -> str:
     inside = run_dir / path
     return (
         "from gemmascope import JumpReLUSAE\n\n"
-        f"sae = JumpReLUSAE.load({str(inside if inside.exists() else Path(path))!r})\n"
+        f"sae = JumpReLUSAE.load({str(inside if os.path.exists(inside) else Path(path))!r})\n"
         "f = sae.encode(x)       # x: activations of the site, [..., d_model]; f: [..., d_sae], mostly zeros\n"
         "x_hat = sae.decode(f)   # the reconstruction, [..., d_model]"
     )

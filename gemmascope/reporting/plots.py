@@ -25,8 +25,13 @@ MOST_LAYERS_IN_LEGEND = 8
 FREQUENT = 0.1
 
 
+def literal(text: str) -> str:
+    """``text`` as matplotlib shows it, which takes what stands between two $ for a formula."""
+    return text.replace("$", r"\$")
+
+
 def site_title(site: str) -> str:
-    return f"{site}: {SITES[site][0]}" if site in SITES else site
+    return f"{site}: {SITES[site][0]}" if site in SITES else literal(site)
 
 
 def site_style(site: str) -> tuple[str, str]:
@@ -197,7 +202,7 @@ def loss_increases(saes: Sequence[Mapping[str, Any]]) -> Figure:
         if with_sae is not None:
             axes.plot(with_sae, y, marker, color=colour, markersize=7, zorder=3)
     tidy(axes)
-    axes.set_yticks(positions, [f"{sae['site']} {sae['layer']}" for sae in ordered])
+    axes.set_yticks(positions, [f"{literal(sae['site'])} {sae['layer']}" for sae in ordered])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)

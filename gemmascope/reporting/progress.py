@@ -6,7 +6,6 @@ a resume does not count work that was done before.
 """
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,8 @@ import rich.progress_bar
 import rich.table
 import rich.text
 
+from ..process import divert
+
 Item = TypeVar("Item")
 
 NARROWEST_LIVE = 60  # columns
@@ -27,14 +28,20 @@ RATE_WINDOW = 30.0  # seconds; long enough to smooth, short enough to follow a c
 
 
 class ErrorConsole(rich.console.Console):
-    """Standard error; falls silent when its reader has gone."""
+    """Standard error; falls silent when its reader has gone or its disk is full."""
 
     def __init__(self):
         super().__init__(stderr=True, highlight=False)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        divert(self.file)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except (OSError, ValueError):  # "I/O operation on closed file" is a ValueError
+            self.on_broken_pipe()
 
 
 class Meter:
@@ -147,7 +154,7 @@ class StageProgress:
         """Whether ``draw`` succeeded."""
         try:
             draw()
-        except (OSError, ValueError):  # the stream is gone; "I/O operation on closed file" is a ValueError
+        except (OSError, ValueError):  # as above
             self.console.quiet = True
             return False
         return True

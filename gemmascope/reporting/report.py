@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..formats.files import atomic_write
+from ..formats.files import as_path, atomic_write
 from . import page
 from .results import PLOTS, read_frequencies, read_log, read_results
 
@@ -30,7 +30,7 @@ def write_plots(run_dir: str | os.PathLike) -> list[Path]:
 
 def write_html(run_dir: str | os.PathLike) -> Path:
     """Write ``run_dir``/report.html, one self-contained page, and return its path. Draws missing plots first."""
-    run_dir = Path(run_dir)
+    run_dir = as_path("run_dir", run_dir)
     results = read_results(run_dir)
     images = {name: run_dir / "plots" / f"{name}.png" for name in PLOTS}
     if not all(image.is_file() for image in images.values()):

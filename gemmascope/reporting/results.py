@@ -1,19 +1,28 @@
 """What a finished run leaves, read back and checked, and the names under which a reader sees it.
 
-A run folder holds `results.json`, `train_log.jsonl` and `frequencies.npz`; `plots/` and `report.html` are added.
+A run folder holds `results.json`, `train_log.jsonl` and `frequencies.npz`; `plots/` and `report.html` are added. Like
+all files they may be damaged or hostile, and what comes out of here can be drawn and shown.
 """
 
 import json
+import math
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..checks import dtype_name
 from ..errors import BadFileError
-from ..formats.files import open_file, read_json
+from ..formats.arrays import Header, printable, read_npz
+from ..formats.files import as_path, open_file, read_json, shown
+from ..runs import check_finished
+
+RESULTS, TRAIN_LOG, FREQUENCIES = "results.json", "train_log.jsonl", "frequencies.npz"
+FINISHED = "results"  # the stage that leaves them
+MAX_SAES, MAX_SITES, LARGEST = 300, 8, 1e30  # what figures have room for
+MAX_LINE_BYTES = 1 << 16
 
 PLOTS = {
     "training_curves": "Fidelity and sparsity of each SAE while it trained, measured on the training batches.",
@@ -46,23 +55,33 @@ def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
 
     Raises BadFileError when the file is missing or is not what a finished run writes.
     """
-    path = Path(run_dir) / "results.json"
-    results = read_json(path)
+    path = as_path("run_dir", run_dir) / RESULTS
+    check_finished(run_dir, FINISHED)
+    name, results = shown(path), read_json(path)
     if not isinstance(results, dict) or not isinstance(results.get("model"), dict):
-        raise BadFileError(f"{path}: expected an object with the object 'model'")
-    if not isinstance(results.get("saes"), list) or not results["saes"]:
-        raise BadFileError(f"{path}: expected a non-empty list 'saes'")
-    saes = [_checked_sae(path, position, sae) for position, sae in enumerate(results["saes"])]
+        raise BadFileError(f"{name}: expected an object with the object 'model'")
+    if not isinstance(results.get("saes"), list) or not 0 < len(results["saes"]) <= MAX_SAES:
+        raise BadFileError(f"{name}: expected a list 'saes' of 1 to {MAX_SAES}")
+    for key in ("environment", "seconds"):
+        if not isinstance(results.get(key, {}), dict):
+            raise BadFileError(f"{name}: expected an object {key!r}, found {results[key]!r:.40}")
+    try:
+        json.dumps(results, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadFileError(f"{name}: expected Unicode text, found half of a surrogate pair") from error
+    saes = [_checked_sae(name, position, sae) for position, sae in enumerate(results["saes"])]
+    if len({sae["site"] for sae in saes}) > MAX_SITES:
+        raise BadFileError(f"{name}: expected at most {MAX_SITES} different sites, found more")
     return {**results, "saes": saes}
 
 
-def _checked_sae(path: Path, position: int, sae: Any) -> dict[str, Any]:
+def _checked_sae(path: str, position: int, sae: Any) -> dict[str, Any]:
     where = f"{path}: saes[{position}]"
     if not isinstance(sae, dict) or not isinstance(sae.get("site"), str):
         raise BadFileError(f"{where}: expected an object with the string 'site'")
     for key in ("layer", "width"):
-        if isinstance(sae.get(key), bool) or not isinstance(sae.get(key), int):
-            raise BadFileError(f"{where}: expected an integer {key!r}, found {sae.get(key)!r}")
+        if type(sae.get(key)) is not int or not 0 <= sae[key] < 2**31:
+            raise BadFileError(f"{where}: expected an integer {key!r}, found {sae.get(key)!r:.40}")
     sae = {**sae, **{key: _number(where, key, sae.get(key)) for key, *_ in COLUMNS}}
     for key in REQUIRED_NUMBERS:
         if sae[key] is None:
@@ -73,9 +92,13 @@ def _checked_sae(path: Path, position: int, sae: Any) -> dict[str, Any]:
 def _number(where: str, key: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadFileError(f"{where}: expected a number {key!r}, found {value!r}")
+    if not _is_figure(value):
+        raise BadFileError(f"{where}: expected a number {key!r}, found {value!r:.40}")
     return float(value)
+
+
+def _is_figure(value: Any) -> bool:
+    return type(value) in (int, float) and not abs(value) > LARGEST  # NaN, which JSON of ours has in logs alone, is one
 
 
 def read_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -83,31 +106,51 @@ def read_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
 
     An incomplete last line, as a kill leaves it, is ignored. Raises BadFileError when anything else is not a row.
     """
-    path = Path(run_dir) / "train_log.jsonl"
-    with open_file(path) as file:
-        lines = file.read().splitlines(keepends=True)
+    path = as_path("run_dir", run_dir) / TRAIN_LOG
     rows = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows[row["step"], row["site"]] = row
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
-            raise BadFileError(f"{path}: line {number}: expected an object with 'step' and 'site'") from None
+    with open_file(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            row = _log_row(line)
+            if row is not None:
+                rows[row["step"], row["site"]] = row
+            elif line.endswith(b"\n") or len(line) == MAX_LINE_BYTES:
+                raise BadFileError(f"{shown(path)}: line {number}: expected an object with 'step' and 'site'")
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
-def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Firing frequency of every latent, [width] by SAE name, from ``run_dir``/frequencies.npz."""
-    path = Path(run_dir) / "frequencies.npz"
+def _log_row(line: bytes) -> dict[str, Any] | None:
+    """A row, or None for what is none. Figures may be NaN or infinite, as those of a training that failed."""
     try:
-        with open_file(path) as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except BadFileError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadFileError(f"{path}: expected an npz of arrays, found {error}") from error
+        row = json.loads(line, parse_constant=lambda text: math.nan)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("site"), str):
+        return None
+    figures = (value for key, value in row.items() if key != "site")
+    return row if all(value is None or _is_figure(value) for value in figures) else None
+
+
+def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Firing frequency of every latent, float32 [width] by SAE name, from ``run_dir``/frequencies.npz.
+
+    Raises BadFileError for a file that holds anything else, or far more than its size.
+    """
+    path = as_path("run_dir", run_dir) / FREQUENCIES
+    name = shown(path)
+
+    def check(headers: dict[str, Header]) -> None:
+        for key, header in headers.items():
+            if header.dtype != torch.float32 or len(header.shape) != 1:
+                what = f"{dtype_name(header.dtype)} {list(header.shape)}"
+                raise BadFileError(f"{name}: {printable(key)}: expected float32 [width], found {what}")
+
+    frequencies = {key: tensor.numpy() for key, tensor in read_npz(path, check).items()}
+    for key, values in frequencies.items():
+        if not ((values >= 0) & (values <= 1)).all():
+            raise BadFileError(f"{name}: {printable(key)}: expected frequencies from 0 to 1, found others")
+    return frequencies
 
 
 def beats_pca(sae: Mapping[str, Any]) -> bool:

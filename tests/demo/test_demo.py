@@ -1,8 +1,13 @@
 """The demo end to end, at a size of seconds: what it writes, that it reloads, resumes and survives an interruption."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import resource
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from gemmascope.demo.run import DemoConfig
 from gemmascope.demo.small_gemma import CONTEXT, LanguageModelConfig
 from gemmascope.errors import BadFileError, EnvironmentProblemError
 from gemmascope.evaluation import evaluate_sae
+from gemmascope.reporting import read_results
 from gemmascope.runs import Run
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.sites import KINDS, Site
@@ -135,22 +141,130 @@ def test_a_folder_that_another_process_works_in(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"seed": -1}, "seed: expected at least 0, got -1", id="seed"),
-        pytest.param({"text": (Path("no such file"),)}, "text: cannot read no such file", id="text"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"seed": 2**63}, "seed: expected at most 9223372036854775807, got 9223372036854775808"),
+        ({"seed": True}, "seed: expected an int, got bool"),
+        ({"seed": 1.0}, "seed: expected an int, got float"),
+        ({"text": "own.txt"}, "text: expected a tuple, got str"),
+        ({"text": (Path("no such file"),)}, "text: cannot read no such file"),
+        ({"text": (3,)}, "text: expected a str or an os.PathLike, got int"),
+        ({"out": 3}, "out: expected a str or an os.PathLike, got int"),
+        ({"fast": 1}, "fast: expected a bool, got int"),
+        ({"fresh": "no"}, "fresh: expected a bool, got str"),
+        ({"impl": "fastest"}, "impl: expected one of .*, got 'fastest'"),
     ],
+    ids=str,
 )
 def test_bad_settings_leave_nothing_behind(config, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         demo.run(dataclasses.replace(config, **changes))
     assert not config.out.exists()
 
 
-def test_a_damaged_model_is_named(config):
-    demo.run(config)
-    path = config.out / "model" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(BadFileError, match="model: expected the demo's language model, found"):
+def test_what_is_no_config(tmp_path):
+    with pytest.raises(TypeError, match="config: expected a DemoConfig, got dict"):
+        demo.run({"out": tmp_path})
+
+
+def test_the_largest_seed(config):
+    seed = 2**63 - 1
+    assert demo.run(dataclasses.replace(config, seed=seed))["model"]["seed"] == seed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """By seed, the config of a finished run, which tests leave as they found it, and its results."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "own.txt").write_bytes(Path(argparse.__file__).read_bytes()[:60_000])
+    configs = [TinyConfig(out=folder / str(seed), text=(folder / "own.txt",), seed=seed) for seed in (0, 1)]
+    return [(config, json.loads(json.dumps(demo.run(config)))) for config in configs]
+
+
+@pytest.mark.parametrize("file", ["model/model.safetensors", "activations.safetensors", "frequencies.npz"])
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_damage_is_named_and_deleting_the_file_mends_it(finished, file, damage):
+    config, results = finished[0]
+    path = config.out / file
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    with pytest.raises(BadFileError, match=f"{file}: expected the {len(whole)} bytes that the stage '.*' left, found"):
         demo.run(config)
+    path.unlink()
+    assert demo.run(config)["saes"] == results["saes"]
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("stage", ["activations_of", "judge"])
+def test_two_seeds_in_one_folder_and_one_of_them_interrupted(finished, tmp_path, stage, monkeypatch):
+    """Whichever comes next shows its own figures, and until then the folder passes for no finished run."""
+    out = shutil.copytree(finished[0][0].out, tmp_path / "run")
+    first, second = (dataclasses.replace(config, out=out) for config, _ in finished)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(demo, stage, interrupted)
+        demo.run(second)
+    with pytest.raises(BadFileError, match="expected a finished run, found"):
+        read_results(out)
+    for config, (_, results) in ((second, finished[1]), (first, finished[0])):
+        assert demo.run(config)["saes"] == results["saes"]
+        assert read_results(out)["model"]["loss"] == results["model"]["loss"]
+
+
+def test_a_disk_that_is_full_for_the_activations(config):
+    """The limit on a file's size stands in for the disk: safetensors fails to write in words of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # the model has 0.2 MB, activations 1.2
+        with pytest.raises(EnvironmentProblemError, match=r"activations.safetensors: cannot be written: "):
+            demo.run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(config.out.glob(".tmp-*"))
+    assert os.path.getsize(config.out / "model" / "model.safetensors") < 1_000_000
+
+
+@contextlib.contextmanager
+def defaults(dtype, device):
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+        assert torch.get_default_device().type == device
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_the_demo_depends_on_no_default(finished, tmp_path):
+    config, results = finished[0]
+    with defaults(torch.bfloat16, "meta"):
+        again = demo.run(dataclasses.replace(config, out=tmp_path / "run"))
+    assert again["saes"] == results["saes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_small_model_depends_on_no_default(dtype):
+    rows = text.rows(b"the cat sat on the mat. " * 40, 33)
+    config = LanguageModelConfig(n_layers=1, d_model=32, steps=2, batch_rows=4)
+
+    def trained():
+        model = small_gemma.build(config)
+        small_gemma.train(model, rows, config)
+        return model.state_dict()
+
+    expected = trained()
+    with defaults(dtype, "meta"):
+        found = trained()
+        assert text.rows(b"abcdefgh", 4).tolist() == [[256, 97, 98, 99], [256, 100, 101, 102]]
+        assert text.bigram_loss(rows, rows[:2]) < 3
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_the_small_model_learns_and_keeps_its_seed():

@@ -1,6 +1,7 @@
 """Text in, byte tokens out: the split, the baseline, and one test per message."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -59,9 +60,42 @@ def test_read_files_joins(tmp_path):
     assert text.read_files([tmp_path / "a", tmp_path / "b"]).decode() == "one\n\nzwei ß"
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(ValueError, match=r"text: cannot read .*nothing: No such file or directory"):
-        text.read_files([tmp_path / "nothing"])
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("nothing", "none"), ("", "a folder"), ("pipe", "a device, pipe or socket")],
+)
+def test_what_is_no_file(tmp_path, name, found):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=f"text: cannot read .*{name}: expected a file, found {found}"):
+        text.read_files([tmp_path / name])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_files_without_an_end():
+    with pytest.raises(ValueError, match="text: cannot read /dev/zero: expected a file, found a device"):
+        text.read_files(["/dev/zero"])
+    for path in ("/proc/kmsg", "/proc/self/status"):  # regular files of no size; the first makes its reader wait
+        if os.path.exists(path):
+            with pytest.raises(ValueError, match=f"text: (expected some text in|cannot read) {path}"):
+                text.read_files([path])
+
+
+def test_text_is_bounded(tmp_path, monkeypatch):
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(10**12)  # takes no space
+    with pytest.raises(ValueError, match=f"text: expected at most 67108864 bytes in all, found {10**12} in .*large: "):
+        text.read_files([large])
+    monkeypatch.setattr(text, "MAX_TEXT_BYTES", 10)
+    (tmp_path / "a").write_bytes(b"five5")
+    assert text.read_files([tmp_path / "a", tmp_path / "a"]) == b"five5\n\nfive5"
+    with pytest.raises(ValueError, match=r"text: expected at most 10 bytes in all, found 5 in .*a: give a part of it"):
+        text.read_files([tmp_path / "a"] * 3)
+
+
+def test_a_name_is_shown_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"text: cannot read '.*a\\nb': expected a file, found none"):
+        text.read_files([tmp_path / "a\nb"])
 
 
 def test_empty_file(tmp_path):

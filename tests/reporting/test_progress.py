@@ -188,12 +188,13 @@ def test_nothing_to_do_is_not_a_division_by_zero():
         assert list(progress([], "nothing", console=console)) == []
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>&1 | true"])
-def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path, redirection):
+@pytest.mark.parametrize("redirection", ["2>&-", "2>&1 | true", "2>/dev/full"])
+def test_a_stream_that_fails_does_not_end_the_run(tmp_path, redirection):
     done = tmp_path / "done"
     program = (
         "import sys, time\n"
-        "from gemmascope.reporting.progress import SuiteProgress\n"
+        "from gemmascope.reporting.progress import ErrorConsole, SuiteProgress\n"
+        "ErrorConsole().print('before')\n"
         "import gemmascope.reporting.progress as module\n"
         "module.SECONDS_BETWEEN_LINES = 0\n"
         "with SuiteProgress('SAEs', 50, ['a']) as bar:\n"

@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import math
 import re
 
 import numpy as np
@@ -253,12 +254,24 @@ def changed(**changes):
     [
         pytest.param("{", "results.json: expected JSON, found", id="cut"),
         pytest.param([], "expected an object with the object 'model'", id="list"),
-        pytest.param({"model": {}}, "expected a non-empty list 'saes'", id="no saes"),
+        pytest.param({"model": {}}, "expected a list 'saes' of 1 to 300", id="no saes"),
         pytest.param({"model": {}, "saes": [3]}, r"saes\[0\]: expected an object with the string 'site'", id="row"),
         pytest.param(changed(layer="0"), "expected an integer 'layer', found '0'", id="layer"),
         pytest.param(changed(fvu="low"), "expected a number 'fvu', found 'low'", id="text"),
         pytest.param(changed(fvu=None), "expected a number 'fvu', found none", id="missing"),
         pytest.param(changed(l0=float("inf")), "expected JSON, found the constant Infinity", id="infinite"),
+        pytest.param(changed(l0=1e31), "expected a number 'l0', found 1e\\+31", id="too large"),
+        pytest.param(changed(l0=-(10**31)), "expected a number 'l0', found -1000", id="too small"),
+        pytest.param(changed(layer=-1), "expected an integer 'layer', found -1", id="negative"),
+        pytest.param(changed(width=2**31), "expected an integer 'width', found 2147483648", id="too wide"),
+        pytest.param(changed(path="\ud800"), "expected Unicode text, found half of a surrogate pair", id="surrogate"),
+        pytest.param(make_results() | {"seconds": [1]}, r"expected an object 'seconds', found \[1\]", id="seconds"),
+        pytest.param({"model": {}, "saes": [{}] * 301}, "expected a list 'saes' of 1 to 300", id="many"),
+        pytest.param(
+            {"model": {}, "saes": [make_results()["saes"][0] | {"site": str(i)} for i in range(9)]},
+            "expected at most 8 different sites, found more",
+            id="sites",
+        ),
     ],
 )
 def test_bad_results(tmp_path, content, message):
@@ -281,8 +294,82 @@ def test_missing_and_bad_companions(tmp_path):
     with pytest.raises(BadFileError, match="line 1: expected an object"):
         reporting.read_log(tmp_path)
     (tmp_path / "frequencies.npz").write_bytes(b"PK not a zip")
-    with pytest.raises(BadFileError, match="expected an npz of arrays, found"):
+    with pytest.raises(BadFileError, match=r"frequencies.npz: expected a .npz file, found damage"):
         reporting.read_frequencies(tmp_path)
-    np.savez(tmp_path / "frequencies.npz", a=np.array([{}], dtype=object))
-    with pytest.raises(BadFileError, match="expected an npz of arrays, found"):
+    ones = np.ones(3, np.float32)
+    for array, message in (
+        (np.array([{}], dtype=object), "expected float16, float32 or float64, found pickled objects"),
+        (ones.astype(np.float64), r"a: expected float32 \[width\], found float64 \[3\]"),
+        (ones[None], r"a: expected float32 \[width\], found float32 \[1, 3\]"),
+        (2 * ones, "a: expected frequencies from 0 to 1, found others"),
+        (-ones, "a: expected frequencies from 0 to 1, found others"),
+        (np.nan * ones, "a: expected frequencies from 0 to 1, found others"),
+    ):
+        np.savez(tmp_path / "frequencies.npz", a=array)
+        with pytest.raises(BadFileError, match=message):
+            reporting.read_frequencies(tmp_path)
+
+
+def test_frequencies_that_would_inflate_are_refused_before_they_do(tmp_path):
+    path = tmp_path / "frequencies.npz"
+    np.savez_compressed(path, a=np.zeros(30_000_000, np.float32))
+    assert path.stat().st_size < 200_000
+    with pytest.raises(BadFileError, match=r"frequencies.npz: .*expected at most"):
         reporting.read_frequencies(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": "1", "site": "a"}\n',
+        b'{"step": true, "site": "a"}\n',
+        b'{"step": 1, "site": ["a"]}\n',
+        b'{"step": 1, "site": "a", "fvu": "low"}\n',
+        b'{"step": 1e400, "site": "a"}\n',
+        b'{"step": 1, "site": "a", "fvu": 1e400}\n',
+        b'{"step": ' + b"9" * 5000 + b', "site": "a"}\n',
+        b"[" * 60_000 + b"\n",
+        b'{"step": 1, "site": "' + b"a" * 70_000,
+    ],
+    ids=lambda line: line[:24].decode(),
+)
+def test_a_line_that_is_no_row(tmp_path, line):
+    (tmp_path / "train_log.jsonl").write_bytes(b'{"step": 1, "site": "a", "fvu": null, "l0": NaN}\n' + line)
+    with pytest.raises(BadFileError, match=r"train_log.jsonl: line 2: expected an object with 'step' and 'site'"):
+        reporting.read_log(tmp_path)
+
+
+def test_figures_of_extremes(tmp_path):
+    """The largest numbers that are let through, names that matplotlib would take for formulas, curves of nothing."""
+    results = make_results()
+    extremes = {"fvu": 1e-30, "pca_fvu": 1e30, "l0": 1e30, "delta_loss": -1e30, "ablation_delta_loss": 1e30}
+    results["saes"] = [
+        sae | extremes | {"site": site, "layer": layer, "width": 2**31 - 1, "path": "x" * 5000}
+        for sae, site, layer in zip(results["saes"], ("a$b$", r"$\x$", "att"), (0, 7, 2**31 - 1), strict=False)
+    ]
+    write_run(tmp_path, make_results())
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    rows = [{"step": step, "site": "layer_2147483647/att", "fvu": math.nan, "l0": 1e30} for step in (-(10**30), 10**30)]
+    (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(reporting.write_plots(tmp_path)) == 4
+    reporting.write_html(tmp_path)
+
+
+def test_results_of_an_unfinished_run_are_refused(tmp_path):
+    write_run(tmp_path, make_results())
+    (tmp_path / "stages.json").write_text("{}")
+    for read in (reporting.read_results, reporting.write_plots, reporting.write_html):
+        with pytest.raises(BadFileError, match="expected a finished run, found 'results' not done"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        reporting.read_results, reporting.read_log, reporting.read_frequencies, reporting.write_plots,
+        reporting.write_html,
+    ],
+)  # fmt: skip
+def test_what_is_no_path(function):
+    with pytest.raises(TypeError, match=r"run_dir: expected a str or an os.PathLike, got int"):
+        function(3)
