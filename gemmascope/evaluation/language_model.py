@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import found
+from ..activations.moments import CHUNK_ELEMENTS
+from ..checks import check_floating, check_int, check_number, found
 from ..sites import Site, attach, evaluating, site_width, special_token_ids
 from ..sites.decoder import embedding_weight
-from .variance import CHUNK_ELEMENTS
 
 # Eager attention holds several [batch, heads, context, context] tensors, which small vocabularies do not bound.
 _BATCH_TOKENS = 2048
@@ -35,6 +35,10 @@ class SpliceMetrics:
     """Its rise with the mean activation in the place of the activation."""
     loss_recovered: float | None
     """1 − delta_loss / ablation_delta_loss; None when ablating does not raise the loss."""
+    rows: int
+    """Rows of tokens the model ran on."""
+    predictions: int
+    """Next tokens that every loss is the mean of."""
 
 
 @torch.no_grad()
@@ -50,20 +54,17 @@ def language_model_loss(
 
     Raises TypeError or ValueError: not a matrix of ids of the vocabulary, rows too short, nothing to score.
     """
-    _check_tokens(model, tokens)
-    skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
-    scored = ~torch.isin(tokens, torch.tensor(skipped, dtype=tokens.dtype, device=tokens.device))
-    scored = scored[:, :-1] & scored[:, 1:]
+    check_tokens("tokens", model, tokens)
+    scored = _scored(model, tokens, skip_token_ids)
     count = int(scored.sum())
     if count == 0:
         raise ValueError("tokens: expected at least one next token to score, got special tokens only")
     if batch_size is None:
         batch_size = max(1, min(_BATCH_TOKENS, CHUNK_ELEMENTS // _vocabulary(model)) // tokens.shape[1])
-    elif batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    check_int("batch_size", batch_size, 1)
 
     device = embedding_weight(model).device
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     with evaluating(model):
         for rows, mask in zip(tokens.split(batch_size), scored.split(batch_size), strict=True):
             logits = model(input_ids=rows.to(device), use_cache=False).logits[:, :-1]
@@ -74,18 +75,26 @@ def language_model_loss(
     return (total / count).item()
 
 
+def _scored(model: nn.Module, tokens: Tensor, skip_token_ids: Iterable[int] | None) -> Tensor:
+    """Where a next token counts: bool [rows, context − 1]."""
+    skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
+    kept = ~torch.isin(tokens, torch.tensor(skipped, dtype=tokens.dtype, device=tokens.device))
+    return kept[:, :-1] & kept[:, 1:]
+
+
 def _vocabulary(model: nn.Module) -> int:
     return embedding_weight(model).shape[0]
 
 
-def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
+def check_tokens(name: str, model: nn.Module, tokens: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``tokens`` are ids [rows ≥ 1, context ≥ 2] of the model's vocabulary."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"tokens: expected a torch.Tensor of int64 or int32, got {found(tokens)}")
+        raise TypeError(f"{name}: expected a torch.Tensor of int64 or int32, got {found(tokens)}")
     if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens: expected shape [rows ≥ 1, context ≥ 2], got {list(tokens.shape)}")
+        raise ValueError(f"{name}: expected shape [rows ≥ 1, context ≥ 2], got {list(tokens.shape)}")
     low, high, size = tokens.min().item(), tokens.max().item(), _vocabulary(model)
     if low < 0 or high >= size:
-        raise ValueError(f"tokens: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+        raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
 
 
 def delta_loss(
@@ -104,6 +113,7 @@ def delta_loss(
     skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
     if clean_loss is None:
         clean_loss = language_model_loss(model, tokens, skipped, batch_size)
+    check_number("clean_loss", clean_loss)
     with attach(model, saes, skipped):
         return language_model_loss(model, tokens, skipped, batch_size) - clean_loss
 
@@ -132,10 +142,11 @@ def mean_ablation_loss(
     Tokens in ``skip_token_ids`` keep their activation.
     """
     width = site_width(model, site)
-    if not isinstance(mean, Tensor):
-        raise TypeError(f"mean: expected a torch.Tensor, got {type(mean).__name__}")
+    check_floating("mean", mean)
     if mean.shape != (width,):
         raise ValueError(f"mean: expected shape [{width}], the width of {site}, got {list(mean.shape)}")
+    if not mean.isfinite().all():
+        raise ValueError("mean: expected finite values, found NaN or Inf")
     skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
     with attach(model, {site: _Constant(mean)}, skipped):
         return language_model_loss(model, tokens, skipped, batch_size)
@@ -144,8 +155,12 @@ def mean_ablation_loss(
 def loss_recovered(delta: float, ablation_delta: float) -> float | None:
     """1 − delta / ablation_delta: 1 is a perfect splice, 0 no better than the mean.
 
-    None where that says nothing: ablating does not raise the loss, or a loss is not finite.
+    None where that says nothing: ablating does not raise the loss, or a loss is not finite. Raises TypeError for what
+    is no number.
     """
+    for name, value in (("delta", delta), ("ablation_delta", ablation_delta)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not (math.isfinite(delta) and math.isfinite(ablation_delta)) or ablation_delta <= 0:
         return None
     return 1 - delta / ablation_delta
@@ -166,4 +181,5 @@ def evaluate_splice(
         clean_loss = language_model_loss(model, tokens, skip_token_ids, batch_size)
     delta = delta_loss(model, tokens, {site: sae}, skip_token_ids, batch_size, clean_loss)
     ablation = mean_ablation_loss(model, tokens, site, mean, skip_token_ids, batch_size) - clean_loss
-    return SpliceMetrics(clean_loss, delta, ablation, loss_recovered(delta, ablation))
+    predictions = int(_scored(model, tokens, skip_token_ids).sum())
+    return SpliceMetrics(clean_loss, delta, ablation, loss_recovered(delta, ablation), len(tokens), predictions)
