@@ -5,10 +5,12 @@ on, so that a second run does only what is missing.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..activations import harvest
+from ..activations import harvest, sample_rows
+from ..activations.held_out import BLOCK_ROWS, HELD_OUT_EVERY
 from ..evaluation import judge_suite, language_model_loss
 from ..formats.files import atomic_write, read_json, write_json
 from ..kernels import choose
@@ -34,7 +37,7 @@ from .small_gemma import CONTEXT, LanguageModelConfig
 @dataclass(frozen=True)
 class DemoConfig:
     """out: the run's folder. text: the user's own UTF-8 files instead of Python's documentation. fast: a shorter
-    training. seed: of weights and data order. fresh: start over instead of resuming."""
+    training. seed: of weights, held-out rows and data order. fresh: start over instead of resuming."""
 
     out: Path = Path("runs/demo")
     text: tuple[Path, ...] = ()
@@ -56,7 +59,11 @@ class DemoConfig:
 
     @property
     def held_out_rows(self) -> int:
-        return 64 if self.fast else 80
+        return 64 if self.fast else 128
+
+
+def digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy()).hexdigest()
 
 
 def say(message: str) -> None:
@@ -68,26 +75,30 @@ def run(config: DemoConfig) -> dict[str, Any]:
     started = time.monotonic()
     config.sae()  # refuses a bad seed before anything is written
     corpus = text.read_files(config.text) if config.text else text.python_documentation()
-    rows, held_out = text.split(corpus, CONTEXT)
+    rows, all_held_out = text.split(corpus, CONTEXT, config.seed)
+    # The same rows for every figure, that of the language model, its baseline and all that is said of the SAEs.
+    held_out = sample_rows(all_held_out, config.held_out_rows, config.seed)
     source = ", ".join(path.name for path in config.text) or "documentation of Python " + platform.python_version()
-    text_key = key_of(hashlib.sha256(corpus).hexdigest(), __version__)
+    text_key = key_of(digest(rows), __version__)
     with Run(config.out, config.fresh, kind="demo") as work:
         model, model_key = language_model(config, work, rows, text_key)
         # Rows that the language model was trained on or not: all are equally real text for the SAEs.
-        picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[: config.harvest_rows]
-        train_tokens, held_out = rows[picked], held_out[: config.held_out_rows]
+        generator = torch.Generator("cpu").manual_seed(config.seed)
+        picked = torch.randperm(len(rows), generator=generator, device="cpu")[: config.harvest_rows]
+        train_tokens = rows[picked]
         activations, activations_key = activations_of(work, model, train_tokens, model_key)
-        paths, saes_key = train_saes(config, work, activations, activations_key)
+        judged_on = functools.cache(lambda: harvest(model, held_out, all_sites(model)))
+        paths, saes_key = train_saes(config, work, activations, judged_on, key_of(activations_key, digest(held_out)))
 
         results_path = config.out / "results.json"
-        key = key_of(saes_key, len(held_out))
+        key = key_of(saes_key)
         if work.done("results", key, results_path, config.out / "frequencies.npz"):
             say(f"{config.out}: finished before; start over with --fresh")
             return read_json(results_path)
         with work.doing("results", key):
             results_path.unlink(missing_ok=True)  # written below, when the stage is done
             loss = language_model_loss(model, held_out)
-            saes = judge(config, model, train_tokens, held_out, activations, paths, loss)
+            saes = judge(config, model, train_tokens, held_out, activations, judged_on(), paths, loss)
         facts = {
             "layers": model.config.num_hidden_layers,
             "d_model": model.config.hidden_size,
@@ -99,7 +110,10 @@ def run(config: DemoConfig) -> dict[str, Any]:
             "seconds": work.stages["model"]["seconds"],
             "loss": loss,
             "bigram_loss": text.bigram_loss(rows, held_out),
+            "held_out_rows": len(held_out),
             "held_out_tokens": held_out[:, 1:].numel(),
+            "held_out": f"{len(held_out):,} of {len(all_held_out):,} held-out rows, spread over all; held out is one "
+            f"of each {HELD_OUT_EVERY} blocks of {BLOCK_ROWS} rows of the text; both drawn by the seed",
             "seed": config.seed,
         }
         results = {
@@ -152,9 +166,14 @@ def activations_of(work: Run, model, tokens: Tensor, model_key: str) -> tuple[di
 
 
 def train_saes(
-    demo: DemoConfig, work: Run, activations: dict[Site, Tensor], activations_key: str
+    demo: DemoConfig,
+    work: Run,
+    activations: dict[Site, Tensor],
+    held_out: Callable[[], dict[Site, Tensor]],
+    activations_key: str,
 ) -> tuple[dict[Site, Path], str]:
-    """Train the SAEs of all sites together and save them folded; {site: file}."""
+    """Train the SAEs of all sites together and save them folded; {site: file}. held_out: activations by which they are
+    named, as they are judged."""
     config, out = demo.sae(), work.folder
     key = key_of(activations_key, config.to_dict())
     stored = work.facts("saes").get("paths", {})
@@ -168,7 +187,15 @@ def train_saes(
     names = [str(site) for site in activations]
     with work.doing("saes", key) as facts:
         with SuiteProgress("SAEs", config.steps, names, "tok", config.batch_size) as bar:
-            paths = train_suite(activations, config, out, model_name="gemma2-demo", impl=demo.impl, log=bar.update)
+            paths = train_suite(
+                activations,
+                config,
+                out,
+                model_name="gemma2-demo",
+                impl=demo.impl,
+                held_out=held_out(),
+                log=bar.update,
+            )
         facts["paths"] = {str(site): path.relative_to(out).as_posix() for site, path in paths.items()}
     return paths, key
 
@@ -179,6 +206,7 @@ def judge(
     train_tokens: Tensor,
     held_out: Tensor,
     activations: dict[Site, Tensor],
+    held_out_activations: dict[Site, Tensor],
     paths: dict[Site, Path],
     clean_loss: float,
 ) -> list[dict[str, Any]]:
@@ -192,6 +220,7 @@ def judge(
             paths,
             impl=config.impl,
             clean_loss=clean_loss,
+            held_out_activations=held_out_activations,
             on_done=lambda done, site: bar.update(done, str(site)),
         )
     with atomic_write(config.out / "frequencies.npz") as temporary, open(temporary, "wb") as file:
