@@ -13,13 +13,18 @@ CHUNK_ELEMENTS = 2**24
 _CHUNK_ROWS = 4096
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless it is a tensor with a value for every element in memory."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else f"{tensor.layout} on {tensor.device}"
+        raise TypeError(f"{name}: expected a dense torch.Tensor that holds values, got one that is {kind}")
+
+
 def check_activations(name: str, activations: Tensor, d_model: int | None = None) -> None:
     """Raise TypeError or ValueError unless it is a dense float matrix [n ≥ 1, d_model ≥ 1], whatever its values."""
-    if isinstance(activations, Tensor) and (
-        activations.layout != torch.strided or activations.is_nested or activations.is_meta
-    ):
-        kind = "nested" if activations.is_nested else f"{activations.layout} on {activations.device}"
-        raise TypeError(f"{name}: expected a dense torch.Tensor that holds values, got one that is {kind}")
+    check_dense(name, activations)
     check_tensor(name, activations, ("n", "d_model" if d_model is None else d_model))
     for axis, what in enumerate(("row", "column")):
         if activations.shape[axis] == 0:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..activations.moments import check_activations, chunks, moments
+from ..activations.moments import check_activations, check_dense, chunks, moments
 from ..checks import check_int, found, is_integer
 from .variance import Fidelity, fidelity
 
@@ -77,6 +77,7 @@ def _checked_pairs(name: str, pairs: Tensor, activations: Tensor) -> Tensor:
     """``pairs`` as int64."""
     if not is_integer(pairs):
         raise TypeError(f"{name}: expected an integer torch.Tensor, got {found(pairs)}")
+    check_dense(name, pairs)
     if pairs.shape != (activations.shape[0], 2):
         raise ValueError(f"{name}: expected shape [{activations.shape[0]}, 2], got {list(pairs.shape)}")
     pairs = pairs.long()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations.moments import check_activations
+from ..activations.moments import check_activations, check_dense
 from ..checks import dtype_name
 from ..kernels import density
 from ..saes import SparseAutoencoder
@@ -117,8 +117,7 @@ def _check_sae(sae: SparseAutoencoder) -> None:
 
 
 def _checked_keep(keep: Tensor, activations: Tensor) -> Tensor:
-    if not isinstance(keep, Tensor):
-        raise TypeError(f"keep: expected a torch.Tensor, got {type(keep).__name__}")
+    check_dense("keep", keep)
     if keep.dtype != torch.bool:
         raise TypeError(f"keep: expected dtype bool, got {dtype_name(keep.dtype)}")
     if keep.shape != activations.shape[:1]:

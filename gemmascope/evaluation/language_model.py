@@ -54,8 +54,8 @@ def language_model_loss(
 
     Raises TypeError or ValueError: not a matrix of ids of the vocabulary, rows too short, nothing to score.
     """
-    check_tokens("tokens", model, tokens)
-    scored = _scored(model, tokens, skip_token_ids)
+    _check_tokens(model, tokens)
+    scored = scored_tokens(model, tokens, skip_token_ids)
     count = int(scored.sum())
     if count == 0:
         raise ValueError("tokens: expected at least one next token to score, got special tokens only")
@@ -75,8 +75,8 @@ def language_model_loss(
     return (total / count).item()
 
 
-def _scored(model: nn.Module, tokens: Tensor, skip_token_ids: Iterable[int] | None) -> Tensor:
-    """Where a next token counts: bool [rows, context − 1]."""
+def scored_tokens(model: nn.Module, tokens: Tensor, skip_token_ids: Iterable[int] | None = None) -> Tensor:
+    """The next tokens that `language_model_loss` counts: bool [rows, context − 1]."""
     skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
     kept = ~torch.isin(tokens, torch.tensor(skipped, dtype=tokens.dtype, device=tokens.device))
     return kept[:, :-1] & kept[:, 1:]
@@ -86,15 +86,14 @@ def _vocabulary(model: nn.Module) -> int:
     return embedding_weight(model).shape[0]
 
 
-def check_tokens(name: str, model: nn.Module, tokens: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``tokens`` are ids [rows ≥ 1, context ≥ 2] of the model's vocabulary."""
+def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: expected a torch.Tensor of int64 or int32, got {found(tokens)}")
+        raise TypeError(f"tokens: expected a torch.Tensor of int64 or int32, got {found(tokens)}")
     if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
-        raise ValueError(f"{name}: expected shape [rows ≥ 1, context ≥ 2], got {list(tokens.shape)}")
+        raise ValueError(f"tokens: expected shape [rows ≥ 1, context ≥ 2], got {list(tokens.shape)}")
     low, high, size = tokens.min().item(), tokens.max().item(), _vocabulary(model)
     if low < 0 or high >= size:
-        raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+        raise ValueError(f"tokens: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
 
 
 def delta_loss(
@@ -146,7 +145,7 @@ def mean_ablation_loss(
     if mean.shape != (width,):
         raise ValueError(f"mean: expected shape [{width}], the width of {site}, got {list(mean.shape)}")
     if not mean.isfinite().all():
-        raise ValueError("mean: expected finite values, found NaN or Inf")
+        raise ValueError("mean: expected finite values, got NaN or Inf")
     skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
     with attach(model, {site: _Constant(mean)}, skipped):
         return language_model_loss(model, tokens, skipped, batch_size)
@@ -155,8 +154,7 @@ def mean_ablation_loss(
 def loss_recovered(delta: float, ablation_delta: float) -> float | None:
     """1 − delta / ablation_delta: 1 is a perfect splice, 0 no better than the mean.
 
-    None where that says nothing: ablating does not raise the loss, or a loss is not finite. Raises TypeError for what
-    is no number.
+    None where that says nothing: ablating does not raise the loss, or a loss is not finite.
     """
     for name, value in (("delta", delta), ("ablation_delta", ablation_delta)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -181,5 +179,5 @@ def evaluate_splice(
         clean_loss = language_model_loss(model, tokens, skip_token_ids, batch_size)
     delta = delta_loss(model, tokens, {site: sae}, skip_token_ids, batch_size, clean_loss)
     ablation = mean_ablation_loss(model, tokens, site, mean, skip_token_ids, batch_size) - clean_loss
-    predictions = int(_scored(model, tokens, skip_token_ids).sum())
+    predictions = int(scored_tokens(model, tokens, skip_token_ids).sum())
     return SpliceMetrics(clean_loss, delta, ablation, loss_recovered(delta, ablation), len(tokens), predictions)

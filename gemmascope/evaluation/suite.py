@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..activations import harvest
 from ..activations.moments import check_activations, moments
-from ..checks import check_type
+from ..checks import check_type, found, is_integer
 from ..saes import JumpReLUSAE
 from ..sites import Site, special_token_ids
 from ..sites.decoder import embedding_weight
 from .baselines import pair_table_fvu
 from .fidelity import evaluate_sae
-from .language_model import check_tokens, evaluate_splice, language_model_loss
+from .language_model import evaluate_splice, language_model_loss
 
 
 def judge_suite(
@@ -51,11 +51,11 @@ def judge_suite(
         check_type("paths: key", site, Site)
     if not callable(on_done):
         raise TypeError(f"on_done: expected a function, got {type(on_done).__name__}")
-    check_tokens("train_tokens", model, train_tokens)
-    check_tokens("held_out", model, held_out)
+    train_pairs, held_out_pairs = (
+        token_pairs(model, tokens, name) for name, tokens in (("train_tokens", train_tokens), ("held_out", held_out))
+    )
     if held_out_activations is None:
         held_out_activations = harvest(model, held_out, paths)
-    train_pairs, held_out_pairs = token_pairs(model, train_tokens), token_pairs(model, held_out)
     for name, by_site, pairs in (
         ("activations", activations, train_pairs),
         ("held_out_activations", held_out_activations, held_out_pairs),
@@ -115,11 +115,17 @@ def _defined(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def token_pairs(model: nn.Module, tokens: Tensor) -> Tensor:
+def token_pairs(model: nn.Module, tokens: Tensor, name: str = "tokens") -> Tensor:
     """The (previous, current) ids [n, 2] of every token of ``tokens`` [rows, context] that `harvest` keeps, in order.
 
-    The previous id of a row's first token is the size of the vocabulary, which is no token.
+    The previous id of a row's first token is the size of the vocabulary, which is no token. Raises TypeError or
+    ValueError naming ``name`` for what are no integers [rows, context].
     """
+    if not is_integer(tokens):
+        raise TypeError(f"{name}: expected an integer torch.Tensor, got {found(tokens)}")
+    if tokens.ndim != 2:
+        raise ValueError(f"{name}: expected shape [rows, context], got {list(tokens.shape)}")
+    tokens = tokens.long()
     none = embedding_weight(model).shape[0]
     previous = torch.cat([torch.full_like(tokens[:, :1], none), tokens[:, :-1]], 1)
     special = torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device)

@@ -85,7 +85,11 @@ def test_chunks_do_not_change_the_result(monkeypatch, elements):
         (torch.ones(3, 0), ValueError, "expected at least one column, got none"),
         (torch.tensor([[1.0], [math.nan]]), ValueError, "expected finite values, found NaN or Inf"),
         (torch.tensor([[1.0], [-math.inf]]), ValueError, "expected finite values, found NaN or Inf"),
-        (torch.tensor([[0.0], [1e200]], dtype=torch.float64), ValueError, "expected values whose squares fp64 can hold"),
+        (
+            torch.tensor([[0.0], [1e200]], dtype=torch.float64),
+            ValueError,
+            "expected values whose squares fp64 can hold",
+        ),
     ],
 )
 def test_refusals(x, error, message):
