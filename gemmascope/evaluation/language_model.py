@@ -3,7 +3,7 @@
     delta LM loss = rise of the cross-entropy when x̂ takes the place of x inside the model
     loss recovered = 1 − delta / delta of mean ablation
 
-Loss recovered saturates: an SAE that loses to PCA of the same rank can still read 0.98. Hence the `baselines`.
+Loss recovered saturates where ablation costs much: hence the rise itself, and the `baselines`.
 """
 
 import math

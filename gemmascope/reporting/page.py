@@ -55,8 +55,8 @@ METRICS = {
     "L0": "How many latents are active on a token, on average. Fewer is sparser and easier to read.",
     "FVU": "Fraction of variance unexplained: the squared error of the reconstruction, divided by that of always "
     "answering with the mean. 0 is perfect, 1 is no better than the mean.",
-    "FVU of PCA": "The same for principal components, as many as the SAE has active latents. Any SAE worth having "
-    "is below it (✓): otherwise a plain linear projection does as well with the same number of values.",
+    "FVU of PCA": "The same for principal components, as many as the SAE has active latents. Where "
+    "the SAE is not below it (✓), a plain linear projection does as well with the same number of values.",
     "FVU of byte pairs": "The same for a lookup table that knows only the current and the previous byte. Where it "
     "comes close to the SAE, the site holds little beyond the last two bytes.",
     "FVU, median token": "The squared error of a token's reconstruction divided by its squared distance from the mean, "
@@ -70,13 +70,12 @@ METRICS = {
     "of the true activation. 0 means that nothing the model needs was lost.",
     "ΔLM loss, mean ablation": "The same when the activation is replaced by its mean: what the site is worth to the "
     "model.",
-    "Loss recovered": "1 − ΔLM loss / ΔLM loss of mean ablation. 1 is perfect, 0 is no better than the mean. It is "
-    "kind to weak SAEs, and means nothing (–) where removing the site does not hurt.",
+    "Loss recovered": "1 − ΔLM loss / ΔLM loss of mean ablation. 1 is perfect, 0 is no better than the mean. It "
+    "means nothing (–) where removing the site does not hurt.",
     "Dead": "Share of latents that fired on no held-out token. Wasted width; rare latents count too.",
-    "Fire on > 10 %": "Share of latents that fire on more than a tenth of the tokens. Such latents rarely stand for "
-    "one thing.",
+    "Fire on > 10 %": "Share of latents that fire on more than a tenth of the tokens.",
     "Bigram baseline": "Loss of predicting each byte from the one before, counted on the same text. A language model "
-    "that is not below it has learned nothing worth explaining.",
+    "that is not below it knows no more than pairs of bytes.",
 }
 
 MODEL_LABELS = {

@@ -18,9 +18,9 @@ from ..formats.files import open_file, read_json
 PLOTS = {
     "training_curves": "Fidelity and sparsity of each SAE while it trained, measured on the training batches.",
     "l0_fvu": "On held-out tokens. Filled marks: the SAEs. Hollow marks: PCA with as many components as the SAE has "
-    "active latents. An SAE is worth its latents where it lies below its hollow mark.",
+    "active latents. An SAE beats PCA where it lies below its hollow mark.",
     "firing_frequency": "Latents by the share of held-out tokens on which they fire. The grey bar counts those that "
-    "never fired; those right of the dashed line fire on more than a tenth of all tokens and rarely mean one thing.",
+    "never fired; those right of the dashed line fire on more than a tenth of all tokens.",
     "delta_loss": "How much worse the language model predicts held-out text with the site replaced by the SAE's "
     "reconstruction (filled) and by its mean (hollow). Close to zero, far left of the hollow mark, is good.",
 }
