@@ -38,7 +38,7 @@ COLUMNS = (
     ("top_variance_share", None, "Variance in top .1 %", ".0%"),
     ("delta_loss", "ΔLM", "ΔLM loss", "+.3f"),
     ("ablation_delta_loss", "ablated", "ΔLM loss, mean ablation", "+.3f"),
-    ("loss_recovered", "recov.", "Loss recovered", ".3f"),
+    ("loss_recovered", None, "Loss recovered", ".3f"),
     ("dead_fraction", "dead", "Dead", ".0%"),
     ("high_freq_fraction", ">10 %", "Fire on > 10 %", ".1%"),
 )

@@ -72,7 +72,8 @@ def test_each_row_holds_the_metrics_of_its_sae(tmp_path):
 def judged(tmp_path, **changes):
     model, train_tokens, held_out = gemma2(), tokens(6, 9, seed=1), tokens(4, 9, seed=2)
     path = tmp_path / "params.npz"
-    JumpReLUSAE(width(SITES[0]), 20, pre_encoder_bias=False, threshold_init=0.5).save(path)
+    generator = torch.Generator().manual_seed(0)
+    JumpReLUSAE(width(SITES[0]), 20, pre_encoder_bias=False, threshold_init=0.5, generator=generator).save(path)
     arguments = {
         "model": model,
         "train_tokens": train_tokens,

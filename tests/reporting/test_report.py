@@ -129,7 +129,7 @@ def test_unmeasured_values_show_as_a_dash(tmp_path):
     write_run(tmp_path, results)
     read = reporting.read_results(tmp_path)
     row = next(line for line in printed(reporting.final_table(read), 100).splitlines() if "att" in line)
-    assert row.split().count("–") == 3
+    assert row.split().count("–") == 2
     reporting.write_plots(tmp_path)
     assert ">–<" in reporting.write_html(tmp_path).read_text(encoding="utf-8")
 
