@@ -36,11 +36,11 @@ def chunks(activations: Tensor, width: int) -> Iterator[Tensor]:
     return iter(activations.split(max(1, min(_CHUNK_ROWS, CHUNK_ELEMENTS // width))))
 
 
-def moments(name: str, activations: Tensor) -> tuple[Tensor, float]:
-    """The mean row x̄ [d_model], fp64 on their device, and the variance mean_n ‖x_n − x̄‖².
+def mean_row(name: str, activations: Tensor) -> Tensor:
+    """The mean row x̄ [d_model], fp64 on their device.
 
-    Summed about the first row, so that the variance of rows that do not vary is exactly 0. Raises ValueError naming
-    ``name`` for values that are not finite, or whose squares fp64 cannot hold, and as `check_activations`.
+    Summed about the first row, so that of rows that do not vary it is exactly that row. Raises ValueError naming
+    ``name`` for values that are not finite, and as `check_activations`.
     """
     check_activations(name, activations)
     n, width = activations.shape
@@ -51,10 +51,23 @@ def moments(name: str, activations: Tensor) -> tuple[Tensor, float]:
     mean = first + total / n
     if not mean.isfinite().all():
         raise ValueError(f"{name}: expected finite values, found NaN or Inf")
+    return mean
+
+
+def moments(name: str, activations: Tensor) -> tuple[Tensor, float]:
+    """The mean row and the variance mean_n ‖x_n − x̄‖², exactly 0 of rows that do not vary.
+
+    Raises as `mean_row`, and ValueError for values whose squares fp64 cannot hold.
+    """
+    mean = mean_row(name, activations)
     squares = torch.zeros((), dtype=torch.float64, device=activations.device)
-    for x in chunks(activations, width):
+    for x in chunks(activations, activations.shape[1]):
         squares += (x.double() - mean).square().sum()
-    variance = squares.item() / n
-    if variance == float("inf"):
-        raise ValueError(f"{name}: expected values whose squares fp64 can hold, found a variance beyond it")
-    return mean, variance
+    check_squares(name, squares)
+    return mean, squares.item() / len(activations)
+
+
+def check_squares(name: str, total: Tensor) -> None:
+    """Raise ValueError unless the sum of squares ``total`` is finite."""
+    if not total.isfinite():
+        raise ValueError(f"{name}: expected values whose squares fp64 can hold, found a sum of them beyond it")

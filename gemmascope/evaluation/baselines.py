@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..activations.moments import check_activations, check_dense, chunks, moments
+from ..activations.moments import check_activations, check_dense, chunks, mean_row
 from ..checks import check_int, found, is_integer
 from .variance import Fidelity, fidelity
 
@@ -26,7 +26,7 @@ def pca_fidelity(train_activations: Tensor, heldout_activations: Tensor, rank: i
     check_activations("train_activations", train_activations)
     d_model = train_activations.shape[1]
     check_activations("heldout_activations", heldout_activations, d_model)
-    mean, _ = moments("train_activations", train_activations)
+    mean = mean_row("train_activations", train_activations)
     covariance = torch.zeros(d_model, d_model, dtype=torch.float64, device=mean.device)
     for x in chunks(train_activations, d_model):
         centred = x.double() - mean
@@ -61,7 +61,7 @@ def pair_table_fvu(
     ids, pairs = pairs.unique(return_inverse=True)  # numbered anew: the product of two ids may be beyond int64
     m = len(train_activations)
     keys, current = pairs[:, 0] * len(ids) + pairs[:, 1], pairs[:, 1]
-    mean = moments("train_activations", train_activations)[0].to(pairs.device)
+    mean = mean_row("train_activations", train_activations).to(pairs.device)
     by_pair = _MeanTable(keys[:m], train_activations)
     by_token = _MeanTable(current[:m], train_activations)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import harvest
-from ..activations.moments import check_activations, moments
+from ..activations.moments import check_activations, mean_row
 from ..checks import check_type, found, is_integer
 from ..saes import JumpReLUSAE
 from ..sites import Site, special_token_ids
@@ -71,7 +71,7 @@ def judge_suite(
         sae.impl = impl
         train_rows, rows = activations[site], held_out_activations[site]
         metrics = evaluate_sae(sae, rows, train_rows)
-        mean, _ = moments("held_out_activations", rows)
+        mean = mean_row("held_out_activations", rows)
         splice = evaluate_splice(model, held_out, site, sae, mean, clean_loss=clean_loss)
         frequencies[site] = metrics.firing_frequency
         row = {

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations.moments import chunks, moments
+from ..activations.moments import check_squares, chunks, mean_row
 
 # Of so many tokens one counts among the top.
 TOP_OF = 1000
@@ -37,9 +37,9 @@ def fidelity(
     """The fidelity of ``reconstruct(x, start)`` for chunks x of ``activations``, whose first row is ``start``.
 
     width: of the widest temporary it makes, by default d_model. Memory beyond that of a chunk is 16 bytes a token.
-    Raises as `moments`, and ValueError for a reconstruction of another shape.
+    Raises as `moments.moments`, and ValueError for a reconstruction of another shape.
     """
-    mean, variance = moments(name, activations)
+    mean = mean_row(name, activations)
     n, d_model = activations.shape
     options = {"dtype": torch.float64, "device": activations.device}
     errors, spread, start = torch.empty(n, **options), torch.empty(n, **options), 0
@@ -51,11 +51,13 @@ def fidelity(
         errors[rows] = (x64 - x_hat.to(x64)).square().sum(1)
         spread[rows] = (x64 - mean).square().sum(1)
         start += len(x)
+    variance = spread.sum()
+    check_squares(name, variance)
     if variance == 0:
         return Fidelity(math.nan, math.nan, math.nan, math.nan)
     by_token = torch.where(errors == 0, errors, errors / spread)  # a token that is the mean, exactly, is not 0/0
     return Fidelity(
-        fvu=(errors.sum() / spread.sum()).item(),
+        fvu=(errors.sum() / variance).item(),
         median_fvu=by_token.median().item(),
         top_error_share=_top_share(errors),
         top_variance_share=_top_share(spread),

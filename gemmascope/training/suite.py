@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..activations import batches
 from ..activations.moments import check_activations, chunks
+from ..checks import check_type
 from ..errors import TrainingFailedError
 from ..formats.files import atomic_write
 from ..formats.release import gemma_scope_path
@@ -58,10 +59,11 @@ def train_suite(
     if not activations:
         raise ValueError("activations: expected at least one site, got none")
     out = Path(out)
-    for site, rows in activations.items():
-        if held_out is not None:
-            check_activations(f"held_out[{site}]", held_out.get(site), rows.shape[1])
     trainers = make_trainers(activations, config, model_name=model_name, impl=impl, device=device)
+    if held_out is not None:
+        check_type("held_out", held_out, Mapping)
+        for site, rows in activations.items():
+            check_activations(f"held_out[{site}]", held_out.get(site), rows.shape[1])
     lines: list[str] = []
 
     def log_and_keep(step: int, rows: dict[str, dict[str, float]] | None) -> None:
