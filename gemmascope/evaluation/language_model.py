@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations.moments import CHUNK_ELEMENTS
-from ..checks import check_floating, check_int, check_number, found
+from ..checks import check_floating, check_number, found
 from ..sites import Site, attach, evaluating, site_width, special_token_ids
 from ..sites.decoder import embedding_weight
 
@@ -61,7 +61,8 @@ def language_model_loss(
         raise ValueError("tokens: expected at least one next token to score, got special tokens only")
     if batch_size is None:
         batch_size = max(1, min(_BATCH_TOKENS, CHUNK_ELEMENTS // _vocabulary(model)) // tokens.shape[1])
-    check_int("batch_size", batch_size, 1)
+    elif batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
 
     device = embedding_weight(model).device
     total = torch.zeros((), dtype=torch.float64, device="cpu")

@@ -30,7 +30,8 @@ def write_plots(run_dir: str | os.PathLike) -> list[Path]:
 
 def write_html(run_dir: str | os.PathLike) -> Path:
     """Write ``run_dir``/report.html, one self-contained page, and return its path. Draws missing plots first."""
-    results, run_dir = read_results(run_dir), Path(run_dir)
+    run_dir = Path(run_dir)
+    results = read_results(run_dir)
     images = {name: run_dir / "plots" / f"{name}.png" for name in PLOTS}
     if not all(image.is_file() for image in images.values()):
         write_plots(run_dir)
