@@ -11,12 +11,12 @@ import torch
 from tiny_gemma import load
 
 from gemmascope import JumpReLUSAE, SAETrainer, Site, TrainConfig, evaluate_sae, harvest, train
-from gemmascope.activations import batches
+from gemmascope.activations import batches, hold_out
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="name or folder of a Gemma 2 or 3")
 parser.add_argument("--text", type=Path, help="UTF-8 file to run it on")
-parser.add_argument("--rows", type=int, default=160, help="of 32 tokens each; the last tenth is held out")
+parser.add_argument("--rows", type=int, default=160, help="of 32 tokens each; a tenth is held out")
 parser.add_argument("--sites", nargs="+", type=Site.parse, default=[Site(1, "mlp"), Site(1, "resid")])
 parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--d-sae", type=int, default=128)
@@ -24,9 +24,9 @@ parser.add_argument("--out", type=Path, default=Path("saes"))
 args = parser.parse_args()
 
 model, tokens = load(args.model, args.text, args.rows)
-held_out_rows = max(1, len(tokens) // 10)
-activations = harvest(model, tokens[:-held_out_rows], args.sites)
-held_out = harvest(model, tokens[-held_out_rows:], args.sites)
+train_tokens, held_out_tokens = hold_out(tokens, every=10, block=8)  # pieces of neighbours from all over the text
+activations = harvest(model, train_tokens, args.sites)
+held_out = harvest(model, held_out_tokens, args.sites)
 
 config = TrainConfig.short(
     d_sae=args.d_sae,

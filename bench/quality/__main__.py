@@ -1,9 +1,10 @@
 """Does every trainer make an SAE as good? python -m bench quality [--sites layer_2/resid] [--save]
 
 Trains the same SAE (same width, start, activations in the same order, number of tokens) with each trainer at several
-sparsities, and measures L0, FVU, dead latents and PCA of equal rank on held-out activations of the demo. Trainers that
-are given an L0 (sparsify, dictionary_learning) are given what ours reached, so that the curves overlap. What a trainer
-does otherwise than ours is said under the table; --recipe shared takes away what a package's options let one take away.
+sparsities, and measures L0, FVU, dead latents and PCA of equal rank on held-out activations of the demo: the last tenth
+of its tokens, whose rows its seed drew one by one over the whole text. Trainers that are given an L0 (sparsify,
+dictionary_learning) are given what ours reached, so that the curves overlap. What a trainer does otherwise than ours is
+said under the table; --recipe shared takes away what a package's options let one take away.
 
 Ours against the reference is judged in fp64, where rounding has no time to grow; their fp32 figures are shown. The last
 line of standard output is one JSON document; --save appends its rows to the results. The exit status is 1 when a
@@ -86,9 +87,12 @@ def train(trainer: Trainer, setting: Setting, site: Site, rows: Tensor, held_out
             tick()
     found = evaluate_sae(sae, held_out, rows)
     return {
+        "held_out_tokens": found.tokens,
         "l0": found.l0,
         "fvu": finite(found.fvu),
         "pca_fvu": finite(found.pca_fvu),
+        "median_fvu": finite(found.median_fvu),
+        "pca_median_fvu": finite(found.pca_median_fvu),
         "dead": found.dead_fraction,
         "high_frequency": found.high_freq_fraction,
         "seconds": seconds,

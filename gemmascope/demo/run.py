@@ -5,9 +5,11 @@ on, so that a second run does only what is missing.
 """
 
 import dataclasses
+import functools
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..activations import harvest
+from ..activations import harvest, sample_rows
+from ..activations.held_out import BLOCK_ROWS, HELD_OUT_EVERY
 from ..checks import check_int, check_type
 from ..evaluation import judge_suite, language_model_loss
 from ..formats.arrays import read_safetensors
@@ -38,7 +41,8 @@ LARGEST_SEED = 2**63 - 1  # the order of later epochs is drawn with larger ones,
 @dataclass(frozen=True)
 class DemoConfig:
     """out: the run's folder. text: the user's own UTF-8 files instead of Python's documentation. fast: a shorter
-    training. seed: of weights and data order. fresh: start over instead of resuming. impl: of the SAEs, see `choose`.
+    training. seed: of weights, held-out rows and data order. fresh: start over instead of resuming. impl: of the SAEs,
+    see `choose`.
 
     Raises ValueError and TypeError naming the setting that is wrong.
     """
@@ -73,7 +77,7 @@ class DemoConfig:
 
     @property
     def held_out_rows(self) -> int:
-        return 64 if self.fast else 80
+        return 64 if self.fast else 128
 
 
 def say(message: str) -> None:
@@ -91,10 +95,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
     check_type("config", config, DemoConfig)
     started = time.monotonic()
     corpus = text.read_files(config.text) if config.text else text.python_documentation()
-    rows, held_out = text.split(corpus, CONTEXT)
-    held_out = held_out[: config.held_out_rows]
+    rows, all_held_out = text.split(corpus, CONTEXT, config.seed)
+    # The same rows for every figure, that of the language model, its baseline and all that is said of the SAEs.
+    held_out = sample_rows(all_held_out, config.held_out_rows, config.seed)
     # Rows that the language model was trained on or not: all are equally real text for the SAEs.
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[: config.harvest_rows]
+    generator = torch.Generator("cpu").manual_seed(config.seed)
+    picked = torch.randperm(len(rows), generator=generator, device="cpu")[: config.harvest_rows]
     train_tokens = rows[picked]
     source = (
         ", ".join(Path(path).name for path in config.text) or "documentation of Python " + platform.python_version()
@@ -104,8 +110,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
         model = language_model(config, trained, rows)
         harvested = work.stage("activations", train_tokens, after=[trained])
         activations = activations_of(harvested, model, train_tokens)
-        saved = work.stage("saes", config.sae().to_dict(), config.impl, after=[harvested])
-        paths = train_saes(config, saved, activations)
+        judged_on = functools.cache(lambda: harvest(model, held_out, all_sites(model)))
+        saved = work.stage("saes", config.sae().to_dict(), config.impl, held_out, after=[trained, harvested])
+        paths = train_saes(config, saved, activations, judged_on)
 
         path = work.folder / RESULTS
         settings = (source, rows, train_tokens, held_out, config.impl)
@@ -115,7 +122,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
             return read_json(path)
         with judged.doing():
             loss = language_model_loss(model, held_out)
-            saes = judge(config, work.folder, model, train_tokens, held_out, activations, paths, loss)
+            saes = judge(config, work.folder, model, train_tokens, held_out, activations, judged_on(), paths, loss)
             facts = {
                 "layers": model.config.num_hidden_layers,
                 "d_model": model.config.hidden_size,
@@ -127,7 +134,10 @@ def run(config: DemoConfig) -> dict[str, Any]:
                 "seconds": trained.seconds,
                 "loss": loss,
                 "bigram_loss": text.bigram_loss(rows, held_out),
+                "held_out_rows": len(held_out),
                 "held_out_tokens": held_out[:, 1:].numel(),
+                "held_out": f"{len(held_out):,} of {len(all_held_out):,} held-out rows, spread over all; held out is one "
+                f"of each {HELD_OUT_EVERY} blocks of {BLOCK_ROWS} rows of the text; both drawn by the seed",
                 "seed": config.seed,
             }
             results = {
@@ -179,8 +189,11 @@ def activations_of(stage: Stage, model, tokens: Tensor) -> dict[Site, Tensor]:
     return activations
 
 
-def train_saes(demo: DemoConfig, stage: Stage, activations: dict[Site, Tensor]) -> dict[Site, Path]:
-    """Train the SAEs of all sites together and save them folded; {site: file}."""
+def train_saes(
+    demo: DemoConfig, stage: Stage, activations: dict[Site, Tensor], held_out: Callable[[], dict[Site, Tensor]]
+) -> dict[Site, Path]:
+    """Train the SAEs of all sites together and save them folded; {site: file}. held_out: activations by which they are
+    named, as they are judged."""
     config, out = demo.sae(), stage.run.folder
     if stage.done():
         say(f"SAEs: resumed from {out / 'saes'}")
@@ -192,7 +205,15 @@ def train_saes(demo: DemoConfig, stage: Stage, activations: dict[Site, Tensor]) 
     names = [str(site) for site in activations]
     with stage.doing():
         with SuiteProgress("SAEs", config.steps, names, "tok", config.batch_size) as bar:
-            paths = train_suite(activations, config, out, model_name="gemma2-demo", impl=demo.impl, log=bar.update)
+            paths = train_suite(
+                activations,
+                config,
+                out,
+                model_name="gemma2-demo",
+                impl=demo.impl,
+                held_out=held_out(),
+                log=bar.update,
+            )
         stage.facts["paths"] = {str(site): path.relative_to(out).as_posix() for site, path in paths.items()}
         stage.keep(out / TRAIN_LOG, *paths.values(), *(path.with_name("config.json") for path in paths.values()))
     return paths
@@ -205,6 +226,7 @@ def judge(
     train_tokens: Tensor,
     held_out: Tensor,
     activations: dict[Site, Tensor],
+    held_out_activations: dict[Site, Tensor],
     paths: dict[Site, Path],
     clean_loss: float,
 ) -> list[dict[str, Any]]:
@@ -218,6 +240,7 @@ def judge(
             paths,
             impl=config.impl,
             clean_loss=clean_loss,
+            held_out_activations=held_out_activations,
             on_done=lambda done, site: bar.update(done, str(site)),
         )
     with atomic_write(out / FREQUENCIES) as temporary, open(temporary, "wb") as file:

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..activations import hold_out
+from ..activations.held_out import HELD_OUT_EVERY
 from ..errors import BadFileError, EnvironmentProblemError
 from ..formats.files import as_path, open_file, shown
 
 BOS = 256
 VOCAB_SIZE = 257
-BLOCK_BYTES = 16 * 1024
-HELD_OUT_EVERY = 16
 MAX_TEXT_BYTES = 64 << 20
 
 
@@ -120,20 +120,16 @@ def _bytes_of(path: str | os.PathLike, most: int) -> bytes:
         raise ValueError(f"text: cannot read {shown(path)}: {error.strerror}") from error
 
 
-def split(text: bytes, context: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out rows [rows, context] int64: BOS and context − 1 bytes each.
+def split(text: bytes, context: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out rows [rows, context] int64: BOS and context − 1 bytes each, by `activations.hold_out`.
 
-    Every 16th block of 16 KiB is held out, so both parts see all of the text's kinds. A shorter text is cut into 16
-    blocks. Raises ValueError when either part would hold no row.
+    Raises ValueError when the text is too short to hold any out.
     """
-    block = min(BLOCK_BYTES, max(1, len(text) // HELD_OUT_EVERY))
-    blocks = [text[start : start + block] for start in range(0, len(text), block)]
-    held_out = b"".join(blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-    train = b"".join(b for i, b in enumerate(blocks) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1)
-    if min(len(train), len(held_out)) < context - 1:
-        need = HELD_OUT_EVERY * context
+    whole = rows(text, context)
+    if len(whole) < HELD_OUT_EVERY:
+        need = HELD_OUT_EVERY * (context - 1)
         raise ValueError(f"text: expected at least {need} bytes for rows of {context} tokens, got {len(text)}")
-    return rows(train, context), rows(held_out, context)
+    return hold_out(whole, seed)
 
 
 def rows(text: bytes, context: int) -> Tensor:

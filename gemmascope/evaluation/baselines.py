@@ -3,17 +3,26 @@
 import torch
 from torch import Tensor
 
-from ..checks import found, is_integer
-from .variance import check_activations, chunks, fvu_of, mean_row
+from ..activations.moments import check_activations, check_dense, chunks, mean_row
+from ..checks import check_int, found, is_integer
+from .variance import Fidelity, fidelity
+
+
+def pca_fvu(train_activations: Tensor, heldout_activations: Tensor, rank: int) -> float:
+    """FVU on held-out x̂ = μ + (x − μ)·V·Vᵀ, V the ``rank`` leading principal directions and μ the mean of the training
+    activations. A rank above d_model counts as d_model; rank 0 predicts μ.
+
+    train_activations [m, d_model], heldout_activations [n, d_model]: float16, bfloat16, float32 or float64; computed in
+    fp64. NaN when the held-out ones do not vary. Raises TypeError or ValueError for other activations, none, values
+    that are not finite, and a rank that is no int of at least 0.
+    """
+    return pca_fidelity(train_activations, heldout_activations, rank).fvu
 
 
 @torch.no_grad()
-def pca_fvu(train_activations: Tensor, heldout_activations: Tensor, rank: int) -> float:
-    """FVU on held-out x̂ = μ + (x − μ)·V·Vᵀ, V the ``rank`` leading principal directions and μ the mean of the training
-    activations. Rank is clipped to [0, d_model]; rank 0 predicts μ.
-
-    train_activations [m, d_model], heldout_activations [n, d_model]: any float dtype; computed in fp64.
-    """
+def pca_fidelity(train_activations: Tensor, heldout_activations: Tensor, rank: int) -> Fidelity:
+    """All that `pca_fvu` is one figure of."""
+    check_int("rank", rank, 0)
     check_activations("train_activations", train_activations)
     d_model = train_activations.shape[1]
     check_activations("heldout_activations", heldout_activations, d_model)
@@ -23,12 +32,9 @@ def pca_fvu(train_activations: Tensor, heldout_activations: Tensor, rank: int) -
         centred = x.double() - mean
         covariance += centred.T @ centred
     _, directions = torch.linalg.eigh(covariance)  # ascending
-    rank = min(max(rank, 0), d_model)
-    V = directions[:, d_model - rank :].to(heldout_activations.device)
+    V = directions[:, d_model - min(rank, d_model) :].to(heldout_activations.device)
     mean = mean.to(heldout_activations.device)
-    return fvu_of(
-        "heldout_activations", heldout_activations, lambda x, start: mean + (x.double() - mean) @ V @ V.T, d_model
-    )
+    return fidelity("heldout_activations", heldout_activations, lambda x, start: mean + (x.double() - mean) @ V @ V.T)
 
 
 @torch.no_grad()
@@ -40,35 +46,44 @@ def pair_table_fvu(
     An SAE that does not beat this table may have learnt nothing but bigrams. A pair not seen in training falls back to
     the mean of its current token, and a token not seen to the mean of all.
 
-    activations [n, d_model] of any float dtype; pairs: ids ≥ 0, an integer [n, 2] each.
+    activations [m, d_model] and [n, d_model]: float16, bfloat16, float32 or float64; pairs [m, 2] and [n, 2]: any ids
+    ≥ 0 of an integer dtype. NaN when the held-out activations do not vary. Raises TypeError or ValueError for others,
+    none, and values that are not finite.
     """
     check_activations("train_activations", train_activations)
     check_activations("heldout_activations", heldout_activations, train_activations.shape[1])
-    for name, pairs, activations in (
-        ("train_pairs", train_pairs, train_activations),
-        ("heldout_pairs", heldout_pairs, heldout_activations),
-    ):
-        if not is_integer(pairs):
-            raise TypeError(f"{name}: expected an integer torch.Tensor, got {found(pairs)}")
-        if pairs.shape != (activations.shape[0], 2):
-            raise ValueError(f"{name}: expected shape [{activations.shape[0]}, 2], got {list(pairs.shape)}")
-        if pairs.min() < 0:
-            raise ValueError(f"{name}: expected ids of at least 0, got {pairs.min().item()}")
-
-    device = heldout_activations.device
-    train_pairs, heldout_pairs = train_pairs.to(device).long(), heldout_pairs.to(device).long()
-    mean = mean_row("train_activations", train_activations).to(device)
-    base = int(torch.maximum(train_pairs.max(), heldout_pairs.max())) + 1
-    train_keys, heldout_keys = (pairs[:, 0] * base + pairs[:, 1] for pairs in (train_pairs, heldout_pairs))
-    by_pair = _MeanTable(train_keys, train_activations)
-    by_token = _MeanTable(train_pairs[:, 1], train_activations)
+    pairs = torch.cat(
+        [
+            _checked_pairs("train_pairs", train_pairs, train_activations).to(heldout_activations.device),
+            _checked_pairs("heldout_pairs", heldout_pairs, heldout_activations).to(heldout_activations.device),
+        ]
+    )
+    ids, pairs = pairs.unique(return_inverse=True)  # numbered anew: the product of two ids may be beyond int64
+    m = len(train_activations)
+    keys, current = pairs[:, 0] * len(ids) + pairs[:, 1], pairs[:, 1]
+    mean = mean_row("train_activations", train_activations).to(pairs.device)
+    by_pair = _MeanTable(keys[:m], train_activations)
+    by_token = _MeanTable(current[:m], train_activations)
 
     def predict(x: Tensor, start: int) -> Tensor:
-        rows = slice(start, start + x.shape[0])
-        predicted = by_token.lookup(heldout_pairs[rows, 1], mean.expand(x.shape))
-        return by_pair.lookup(heldout_keys[rows], predicted)
+        rows = slice(m + start, m + start + len(x))
+        predicted = by_token.lookup(current[rows], mean.expand(x.shape))
+        return by_pair.lookup(keys[rows], predicted)
 
-    return fvu_of("heldout_activations", heldout_activations, predict, heldout_activations.shape[1])
+    return fidelity("heldout_activations", heldout_activations, predict).fvu
+
+
+def _checked_pairs(name: str, pairs: Tensor, activations: Tensor) -> Tensor:
+    """``pairs`` as int64."""
+    if not is_integer(pairs):
+        raise TypeError(f"{name}: expected an integer torch.Tensor, got {found(pairs)}")
+    check_dense(name, pairs)
+    if pairs.shape != (activations.shape[0], 2):
+        raise ValueError(f"{name}: expected shape [{activations.shape[0]}, 2], got {list(pairs.shape)}")
+    pairs = pairs.long()
+    if pairs.min() < 0:
+        raise ValueError(f"{name}: expected ids of at least 0, got {pairs.min().item()}")
+    return pairs
 
 
 class _MeanTable:

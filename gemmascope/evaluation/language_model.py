@@ -3,7 +3,7 @@
     delta LM loss = rise of the cross-entropy when x̂ takes the place of x inside the model
     loss recovered = 1 − delta / delta of mean ablation
 
-Loss recovered saturates: an SAE that loses to PCA of the same rank can still read 0.98. Hence the `baselines`.
+Loss recovered saturates where ablation costs much: hence the rise itself, and the `baselines`.
 """
 
 import math
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import found
+from ..activations.moments import CHUNK_ELEMENTS
+from ..checks import check_floating, check_number, found
 from ..sites import Site, attach, evaluating, site_width, special_token_ids
 from ..sites.decoder import embedding_weight
-from .variance import CHUNK_ELEMENTS
 
 # Eager attention holds several [batch, heads, context, context] tensors, which small vocabularies do not bound.
 _BATCH_TOKENS = 2048
@@ -35,6 +35,10 @@ class SpliceMetrics:
     """Its rise with the mean activation in the place of the activation."""
     loss_recovered: float | None
     """1 − delta_loss / ablation_delta_loss; None when ablating does not raise the loss."""
+    rows: int
+    """Rows of tokens the model ran on."""
+    predictions: int
+    """Next tokens that every loss is the mean of."""
 
 
 @torch.no_grad()
@@ -51,9 +55,7 @@ def language_model_loss(
     Raises TypeError or ValueError: not a matrix of ids of the vocabulary, rows too short, nothing to score.
     """
     _check_tokens(model, tokens)
-    skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
-    scored = ~torch.isin(tokens, torch.tensor(skipped, dtype=tokens.dtype, device=tokens.device))
-    scored = scored[:, :-1] & scored[:, 1:]
+    scored = scored_tokens(model, tokens, skip_token_ids)
     count = int(scored.sum())
     if count == 0:
         raise ValueError("tokens: expected at least one next token to score, got special tokens only")
@@ -63,7 +65,7 @@ def language_model_loss(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
 
     device = embedding_weight(model).device
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     with evaluating(model):
         for rows, mask in zip(tokens.split(batch_size), scored.split(batch_size), strict=True):
             logits = model(input_ids=rows.to(device), use_cache=False).logits[:, :-1]
@@ -72,6 +74,13 @@ def language_model_loss(
             losses = F.cross_entropy(logits[mask].float(), targets, reduction="none")
             total += losses.sum(dtype=torch.float64).cpu()
     return (total / count).item()
+
+
+def scored_tokens(model: nn.Module, tokens: Tensor, skip_token_ids: Iterable[int] | None = None) -> Tensor:
+    """The next tokens that `language_model_loss` counts: bool [rows, context − 1]."""
+    skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
+    kept = ~torch.isin(tokens, torch.tensor(skipped, dtype=tokens.dtype, device=tokens.device))
+    return kept[:, :-1] & kept[:, 1:]
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -104,6 +113,7 @@ def delta_loss(
     skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
     if clean_loss is None:
         clean_loss = language_model_loss(model, tokens, skipped, batch_size)
+    check_number("clean_loss", clean_loss)
     with attach(model, saes, skipped):
         return language_model_loss(model, tokens, skipped, batch_size) - clean_loss
 
@@ -132,10 +142,11 @@ def mean_ablation_loss(
     Tokens in ``skip_token_ids`` keep their activation.
     """
     width = site_width(model, site)
-    if not isinstance(mean, Tensor):
-        raise TypeError(f"mean: expected a torch.Tensor, got {type(mean).__name__}")
+    check_floating("mean", mean)
     if mean.shape != (width,):
         raise ValueError(f"mean: expected shape [{width}], the width of {site}, got {list(mean.shape)}")
+    if not mean.isfinite().all():
+        raise ValueError("mean: expected finite values, got NaN or Inf")
     skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
     with attach(model, {site: _Constant(mean)}, skipped):
         return language_model_loss(model, tokens, skipped, batch_size)
@@ -146,6 +157,9 @@ def loss_recovered(delta: float, ablation_delta: float) -> float | None:
 
     None where that says nothing: ablating does not raise the loss, or a loss is not finite.
     """
+    for name, value in (("delta", delta), ("ablation_delta", ablation_delta)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not (math.isfinite(delta) and math.isfinite(ablation_delta)) or ablation_delta <= 0:
         return None
     return 1 - delta / ablation_delta
@@ -166,4 +180,5 @@ def evaluate_splice(
         clean_loss = language_model_loss(model, tokens, skip_token_ids, batch_size)
     delta = delta_loss(model, tokens, {site: sae}, skip_token_ids, batch_size, clean_loss)
     ablation = mean_ablation_loss(model, tokens, site, mean, skip_token_ids, batch_size) - clean_loss
-    return SpliceMetrics(clean_loss, delta, ablation, loss_recovered(delta, ablation))
+    predictions = int(scored_tokens(model, tokens, skip_token_ids).sum())
+    return SpliceMetrics(clean_loss, delta, ablation, loss_recovered(delta, ablation), len(tokens), predictions)

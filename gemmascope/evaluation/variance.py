@@ -1,54 +1,69 @@
-"""The variance of activations x [n, d_model] and the share of it that is unexplained, in bounded memory and fp64.
+"""The variance of activations x [n, d_model] and the share of it that is unexplained, in fp64.
 
 FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖²,  x̄ the mean of the same x: 0 is exact, 1 no better than predicting the mean
+
+A few tokens of huge norm can hold most of both sums. Then FVU speaks of them alone, and what it says of the others is
+in the figures beside it.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_floating
+from ..activations.moments import check_squares, chunks, mean_row
 
-# Elements of the largest temporary: latents of a chunk of tokens, or logits of a batch of rows.
-CHUNK_ELEMENTS = 2**24
-# Narrow activations are worked on in pieces that a CPU's caches hold: three times as fast at d_model 128.
-_CHUNK_ROWS = 4096
+# Of so many tokens one counts among the top.
+TOP_OF = 1000
 
 
-def check_activations(name: str, activations: Tensor, d_model: int | None = None) -> None:
-    check_floating(name, activations)
-    if activations.ndim != 2 or (d_model is not None and activations.shape[1] != d_model):
-        width = "d_model" if d_model is None else d_model
-        raise ValueError(f"{name}: expected shape [n, {width}], got {list(activations.shape)}")
-    if activations.shape[0] == 0:
-        raise ValueError(f"{name}: expected at least one row, got none")
+class Fidelity(NamedTuple):
+    """How well x is reconstructed. NaN where x does not vary; NaN or Inf where x̂ is not finite."""
+
+    fvu: float
+    median_fvu: float
+    """The median over tokens (the lower of two) of ‖x − x̂‖² / ‖x − x̄‖²."""
+    top_error_share: float
+    """Share of Σ‖x − x̂‖² held by the 0.1 % of the tokens, at least one, where it is largest; NaN where it is 0."""
+    top_variance_share: float
+    """Likewise of Σ‖x − x̄‖²."""
 
 
-def chunks(activations: Tensor, width: int) -> Iterator[Tensor]:
-    """Rows of ``activations`` in pieces, so that [rows, width] stays bounded."""
-    return iter(activations.split(max(1, min(_CHUNK_ROWS, CHUNK_ELEMENTS // width))))
+def fidelity(
+    name: str, activations: Tensor, reconstruct: Callable[[Tensor, int], Tensor], width: int | None = None
+) -> Fidelity:
+    """The fidelity of ``reconstruct(x, start)`` for chunks x of ``activations``, whose first row is ``start``.
 
-
-def mean_row(name: str, activations: Tensor) -> Tensor:
-    """The fp64 mean row; ValueError when it is not finite."""
-    total = torch.zeros(activations.shape[1], dtype=torch.float64, device=activations.device)
-    for x in chunks(activations, activations.shape[1]):
-        total += x.sum(0, dtype=torch.float64)
-    if not total.isfinite().all():
-        raise ValueError(f"{name}: expected finite values, found NaN or Inf")
-    return total / activations.shape[0]
-
-
-def fvu_of(name: str, activations: Tensor, reconstruct: Callable[[Tensor, int], Tensor], width: int) -> float:
-    """FVU of ``reconstruct(x, start)`` for chunks x of ``activations``, whose first row is ``start``."""
+    width: of the widest temporary it makes, by default d_model. Memory beyond that of a chunk is 16 bytes a token.
+    Raises as `moments.moments`, and ValueError for a reconstruction of another shape.
+    """
     mean = mean_row(name, activations)
-    error = torch.zeros((), dtype=torch.float64, device=activations.device)
-    variance, start = error.clone(), 0
-    for x in chunks(activations, width):
+    n, d_model = activations.shape
+    options = {"dtype": torch.float64, "device": activations.device}
+    errors, spread, start = torch.empty(n, **options), torch.empty(n, **options), 0
+    for x in chunks(activations, max(width or 0, d_model)):
         x_hat, x64 = reconstruct(x, start), x.double()
-        error += (x64 - x_hat.to(x64)).square().sum()
-        variance += (x64 - mean).square().sum()
-        start += x.shape[0]
-    return (error / variance).item() if variance > 0 else math.nan
+        if x_hat.shape != x.shape:
+            raise ValueError(f"sae: expected a reconstruction of shape {list(x.shape)}, got {list(x_hat.shape)}")
+        rows = slice(start, start + len(x))
+        errors[rows] = (x64 - x_hat.to(x64)).square().sum(1)
+        spread[rows] = (x64 - mean).square().sum(1)
+        start += len(x)
+    variance = spread.sum()
+    check_squares(name, variance)
+    if variance == 0:
+        return Fidelity(math.nan, math.nan, math.nan, math.nan)
+    by_token = torch.where(errors == 0, errors, errors / spread)  # a token that is the mean, exactly, is not 0/0
+    return Fidelity(
+        fvu=(errors.sum() / variance).item(),
+        median_fvu=by_token.median().item(),
+        top_error_share=_top_share(errors),
+        top_variance_share=_top_share(spread),
+    )
+
+
+def _top_share(squares: Tensor) -> float:
+    """Share of Σ ``squares`` [n] that its largest 0.1 % hold."""
+    return (squares.topk(-(-len(squares) // TOP_OF)).values.sum() / squares.sum()).item()

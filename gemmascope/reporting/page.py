@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .html import document, figure, section
-from .results import COLUMNS, PLOTS, beats_pca, formatted, summary
+from .results import COLUMNS, PLOTS, beats_pca, formatted, judged_on, summary
 
 STYLE = """
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
@@ -29,7 +29,7 @@ tr.first td { border-top: 2px solid var(--soft); }
 .key span { color: var(--soft); font-size: .875rem; }
 dt { font-weight: 600; margin-top: .7rem; }
 dd { margin: 0; max-width: 46rem; }
-@media screen and (max-width: 52rem) { /* a sheet of paper is narrower, and keeps the table */
+@media screen and (max-width: 62rem) { /* a sheet of paper is narrower, and keeps the table */
   .saes thead { display: none; }
   .saes, .saes tbody { display: block; }
   .saes tr { display: grid; grid-template-columns: 1fr 1fr; column-gap: 1.2rem; border-top: 2px solid var(--soft);
@@ -56,21 +56,27 @@ METRICS = {
     "L0": "How many latents are active on a token, on average. Fewer is sparser and easier to read.",
     "FVU": "Fraction of variance unexplained: the squared error of the reconstruction, divided by that of always "
     "answering with the mean. 0 is perfect, 1 is no better than the mean.",
-    "FVU of PCA": "The same for principal components, as many as the SAE has active latents. Any SAE worth having "
-    "is below it (✓): otherwise a plain linear projection does as well with the same number of values.",
+    "FVU of PCA": "The same for principal components, as many as the SAE has active latents. Where "
+    "the SAE is not below it (✓), a plain linear projection does as well with the same number of values.",
     "FVU of byte pairs": "The same for a lookup table that knows only the current and the previous byte. Where it "
     "comes close to the SAE, the site holds little beyond the last two bytes.",
+    "FVU, median token": "The squared error of a token's reconstruction divided by its squared distance from the mean, "
+    "for the token in the middle. Where a few tokens of huge norm hold most of the variance, FVU speaks of them alone, "
+    "and this of the others.",
+    "PCA, median token": "The same for principal components, as many as the SAE has active latents.",
+    "Error in top .1 %": "Share of the squared error in the thousandth of the tokens where it is largest.",
+    "Variance in top .1 %": "Share of the variance in the thousandth of the tokens that lie farthest from the mean. "
+    "Where it is large, FVU and FVU of PCA say little of ordinary tokens.",
     "ΔLM loss": "How much the language model's loss rises, in nats a token, when the reconstruction takes the place "
     "of the true activation. 0 means that nothing the model needs was lost.",
     "ΔLM loss, mean ablation": "The same when the activation is replaced by its mean: what the site is worth to the "
     "model.",
-    "Loss recovered": "1 − ΔLM loss / ΔLM loss of mean ablation. 1 is perfect, 0 is no better than the mean. It is "
-    "kind to weak SAEs, and means nothing (–) where removing the site does not hurt.",
+    "Loss recovered": "1 − ΔLM loss / ΔLM loss of mean ablation. 1 is perfect, 0 is no better than the mean. It "
+    "means nothing (–) where removing the site does not hurt.",
     "Dead": "Share of latents that fired on no held-out token. Wasted width; rare latents count too.",
-    "Fire on > 10 %": "Share of latents that fire on more than a tenth of the tokens. Such latents rarely stand for "
-    "one thing.",
+    "Fire on > 10 %": "Share of latents that fire on more than a tenth of the tokens.",
     "Bigram baseline": "Loss of predicting each byte from the one before, counted on the same text. A language model "
-    "that is not below it has learned nothing worth explaining.",
+    "that is not below it knows no more than pairs of bytes.",
 }
 
 MODEL_LABELS = {
@@ -79,6 +85,8 @@ MODEL_LABELS = {
     "parameters": "Parameters",
     "text": "Text",
     "text_bytes": "Text, bytes",
+    "held_out": "Held-out rows are",
+    "held_out_rows": "Held-out rows",
     "held_out_tokens": "Held-out tokens",
     "seed": "Seed",
     "tokens": "Training tokens",
@@ -171,7 +179,7 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
         ("Language model", facts(model_rows)),
         (
             "Sparse autoencoders",
-            f"<p>{escape(summary(saes))} (✓). All figures are of held-out text.</p>\n{sae_table(saes)}",
+            f"<p>{escape(summary(saes))} (✓). {escape(judged_on(model))}.</p>\n{sae_table(saes)}",
         ),
         ("Plots", figures),
         ("What the figures mean", f"<dl>\n{glossary}\n</dl>"),

@@ -26,24 +26,28 @@ MAX_LINE_BYTES = 1 << 16
 
 PLOTS = {
     "training_curves": "Fidelity and sparsity of each SAE while it trained, measured on the training batches.",
-    "l0_fvu": "Filled marks: the SAEs. Hollow marks: PCA with as many components as the SAE has active latents. "
-    "An SAE is worth its latents where it lies below its hollow mark.",
+    "l0_fvu": "On held-out tokens. Filled marks: the SAEs. Hollow marks: PCA with as many components as the SAE has "
+    "active latents. An SAE beats PCA where it lies below its hollow mark.",
     "firing_frequency": "Latents by the share of held-out tokens on which they fire. The grey bar counts those that "
-    "never fired; those right of the dashed line fire on more than a tenth of all tokens and rarely mean one thing.",
-    "delta_loss": "How much worse the language model predicts with the site replaced by the SAE's reconstruction "
-    "(filled) and by its mean (hollow). Close to zero, far left of the hollow mark, is good.",
+    "never fired; those right of the dashed line fire on more than a tenth of all tokens.",
+    "delta_loss": "How much worse the language model predicts held-out text with the site replaced by the SAE's "
+    "reconstruction (filled) and by its mean (hollow). Close to zero, far left of the hollow mark, is good.",
 }
 
 
-# Key, heading of the terminal, heading of the page, format.
+# Key, heading of the terminal (None: on the page alone), heading of the page, format.
 COLUMNS = (
     ("l0", "L0", "L0", ".1f"),
     ("fvu", "FVU", "FVU", ".3f"),
     ("pca_fvu", "PCA", "FVU of PCA", ".3f"),
     ("pair_table_fvu", "pairs", "FVU of byte pairs", ".3f"),
+    ("median_fvu", "med.", "FVU, median token", ".3f"),
+    ("pca_median_fvu", "PCA", "PCA, median token", ".3f"),
+    ("top_error_share", None, "Error in top .1 %", ".0%"),
+    ("top_variance_share", None, "Variance in top .1 %", ".0%"),
     ("delta_loss", "ΔLM", "ΔLM loss", "+.3f"),
     ("ablation_delta_loss", "ablated", "ΔLM loss, mean ablation", "+.3f"),
-    ("loss_recovered", "recov.", "Loss recovered", ".3f"),
+    ("loss_recovered", None, "Loss recovered", ".3f"),
     ("dead_fraction", "dead", "Dead", ".0%"),
     ("high_freq_fraction", ">10 %", "Fire on > 10 %", ".1%"),
 )
@@ -69,6 +73,8 @@ def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
         json.dumps(results, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadFileError(f"{name}: expected Unicode text, found half of a surrogate pair") from error
+    for key in ("loss", "bigram_loss"):
+        _number(f"{name}: model", key, results["model"].get(key))
     saes = [_checked_sae(name, position, sae) for position, sae in enumerate(results["saes"])]
     if len({sae["site"] for sae in saes}) > MAX_SITES:
         raise BadFileError(f"{name}: expected at most {MAX_SITES} different sites, found more")
@@ -159,6 +165,12 @@ def beats_pca(sae: Mapping[str, Any]) -> bool:
 
 def summary(saes: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(map(beats_pca, saes))} of {len(saes)} SAEs beat PCA of the same rank"
+
+
+def judged_on(model: Mapping[str, Any]) -> str:
+    """Which rows all figures of a run are of, as far as its results say."""
+    which = model.get("held_out")
+    return "All figures are of held-out text" + (f": {which}" if isinstance(which, str) else "")
 
 
 def formatted(value: float | None, form: str) -> str:

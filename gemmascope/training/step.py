@@ -32,6 +32,10 @@ class StepFigures:
 
     loss: Tensor
     squared_error: Tensor
+    fvu: Tensor
+    """Of the batch, against the variance of the batch."""
+    median_fvu: Tensor
+    """Of the median token."""
     l0: Tensor
     n_entries: Tensor
     """Entries of the batch, whether or not they fitted."""
@@ -71,6 +75,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def _centred(state: TrainState, x: Tensor) -> Tensor:
     x = x - state.sae.b_dec if state.sae.pre_encoder_bias else x
     return x.to(state.encoder_rows.dtype)
+
+
+def _fidelity(x: Tensor, squared_error: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean ``squared_error``, FVU of x [N, d_model] and that of its median token, as in `evaluation.variance`.
+
+    residual: x̂ − x, in bf16 where products are; the median is then as exact as that.
+    """
+    errors, spread = residual.to(x.dtype).square().sum(1), (x - x.mean(0)).square().sum(1)
+    by_token = torch.where(errors == 0, errors, errors / spread)
+    return squared_error, squared_error / spread.mean(), by_token.median()
 
 
 def _permission(state: TrainState, loss: Tensor, fits: Tensor | bool) -> Tensor:
@@ -157,7 +171,8 @@ def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: 
         latents, out.transposed, out.sums, out.residual, x_centred, rule, ok, state.updates, impl=impl
     )
     _finish(state, out.db_dec, out.sums.firing_count, x.shape[0], rule, ok)
-    return StepFigures(out.loss, out.squared_error, out.l0, n_entries, state.stalled, state.skipped)
+    fidelity = _fidelity(x, out.squared_error, out.residual)
+    return StepFigures(out.loss, *fidelity, out.l0, n_entries, state.stalled, state.skipped)
 
 
 @torch.no_grad()
@@ -218,7 +233,8 @@ def _dense_step(
             impl=impl,
         )
     _finish(state, db_dec, firing_count, n, rule, ok)
-    return StepFigures(total, squared_error, l0.mean(), n_entries, state.stalled, state.skipped)
+    fidelity = _fidelity(x, squared_error, residual)
+    return StepFigures(total, *fidelity, l0.mean(), n_entries, state.stalled, state.skipped)
 
 
 @torch.no_grad()
@@ -240,4 +256,5 @@ def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: T
         impl="reference",
     )
     _finish(state, gradients.b_dec, out.firing_count, x.shape[0], rule, ok)
-    return StepFigures(out.loss, out.squared_error, out.l0, out.n_entries, state.stalled, state.skipped)
+    fidelity = _fidelity(x, out.squared_error, out.residual)
+    return StepFigures(out.loss, *fidelity, out.l0, out.n_entries, state.stalled, state.skipped)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..activations import batches
+from ..activations.moments import check_activations, chunks
+from ..checks import check_type
 from ..errors import TrainingFailedError
 from ..formats.files import atomic_write
 from ..formats.release import gemma_scope_path
@@ -22,10 +24,8 @@ from .trainer import SAETrainer
 
 LOG_EVERY = 10
 LOG_FILE, SAES_FOLDER = "train_log.jsonl", "saes"
-# Activations that the L0 in a file's name is measured on.
+# Of the training activations, so many are the rows that the L0 in a file's name is measured on without others.
 L0_ROWS = 20_000
-# The pieces they are measured in, which keep the latents of one bounded; those of `evaluation`, for the same figure.
-_CHUNK_ROWS, _CHUNK_ELEMENTS = 4096, 2**24
 
 Log = Callable[[int, dict[str, dict[str, float]] | None], None]
 
@@ -38,6 +38,7 @@ def train_suite(
     model_name: str,
     impl: str = "auto",
     device: torch.device | str | None = None,
+    held_out: Mapping[Site, Tensor] | None = None,
     log_every: int = LOG_EVERY,
     log: Log = lambda step, rows: None,
 ) -> dict[Site, Path]:
@@ -47,28 +48,40 @@ def train_suite(
     in ``out``. The files are those of Gemma Scope 1, ``saes/KIND/layer_L/width_W/average_l0_L0/params.npz``; once the
     training is over they replace the whole folder ``saes``.
 
-    Raises ValueError for no site, unequal or too few rows and as `SAETrainer`; EnvironmentProblemError as `SAETrainer`
+    L0 is that of the SAE as it is saved, on ``held_out`` {site: [m, width]}: the figure that `evaluation.judge_suite`
+    gives of the same rows. Without them it is that of `L0_ROWS` training rows, spread over all. The metadata says of
+    which: ``average_l0``, ``average_l0_of`` and ``average_l0_tokens``.
+
+    Raises ValueError for no site, unequal or too few rows and as `SAETrainer`, TypeError or ValueError for ``held_out``
+    without a site or of another width; EnvironmentProblemError as `SAETrainer`
     and when a file cannot be written; TrainingFailedError as `train`.
     """
     if not activations:
         raise ValueError("activations: expected at least one site, got none")
     out = Path(out)
     trainers = make_trainers(activations, config, model_name=model_name, impl=impl, device=device)
+    if held_out is not None:
+        check_type("held_out", held_out, Mapping)
+        for site, rows in activations.items():
+            check_activations(f"held_out[{site}]", held_out.get(site), rows.shape[1])
     lines: list[str] = []
 
     def log_and_keep(step: int, rows: dict[str, dict[str, float]] | None) -> None:
         log(step, rows)
         lines.extend(json.dumps({"step": step, "site": name, **row}) + "\n" for name, row in (rows or {}).items())
 
+    def l0_rows(site: Site) -> tuple[Tensor, str]:
+        if held_out is not None:
+            return held_out[site], "held-out rows"
+        rows = activations[site]
+        return rows[:: -(-len(rows) // L0_ROWS)], "training rows"
+
     stream = batches(activations, config.batch_size, config.steps, config.seed)
     train(trainers, stream, log_every=log_every, log=log_and_keep)
     with atomic_write(out / LOG_FILE) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     shutil.rmtree(out / SAES_FOLDER, ignore_errors=True)  # those of an earlier training in this folder
-    return {
-        site: save_sae(out / SAES_FOLDER, site, trainer.sae, activations[site][:L0_ROWS])
-        for site, trainer in trainers.items()
-    }
+    return {site: save_sae(out / SAES_FOLDER, site, trainer.sae, *l0_rows(site)) for site, trainer in trainers.items()}
 
 
 def make_trainers(
@@ -97,14 +110,15 @@ def suite_memory(config: TrainConfig, widths: Iterable[int]) -> int:
     return sum(SAETrainer.memory(config, width).total for width in widths)
 
 
-def save_sae(folder: Path, site: Site, sae: JumpReLUSAE, rows: Tensor) -> Path:
+def save_sae(folder: Path, site: Site, sae: JumpReLUSAE, rows: Tensor, what: str) -> Path:
     """Fold the SAE and save it in Gemma Scope 1's layout in ``folder``; returns its file.
 
-    rows: activations [n, width] of the site; the SAE's mean L0 on them goes into the name and the metadata.
+    rows: activations [n, width] of the site, which ``what`` describes; the mean L0 of the folded SAE on them goes into
+    the name and, with what they are, into the metadata.
     """
-    average_l0 = mean_l0(sae, rows)
     folded = sae.fold()
-    folded.metadata["average_l0"] = average_l0
+    average_l0 = mean_l0(folded, rows)
+    folded.metadata |= {"average_l0": average_l0, "average_l0_of": what, "average_l0_tokens": len(rows)}
     path = folder / site.kind / gemma_scope_path(site.layer, sae.d_sae, average_l0)
     folded.save(path)
     return path
@@ -113,7 +127,7 @@ def save_sae(folder: Path, site: Site, sae: JumpReLUSAE, rows: Tensor) -> Path:
 def mean_l0(sae: JumpReLUSAE, rows: Tensor) -> float:
     """Mean number of active latents on activations [n ≥ 1, d_model], the figure of `evaluation.evaluate_sae`."""
     n_active = 0
-    for x in rows.split(max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(sae.d_sae, sae.d_model)))):
+    for x in chunks(rows, max(sae.d_sae, sae.d_model)):
         code = sae.encode_sparse(x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
         n_active += len(code.indices)
     return n_active / len(rows)

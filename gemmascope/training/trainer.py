@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations.moments import moments
 from ..errors import EnvironmentProblemError
 from ..kernels import Rule, implementations
 from ..kernels import density as densities
@@ -22,6 +23,8 @@ RUN_AHEAD = 4
 # Room for entries is made in these units, half as much again as were seen.
 CAPACITY_UNIT = 4096
 CAPACITY_MARGIN = 1.5
+# Of the mean squared norm: less than that the rounding of fp32 hides, in which the SAE is trained.
+LEAST_VARIANCE = 1e-9
 
 
 @dataclass
@@ -38,9 +41,9 @@ class _Job:
 class SAETrainer:
     """One SAE, its optimiser state and its counters.
 
-    sample: [n, d_model] activations that set the input scale C (mean squared norm 1 after division), the variance that
-    FVU is measured against and, with ``b_dec_init="mean"``, b_dec. Raises ValueError when they are not finite, are all
-    zero or do not vary, and EnvironmentProblemError when the device has too little free memory.
+    sample: [n, d_model] activations that set the input scale C (mean squared norm 1 after division) and, with
+    ``b_dec_init="mean"``, b_dec. Raises ValueError when they are not finite, are all zero or do not vary, and
+    EnvironmentProblemError when the device has too little free memory.
 
     dtype: fp64 is for comparisons, on a CPU.
 
@@ -61,19 +64,19 @@ class SAETrainer:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
-        sample = sample.float()
-        mean = sample.mean(0)
-        mean_square = sample.square().sum(1).mean()
-        variance = mean_square - mean.square().sum()
-        if not (torch.isfinite(mean_square) and variance > 1e-9 * mean_square):
-            raise ValueError(f"sample: expected finite activations that vary, got mean squared norm {mean_square:.3g}")
+        mean, variance = moments("sample", sample)
+        mean_square = variance + mean.square().sum().item()
+        if variance <= LEAST_VARIANCE * mean_square:
+            raise ValueError(
+                f"sample: expected activations that vary, got a variance of {variance:.3g} "
+                f"and a mean squared norm of {mean_square:.3g}"
+            )
         scale = math.sqrt(mean_square)
         self.config = config
         device = torch.device(device or "cpu")
         memory, self._available = self.memory(config, sample.shape[1]), available_memory(device)
         if self._available and memory.total > self._available:
             raise EnvironmentProblemError(memory.advice(self._available))
-        self._variance = float(variance)
         sae = JumpReLUSAE(
             sample.shape[1],
             config.d_sae,
@@ -106,11 +109,6 @@ class SAETrainer:
     def sae(self) -> JumpReLUSAE:
         """The SAE in training; `flush` first to have every step so far in it."""
         return self.state.sae
-
-    @property
-    def variance(self) -> float:
-        """Of the sample, divided by the input scale."""
-        return self._variance / self.sae.input_scale**2
 
     @staticmethod
     def memory(config: TrainConfig, d_model: int) -> TrainingMemory:
@@ -212,12 +210,14 @@ class SAETrainer:
             self.route = "sparse"
 
     def report(self) -> dict[str, float]:
-        """The figures of the last step, measured before its update."""
+        """The figures of the last step, measured on its batch before its update. ``fvu`` and ``median_fvu`` are what
+        `evaluation.evaluate_sae` gives of those rows, up to rounding."""
         self.flush()
         return {
             "loss": self.figures["loss"],
             "l0": self.figures["l0"],
-            "fvu": self.figures["squared_error"] / self.variance,
+            "fvu": self.figures["fvu"],
+            "median_fvu": self.figures["median_fvu"],
             "dead": (self.state.tokens_since_fired >= self.config.dead_after_tokens).double().mean().item(),
             "skipped": int(self.figures["skipped"]),
             "lr": self.config.learning_rate_at(self.step - 1),

@@ -63,6 +63,7 @@ def test_ours_and_the_reference_are_the_same_in_fp64(activations, tmp_path, caps
     assert [row["contender"] for row in found["rows"]] == ["ours", "ours", "reference", "reference", "ours"]
     for row in found["rows"][:4]:
         assert row["tokens_seen"] == 20 * 64
+        assert row["held_out_tokens"] == 150
         assert row["curve"][-1]["step"] == 20
         assert row["curve"] == sorted(row["curve"], key=lambda point: point["seconds"])
         assert row["fvu"] > 0

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemmascope.activations import harvest
+from gemmascope.activations import harvest, sample_rows
 from gemmascope.demo import run as demo
 from gemmascope.demo import small_gemma, text
 from gemmascope.demo.run import DemoConfig
 from gemmascope.demo.small_gemma import CONTEXT, LanguageModelConfig
 from gemmascope.errors import BadFileError, EnvironmentProblemError
-from gemmascope.evaluation import evaluate_sae
+from gemmascope.evaluation import evaluate_sae, language_model_loss
 from gemmascope.reporting import read_results
 from gemmascope.runs import Run
 from gemmascope.saes import JumpReLUSAE
@@ -65,7 +65,13 @@ def test_writes_everything_and_the_saes_reload(config):
     assert {row["site"] for row in log} <= {f"layer_{layer}/{kind}" for layer in (0, 1) for kind in KINDS}
 
     model = small_gemma.load(config.out / "model", config.language_model())
-    _, held_out = text.split(config.text[0].read_bytes(), CONTEXT)
+    rows, all_held_out = text.split(config.text[0].read_bytes(), CONTEXT, config.seed)
+    held_out = sample_rows(all_held_out, 6, config.seed)
+    facts = results["model"]
+    assert facts["loss"] == pytest.approx(language_model_loss(model, held_out), rel=1e-6)
+    assert facts["bigram_loss"] == pytest.approx(text.bigram_loss(rows, held_out), rel=1e-12)
+    assert (facts["held_out_rows"], facts["held_out_tokens"]) == (6, 6 * 127)
+    assert facts["held_out"].startswith(f"6 of {len(all_held_out)} held-out rows, spread over all")
     for row in results["saes"]:
         site = Site(row["layer"], row["site"])
         path = config.out / row["path"]
@@ -73,8 +79,11 @@ def test_writes_everything_and_the_saes_reload(config):
         assert sae.is_folded
         assert sae.metadata["site"] == site.name
         assert (path.parent / "config.json").exists()
-        metrics = evaluate_sae(sae, harvest(model, held_out[:6], [site])[site])
+        metrics = evaluate_sae(sae, harvest(model, held_out, [site])[site])
         assert (metrics.l0, metrics.fvu) == pytest.approx((row["l0"], row["fvu"]), rel=1e-6)
+        assert (row["tokens"], row["predictions"]) == (6 * 127, 6 * 126)
+        assert row["l0"] == sae.metadata["average_l0"], "one L0, in the results and in the file"
+        assert path.parent.name == f"average_l0_{round(row['l0'])}"
 
 
 def test_the_second_run_does_nothing(config, monkeypatch):

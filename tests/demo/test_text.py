@@ -6,8 +6,9 @@ import os
 import pytest
 import torch
 
+from gemmascope.activations.held_out import HELD_OUT_EVERY
 from gemmascope.demo import text
-from gemmascope.demo.text import BOS, HELD_OUT_EVERY
+from gemmascope.demo.text import BOS
 
 
 def test_python_documentation_is_real_text():
@@ -31,12 +32,26 @@ def test_rows_start_with_bos_and_drop_the_rest():
     assert text.rows(b"abcdefgh", 4).tolist() == [[BOS, 97, 98, 99], [BOS, 100, 101, 102]]
 
 
+def numbers_in(rows):
+    return rows[:, 1:].unique().tolist()
+
+
 def test_split_is_disjoint_and_holds_out_a_sixteenth():
-    block = 100
-    corpus = b"".join(bytes([i]) * block for i in range(3 * HELD_OUT_EVERY))
-    train, held_out = text.split(corpus[: 16 * block], context=11)
-    assert set(held_out[:, 1:].flatten().tolist()) == {15}
-    assert set(train[:, 1:].flatten().tolist()) == set(range(15))
+    corpus = b"".join(bytes([i]) * 10 for i in range(HELD_OUT_EVERY))  # a number for each row
+    train, held_out = text.split(corpus, 11, seed=0)
+    (number,) = numbers_in(held_out)
+    assert numbers_in(train) == [other for other in range(HELD_OUT_EVERY) if other != number]
+    assert {numbers_in(text.split(corpus, 11, seed)[1])[0] for seed in range(200)} == set(range(HELD_OUT_EVERY))
+
+
+def test_held_out_rows_come_from_all_over():
+    """Of any sixteenth of the text a block, so that the figures are not those of one piece of it."""
+    corpus = b"".join(bytes([i]) * 32 * 10 for i in range(8 * HELD_OUT_EVERY))  # a number for each block
+    train, held_out = text.split(corpus, 11, seed=1)
+    found = numbers_in(held_out)
+    assert [number // HELD_OUT_EVERY for number in found] == list(range(8))
+    assert not set(found) & set(numbers_in(train))
+    assert len(held_out) == 8 * 32
 
 
 def test_bigram_loss_of_a_certain_text_is_near_zero_and_of_noise_is_that_of_unigrams():
@@ -111,5 +126,6 @@ def test_not_utf8(tmp_path):
 
 
 def test_too_short():
-    with pytest.raises(ValueError, match="text: expected at least 2048 bytes for rows of 128 tokens, got 700"):
-        text.split(b"x" * 700, 128)
+    with pytest.raises(ValueError, match="text: expected at least 2032 bytes for rows of 128 tokens, got 2031"):
+        text.split(b"x" * 2031, 128, seed=0)
+    assert [len(part) for part in text.split(b"x" * 2032, 128, seed=0)] == [15, 1]

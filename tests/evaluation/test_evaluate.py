@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gemmascope import JumpReLUSAE
+from gemmascope.activations import moments
 from gemmascope.evaluation import (
     delta_loss,
     evaluate_sae,
@@ -23,7 +24,6 @@ from gemmascope.evaluation import (
     mean_ablation_loss,
     pair_table_fvu,
     pca_fvu,
-    variance,
 )
 from gemmascope.sites import Site, all_sites
 from tests import tiny_models as tiny
@@ -66,8 +66,12 @@ class TestEvaluateSAE:
         metrics = evaluate_sae(by_hand(), X)
         assert metrics.tokens == 4
         assert metrics.l0 == 3 / 4
-        assert metrics.fvu == 1.0625 / (22.0625 - 4 * (0.3125**2 + 1.25**2))
-        assert metrics.pca_fvu is None
+        assert metrics.fvu == pytest.approx(1.0625 / (22.0625 - 4 * (0.3125**2 + 1.25**2)), rel=1e-15)
+        assert metrics.pca_fvu is metrics.pca_median_fvu is None
+        # By token 0, 0, 0.0625 and 1, over 4.41, 7.66, 1.57 and 1.79: the lower of the middle two, and the largest.
+        assert metrics.median_fvu == 0
+        assert metrics.top_error_share == 1 / 1.0625
+        assert metrics.top_variance_share == pytest.approx((0.3125**2 + 2.75**2) / 15.421875, rel=1e-12)
         assert metrics.dead_fraction == 1 / 3
         assert metrics.high_freq_fraction == 2 / 3
         assert torch.equal(metrics.firing_frequency, torch.tensor([0.25, 0.5, 0.0]))
@@ -119,7 +123,7 @@ class TestEvaluateSAE:
         x, train = normal(101, 16, seed=4), normal(130, 16, seed=5)
         sae = JumpReLUSAE(16, 48, impl="reference", generator=torch.Generator().manual_seed(0))
         whole, rows, encode = evaluate_sae(sae, x, train), [], sae.encode_sparse
-        monkeypatch.setattr(variance, "CHUNK_ELEMENTS", chunk_elements)
+        monkeypatch.setattr(moments, "CHUNK_ELEMENTS", chunk_elements)
         monkeypatch.setattr(sae, "encode_sparse", lambda x: rows.append(len(x)) or encode(x))
         metrics = evaluate_sae(sae, x, train)
         assert max(rows) <= max(1, chunk_elements // 48)
@@ -150,7 +154,10 @@ class TestEvaluateSAE:
         ("change", "error", "message"),
         [
             ({"activations": X.tolist()}, TypeError, r"^activations: expected a torch.Tensor, got list$"),
-            ({"activations": X.int()}, TypeError, r"^activations: expected a floating dtype, got int32$"),
+            ({"activations": X.int()}, TypeError, r"^activations: expected dtype float16 or .*, got int32$"),
+            ({"sae": {}}, TypeError, r"^sae: expected a SparseAutoencoder, with W_dec, .*decode, got dict$"),
+            ({"sae": JumpReLUSAE}, TypeError, r"^sae: expected a SparseAutoencoder, with .*, got type$"),
+            ({"sae": by_hand().to("meta")}, ValueError, r"^sae: expected weights that hold values, got .* meta$"),
             ({"activations": X[:0]}, ValueError, r"^activations: expected at least one row, got none$"),
             ({"activations": X[:, :1]}, ValueError, r"^activations: expected shape \[n, 2\], got \[4, 1\]$"),
             ({"activations": X[None]}, ValueError, r"^activations: expected shape \[n, 2\], got \[1, 4, 2\]$"),
@@ -165,7 +172,92 @@ class TestEvaluateSAE:
     )
     def test_refusals(self, change, error, message):
         with pytest.raises(error, match=message):
-            evaluate_sae(by_hand(), **({"activations": X} | change))
+            evaluate_sae(**({"sae": by_hand(), "activations": X} | change))
+
+    def test_a_reconstruction_of_another_shape_is_not_broadcast(self, monkeypatch):
+        sae = by_hand()
+        monkeypatch.setattr(sae, "decode", lambda code: torch.ones(4, 1))
+        with pytest.raises(ValueError, match=r"^sae: expected a reconstruction of shape \[4, 2\], got \[4, 1\]$"):
+            evaluate_sae(sae, X)
+
+    def test_a_reconstruction_that_is_not_finite_shows(self):
+        sae = by_hand()
+        with torch.no_grad():
+            sae.W_dec[1, 0] = math.nan
+        metrics = evaluate_sae(sae, X)
+        assert math.isnan(metrics.fvu)
+        assert math.isnan(metrics.median_fvu)
+        assert metrics.l0 == 3 / 4
+
+
+class TestOutliers:
+    """One token in a thousand with 100 times the norm of the rest, as real models have them."""
+
+    def rows(self, outliers, seed=0):
+        x = normal(4000, 16, seed=seed)
+        if outliers:
+            x[::1000] = 100 * x[::1000].roll(1, 1)
+        return x
+
+    def sae(self):
+        """Takes the first twelve coordinates of sixteen."""
+        sae = JumpReLUSAE(16, 24, threshold_init=0.0, pre_encoder_bias=False, impl="reference")
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.cat([torch.eye(16)[:12], -torch.eye(16)[:12]]))
+            sae.W_enc.copy_(sae.W_dec.T)
+        return sae
+
+    def test_fvu_is_that_of_the_outliers_and_the_median_that_of_the_rest(self):
+        """An SAE that reconstructs the outliers alone is good by FVU, and worthless for all other tokens."""
+        x = self.rows(outliers=True)
+        big = x.norm(dim=1) > 50
+        sae = self.sae()
+        with torch.no_grad():
+            sae.threshold.fill_(20.0)
+        metrics = evaluate_sae(sae, x, self.rows(outliers=True, seed=1))
+        assert big.sum() == 4
+        assert metrics.fvu < 0.5
+        assert metrics.median_fvu == pytest.approx(1, abs=0.15)
+        assert metrics.top_variance_share > 0.85
+
+    def test_the_median_hardly_moves_and_says_what_fvu_says_without_them(self):
+        plain, mixed = (evaluate_sae(self.sae(), self.rows(outliers)) for outliers in (False, True))
+        assert mixed.median_fvu == pytest.approx(plain.median_fvu, rel=0.02)
+        assert plain.median_fvu == pytest.approx(plain.fvu, rel=0.15)
+        assert plain.top_variance_share < 0.01
+        assert plain.top_error_share < 0.01
+        assert mixed.top_error_share > 0.85
+
+    def test_the_top_is_a_thousandth_and_at_least_one(self):
+        x = normal(3001, 4)
+        errors = x.double().square().sum(1).sort(descending=True).values
+        found = evaluate_sae(constant(torch.zeros(4)), x)
+        assert found.top_error_share == pytest.approx((errors[:4].sum() / errors.sum()).item(), rel=1e-12)
+        found = evaluate_sae(constant(torch.zeros(4)), x[:7])
+        few = x[:7].double().square().sum(1)
+        assert found.top_error_share == pytest.approx((few.max() / few.sum()).item(), rel=1e-12)
+
+    def test_pca_stands_beside_every_figure(self):
+        train, heldout = self.rows(True, seed=1), self.rows(True)
+        metrics = evaluate_sae(self.sae(), heldout, train)
+        mean = train.double().mean(0)
+        _, _, V = torch.linalg.svd(train.double() - mean, full_matrices=False)
+        V = V[: round(metrics.l0)].T
+        x = heldout.double()
+        errors = (x - mean - (x - mean) @ V @ V.T).square().sum(1)
+        by_token = errors / (x - x.mean(0)).square().sum(1)
+        assert metrics.pca_median_fvu == pytest.approx(by_token.median().item(), rel=1e-9)
+
+    def test_a_perfect_reconstruction_has_no_top_error(self):
+        metrics = evaluate_sae(constant(X[0]), torch.cat([X[:1], X[:1] + 0]))
+        assert math.isnan(metrics.fvu)
+        sae = JumpReLUSAE(2, 4, threshold_init=0.0, pre_encoder_bias=False, impl="reference")
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.cat([torch.eye(2), -torch.eye(2)]))
+            sae.W_enc.copy_(sae.W_dec.T)
+        metrics = evaluate_sae(sae, X)
+        assert (metrics.fvu, metrics.median_fvu) == (0, 0)
+        assert math.isnan(metrics.top_error_share)
 
 
 class TestPCA:
@@ -175,11 +267,11 @@ class TestPCA:
         heldout = torch.tensor([[0.0, 2.0], [0.0, -2.0], [3.0, 0.0], [1.0, 0.0]])
         assert pca_fvu(train, heldout, 1) == pytest.approx(8 / (8 + 6), rel=1e-12)
 
-    def test_full_rank_is_exact_and_rank_is_clipped(self):
+    def test_full_rank_is_exact_and_larger_ranks_are_full(self):
         train, heldout = normal(40, 5, seed=1), normal(30, 5, seed=2)
         assert pca_fvu(train, heldout, 5) < 1e-25
         assert pca_fvu(train, heldout, 99) == pca_fvu(train, heldout, 5)
-        assert pca_fvu(train, heldout, -3) == pca_fvu(train, heldout, 0) > 1  # the training mean is not theirs
+        assert pca_fvu(train, heldout, 0) > 1  # the training mean is not theirs
         assert pca_fvu(train, train, 0) == pytest.approx(1, rel=1e-12)
 
     @settings(deadline=None, max_examples=30)
@@ -198,6 +290,11 @@ class TestPCA:
             pca_fvu(X, X[:, :1], 1)
         with pytest.raises(ValueError, match=r"^heldout_activations: expected finite values"):
             pca_fvu(X, X / 0, 1)
+        with pytest.raises(ValueError, match=r"^rank: expected at least 0, got -1$"):
+            pca_fvu(X, X, -1)
+        for rank in (1.0, True, None, torch.tensor(1)):
+            with pytest.raises(TypeError, match=r"^rank: expected an int, got "):
+                pca_fvu(X, X, rank)
 
 
 class TestPairTable:
@@ -218,6 +315,33 @@ class TestPairTable:
         assert pair_table_fvu(x, pairs, x.bfloat16().float(), pairs) < 1e-4
         assert pair_table_fvu(x, pairs, x, pairs) == 0
 
+    @settings(deadline=None, max_examples=40)
+    @given(
+        ids=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5, unique=True),
+        seed=st.integers(0, 99),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    )
+    def test_ids_are_names(self, ids, seed, dtype):
+        """Whatever their size: the product of two near 2³³ is beyond int64."""
+        generator = torch.Generator().manual_seed(seed)
+        small, other = (torch.randint(len(ids), (30, 2), generator=generator) for _ in range(2))
+        large = torch.tensor(ids, dtype=torch.int64)
+        x, y = normal(30, 3, seed=seed, dtype=dtype), normal(30, 3, seed=seed + 1, dtype=dtype)
+        expected = pair_table_fvu(x, small, y, other)
+        assert pair_table_fvu(x, large[small], y, large[other]) == pytest.approx(expected, rel=1e-12)
+
+    def test_pairs_near_two_to_the_33_do_not_collide(self):
+        base = 2**33
+        pairs = torch.tensor([[base, base], [base - 1, base], [0, base], [base, 0]])
+        x = normal(4, 3)
+        assert pair_table_fvu(x, pairs, x, pairs) == 0
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+    def test_any_integers_are_ids(self, dtype):
+        x, y = normal(4, 1), normal(4, 1, seed=1)
+        expected = pair_table_fvu(x, self.PAIRS, y, self.PAIRS)
+        assert pair_table_fvu(x, self.PAIRS.to(dtype), y, self.PAIRS.to(dtype)) == expected
+
     def test_a_table_of_one_pair_predicts_the_mean(self):
         x, pairs = normal(20, 3), torch.ones(20, 2, dtype=torch.int64)
         assert pair_table_fvu(x, pairs, x, pairs) == pytest.approx(1, rel=1e-12)
@@ -226,7 +350,7 @@ class TestPairTable:
     def test_chunks(self, monkeypatch, chunk_elements):
         x, pairs = normal(57, 6), torch.randint(0, 4, (57, 2), generator=torch.Generator().manual_seed(0))
         whole = pair_table_fvu(x[:40], pairs[:40], x[40:], pairs[40:])
-        monkeypatch.setattr(variance, "CHUNK_ELEMENTS", chunk_elements)
+        monkeypatch.setattr(moments, "CHUNK_ELEMENTS", chunk_elements)
         assert pair_table_fvu(x[:40], pairs[:40], x[40:], pairs[40:]) == pytest.approx(whole, rel=1e-12)
 
     @pytest.mark.parametrize(
@@ -342,6 +466,7 @@ class TestSplicing:
         mean, clean = normal(16), language_model_loss(model, ids)
         metrics = evaluate_splice(model, ids, RESID, sae, mean)
         assert metrics.clean_loss == clean
+        assert (metrics.rows, metrics.predictions) == (4, 4 * 7)  # nothing is predicted at BOS
         assert metrics.delta_loss == delta_loss(model, ids, {RESID: sae}) != 0
         assert metrics.ablation_delta_loss == mean_ablation_loss(model, ids, RESID, mean) - clean
         assert metrics.loss_recovered == loss_recovered(metrics.delta_loss, metrics.ablation_delta_loss)
@@ -362,5 +487,15 @@ class TestSplicing:
             mean_ablation_loss(model, ids, Site(0, "att"), torch.zeros(16))
         with pytest.raises(TypeError, match=r"^mean: expected a torch.Tensor, got float$"):
             mean_ablation_loss(model, ids, RESID, 0.0)
+        with pytest.raises(TypeError, match=r"^mean: expected a floating dtype, got int64$"):
+            mean_ablation_loss(model, ids, RESID, torch.zeros(16).long())
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=r"^mean: expected finite values, got NaN or Inf$"):
+                evaluate_splice(model, ids, RESID, nn.Identity(), torch.full((16,), value))
+            with pytest.raises(ValueError, match=r"^clean_loss: expected a finite number, got "):
+                evaluate_splice(model, ids, RESID, nn.Identity(), torch.zeros(16), clean_loss=value)
+        for arguments in ((None, 1.0), (1.0, "1"), (True, 1.0), (torch.tensor(1.0), 1.0)):
+            with pytest.raises(TypeError, match=r"delta: expected a number, got "):
+                loss_recovered(*arguments)
         with pytest.raises(ValueError, match=r"^site layer_1/resid: expected an SAE of d_model 16, got 2$"):
             delta_loss(model, ids, {RESID: by_hand()})

@@ -9,9 +9,12 @@ import re
 import numpy as np
 import pytest
 import rich.console
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gemmascope import reporting
 from gemmascope.errors import BadFileError
+from gemmascope.reporting import page
 from gemmascope.reporting.results import COLUMNS, PLOTS, beats_pca
 
 LAYERS, SITES, WIDTH = range(4), ("att", "mlp", "resid"), 512
@@ -33,6 +36,10 @@ def make_results(beaten=()):
                     "fvu": fvu,
                     "pca_fvu": fvu * (0.5 if name in beaten else 4),
                     "pair_table_fvu": generator.uniform(0.03, 0.6),
+                    "median_fvu": generator.uniform(0.03, 0.1),
+                    "pca_median_fvu": generator.uniform(0.2, 0.6),
+                    "top_error_share": generator.uniform(0.01, 0.09),
+                    "top_variance_share": generator.uniform(0.1, 0.9),
                     "delta_loss": generator.uniform(0.004, 0.15),
                     "ablation_delta_loss": ablation,
                     "loss_recovered": generator.uniform(0.87, 0.99),
@@ -52,6 +59,8 @@ def make_results(beaten=()):
             "bigram_loss": 2.358,
             "steps": 500,
             "seconds": 39.1,
+            "held_out_rows": 128,
+            "held_out": "128 of 1,056 held-out rows [by the seed]",
         },
         "saes": saes,
         "environment": {"python": "3.11.7", "torch": "2.13.0", "device": "cpu"},
@@ -103,7 +112,9 @@ def test_table_fits_100_columns_and_marks_who_beats_pca(run):
         assert row[:3] == [sae["site"], str(sae["layer"]), str(WIDTH)]
         assert row[3:6] == [f"{sae['l0']:.1f}", f"{sae['fvu']:.3f}", f"{sae['pca_fvu']:.3f}"]
         assert row[6] == ("✗" if (sae["layer"], sae["site"]) == (1, "mlp") else "✓")
+        assert row[8:10] == [f"{sae['median_fvu']:.3f}", f"{sae['pca_median_fvu']:.3f}"]
     assert "11 of 12 SAEs beat PCA of the same rank" in text
+    assert "All figures are of held-out text: 128 of 1,056 held-out rows [by the seed]." in " ".join(text.split())
     assert "loss 1.769 nats a token, bigram baseline 2.358" in text
 
 
@@ -119,7 +130,7 @@ def test_unmeasured_values_show_as_a_dash(tmp_path):
     write_run(tmp_path, results)
     read = reporting.read_results(tmp_path)
     row = next(line for line in printed(reporting.final_table(read), 100).splitlines() if "att" in line)
-    assert row.split().count("–") == 3
+    assert row.split().count("–") == 2
     reporting.write_plots(tmp_path)
     assert ">–<" in reporting.write_html(tmp_path).read_text(encoding="utf-8")
 
@@ -208,6 +219,7 @@ def test_page_shows_every_number_explains_it_and_reloads(run):
         assert sae["path"] in text
     assert "0.59 nats" in text
     assert "11 of 12 SAEs beat PCA" in text
+    assert "All figures are of held-out text: 128 of 1,056 held-out rows [by the seed]." in text
     assert "JumpReLUSAE.load(" in text
     assert "1,012,345" in text
     assert "2.13.0" in text
@@ -259,6 +271,7 @@ def changed(**changes):
         pytest.param(changed(layer="0"), "expected an integer 'layer', found '0'", id="layer"),
         pytest.param(changed(fvu="low"), "expected a number 'fvu', found 'low'", id="text"),
         pytest.param(changed(fvu=None), "expected a number 'fvu', found none", id="missing"),
+        pytest.param({"model": {"loss": "1"}, "saes": [3]}, "model: expected a number 'loss', found '1'", id="loss"),
         pytest.param(changed(l0=float("inf")), "expected JSON, found the constant Infinity", id="infinite"),
         pytest.param(changed(l0=1e31), "expected a number 'l0', found 1e\\+31", id="too large"),
         pytest.param(changed(l0=-(10**31)), "expected a number 'l0', found -1000", id="too small"),
@@ -278,6 +291,35 @@ def test_bad_results(tmp_path, content, message):
     (tmp_path / "results.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(BadFileError, match=message):
         reporting.read_results(tmp_path)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(value=ANYTHING)
+def test_whatever_is_given_is_named(value):
+    with pytest.raises(TypeError, match=r"^results: expected what read_results returns, got "):
+        reporting.final_table(value)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(["site", "layer", "width", *(key for key, *_ in COLUMNS)]), value=ANYTHING)
+def test_whatever_a_row_holds_is_shown_or_refused(tmp_path, key, value):
+    results = make_results()
+    results["saes"] = results["saes"][:2]
+    results["saes"][0][key] = value
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    try:
+        read = reporting.read_results(tmp_path)
+    except BadFileError:
+        return
+    printed(reporting.final_table(read), 100)
+    assert page.sae_table(read["saes"])
 
 
 def test_missing_and_bad_companions(tmp_path):

@@ -88,13 +88,6 @@ def test_another_sae_of_the_same_shape():
         trainer.sae = other_sae()
 
 
-def test_fvu_is_measured_in_the_units_of_the_sae():
-    trainer = in_training()
-    variance = trainer.variance
-    trainer.sae.input_scale *= 2
-    assert trainer.variance == variance / 4
-
-
 # ---- what is refused
 
 

@@ -108,12 +108,13 @@ def test_files_of_a_suite(tmp_path):
     assert list(paths) == [A, B]
     for site, path in paths.items():
         sae = JumpReLUSAE.load(path)
-        l0 = evaluate_sae(twins[site].sae, activations[site]).l0
+        l0 = evaluate_sae(sae, activations[site]).l0
         folder = tmp_path / "saes" / site.kind / f"layer_{site.layer}" / f"width_{settings.d_sae}"
         assert path == folder / f"average_l0_{round(l0)}" / "params.npz"
         assert sae.is_folded
         assert torch.equal(sae.W_dec, twins[site].sae.W_dec)
-        expected = {"model": "a model", "site": site.name, "layer": site.layer, "average_l0": l0}
+        expected = {"model": "a model", "site": site.name, "layer": site.layer}
+        expected |= {"average_l0": l0, "average_l0_of": "training rows", "average_l0_tokens": 400}
         assert {name: sae.metadata[name] for name in expected} == expected
     assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
     lines = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
@@ -121,6 +122,36 @@ def test_files_of_a_suite(tmp_path):
     assert len(lines) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "saes", "train_log.jsonl"]
     assert not (tmp_path / "saes" / "old").exists()
+
+
+def test_l0_in_the_name_is_that_of_the_held_out_rows(tmp_path):
+    """To the bit what the evaluation of the saved SAE gives, which is what a reader compares it with."""
+    activations, held_out = {A: sample(seed=1).bfloat16()}, {A: sample(5000, seed=2)}
+    (path,) = train_suite(activations, config(steps=6), tmp_path, model_name="none", held_out=held_out).values()
+    sae = JumpReLUSAE.load(path)
+    l0 = evaluate_sae(sae, held_out[A]).l0
+    assert path.parent.name == f"average_l0_{round(l0)}"
+    said = {name: sae.metadata[name] for name in ("average_l0", "average_l0_of", "average_l0_tokens")}
+    assert said == {"average_l0": l0, "average_l0_of": "held-out rows", "average_l0_tokens": 5000}
+
+
+def test_without_them_it_is_that_of_training_rows_from_all_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("gemmascope.training.suite.L0_ROWS", 100)
+    rows = torch.cat([sample(200, seed=1), 0.01 * sample(150, seed=2)])  # the end is like nothing at the beginning
+    (path,) = train_suite({A: rows}, config(steps=6), tmp_path, model_name="none").values()
+    sae = JumpReLUSAE.load(path)
+    assert sae.metadata["average_l0"] == evaluate_sae(sae, rows[::4]).l0
+    assert sae.metadata["average_l0_tokens"] == 88
+
+
+@pytest.mark.parametrize(
+    ("held_out", "error"), [({}, TypeError), ({A: sample(d=5)}, ValueError), ({A: sample()[:0]}, ValueError)]
+)
+def test_held_out_rows_are_checked_before_anything_is_trained(tmp_path, monkeypatch, held_out, error):
+    monkeypatch.setattr(SAETrainer, "update", None)
+    with pytest.raises(error, match=r"^held_out\[layer_0/resid\]: expected "):
+        train_suite({A: sample()}, config(steps=6), tmp_path, model_name="none", held_out=held_out)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_training_that_fails_leaves_the_earlier_saes(tmp_path, monkeypatch):

@@ -220,10 +220,41 @@ def test_too_little_memory_is_said_before_anything_is_allocated(monkeypatch):
         SAETrainer(TrainConfig(d_sae=1 << 20, batch_size=4096), sample())
 
 
-@pytest.mark.parametrize("rows", [torch.zeros(5, 4), torch.full((5, 4), math.inf), torch.ones(5, 4)])
-def test_samples_that_set_no_scale(rows):
-    with pytest.raises(ValueError, match="sample: expected finite activations that vary, got mean squared norm"):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.full((5, 4), math.inf), "finite values, found NaN or Inf"),
+        (torch.zeros(5, 4), "activations that vary, got a variance of 0 and a mean squared norm of 0"),
+        # Their rounding in fp32 is larger than the bound, and sometimes of the right sign.
+        *((torch.full((n, 4), 0.1), "activations that vary, got a variance of 0 and") for n in (5, 1000, 1001)),
+        (torch.full((999, 4), 1e4).bfloat16(), "activations that vary, got a variance of 0 and"),
+        (torch.tensor([[3e4], [3e4 + 0.01]]), "activations that vary, got a variance of"),
+    ],
+)
+def test_samples_that_set_no_scale(rows, message):
+    with pytest.raises(ValueError, match=f"^sample: expected {message}"):
         SAETrainer(config(), rows)
+
+
+def test_a_large_mean_costs_the_scale_no_precision():
+    rows = sample(5000) + 1e3
+    trainer = SAETrainer(config(), rows)
+    assert trainer.sae.input_scale == pytest.approx(rows.double().square().sum(1).mean().sqrt().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("outlier", [0, 300.0])
+@pytest.mark.parametrize("route", ["dense", "sparse", "reference"])
+def test_fvu_is_that_of_the_evaluation(route, outlier):
+    """By one definition, on the batch of the step, which need not be like the sample."""
+    trainer = SAETrainer(config(route=route), sample())
+    for seed in range(3):
+        batch = 2 * sample(300, seed=seed) + 5
+        batch[7] += outlier
+        found = evaluate_sae(trainer.sae, batch)
+        trainer.update(batch)
+        report = trainer.report()
+        assert (report["fvu"], report["median_fvu"]) == pytest.approx((found.fvu, found.median_fvu), rel=1e-5)
+        assert report["l0"] == pytest.approx(found.l0, rel=1e-6)
 
 
 @pytest.mark.gpu
