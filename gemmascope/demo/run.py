@@ -136,8 +136,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
                 "bigram_loss": text.bigram_loss(rows, held_out),
                 "held_out_rows": len(held_out),
                 "held_out_tokens": held_out[:, 1:].numel(),
-                "held_out": f"{len(held_out):,} of {len(all_held_out):,} held-out rows, spread over all; held out is one "
-                f"of each {HELD_OUT_EVERY} blocks of {BLOCK_ROWS} rows of the text; both drawn by the seed",
+                "held_out": f"{len(held_out):,} of {len(all_held_out):,} held-out rows, spread over all; held out is "
+                f"one of each {HELD_OUT_EVERY} blocks of {BLOCK_ROWS} rows of the text; both drawn by the seed",
                 "seed": config.seed,
             }
             results = {
