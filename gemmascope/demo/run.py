@@ -63,7 +63,7 @@ class DemoConfig:
 
 
 def digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy()).hexdigest()
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def say(message: str) -> None:
