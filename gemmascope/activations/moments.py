@@ -1,6 +1,7 @@
 """Mean and variance of activations x [n, d_model], in bounded memory and fp64."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ CHUNK_ELEMENTS = 2**24
 _CHUNK_ROWS = 4096
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Any) -> None:
     """Raise TypeError unless it is a tensor with a value for every element in memory."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -22,7 +23,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense torch.Tensor that holds values, got one that is {kind}")
 
 
-def check_activations(name: str, activations: Tensor, d_model: int | None = None) -> None:
+def check_activations(name: str, activations: Any, d_model: int | None = None) -> None:
     """Raise TypeError or ValueError unless it is a dense float matrix [n ≥ 1, d_model ≥ 1], whatever its values."""
     check_dense(name, activations)
     check_tensor(name, activations, ("n", "d_model" if d_model is None else d_model))

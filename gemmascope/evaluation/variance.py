@@ -41,8 +41,8 @@ def fidelity(
     """
     mean = mean_row(name, activations)
     n, d_model = activations.shape
-    options = {"dtype": torch.float64, "device": activations.device}
-    errors, spread, start = torch.empty(n, **options), torch.empty(n, **options), 0
+    errors = torch.empty(n, dtype=torch.float64, device=activations.device)
+    spread, start = torch.empty_like(errors), 0
     for x in chunks(activations, max(width or 0, d_model)):
         x_hat, x64 = reconstruct(x, start), x.double()
         if x_hat.shape != x.shape:
