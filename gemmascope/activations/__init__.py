@@ -1,6 +1,7 @@
 """What flows through the sites of a language model, and the batches it is trained on in."""
 
-from .harvest import harvest, stream
+from .harvest import Activations, Stream, harvest, stream
 from .order import batches
+from .outliers import OUTLIER_RATIO, OutlierCounts
 
-__all__ = ["batches", "harvest", "stream"]
+__all__ = ["OUTLIER_RATIO", "Activations", "OutlierCounts", "Stream", "batches", "harvest", "stream"]

@@ -8,6 +8,7 @@ Three sites a layer (Gemma Scope, arXiv 2408.05147 §3.1), by DeepMind's hook na
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..checks import check_int
@@ -30,7 +31,7 @@ class Site:
 
     def __post_init__(self):
         check_int("layer", self.layer, 0)
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 
     @property
@@ -63,3 +64,9 @@ class Site:
 
 def as_site(site: Site | str) -> Site:
     return site if isinstance(site, Site) else Site.parse(site)
+
+
+def as_sites(sites: Iterable[Site | str]) -> list[Site]:
+    if isinstance(sites, (Site, str)) or not isinstance(sites, Iterable):
+        raise TypeError(f"sites: expected a list of sites, got {type(sites).__name__}")
+    return list(map(as_site, sites))
