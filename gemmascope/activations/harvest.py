@@ -99,22 +99,20 @@ def stream(
     pieces = _pieces(given, rows_of_tokens, attention_mask)
     probe(model)
 
-    def batches() -> _Batches:
-        for tokens, mask in _batches_of_rows(pieces, batch_size):
-            kept = given.counted(tokens, mask)
-            if not kept.any():
-                yield None, kept
-                continue
-            batch = _activations(model, tokens, mask, kept, sites)
-            if (keep := outliers.keep(batch)) is not None:
-                batch = {site: rows[keep.to(rows.device)] for site, rows in batch.items()}
-                kept[kept.clone()] = keep.to(kept.device)
-            yield (
-                {site: _converted(site, rows, dtype, device) for site, rows in batch.items()} if kept.any() else None,
-                kept,
-            )
+    def run(tokens: Tensor, mask: Tensor | None) -> tuple[dict[Site, Tensor] | None, Tensor]:
+        kept = given.counted(tokens, mask)
+        if not kept.any():
+            return None, kept
+        batch = _activations(model, tokens, mask, kept, sites)
+        if (keep := outliers.keep(batch)) is not None:
+            batch = {site: rows[keep.to(rows.device)] for site, rows in batch.items()}
+            kept[kept.clone()] = keep.to(kept.device)
+            if not keep.any():
+                return None, kept
+        return {site: _converted(site, rows, dtype, device) for site, rows in batch.items()}, kept
 
-    return Stream(batches(), outliers.counts)
+    batches = (run(tokens, mask) for tokens, mask in _batches_of_rows(pieces, batch_size))
+    return Stream(batches, outliers.counts)
 
 
 def harvest(
@@ -183,7 +181,7 @@ def _checked_device(device: Any) -> torch.device:
         raise TypeError(f"device: expected a torch.device or a str, got {type(device).__name__}")
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeError) as error:
         raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
 
 
@@ -192,7 +190,7 @@ def _pieces(given: TokenInput, rows_of_tokens: Any, attention_mask: Any) -> Iter
     if isinstance(rows_of_tokens, Tensor):
         given.check("rows_of_tokens", rows_of_tokens, attention_mask)
         return iter([(rows_of_tokens, attention_mask)])
-    if not isinstance(rows_of_tokens, Iterable):
+    if isinstance(rows_of_tokens, (str, bytes)) or not isinstance(rows_of_tokens, Iterable):
         raise TypeError(f"rows_of_tokens: expected a torch.Tensor or an iterable of them, got {found(rows_of_tokens)}")
     if attention_mask is not None and (isinstance(attention_mask, Tensor) or not isinstance(attention_mask, Iterable)):
         raise TypeError(f"attention_mask: expected an iterable like rows_of_tokens, got {found(attention_mask)}")
@@ -205,6 +203,8 @@ def _pieces(given: TokenInput, rows_of_tokens: Any, attention_mask: Any) -> Iter
                 raise ValueError("attention_mask: expected as many tensors as in rows_of_tokens, got fewer")
             given.check("rows_of_tokens", tokens, mask)
             yield tokens, mask
+        if masks is not None and next(masks, None) is not None:
+            raise ValueError("attention_mask: expected as many tensors as in rows_of_tokens, got more")
 
     return checked()
 

@@ -33,8 +33,10 @@ def batches(
     check_int("batch_size", batch_size, 1)
     if n < batch_size:
         raise ValueError(f"batch_size: expected at most the {n} tokens harvested, got {batch_size}")
+    check_int("steps", steps, 0)
     check_int("first_step", first_step, 0)
-    check_int("steps", steps, first_step)
+    if first_step > steps:
+        raise ValueError(f"first_step: expected at most the {steps} steps there are, got {first_step}")
     check_int("seed", seed, 0)
     if seed >= 2**64:
         raise ValueError(f"seed: expected at most 2**64 - 1, got {seed}")

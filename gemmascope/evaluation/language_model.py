@@ -105,9 +105,9 @@ def delta_loss(
     `attach` do.
     """
     skipped = skipped_ids(model, skip_token_ids)
+    clean_loss = _clean_loss(clean_loss, model, tokens, skipped, batch_size, attention_mask)
     with attach(model, saes, skipped):
-        spliced = language_model_loss(model, tokens, skipped, batch_size, attention_mask)
-    return spliced - _clean_loss(clean_loss, model, tokens, skipped, batch_size, attention_mask)
+        return language_model_loss(model, tokens, skipped, batch_size, attention_mask) - clean_loss
 
 
 def _clean_loss(clean_loss: float | None, *arguments: Any) -> float:
@@ -142,15 +142,19 @@ def mean_ablation_loss(
     Tokens in ``skip_token_ids`` keep their activation. Raises TypeError or ValueError for a ``mean`` that is no finite
     float vector of that width; else as `language_model_loss` and `attach` do.
     """
+    _check_mean(model, site, mean)
+    skipped = skipped_ids(model, skip_token_ids)
+    with attach(model, {as_site(site): _Constant(mean)}, skipped):
+        return language_model_loss(model, tokens, skipped, batch_size, attention_mask)
+
+
+def _check_mean(model: nn.Module, site: Site | str, mean: Tensor) -> None:
     width = site_width(model, site)
     check_floating("mean", mean)
     if mean.shape != (width,):
         raise ValueError(f"mean: expected shape [{width}], the width of {site}, got {list(mean.shape)}")
     if not mean.isfinite().all():
         raise ValueError("mean: expected finite values, got NaN or Inf")
-    skipped = skipped_ids(model, skip_token_ids)
-    with attach(model, {as_site(site): _Constant(mean)}, skipped):
-        return language_model_loss(model, tokens, skipped, batch_size, attention_mask)
 
 
 def loss_recovered(delta: float, ablation_delta: float) -> float | None:
@@ -179,8 +183,8 @@ def evaluate_splice(
 ) -> SpliceMetrics:
     """`delta_loss`, `mean_ablation_loss` and `loss_recovered` of one SAE; arguments and errors as there."""
     site, skipped = as_site(site), skipped_ids(model, skip_token_ids)
-    ablated = mean_ablation_loss(model, tokens, site, mean, skipped, batch_size, attention_mask)
+    _check_mean(model, site, mean)
     clean_loss = _clean_loss(clean_loss, model, tokens, skipped, batch_size, attention_mask)
     delta = delta_loss(model, tokens, {site: sae}, skipped, batch_size, clean_loss, attention_mask)
-    ablation = ablated - clean_loss
+    ablation = mean_ablation_loss(model, tokens, site, mean, skipped, batch_size, attention_mask) - clean_loss
     return SpliceMetrics(clean_loss, delta, ablation, loss_recovered(delta, ablation))

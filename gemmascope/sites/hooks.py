@@ -131,8 +131,11 @@ class Forwards:
     def _refuse_replaced(self, text_model: nn.Module) -> None:
         layers: Any = getattr(text_model, self._stack_name)
         for site in self._widths:
-            module = _module_at(layers[site.layer], site.kind) if site.layer < len(layers) else None
-            if module is None or not any(hook.forwards is self for _, hook in hooks_of(module)):
+            try:
+                in_place = any(hook.forwards is self for hook in hooks_at(layers[site.layer], site.kind))
+            except (AttributeError, IndexError):
+                in_place = False
+            if not in_place:
                 raise EnvironmentProblemError(
                     f"site {site}: expected the module that was there when the hooks were set, found another in its "
                     "place (an adapter added or merged?); set them again: detach, then attach, or open a new Capture"

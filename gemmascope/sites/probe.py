@@ -12,6 +12,7 @@ from ..errors import EnvironmentProblemError
 from .attach import is_spliced
 from .capture import Capture
 from .decoder import Decoder, all_sites, evaluating, find_decoder, input_device, refuse_attention_without_cap
+from .eager import hold_eager, release_eager
 from .site import KINDS, Site
 
 _PROBE_TOKENS = 16
@@ -63,8 +64,9 @@ def _probe_identity(decoder: Decoder, input_ids: Tensor) -> None:
         from_attention.append(output)
 
     handles = [decoder.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
-    for layer in decoder.layers:
-        norm = layer.get_submodule("post_attention_layernorm")
+    norms = [layer.get_submodule("post_attention_layernorm") for layer in decoder.layers]
+    for norm in norms:
+        hold_eager(norm)
         handles.append(norm.register_forward_hook(keep_attention))
     try:
         with Capture(decoder.text_model, all_sites(decoder.text_model)) as capture:
@@ -72,6 +74,8 @@ def _probe_identity(decoder: Decoder, input_ids: Tensor) -> None:
     finally:
         for handle in handles:
             handle.remove()
+        for norm in norms:
+            release_eager(norm)
 
     [previous] = stream_in
     for index, attention in enumerate(from_attention):

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..checks import check_int
+from torch import Tensor
+
+from ..checks import check_int, check_type
 
 KINDS = ("att", "mlp", "resid")
 
@@ -31,7 +33,8 @@ class Site:
 
     def __post_init__(self):
         check_int("layer", self.layer, 0)
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
+        check_type("kind", self.kind, str)
+        if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 
     @property
@@ -67,6 +70,6 @@ def as_site(site: Site | str) -> Site:
 
 
 def as_sites(sites: Iterable[Site | str]) -> list[Site]:
-    if isinstance(sites, (Site, str)) or not isinstance(sites, Iterable):
+    if isinstance(sites, (Site, str, Tensor)) or not isinstance(sites, Iterable):
         raise TypeError(f"sites: expected a list of sites, got {type(sites).__name__}")
     return list(map(as_site, sites))

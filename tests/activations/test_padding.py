@@ -105,5 +105,7 @@ def test_masks_beside_pieces():
     model, (_, left, mask) = tiny.gemma2(), padded()
     with pytest.raises(ValueError, match=r"^attention_mask: expected as many tensors as in rows_of_tokens, got fewer$"):
         list(stream(model, left.split(1), [RESID], attention_mask=[mask[:1]]))
+    with pytest.raises(ValueError, match=r"^attention_mask: expected as many tensors as in rows_of_tokens, got more$"):
+        list(stream(model, [left], [RESID], attention_mask=[mask, mask]))
     with pytest.raises(TypeError, match=r"^attention_mask: expected an iterable like rows_of_tokens, got int64$"):
         stream(model, left.split(1), [RESID], attention_mask=mask)
