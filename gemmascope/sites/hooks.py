@@ -226,7 +226,7 @@ def _hook(layer: nn.Module, hook: _AtSite) -> Handle:
     # What records `output_hidden_states` stays on the layer after its first use; it must come after the splices.
     for key, other in list(module._forward_hooks.items()):
         if getattr(other, "__module__", None) == "transformers.utils.output_capturing":
-            module._forward_hooks.move_to_end(key)
+            module._forward_hooks[key] = module._forward_hooks.pop(key)
     return Handle(module, handle)
 
 
