@@ -29,7 +29,7 @@ REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
 def checkpointing(model, reentrant):
     # Renamed in transformers 5.23.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
 
 
@@ -215,6 +215,7 @@ class TestReplacedModules:
             model.model.layers[1] = copy.deepcopy(model.model.layers[0])
             with pytest.raises(EnvironmentProblemError, match=message):
                 logits(model, ids)
+        model = tiny.gemma2()
         with attach(model, {MLP: Constant()}):
             model.config.num_hidden_layers = 2
             with pytest.raises(
