@@ -9,15 +9,19 @@ Loss recovered saturates where ablation costs much: hence the rise itself, and t
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations.moments import CHUNK_ELEMENTS
-from ..checks import check_floating, check_number, found
-from ..sites import Site, attach, evaluating, site_width, special_token_ids
-from ..sites.decoder import embedding_weight
+from ..checks import check_floating, check_int, check_number
+from ..sites import Site, attach, evaluating, site_width
+from ..sites.attach import Reconstruct
+from ..sites.decoder import eagerly, input_device
+from ..sites.site import as_site
+from ..sites.tokens import TokenInput, forward_arguments, skipped_ids, vocabulary_size
 
 # Eager attention holds several [batch, heads, context, context] tensors, which small vocabularies do not bound.
 _BATCH_TOKENS = 2048
@@ -43,79 +47,83 @@ class SpliceMetrics:
 
 @torch.no_grad()
 def language_model_loss(
-    model: nn.Module, tokens: Tensor, skip_token_ids: Iterable[int] | None = None, batch_size: int | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    skip_token_ids: Iterable[int] | None = None,
+    batch_size: int | None = None,
+    attention_mask: Tensor | None = None,
 ) -> float:
     """Mean cross-entropy of the next token, in nats.
 
     A prediction counts when neither the token it is made at nor the token it predicts is in ``skip_token_ids``, by
-    default BOS, EOS and PAD of the model's config. tokens: ids [rows, context] with context ≥ 2, packed or padded on
-    the right (no attention mask is passed). batch_size: rows of one forward, by default as many as keep the logits
-    bounded. The model runs in evaluation mode without cache and is left in its mode.
+    default BOS, EOS and PAD of the model's config. tokens: ids [rows, context] with context ≥ 2. attention_mask: 1 at
+    tokens, 0 at padding, which the model does not read and which is not scored; without it, padding must come after
+    the text. batch_size: rows of one forward, by default as many as keep the logits bounded. The model runs eagerly, in
+    evaluation mode, without cache, and is left in its mode.
 
-    Raises TypeError or ValueError: not a matrix of ids of the vocabulary, rows too short, nothing to score.
+    Raises TypeError or ValueError: no model with logits, not a matrix of ids of the vocabulary, rows too short, nothing
+    to score, padding before text without a mask, a mask that does not fit.
     """
-    _check_tokens(model, tokens)
-    scored = scored_tokens(model, tokens, skip_token_ids)
+    given = TokenInput(model, skipped_ids(model, skip_token_ids))
+    given.check("tokens", tokens, attention_mask)
+    if tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens: expected shape [rows ≥ 1, context ≥ 2], got {list(tokens.shape)}")
+    scored = _scored(given, tokens, attention_mask)
     count = int(scored.sum())
     if count == 0:
         raise ValueError("tokens: expected at least one next token to score, got special tokens only")
     if batch_size is None:
-        batch_size = max(1, min(_BATCH_TOKENS, CHUNK_ELEMENTS // _vocabulary(model)) // tokens.shape[1])
-    elif batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        batch_size = max(1, min(_BATCH_TOKENS, CHUNK_ELEMENTS // vocabulary_size(model)) // tokens.shape[1])
+    check_int("batch_size", batch_size, 1)
 
-    device = embedding_weight(model).device
+    device = input_device(model)
     total = torch.zeros((), dtype=torch.float64, device="cpu")
-    with evaluating(model):
-        for rows, mask in zip(tokens.split(batch_size), scored.split(batch_size), strict=True):
-            logits = model(input_ids=rows.to(device), use_cache=False).logits[:, :-1]
-            mask = mask.to(logits.device)
-            targets = rows[:, 1:].to(logits.device)[mask].long()
-            losses = F.cross_entropy(logits[mask].float(), targets, reduction="none")
+    with evaluating(model), eagerly(model):
+        for start in range(0, len(tokens), batch_size):
+            batch = slice(start, start + batch_size)
+            mask = None if attention_mask is None else attention_mask[batch]
+            logits = getattr(model(**forward_arguments(tokens[batch], mask, device)), "logits", None)
+            if logits is None:
+                raise TypeError(f"model: expected one whose forward returns logits, got {type(model).__name__}")
+            logits, counted = logits[:, :-1], scored[batch].to(logits.device)
+            targets = tokens[batch, 1:].to(logits.device)[counted].long()
+            losses = F.cross_entropy(logits[counted].float(), targets, reduction="none")
             total += losses.sum(dtype=torch.float64).cpu()
     return (total / count).item()
 
 
-def scored_tokens(model: nn.Module, tokens: Tensor, skip_token_ids: Iterable[int] | None = None) -> Tensor:
-    """The next tokens that `language_model_loss` counts: bool [rows, context − 1]."""
-    skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
-    kept = ~torch.isin(tokens, torch.tensor(skipped, dtype=tokens.dtype, device=tokens.device))
-    return kept[:, :-1] & kept[:, 1:]
-
-
-def _vocabulary(model: nn.Module) -> int:
-    return embedding_weight(model).shape[0]
-
-
-def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"tokens: expected a torch.Tensor of int64 or int32, got {found(tokens)}")
-    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens: expected shape [rows ≥ 1, context ≥ 2], got {list(tokens.shape)}")
-    low, high, size = tokens.min().item(), tokens.max().item(), _vocabulary(model)
-    if low < 0 or high >= size:
-        raise ValueError(f"tokens: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+def _scored(given: TokenInput, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Where a next token counts: bool [rows, context − 1]."""
+    counted = given.counted(tokens, attention_mask)
+    return counted[:, :-1] & counted[:, 1:]
 
 
 def delta_loss(
     model: nn.Module,
     tokens: Tensor,
-    saes: Mapping[Site, nn.Module],
+    saes: Mapping[Site, Reconstruct] | Mapping[str, Reconstruct] | Mapping[Site | str, Reconstruct],
     skip_token_ids: Iterable[int] | None = None,
     batch_size: int | None = None,
     clean_loss: float | None = None,
+    attention_mask: Tensor | None = None,
 ) -> float:
     """Rise of `language_model_loss` when every site of ``saes`` holds its reconstruction.
 
     Tokens in ``skip_token_ids`` are neither scored nor spliced. clean_loss: the loss without splice if known already,
-    from the same tokens, ``skip_token_ids`` and ``batch_size``.
+    from the same tokens, ``skip_token_ids``, ``batch_size`` and ``attention_mask``. Raises as `language_model_loss` and
+    `attach` do.
     """
-    skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
-    if clean_loss is None:
-        clean_loss = language_model_loss(model, tokens, skipped, batch_size)
-    check_number("clean_loss", clean_loss)
+    skipped = skipped_ids(model, skip_token_ids)
+    clean_loss = _clean_loss(clean_loss, model, tokens, skipped, batch_size, attention_mask)
     with attach(model, saes, skipped):
-        return language_model_loss(model, tokens, skipped, batch_size) - clean_loss
+        return language_model_loss(model, tokens, skipped, batch_size, attention_mask) - clean_loss
+
+
+def _clean_loss(clean_loss: float | None, *arguments: Any) -> float:
+    if clean_loss is None:
+        return language_model_loss(*arguments)
+    check_number("clean_loss", clean_loss)
+    return clean_loss
 
 
 class _Constant(nn.Module):
@@ -132,24 +140,30 @@ class _Constant(nn.Module):
 def mean_ablation_loss(
     model: nn.Module,
     tokens: Tensor,
-    site: Site,
+    site: Site | str,
     mean: Tensor,
     skip_token_ids: Iterable[int] | None = None,
     batch_size: int | None = None,
+    attention_mask: Tensor | None = None,
 ) -> float:
     """`language_model_loss` (not its rise) with every activation of ``site`` replaced by ``mean`` [width].
 
-    Tokens in ``skip_token_ids`` keep their activation.
+    Tokens in ``skip_token_ids`` keep their activation. Raises TypeError or ValueError for a ``mean`` that is no finite
+    float vector of that width; else as `language_model_loss` and `attach` do.
     """
+    _check_mean(model, site, mean)
+    skipped = skipped_ids(model, skip_token_ids)
+    with attach(model, {as_site(site): _Constant(mean)}, skipped):
+        return language_model_loss(model, tokens, skipped, batch_size, attention_mask)
+
+
+def _check_mean(model: nn.Module, site: Site | str, mean: Tensor) -> None:
     width = site_width(model, site)
     check_floating("mean", mean)
     if mean.shape != (width,):
         raise ValueError(f"mean: expected shape [{width}], the width of {site}, got {list(mean.shape)}")
     if not mean.isfinite().all():
         raise ValueError("mean: expected finite values, got NaN or Inf")
-    skipped = special_token_ids(model) if skip_token_ids is None else tuple(skip_token_ids)
-    with attach(model, {site: _Constant(mean)}, skipped):
-        return language_model_loss(model, tokens, skipped, batch_size)
 
 
 def loss_recovered(delta: float, ablation_delta: float) -> float | None:
@@ -168,17 +182,19 @@ def loss_recovered(delta: float, ablation_delta: float) -> float | None:
 def evaluate_splice(
     model: nn.Module,
     tokens: Tensor,
-    site: Site,
-    sae: nn.Module,
+    site: Site | str,
+    sae: Reconstruct,
     mean: Tensor,
     skip_token_ids: Iterable[int] | None = None,
     batch_size: int | None = None,
     clean_loss: float | None = None,
+    attention_mask: Tensor | None = None,
 ) -> SpliceMetrics:
-    """`delta_loss`, `mean_ablation_loss` and `loss_recovered` of one SAE; arguments as there."""
-    if clean_loss is None:
-        clean_loss = language_model_loss(model, tokens, skip_token_ids, batch_size)
-    delta = delta_loss(model, tokens, {site: sae}, skip_token_ids, batch_size, clean_loss)
-    ablation = mean_ablation_loss(model, tokens, site, mean, skip_token_ids, batch_size) - clean_loss
-    predictions = int(scored_tokens(model, tokens, skip_token_ids).sum())
+    """`delta_loss`, `mean_ablation_loss` and `loss_recovered` of one SAE; arguments and errors as there."""
+    site, skipped = as_site(site), skipped_ids(model, skip_token_ids)
+    _check_mean(model, site, mean)
+    clean_loss = _clean_loss(clean_loss, model, tokens, skipped, batch_size, attention_mask)
+    delta = delta_loss(model, tokens, {site: sae}, skipped, batch_size, clean_loss, attention_mask)
+    ablation = mean_ablation_loss(model, tokens, site, mean, skipped, batch_size, attention_mask) - clean_loss
+    predictions = int(_scored(TokenInput(model, skipped), tokens, attention_mask).sum())
     return SpliceMetrics(clean_loss, delta, ablation, loss_recovered(delta, ablation), len(tokens), predictions)

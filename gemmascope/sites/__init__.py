@@ -1,10 +1,11 @@
 """Where SAEs read and write inside a language model: capture activations, splice reconstructions, probe the model."""
 
-from .attach import Attachment, attach
+from .attach import Attachment, attach, detach_all
 from .capture import Capture
-from .decoder import all_sites, evaluating, site_width, special_token_ids
+from .decoder import all_sites, evaluating, site_width
 from .probe import probe
 from .site import KINDS, Site
+from .tokens import special_token_ids
 
 __all__ = [
     "KINDS",
@@ -13,6 +14,7 @@ __all__ = [
     "Site",
     "all_sites",
     "attach",
+    "detach_all",
     "evaluating",
     "probe",
     "site_width",

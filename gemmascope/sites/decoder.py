@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from ..checks import check_type
 from ..errors import EnvironmentProblemError
-from .site import KINDS, Site
+from .eager import hold_eager, release_eager
+from .site import KINDS, Site, as_site
 
 _PARTS = ("self_attn", "post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -25,6 +28,8 @@ class Decoder:
     config: Any
     layers: tuple[nn.Module, ...]
     """The layers that a forward runs."""
+    stack_name: str
+    """The attribute of the text model that holds them, and those that are left out."""
 
     @property
     def text_model(self) -> nn.Module:
@@ -55,11 +60,16 @@ def find_decoder(model: nn.Module) -> Decoder:
     [(path, stack)] = found.items()
     names = path.split(".")[:-1]
     callers = tuple(model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
+    if any(isinstance(module, nn.DataParallel) for module in callers):
+        raise EnvironmentProblemError(
+            "model: expected one whose layers run themselves, found it in DataParallel, which runs copies of them; "
+            "pass the model within, or use DistributedDataParallel"
+        )
     config = getattr(callers[-1], "config", None)
     if config is None:
         raise ValueError(f"model: expected a config on {'.'.join(names) or type(model).__name__}, found none")
     # Users lower num_hidden_layers to stop the forward early; the layers behind it stay in memory and never run.
-    return Decoder(callers, config, tuple(stack)[: config.num_hidden_layers])
+    return Decoder(callers, config, tuple(stack)[: config.num_hidden_layers], path.split(".")[-1])
 
 
 def _is_gemma_layer(layer: nn.Module) -> bool:
@@ -69,7 +79,26 @@ def _is_gemma_layer(layer: nn.Module) -> bool:
 
 def embedding_weight(model: nn.Module) -> Tensor:
     """[vocabulary, hidden_size], where a model of transformers turns token ids into activations."""
-    return cast(Any, model).get_input_embeddings().weight
+    return _embedding(model).weight
+
+
+def _embedding(model: nn.Module) -> Any:
+    return cast(Any, find_decoder(model).text_model).get_input_embeddings()
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids must be: the device of the embedding's weights, or that on which its offloaded weights run.
+
+    Raises EnvironmentProblemError where those are on the device meta and nothing of accelerate's will load them.
+    """
+    embedding = _embedding(model)
+    if not embedding.weight.is_meta:
+        return embedding.weight.device
+    hook = getattr(embedding, "_hf_hook", None)  # accelerate's; several may be chained in one
+    for each in (hook, *getattr(hook, "hooks", ())):
+        if (device := getattr(each, "execution_device", None)) is not None:
+            return torch.device(device)
+    raise EnvironmentProblemError("model: expected weights with values, found them on the device meta; load them first")
 
 
 def _refuse_sharded(site: Site, o_proj: nn.Module) -> None:
@@ -95,6 +124,7 @@ def refuse_attention_without_cap(config: Any) -> None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout); afterwards every module has its training flag back."""
+    check_type("model", model, nn.Module)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -104,22 +134,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """What `torch.compile` has made of the modules that lead to the layers is not run."""
+    callers = find_decoder(model).callers
+    for module in callers:
+        hold_eager(module)
+    try:
+        yield
+    finally:
+        for module in callers:
+            release_eager(module)
+
+
 def all_sites(model: nn.Module) -> list[Site]:
     """Every site of the model: layer by layer, and in each att, mlp, resid."""
     return [Site(layer, kind) for layer in range(len(find_decoder(model).layers)) for kind in KINDS]
 
 
-def site_width(model: nn.Module, site: Site) -> int:
+def site_width(model: nn.Module, site: Site | str) -> int:
     """Width of the activations at ``site``, from the model's config: heads·head_dim at att, else hidden_size."""
-    return find_decoder(model).width(site)
-
-
-def special_token_ids(model: nn.Module) -> tuple[int, ...]:
-    """The BOS, EOS and PAD ids of the model's config, sorted: tokens that SAEs are neither trained nor scored on."""
-    ids: set[int] = set()
-    for module in find_decoder(model).callers:
-        config = getattr(module, "config", None)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(config, name, None)
-            ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    return tuple(sorted(ids))
+    return find_decoder(model).width(as_site(site))

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EnvironmentProblemError
-from .attach import spliced_kinds
+from .attach import is_spliced
 from .capture import Capture
-from .decoder import Decoder, all_sites, embedding_weight, evaluating, find_decoder, refuse_attention_without_cap
-from .site import Site
+from .decoder import Decoder, all_sites, evaluating, find_decoder, input_device, refuse_attention_without_cap
+from .eager import hold_eager, release_eager
+from .site import KINDS, Site
 
 _PROBE_TOKENS = 16
 # Large enough to push the scores of any trained or freshly initialised model far beyond a cap of 20 to 50.
@@ -26,15 +28,15 @@ def probe(model: nn.Module) -> None:
     3. Soft-cap: with attention scores scaled far beyond ``attn_logit_softcapping``, taking the cap away changes the
        attention of one layer of each type (sliding, full).
 
-    The model is left as it was. Raises EnvironmentProblemError saying what failed; ValueError while SAEs are attached.
+    The model is left as it was. Raises EnvironmentProblemError saying what failed; ValueError while SAEs are attached
+    and for another kind of model; TypeError for what is no model.
     """
     decoder = find_decoder(model)
     refuse_attention_without_cap(decoder.config)
     for index, layer in enumerate(decoder.layers):
-        for kind in sorted(spliced_kinds(layer)):
+        for kind in filter(partial(is_spliced, layer), KINDS):
             raise ValueError(f"model: expected no SAE attached while probing, found one at {Site(index, kind)}")
-    device = embedding_weight(decoder.text_model).device
-    input_ids = torch.arange(_PROBE_TOKENS, device=device)[None] % decoder.config.vocab_size
+    input_ids = torch.arange(_PROBE_TOKENS, device=input_device(decoder.text_model))[None] % decoder.config.vocab_size
     with torch.no_grad(), evaluating(decoder.text_model):
         _probe_identity(decoder, input_ids)
         if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
@@ -62,8 +64,9 @@ def _probe_identity(decoder: Decoder, input_ids: Tensor) -> None:
         from_attention.append(output)
 
     handles = [decoder.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
-    for layer in decoder.layers:
-        norm = layer.get_submodule("post_attention_layernorm")
+    norms = [layer.get_submodule("post_attention_layernorm") for layer in decoder.layers]
+    for norm in norms:
+        hold_eager(norm)
         handles.append(norm.register_forward_hook(keep_attention))
     try:
         with Capture(decoder.text_model, all_sites(decoder.text_model)) as capture:
@@ -71,6 +74,8 @@ def _probe_identity(decoder: Decoder, input_ids: Tensor) -> None:
     finally:
         for handle in handles:
             handle.remove()
+        for norm in norms:
+            release_eager(norm)
 
     [previous] = stream_in
     for index, attention in enumerate(from_attention):

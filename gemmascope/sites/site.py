@@ -8,9 +8,12 @@ Three sites a layer (Gemma Scope, arXiv 2408.05147 §3.1), by DeepMind's hook na
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..checks import check_int
+from torch import Tensor
+
+from ..checks import check_int, check_type
 
 KINDS = ("att", "mlp", "resid")
 
@@ -30,6 +33,7 @@ class Site:
 
     def __post_init__(self):
         check_int("layer", self.layer, 0)
+        check_type("kind", self.kind, str)
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 
@@ -63,3 +67,9 @@ class Site:
 
 def as_site(site: Site | str) -> Site:
     return site if isinstance(site, Site) else Site.parse(site)
+
+
+def as_sites(sites: Iterable[Site | str]) -> list[Site]:
+    if isinstance(sites, (Site, str, Tensor)) or not isinstance(sites, Iterable):
+        raise TypeError(f"sites: expected a list of sites, got {type(sites).__name__}")
+    return list(map(as_site, sites))

@@ -425,7 +425,8 @@ class TestLanguageModelLoss:
         [
             ([[1, 2]], TypeError, r"^tokens: expected a torch.Tensor of int64 or int32, got list$"),
             (torch.ones(2, 3), TypeError, r"^tokens: expected a torch.Tensor of int64 or int32, got float32$"),
-            (torch.ones(3).long(), ValueError, r"^tokens: expected shape \[rows ≥ 1, context ≥ 2\], got \[3\]$"),
+            (torch.ones(3).long(), ValueError, r"^tokens: expected shape \[rows, context\], got \[3\]$"),
+            (torch.ones(2, 3).byte(), TypeError, r"^tokens: expected a torch.Tensor of int64 or int32, got uint8$"),
             (torch.ones(3, 1).long(), ValueError, r"^tokens: expected shape .*, got \[3, 1\]$"),
             (torch.ones(0, 3).long(), ValueError, r"^tokens: expected shape .*, got \[0, 3\]$"),
             (torch.full((1, 3), 61), ValueError, r"^tokens: expected ids from 0 to 60, got 61$"),
