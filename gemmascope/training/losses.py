@@ -130,7 +130,8 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     u = g @ sae.W_dec.T
     if weights.tanh_slope:
         u += weights.tanh_slope / torch.cosh(weights.tanh_scale * f).square()  # 1 − tanh² would cancel
-    q = inside * -(theta * u + s[:, None] + weights.frequency_slope * firing_count) / loss.bandwidth
+    frequency = weights.frequency_slope * firing_count.to(s.dtype)  # times an integer it were of the default dtype
+    q = inside * -(theta * u + s[:, None] + frequency) / loss.bandwidth
     dz = active * u
     dthreshold = q.sum(0)
     if loss.ste_to_z:

@@ -36,6 +36,15 @@ class _Job:
     copied: "torch.cuda.Event | None"
 
 
+def _check_activations(name: str, x: Tensor, width: int | None = None) -> None:
+    """Raise ValueError or TypeError unless x is [N, width] floats; any precision and any device will do."""
+    check_floating(name, x)
+    if x.ndim != 2 or (width is not None and x.shape[1] != width):
+        raise ValueError(f"{name}: expected shape [N ≥ 1, {width or 'd_model'}], got {list(x.shape)}")
+    if x.is_meta:
+        raise ValueError(f"{name}: expected activations, got a tensor on meta, which holds none")
+
+
 class SAETrainer:
     """One SAE, its optimiser state and its counters.
 
@@ -65,9 +74,9 @@ class SAETrainer:
         dtype: torch.dtype = torch.float32,
     ):
         check_type("config", config, TrainConfig)
-        check_floating("sample", sample)
-        if sample.ndim != 2 or 0 in sample.shape:
-            raise ValueError(f"sample: expected shape [n ≥ 1, d_model ≥ 1], got {list(sample.shape)}")
+        _check_activations("sample", sample)
+        if 0 in sample.shape:
+            raise ValueError(f"sample: expected shape [N ≥ 1, d_model ≥ 1], got {list(sample.shape)}")
         if dtype not in MASTER_DTYPES:
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
             raise TypeError(f"dtype: expected float32 or float64, got {found}")
@@ -136,9 +145,7 @@ class SAETrainer:
         On a GPU it returns before the step is made. Raises ValueError or TypeError for another batch, ValueError for an
         SAE that is not what it was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
         """
-        check_floating("x", x_raw)
-        if x_raw.ndim != 2 or x_raw.shape[1] != len(self.state.b_dec_v):
-            raise ValueError(f"x: expected shape [N ≥ 1, {len(self.state.b_dec_v)}], got {list(x_raw.shape)}")
+        _check_activations("x", x_raw, len(self.state.b_dec_v))
         if x_raw.shape[0] == 0:
             raise ValueError("x: expected at least one token, got an empty batch")
         x = x_raw.to(self.state.b_dec_v) / self.sae.input_scale
