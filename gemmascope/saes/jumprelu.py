@@ -217,10 +217,14 @@ class JumpReLUSAE(nn.Module):
             threshold = self.threshold.clamp(min=0)
             return kernels.encode(self._encoder_input(x), self.W_enc, self.b_enc, threshold, impl=self.impl)
 
+    @without_autocast
+    def _decode_entries(self, code: SparseCode) -> Tensor:
+        return kernels.decode(code, self.W_dec, self.b_dec, impl=self.impl)
+
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x̂ [..., d_model] of dense activations [..., d_sae], or [N, d_model] of a `SparseCode`."""
         if isinstance(f, SparseCode):
-            x_hat = without_autocast(kernels.decode)(f, self.W_dec, self.b_dec, impl=self.impl)
+            x_hat = self._decode_entries(f)
         elif not isinstance(f, Tensor):
             raise TypeError(f"f: expected a torch.Tensor or a SparseCode, got {type(f).__name__}")
         else:

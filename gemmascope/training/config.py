@@ -22,6 +22,8 @@ L0_COEFFICIENTS = {"l0": 6e-4, "target_l0": 0.3, "quadratic_l0": 0.02, "tanh": 6
 # For hundreds of updates, where these two differ.
 SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3}
 SMALLEST_EPS = torch.finfo(torch.float32).tiny
+# Adam moves by at most lr/√(1 − β2), by which factor of e a θ may grow in one update.
+LARGEST_LOG_STEP = 40.0
 # The seeds of later epochs follow on it, and a generator takes 64 bits.
 LARGEST_SEED = 2**63 - 1
 
@@ -159,6 +161,12 @@ class TrainConfig:
             raise ValueError(f"route: expected 'reference', the one with a pre-activation loss, got {self.route!r}")
         if self.compute_dtype != "fp32" and self.route == "reference":
             raise ValueError(f"compute_dtype: expected 'fp32' with route='reference', got {self.compute_dtype!r}")
+        largest = LARGEST_LOG_STEP * math.sqrt(1 - self.adam_beta2)
+        if log and self.learning_rate > largest:
+            raise ValueError(
+                f"learning_rate: expected at most {largest:.3g} for log θ with adam_beta2={self.adam_beta2}, got "
+                f"{self.learning_rate}: one update could take θ to infinity"
+            )
         if self.l0_warmup_steps > self.steps:
             raise ValueError(
                 f"l0_warmup_steps: expected at most steps = {self.steps}, got {self.l0_warmup_steps}: "

@@ -143,20 +143,20 @@ def sparse_gradients(
 ) -> SparseGradients:
     """From the entries of x [N, d_model] on. W_enc and W_dec: [d_sae, d_model], as the products read them."""
     n = x.shape[0]
+    stored = torch.arange(len(entries.z), dtype=torch.int64, device=x.device) < entries.offsets[-1]
+    f = torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0)
+    tanh, f_norm = tanh_penalty(loss, f, n), torch.linalg.vector_norm(f)
+    del stored, f
     out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
     transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
     penalty, s = l0_penalty(loss, out.l0)
     sums = kernels.latent_pass(entries, out.u, transposed, threshold, s, objective(loss, n), impl=impl)
     squared_error = out.squared_error.mean()
-    total = squared_error + penalty + frequency_penalty(loss, sums.firing_count, n)
-    stored = torch.arange(len(entries.z), dtype=torch.int64, device=x.device) < entries.offsets[-1]
-    f = torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0)
-    total = total + tanh_penalty(loss, f, n)
+    total = squared_error + penalty + frequency_penalty(loss, sums.firing_count, n) + tanh
     db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
     if pre_encoder_bias:
         db_dec = db_dec - kernels.encoder_times(W_enc, sums.db_enc, impl=impl)
-    touched, f_norm = transposed.offsets.diff(), torch.linalg.vector_norm(f)
-    bound = gradient_bound(loss, squared_error, s, x_centred, f_norm, threshold, touched)
+    bound = gradient_bound(loss, squared_error, s, x_centred, f_norm, threshold, transposed.offsets.diff())
     return SparseGradients(total, squared_error, out.l0.mean(), transposed, sums, out.residual, db_dec, bound)
 
 

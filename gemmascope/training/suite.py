@@ -158,7 +158,7 @@ def train(
     ``log(step, rows)`` is called after each step, every ``log_every``-th with {str(site): figures}.
 
     An SAE gives up when its last `GIVE_UP_AFTER` updates were withheld one and all, their loss or gradients not finite,
-    or every update of a shorter stream. It is left as it was before them and gets no more batches, nor has it rows in
+    or every update of a shorter stream. It is left as it was before them, gets no more batches and has no more rows in
     the log; the others go on as they would without it. Returns {site: why} of those that gave up. A RuntimeWarning says
     so of each, and of an SAE whose very last updates were withheld. Raises TrainingFailedError when all gave up, and
     ValueError or TypeError on bad arguments.

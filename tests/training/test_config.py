@@ -161,6 +161,12 @@ def test_short_takes_changes():
             r"lr_warmup_steps: expected at most steps = 50 with lr_decay_steps, got 30 \+ 21",
             id="lr-warm-up-and-decay",
         ),
+        pytest.param(
+            {"learning_rate": 1.0, "adam_beta2": 0.9999},
+            ValueError,
+            "learning_rate: expected at most 0.4 for log θ with adam_beta2=0.9999, got 1.0",
+            id="log-step",
+        ),
         pytest.param({"seed": 2**63}, ValueError, "seed: expected at most 9223372036854775807, got", id="seed-64-bits"),
         pytest.param(
             {"pre_act_coefficient": 0.1},
