@@ -13,7 +13,7 @@ from gemmascope.kernels.density import TRAINING_STEP, Switch
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.sites import Site
 from gemmascope.training import trainer as trainer_module
-from gemmascope.training.config import TrainConfig
+from gemmascope.training.config import TARGETED, TrainConfig
 from gemmascope.training.suite import train
 from gemmascope.training.trainer import SAETrainer
 
@@ -171,6 +171,17 @@ def test_training_past_its_steps_goes_on_as_it_ended():
         fvu.append(trainer.report()["fvu"])
     assert trainer.report()["lr"] == settings.learning_rate_at(59) > 0
     assert sum(fvu[-20:]) <= sum(fvu[40:60])
+
+
+@pytest.mark.parametrize("sparsity", TARGETED)
+def test_a_target_is_met_by_default(sparsity):
+    """With the λ of `l0` the first of them would stay at an L0 of 7."""
+    rows, site = sample(6000, d=16, seed=1), Site(0, "resid")
+    settings = TrainConfig.short(d_sae=64, batch_size=256, steps=200, sparsity=sparsity, target_l0=4)
+    trainer = SAETrainer(settings, rows)
+    for batch in batches({site: rows}, settings.batch_size, settings.steps, seed=0):
+        trainer.update(batch[site])
+    assert evaluate_sae(trainer.sae, rows).l0 == pytest.approx(4, rel=0.25)
 
 
 @pytest.mark.parametrize("route", ["reference", "dense", "sparse"])
