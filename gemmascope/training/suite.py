@@ -119,7 +119,7 @@ def _check_sites(name: str, by_site: Any) -> None:
 
 def suite_memory(config: TrainConfig, widths: Iterable[int]) -> int:
     """Bytes that training an SAE on activations of each of ``widths`` takes at most."""
-    if not isinstance(widths, Iterable):
+    if not isinstance(widths, Iterable) or isinstance(widths, Tensor):
         raise TypeError(f"widths: expected an iterable of ints, got {type(widths).__name__}")
     return sum(SAETrainer.memory(config, width).total for width in widths)
 
@@ -166,7 +166,7 @@ def train(
     _check_sites("trainers", trainers)
     for trainer in trainers.values():
         check_type("trainers", trainer, SAETrainer)
-    if not isinstance(stream, Iterable):
+    if not isinstance(stream, Iterable) or isinstance(stream, Tensor):
         raise TypeError(f"stream: expected an iterable of batches, got {type(stream).__name__}")
     check_int("log_every", log_every, 1)
     if not callable(log):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from gemmascope import training
@@ -125,6 +125,7 @@ def test_every_public_name_is_called():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_wrong_argument_is_named(tmp_path, place, value):
     (call, argument), (function, arguments) = place, WHOLE[place[0]]
+    assume(not (argument == "log" and callable(value)))  # called with other arguments than ours, it is its own affair
     named = {name: given for name, given in arguments.items() if given is not None} | {argument: value}
     if call == "train_suite":
         named["out"] = tmp_path
