@@ -43,9 +43,7 @@ for step in range(args.steps):
     value.backward()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
     optimiser.step()
-    with torch.no_grad():  # what `SAETrainer` does by itself
-        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
-        sae.threshold.clamp_(min=0)
+    sae.project_()  # rows of W_dec of unit norm, thresholds of at least 0: what `SAETrainer` does by itself
     losses.append(value.item())
     if (step + 1) % max(1, args.steps // 4) == 0:
         print(f"step {step + 1:4d}  loss {losses[-1]:.4f}")

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import EnvironmentProblemError
 from .kernels import validation
 
 __all__ = [
+    "FLOATS",
     "check_choice",
+    "check_device",
     "check_floating",
     "check_int",
     "check_number",
@@ -22,6 +25,8 @@ __all__ = [
     "found",
     "is_integer",
 ]
+
+FLOATS = validation.FLOATS
 
 check_int = validation.check_int
 check_number = validation.check_number
@@ -44,8 +49,22 @@ def found(value: Any) -> str:
 
 def check_choice(name: str, value: Any, options: Collection[Any]) -> None:
     """Raise ValueError unless ``value`` is one of ``options``."""
-    if value not in options:
+    if type(value) not in map(type, options) or value not in options:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, options))}, got {value!r}")
+
+
+def check_device(name: str, device: torch.device | str) -> torch.device:
+    """``device`` as such; raise TypeError or ValueError when it is none, EnvironmentProblemError when PyTorch does not
+    see that GPU here."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"{name}: expected a torch.device or its name, got {type(device).__name__}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected the name of a device, such as 'cpu' or 'cuda:0', got {device!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise EnvironmentProblemError(f"{name}: expected one of the {count} GPUs that PyTorch sees here, got {found}")
+    return found
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

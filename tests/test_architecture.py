@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"gemmascope": ROOT / "gemmascope", "gemmascope.kernels": ROOT / "kernels"}
 # Bottom to top; a room or file imports only from those before it. "" is gemmascope/__init__.py.
 LAYERS = (
-    *("kernels", "errors", "version", "process", "checks"),
+    *("kernels", "errors", "version", "process", "checks", "autocast"),
     *("formats", "runs", "saes", "sites", "activations", "training", "evaluation", "reporting", "demo"),
     *("", "cli", "__main__"),
 )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..checks import check_floating, check_int, check_number, dtype_name
+from ..autocast import affine, without_autocast
+from ..checks import FLOATS, check_device, check_floating, check_int, check_number, check_type, dtype_name
 from ..formats import release
 from ..formats.manifest import SAEConfig
 from ..formats.release import StoredSAE
@@ -42,15 +43,20 @@ class JumpReLUSAE(nn.Module):
     is subtracted first. `fold` returns the same function with C = 1 and no pre-encoder bias, the form Gemma Scope
     releases.
 
+    A latent whose θ is below 0 has θ = 0, as in f = relu(z)·1[z > θ] by which Gemma Scope's files are read: one's own
+    optimiser may take θ there, its gradient arrives all the same, and what is saved is 0. See `project_`.
+
     Parameters: ``W_enc`` [d_model, d_sae] (stored latent-major: the transposed view of a contiguous [d_sae, d_model]),
     ``W_dec`` [d_sae, d_model], ``b_enc`` [d_sae], ``b_dec`` [d_model], ``threshold`` [d_sae], which stays fp32 whatever
     dtype the module is moved to (in bf16 it would stop learning, and the gate would move), or fp64 with fp64. Products
-    are formed in the dtype of the weights, inside torch.autocast too.
+    are formed in the dtype of the weights, inside torch.autocast too: the same bits as without.
 
-    Initialised as in Gemma Scope: W_dec He-uniform with unit-norm rows, W_enc its transpose, biases 0.
+    Initialised as in Gemma Scope: W_dec He-uniform with unit-norm rows, W_enc its transpose, biases 0. The weights are
+    drawn on the CPU, so that a seed means the same ones on every device.
 
     d_model, d_sae: positive ints. threshold_init: ≥ 0. impl: who computes, see `gemmascope.kernels`. metadata: free
-    JSON-able facts that travel with the weights (``model``, ``site``, …). Raises ValueError or TypeError on bad values.
+    JSON-able facts that travel with the weights (``model``, ``site``, …). generator: of the CPU. device: None is the
+    default device. dtype: fp32, bf16, fp16 or fp64. Raises ValueError or TypeError on bad values.
     """
 
     def __init__(
@@ -72,14 +78,25 @@ class JumpReLUSAE(nn.Module):
         check_int("d_sae", d_sae, 1)
         check_number("input_scale", input_scale, 0, open_low=True)
         check_number("threshold_init", threshold_init, 0)
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating dtype, got {dtype_name(dtype)}")
+        check_type("pre_encoder_bias", pre_encoder_bias, bool)
+        check_type("impl", impl, str)
+        if metadata is not None:
+            check_type("metadata", metadata, dict)
+        if generator is not None:
+            check_type("generator", generator, torch.Generator)
+            if generator.device.type != "cpu":
+                raise ValueError(f"generator: expected one of the CPU, got {generator.device}")
+        check_type("dtype", dtype, torch.dtype)
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype: expected {' or '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
+        device = torch.get_default_device() if device is None else check_device("device", device)
         self.pre_encoder_bias = pre_encoder_bias
         self.input_scale = float(input_scale)
         self.impl = impl
         self.metadata = dict(metadata or {})
 
-        W_dec = torch.empty(d_sae, d_model, dtype=torch.float32)
+        drawn_on = "meta" if device.type == "meta" else "cpu"
+        W_dec = torch.empty(d_sae, d_model, dtype=torch.float32, device=drawn_on)
         bound = math.sqrt(6 / d_model)
         W_dec.uniform_(-bound, bound, generator=generator)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
@@ -152,17 +169,16 @@ class JumpReLUSAE(nn.Module):
         if not self.W_enc.T.is_contiguous():
             self.W_enc = nn.Parameter(self.W_enc.detach().T.contiguous().T, self.W_enc.requires_grad)
 
-    def _without_autocast(self) -> torch.autocast:
-        """The gate would move if autocast rounded z, and `encode` would disagree with `encode_sparse`."""
-        return torch.autocast(self.W_enc.device.type, enabled=False)
+    def _check_rows(self, name: str, rows: Tensor, width: int) -> None:
+        check_floating(name, rows)
+        if rows.ndim == 0 or rows.shape[-1] != width:
+            raise ValueError(f"{name}: expected shape [..., {width}], got {list(rows.shape)}")
+        if rows.device != self.W_enc.device:
+            raise ValueError(f"{name}: expected device {self.W_enc.device}, got {rows.device}")
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         """x [..., d_model] as the [N, d_model] that W_enc multiplies."""
-        check_floating("x", x)
-        if x.ndim == 0 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
-        if x.device != self.W_enc.device:
-            raise ValueError(f"x: expected device {self.W_enc.device}, got {x.device}")
+        self._check_rows("x", x, self.d_model)
         x = x.reshape(-1, self.d_model).to(self.W_enc.dtype)
         if self.input_scale != 1.0:
             x = x / self.input_scale
@@ -175,13 +191,15 @@ class JumpReLUSAE(nn.Module):
         tensors = (x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold)
         return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
+    @without_autocast
     def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:
         """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., d_model]; differentiable.
 
         The gate is decided on the fp32 (fp64) pre-activations, the same bits as in `encode_sparse`.
         """
         z = kernels.preactivations(self._encoder_input(x), self.W_enc, self.b_enc, impl=self.impl)
-        out = kernels.jumprelu(z, z.new_zeros(self.d_sae), self.threshold, bandwidth, impl=self.impl)
+        threshold = torch.where(self.threshold < 0, self.threshold - self.threshold.detach(), self.threshold)
+        out = kernels.jumprelu(z, z.new_zeros(self.d_sae), threshold, bandwidth, impl=self.impl)
         return out._replace(f=out.f.to(self.W_enc.dtype))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -196,22 +214,26 @@ class JumpReLUSAE(nn.Module):
             f = self.encode_sparse(x).to_dense().to(self.W_enc.dtype)
         return f.reshape(*x.shape[:-1], self.d_sae)
 
+    @without_autocast
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """Active latents of the tokens of x [..., d_model], flattened to N rows. Not differentiable."""
         with torch.no_grad():
-            return kernels.encode(self._encoder_input(x), self.W_enc, self.b_enc, self.threshold, impl=self.impl)
+            threshold = self.threshold.clamp(min=0)
+            return kernels.encode(self._encoder_input(x), self.W_enc, self.b_enc, threshold, impl=self.impl)
+
+    @without_autocast
+    def _decode_entries(self, code: SparseCode) -> Tensor:
+        return kernels.decode(code, self.W_dec, self.b_dec, impl=self.impl)
 
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x̂ [..., d_model] of dense activations [..., d_sae], or [N, d_model] of a `SparseCode`."""
         if isinstance(f, SparseCode):
-            x_hat = kernels.decode(f, self.W_dec, self.b_dec, impl=self.impl)
+            x_hat = self._decode_entries(f)
         elif not isinstance(f, Tensor):
             raise TypeError(f"f: expected a torch.Tensor or a SparseCode, got {type(f).__name__}")
-        elif f.ndim == 0 or f.shape[-1] != self.d_sae:
-            raise ValueError(f"f: expected shape [..., {self.d_sae}], got {list(f.shape)}")
         else:
-            with self._without_autocast():
-                x_hat = f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+            self._check_rows("f", f, self.d_sae)
+            x_hat = affine(f.to(self.W_dec.dtype), self.W_dec, self.b_dec)
         return x_hat * self.input_scale if self.input_scale != 1.0 else x_hat
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,6 +250,20 @@ class JumpReLUSAE(nn.Module):
         return x_hat.reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
+    def project_(self) -> "JumpReLUSAE":
+        """Back, in place, to where the recipe keeps an SAE after each update: rows of W_dec of unit norm (arXiv
+        2408.05147 §3.2; those of zeros stay so) and thresholds of at least 0. Returns the SAE.
+
+            optimiser.step()
+            sae.project_()
+        """
+        norm = self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(torch.where(norm > 0, norm, 1))
+        self.threshold.clamp_(min=0)
+        return self
+
+    @torch.no_grad()
+    @without_autocast
     def fold(self) -> "JumpReLUSAE":
         """The same function with input_scale 1 and no pre-encoder bias (arXiv 2408.05147, appendix A), as a copy.
 
@@ -235,20 +271,21 @@ class JumpReLUSAE(nn.Module):
         """
         folded, scale = copy.deepcopy(self), self.input_scale
         if self.pre_encoder_bias:
-            with self._without_autocast():
-                folded.b_enc.sub_(self.b_dec @ self.W_enc)
+            folded.b_enc.sub_(self.b_dec @ self.W_enc)
         folded.b_enc.mul_(scale)
         folded.b_dec.mul_(scale)
-        folded.threshold.mul_(scale)
+        folded.threshold.clamp_(min=0).mul_(scale)
         folded.pre_encoder_bias, folded.input_scale = False, 1.0
         return folded
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the SAE: Gemma Scope 1 when ``path`` ends in .npz, else a folder of safetensors and config.json.
 
-        The weights reload to the same bits. See `formats.release.write`.
+        The weights reload to the same bits, but that thresholds below 0 are written as the 0 they count as. See
+        `formats.release.write`.
         """
         tensors = {key: getattr(self, key).detach() for key in release.KEYS}
+        tensors["threshold"] = tensors["threshold"].clamp(min=0)
         release.write(path, tensors, SAEConfig(self.input_scale, self.pre_encoder_bias, self.metadata))
 
     @classmethod
@@ -276,7 +313,11 @@ class JumpReLUSAE(nn.Module):
         tensors, config = stored
         # One latent of width 1, since the constructor draws random weights: the stored ones take their place.
         sae = cls(
-            1, 1, pre_encoder_bias=config.pre_encoder_bias, input_scale=config.input_scale, metadata=config.metadata
+            *(1, 1),
+            pre_encoder_bias=config.pre_encoder_bias,
+            input_scale=config.input_scale,
+            metadata=config.metadata,
+            device="cpu",
         )
         threshold = tensors["threshold"]
         sae.W_enc = nn.Parameter(tensors["W_enc"].T.contiguous().T)

@@ -52,7 +52,7 @@ class TrainState:
     updates: Tensor
     """Updates made, int64 scalar."""
     skipped: Tensor
-    """Updates withheld because the loss was not finite, int64 scalar."""
+    """Updates withheld because the loss or what they would have made was not finite, int64 scalar."""
     stalled: Tensor
     """int64 scalar: 0, or `ROOM` when entries did not fit and `COPIES` when a copy was not that of its weight; every
     update is withheld until `resume`."""
@@ -154,8 +154,9 @@ class TrainState:
     def ready(self) -> LatentState:
         """`latents` for a step, in order.
 
-        A weight with other strides is laid out anew. The copies are made anew when a weight lies in other memory than
-        at the last step or was changed in place since, as far as PyTorch counts that; `copies_differ` finds the rest.
+        A weight with other strides is laid out anew, thresholds below 0 are set to the 0 they count as. The copies are
+        made anew when a weight lies in other memory than at the last step or was changed in place since, as far as
+        PyTorch counts that; `copies_differ` finds the rest.
         Does not wait for the device. Raises ValueError for a parameter of another shape, dtype or device than training
         began with.
         """
@@ -168,6 +169,7 @@ class TrainState:
         if W_enc.data_ptr() == W_dec.data_ptr():  # two parameters, even if they were given one memory
             W_enc.data = W_enc.data.clone()
         latents, self._fresh = self.latents, False
+        latents.threshold.clamp_(min=0)
         if self.W_enc_low is not None and self.W_dec_low is not None:
             seen = (_look(W_enc), _look(W_dec))
             if seen != self._seen:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..activations.moments import moments
+from ..checks import check_device, check_floating, check_int, check_type, dtype_name
 from ..errors import EnvironmentProblemError
 from ..kernels import Rule, implementations
 from ..kernels import density as densities
 from ..saes import JumpReLUSAE
 from .config import TrainConfig
 from .memory import TrainingMemory, available_memory, training_memory
-from .state import COPIES, TrainState
+from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
 
 # Steps that a GPU is given before the host looks at the figures of the first of them.
@@ -38,16 +39,27 @@ class _Job:
     copied: "torch.cuda.Event | None"
 
 
+def _check_activations(name: str, x: Tensor, width: int | None = None) -> None:
+    """Raise ValueError or TypeError unless x is [N, width] floats; any precision and any device will do."""
+    check_floating(name, x)
+    if x.ndim != 2 or (width is not None and x.shape[1] != width):
+        raise ValueError(f"{name}: expected shape [N ≥ 1, {width or 'd_model'}], got {list(x.shape)}")
+    if x.is_meta:
+        raise ValueError(f"{name}: expected activations, got a tensor on meta, which holds none")
+
+
 class SAETrainer:
     """One SAE, its optimiser state and its counters.
 
-    sample: [n, d_model] activations that set the input scale C (mean squared norm 1 after division) and, with
-    ``b_dec_init="mean"``, b_dec. Raises ValueError when they are not finite, are all zero or do not vary, and
-    EnvironmentProblemError when the device has too little free memory.
+    sample: [n ≥ 1, d_model] floats, the activations that set the input scale C (mean squared norm 1 after division),
+    and, with ``b_dec_init="mean"``, b_dec. Raises ValueError when they are
+    not finite, are all zero or do not vary, ValueError or TypeError on other bad arguments, and EnvironmentProblemError
+    when there is no such device or too little free memory on it.
 
     dtype: fp64 is for comparisons, on a CPU.
 
-    A step whose loss is not finite changes nothing but the count of skipped steps.
+    A step whose loss is not finite, or whose gradients are so large that second moments or weights might not be after
+    it (`losses.gradient_bound`), changes nothing but the count of skipped steps.
 
     The SAE may be loaded, changed in place and copied at any time, and cast or moved there and back: the next step
     trains what it then is, or raises ValueError when it is of another shape, dtype or device than at the start. Second
@@ -64,6 +76,14 @@ class SAETrainer:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
+        check_type("config", config, TrainConfig)
+        _check_activations("sample", sample)
+        if 0 in sample.shape:
+            raise ValueError(f"sample: expected shape [N ≥ 1, d_model ≥ 1], got {list(sample.shape)}")
+        if dtype not in MASTER_DTYPES:
+            found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
+            raise TypeError(f"dtype: expected float32 or float64, got {found}")
+        device = check_device("device", "cpu" if device is None else device)
         mean, variance = moments("sample", sample)
         mean_square = variance + mean.square().sum().item()
         if variance <= LEAST_VARIANCE * mean_square:
@@ -73,7 +93,6 @@ class SAETrainer:
             )
         scale = math.sqrt(mean_square)
         self.config = config
-        device = torch.device(device or "cpu")
         memory, self._available = self.memory(config, sample.shape[1]), available_memory(device)
         if self._available and memory.total > self._available:
             raise EnvironmentProblemError(memory.advice(self._available))
@@ -84,7 +103,7 @@ class SAETrainer:
             threshold_init=config.threshold_init,
             impl=impl,
             metadata=metadata,
-            generator=torch.Generator().manual_seed(config.seed),
+            generator=torch.Generator("cpu").manual_seed(config.seed),
             device=device,
             dtype=dtype,
         )
@@ -95,8 +114,9 @@ class SAETrainer:
         self.step = 0
         self.route = "dense" if config.route == "auto" else config.route
         self.capacity: int | None = None
-        self._n_entries = 0.0  # of the last step whose loss was finite
+        self._n_entries = 0.0  # of the last update that was made
         self.figures: dict[str, float] = {}
+        self.skipped_in_a_row = 0
         self.run_ahead = RUN_AHEAD if sae.W_dec.is_cuda else 0
         self._pending: deque[_Job] = deque()
 
@@ -113,14 +133,17 @@ class SAETrainer:
     @staticmethod
     def memory(config: TrainConfig, d_model: int) -> TrainingMemory:
         """What training an SAE on activations of that width takes on its device."""
+        check_type("config", config, TrainConfig)
+        check_int("d_model", d_model, 1)
         return training_memory(d_model, config.d_sae, config.batch_size, config.compute_dtype)
 
     def update(self, x_raw: Tensor) -> None:
-        """One step on activations [N, d_model] as harvested.
+        """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device.
 
-        On a GPU it returns before the step is made. Raises ValueError for an empty batch or an SAE that is not what it
-        was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
+        On a GPU it returns before the step is made. Raises ValueError or TypeError for another batch, ValueError for an
+        SAE that is not what it was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
         """
+        _check_activations("x", x_raw, len(self.state.b_dec_v))
         if x_raw.shape[0] == 0:
             raise ValueError("x: expected at least one token, got an empty batch")
         x = x_raw.to(self.state.b_dec_v) / self.sae.input_scale
@@ -156,7 +179,8 @@ class SAETrainer:
             raise EnvironmentProblemError(memory.advice(self._available)) from error
         packed, copied = figures.pack(), None
         if packed.is_cuda:
-            pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)  # else the copy would wait
+            # Not pinned, the copy would wait.
+            pinned = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
             packed, copied = pinned.copy_(packed, non_blocking=True), torch.cuda.Event()
             copied.record()
         self._pending.append(_Job(x, step, route, packed, copied))
@@ -185,7 +209,8 @@ class SAETrainer:
             self._repeat(deque([job, *self._pending]))
             return
         self.figures = figures
-        if not math.isfinite(figures["loss"]):
+        self.skipped_in_a_row = 0 if figures["made"] else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row:
             return
         self._n_entries = figures["n_entries"]
         if self.config.route == "auto":
@@ -211,8 +236,10 @@ class SAETrainer:
 
     def report(self) -> dict[str, float]:
         """The figures of the last step, measured on its batch before its update. ``fvu`` and ``median_fvu`` are what
-        `evaluation.evaluate_sae` gives of those rows, up to rounding."""
+        `evaluation.evaluate_sae` gives of those rows, up to rounding. Raises ValueError when there was none."""
         self.flush()
+        if not self.figures:
+            raise ValueError("report: expected at least one update before it, got none")
         return {
             "loss": self.figures["loss"],
             "l0": self.figures["l0"],

@@ -154,6 +154,130 @@ def test_autocast_changes_nothing():
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("impl", ["reference", "pytorch", "auto"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_autocast_changes_no_gradient(impl, sparse):
+    """Wherever ``backward()`` is called."""
+    x, found = random_x(50, D_MODEL, dtype=torch.float32), []
+    for enabled, inside in ((False, False), (True, False), (True, True)):
+        sae, given = random_sae(torch.float32, impl=impl), x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            if sparse:
+                code = sae.encode_sparse(given)
+                loss = (sae.decode(code._replace(values=code.values.requires_grad_())) - x).square().sum()
+            else:
+                loss = (sae(given) - x).square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append([loss, *([] if sparse else [given.grad])])
+        found[-1] += [p.grad for p in sae.parameters() if p.grad is not None]
+    for cast in found[1:]:
+        assert len(cast) == len(found[0]) > 2
+        assert all(map(torch.equal, cast, found[0]))
+
+
+# ---- thresholds below 0
+
+
+@pytest.mark.parametrize("impl", ["reference", "pytorch", "auto"])
+def test_a_threshold_below_zero_is_zero(impl):
+    """As f = relu(z)·1[z > θ], by which Gemma Scope's files are read, has it."""
+    sae = random_sae(torch.float32, impl=impl)
+    with torch.no_grad():
+        sae.threshold[1::3] = torch.tensor([-1e-3, -0.5, -1e30, -3.0]).repeat(2)
+    x = random_x(60, D_MODEL, dtype=torch.float32)
+    p = reference.Parameters(*(t.detach() for t in as_parameters(sae)))
+    z = reference.sae_forward(x / 3.5, p).z
+    expected = torch.relu(z) * (z > sae.threshold)
+    assert ((z < 0) & (z > sae.threshold)).any()
+    for f in (sae.encode(x), sae.encode_sparse(x).to_dense(), sae.jumprelu(x).f):
+        assert torch.equal(f != 0, expected != 0)
+        torch.testing.assert_close(f, expected)
+    assert torch.equal(sae.jumprelu(x).l0, (expected != 0).sum(1).float())
+    with torch.no_grad():
+        x_hat = sae(x)
+    torch.testing.assert_close(sae.fold()(x), x_hat)
+    assert sae.fold().threshold.min() == 0
+
+
+def test_a_threshold_below_zero_is_saved_as_zero(tmp_path):
+    sae = random_sae(torch.float32)
+    with torch.no_grad():
+        sae.threshold[3] = -0.25
+    sae.save(tmp_path / "sae")
+    loaded = JumpReLUSAE.load(tmp_path / "sae")
+    assert loaded.threshold[3] == 0
+    assert sae.threshold[3] == -0.25
+    x = random_x(20, D_MODEL, dtype=torch.float32)
+    assert torch.equal(loaded(x), sae(x))
+
+
+def test_a_threshold_below_zero_has_the_gradient_of_zero():
+    sae, zero = random_sae(), random_sae()
+    with torch.no_grad():
+        sae.threshold[::2] = -0.25
+        zero.threshold[::2] = 0
+    x = random_x(60, D_MODEL)
+    for each in (sae, zero):
+        out = each.jumprelu(x, 0.5)
+        (out.f.square().sum() + out.l0.sum()).backward()
+    assert torch.equal(sae.threshold.grad, zero.threshold.grad)
+    assert sae.threshold.grad[::2].all()
+
+
+def test_projection():
+    sae = random_sae(torch.float32)
+    with torch.no_grad():
+        sae.threshold[3], sae.W_dec[5] = -0.25, 0
+    before = copy.deepcopy(sae)
+    assert sae.project_() is sae
+    assert torch.equal(sae.threshold, before.threshold.clamp(min=0))
+    norm = before.W_dec.norm(dim=1, keepdim=True)
+    assert torch.equal(sae.W_dec, before.W_dec / torch.where(norm > 0, norm, 1))
+    for name in ("W_enc", "b_enc", "b_dec"):
+        assert torch.equal(getattr(sae, name), getattr(before, name))
+
+
+# ---- the defaults of the process
+
+
+@pytest.fixture(params=["bfloat16", "float16", "float64", "meta"])
+def other_default(request):
+    """Another default dtype, or a default device on which nothing can be computed."""
+    try:
+        if request.param == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(getattr(torch, request.param))
+        yield request.param
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_nothing_depends_on_the_defaults_of_the_process(other_default, tmp_path):
+    sae = JumpReLUSAE(D_MODEL, D_SAE, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
+    other = JumpReLUSAE(D_MODEL, D_SAE, device="cpu")
+    other.load_state_dict(sae.state_dict())
+    sae.save(tmp_path / "sae")
+    loaded = JumpReLUSAE.load(tmp_path / "sae")
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    expected = JumpReLUSAE(D_MODEL, D_SAE, generator=torch.Generator().manual_seed(0))
+    for found in (sae, other, loaded, sae.fold()):
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(getattr(found, name), parameter)
+            assert getattr(found, name).dtype == torch.float32
+
+
+def test_without_a_device_it_is_the_default_one():
+    with torch.device("meta"):
+        assert {p.device.type for p in JumpReLUSAE(D_MODEL, D_SAE).parameters()} == {"meta"}
+    assert {p.device.type for p in JumpReLUSAE(D_MODEL, D_SAE, device="meta").parameters()} == {"meta"}
+
+
 # ---- what moving and copying keep
 
 
@@ -381,7 +505,22 @@ def test_gradient_reaches_x_through_scale_and_bias():
         ({"threshold_init": None}, TypeError, "threshold_init: expected a number, got NoneType"),
         ({"threshold_init": -1e-3}, ValueError, "threshold_init: expected a finite number ≥ 0, got -0.001"),
         ({"threshold_init": float("inf")}, ValueError, "threshold_init: expected a finite number ≥ 0, got inf"),
-        ({"dtype": torch.int32}, TypeError, "dtype: expected a floating dtype, got int32"),
+        (
+            {"dtype": torch.int32},
+            TypeError,
+            "dtype: expected float16 or bfloat16 or float32 or float64, got int32",
+        ),
+        ({"dtype": "float32"}, TypeError, "dtype: expected a dtype, got str"),
+        ({"pre_encoder_bias": 1}, TypeError, "pre_encoder_bias: expected a bool, got int"),
+        ({"impl": None}, TypeError, "impl: expected a str, got NoneType"),
+        ({"metadata": ["layer"]}, TypeError, "metadata: expected a dict, got list"),
+        ({"generator": 3}, TypeError, "generator: expected a Generator, got int"),
+        ({"device": 0}, TypeError, "device: expected a torch.device or its name, got int"),
+        (
+            {"device": "gpu"},
+            ValueError,
+            "device: expected the name of a device, such as 'cpu' or 'cuda:0', got 'gpu'",
+        ),
     ],
 )
 def test_bad_construction(options, error, message):
@@ -413,6 +552,9 @@ def test_bad_input(method, x, error, message):
         ([1.0], TypeError, "f: expected a torch.Tensor or a SparseCode, got list"),
         (torch.zeros(4, 5), ValueError, "f: expected shape [..., 23], got [4, 5]"),
         (torch.tensor(1.0), ValueError, "f: expected shape [..., 23], got []"),
+        (torch.zeros(4, 23, dtype=torch.complex64), TypeError, "f: expected a floating dtype, got complex64"),
+        (torch.zeros(4, 23, dtype=torch.bool), TypeError, "f: expected a floating dtype, got bool"),
+        (torch.zeros(4, 23, device="meta"), ValueError, "f: expected device cpu, got meta"),
     ],
 )
 def test_bad_activations(f, error, message):

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from gemmascope.training.config import Loss, TrainConfig
+from gemmascope.training.config import (
+    L0_COEFFICIENTS,
+    SHORT_L0_COEFFICIENTS,
+    SPARSITIES,
+    TARGETED,
+    Loss,
+    TrainConfig,
+)
 
 
 def test_gemma_scope_is_the_published_recipe():
@@ -26,6 +33,57 @@ def test_learning_rate_warms_up_along_a_cosine_and_decays_to_zero():
     assert config.learning_rate_at(500) == 0.01
     assert config.learning_rate_at(975) == pytest.approx(0.005)
     assert config.learning_rate_at(999) == pytest.approx(0.01 / 50)
+
+
+@pytest.mark.parametrize("decay", [0, 50])
+def test_schedules_hold_their_last_value(decay):
+    config = TrainConfig.short(steps=100, lr_decay_steps=decay, l0_warmup_steps=100)
+    last = config.learning_rate_at(99), config.l0_coefficient_at(99)
+    assert last == (pytest.approx(3e-3 / (decay or 1)), pytest.approx(8e-3 * 99 / 100))
+    for step in (100, 101, 150, 10**12):
+        assert (config.learning_rate_at(step), config.l0_coefficient_at(step)) == last
+    assert config.loss_at(500).l0_coefficient == last[1]
+
+
+def test_the_schedules_of_a_short_run_take_their_share_of_it():
+    def schedules(config):
+        return config.lr_warmup_steps, config.lr_decay_steps, config.l0_warmup_steps
+
+    assert schedules(TrainConfig.short()) == (100, 150, 170)
+    assert schedules(TrainConfig.short(steps=200)) == (50, 75, 85)
+    assert schedules(TrainConfig.short(steps=3)) == (0, 1, 1)
+    assert schedules(TrainConfig.short(steps=0)) == (0, 0, 0)
+    assert schedules(TrainConfig.short(steps=200, lr_warmup_steps=7)) == (7, 75, 85)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_each_kind_of_penalty_has_its_own_coefficient(sparsity):
+    target = {"target_l0": 5} if sparsity in TARGETED else {}
+    assert Loss(sparsity=sparsity, **target).l0_coefficient == L0_COEFFICIENTS[sparsity]
+    assert Loss(0.25, sparsity=sparsity, **target).l0_coefficient == 0.25
+    changes = {"sparsity": sparsity} | target
+    for recipe, coefficients in (
+        (TrainConfig.gemma_scope, L0_COEFFICIENTS),
+        (TrainConfig.short, SHORT_L0_COEFFICIENTS),
+    ):
+        assert recipe(**changes).loss.l0_coefficient == coefficients[sparsity]
+        assert recipe(**changes, l0_coefficient=0.25).loss.l0_coefficient == 0.25
+        assert recipe(**changes).changed(seed=1, bandwidth=0.1).loss.l0_coefficient == coefficients[sparsity]
+        for other in SPARSITIES:
+            goal = {"target_l0": 7} if other in TARGETED else {}
+            changed = recipe(**changes, l0_coefficient=0.25).changed(sparsity=other, **goal).loss
+            assert changed.l0_coefficient == (0.25 if other == sparsity else L0_COEFFICIENTS[other])
+            assert changed.target_l0 == goal.get("target_l0")
+
+
+def test_an_aim_stays_when_its_penalty_changes():
+    loss = TrainConfig.short(sparsity="target_l0", target_l0=9).changed(sparsity="quadratic_l0").loss
+    assert (loss.target_l0, loss.l0_coefficient) == (9, L0_COEFFICIENTS["quadratic_l0"])
+
+
+def test_a_loss_given_whole_is_taken_whole():
+    assert TrainConfig.short(loss=Loss(0.5, 0.25)).loss == Loss(0.5, 0.25)
+    assert TrainConfig.short(loss=Loss(0.5, 0.25), bandwidth=0.1).loss == Loss(0.5, 0.1)
 
 
 def test_l0_coefficient_rises_linearly():
@@ -54,7 +112,7 @@ def test_short_takes_changes():
         pytest.param({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str", id="lr-type"),
         pytest.param({"lr_warmup_start": 1.5}, ValueError, "lr_warmup_start: .*≥ 0 and ≤ 1, got 1.5", id="lr-start"),
         pytest.param({"adam_beta2": 1.0}, ValueError, "adam_beta2: expected a finite number > 0 and ≤ 1", id="beta2"),
-        pytest.param({"adam_eps": 0}, ValueError, "adam_eps: expected a finite number > 0, got 0", id="eps"),
+        pytest.param({"adam_eps": 0}, ValueError, "adam_eps: expected a finite number ≥ 1.17549e-38, got 0", id="eps"),
         pytest.param({"l0_coefficient": math.nan}, ValueError, "l0_coefficient: .* got nan", id="l0-nan"),
         pytest.param(
             {"bandwidth": 0.0}, ValueError, "bandwidth: expected a finite number > 0, got 0.0", id="bandwidth"
@@ -77,6 +135,40 @@ def test_short_takes_changes():
             {"sparsity": "quadratic_l0"}, ValueError, "target_l0: expected a number with sparsity='quad", id="no-target"
         ),
         pytest.param(
+            {"target_l0": 5.0}, ValueError, "target_l0: expected None with sparsity='l0', got 5.0", id="needless-target"
+        ),
+        pytest.param(
+            {"sparsity": "target_l0", "target_l0": 70.5, "d_sae": 70},
+            ValueError,
+            "target_l0: expected at most d_sae = 70, got 70.5",
+            id="target-beyond-d_sae",
+        ),
+        pytest.param(
+            {"steps": 50, "lr_warmup_steps": 0},
+            ValueError,
+            "l0_warmup_steps: expected at most steps = 50, got 10000",
+            id="l0-warm-up",
+        ),
+        pytest.param(
+            {"steps": 50, "lr_warmup_steps": 51, "l0_warmup_steps": 0},
+            ValueError,
+            r"lr_warmup_steps: expected at most steps = 50 with lr_decay_steps, got 51 \+ 0",
+            id="lr-warm-up",
+        ),
+        pytest.param(
+            {"steps": 50, "lr_warmup_steps": 30, "lr_decay_steps": 21, "l0_warmup_steps": 0},
+            ValueError,
+            r"lr_warmup_steps: expected at most steps = 50 with lr_decay_steps, got 30 \+ 21",
+            id="lr-warm-up-and-decay",
+        ),
+        pytest.param(
+            {"learning_rate": 1.0, "adam_beta2": 0.9999},
+            ValueError,
+            "learning_rate: expected at most 0.4 for log θ with adam_beta2=0.9999, got 1.0",
+            id="log-step",
+        ),
+        pytest.param({"seed": 2**63}, ValueError, "seed: expected at most 9223372036854775807, got", id="seed-64-bits"),
+        pytest.param(
             {"pre_act_coefficient": 0.1},
             ValueError,
             "route: expected 'reference', the one with a pre-act",
@@ -97,8 +189,8 @@ def test_messages(changes, error, message):
 
 def test_the_loss_is_nested_and_changed_by_its_own_names():
     config = TrainConfig(loss=Loss(0.5, sparsity="target_l0", target_l0=30), seed=2)
-    changed = config.changed(target_l0=60.0, d_sae=8)
-    assert (changed.loss, changed.d_sae, changed.seed) == (Loss(0.5, sparsity="target_l0", target_l0=60.0), 8, 2)
+    changed = config.changed(target_l0=60.0, d_sae=80)
+    assert (changed.loss, changed.d_sae, changed.seed) == (Loss(0.5, sparsity="target_l0", target_l0=60.0), 80, 2)
     assert config.loss.target_l0 == 30
     assert config.changed(loss=Loss(0.1), bandwidth=0.2).loss == Loss(0.1, 0.2)
     assert config.to_dict()["loss"]["target_l0"] == 30

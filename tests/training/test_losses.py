@@ -1,5 +1,7 @@
 """The written gradients against the fp64 reference and against autograd through the module."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from gemmascope.kernels import reference
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.training.config import Loss
 from gemmascope.training.losses import frequency_penalty, l0_penalty, loss_and_gradients
+from gemmascope.training.sparse_loss import sparse_loss
 
 BANDWIDTH, L0_COEFFICIENT = 0.3, 0.07
 L0 = Loss(L0_COEFFICIENT, BANDWIDTH)
@@ -59,10 +62,77 @@ def test_the_encoder_gradient_is_stored_latent_major():
     assert gradients.W_enc.stride() == sae.W_enc.stride() == (1, 6)
 
 
-def test_an_empty_batch_has_no_loss():
-    sae, x = make()
-    with pytest.raises(ValueError, match="x: expected at least one token, got an empty batch"):
-        loss_and_gradients(sae, x[:0], L0)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda sae, x: (None, x, L0), TypeError, "sae: expected a JumpReLUSAE, got NoneType"),
+        (lambda sae, x: (sae.bfloat16(), x, L0), TypeError, "sae: expected float32 or float64, got bfloat16"),
+        (lambda sae, x: (sae, [1.0], L0), TypeError, "x: expected a torch.Tensor, got list"),
+        (lambda sae, x: (sae, x[:0], L0), ValueError, "x: expected shape [N ≥ 1, 6], got [0, 6]"),
+        (lambda sae, x: (sae, x[:, :1], L0), ValueError, "x: expected shape [N ≥ 1, 6], got [13, 1]"),
+        (lambda sae, x: (sae, x[None], L0), ValueError, "x: expected shape [N ≥ 1, 6], got [1, 13, 6]"),
+        (lambda sae, x: (sae, x.half(), L0), TypeError, "x: expected dtype float64, got float16"),
+        (lambda sae, x: (sae, x.to("meta"), L0), ValueError, "x: expected device cpu, got meta"),
+        (lambda sae, x: (sae, x, 0.1), TypeError, "loss: expected a Loss, got float"),
+        (
+            lambda sae, x: (sae, x, Loss(sparsity="target_l0", target_l0=12)),
+            ValueError,
+            "target_l0: expected at most d_sae = 11, got 12",
+        ),
+    ],
+)
+@pytest.mark.parametrize("function", [loss_and_gradients, sparse_loss], ids=lambda function: function.__name__)
+def test_messages(function, change, error, message):
+    with pytest.raises(error) as caught:
+        function(*change(*make()))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("dead", "error", "message"),
+    [
+        (torch.zeros(11), TypeError, "dead: expected dtype bool, got float32"),
+        (torch.zeros(4, dtype=torch.bool), ValueError, r"dead: expected shape \[11\], got \[4\]"),
+    ],
+)
+def test_bad_masks_of_dead_latents(dead, error, message):
+    with pytest.raises(error, match=message):
+        loss_and_gradients(*make(), LOSSES["pre-act"], dead)
+
+
+def test_the_slope_of_tanh_does_not_cancel():
+    """1 − tanh² would be 0 in fp32 from tanh = 1 − 2⁻²⁵ on, where the slope is 6e-8."""
+    loss, found = Loss(0.5, BANDWIDTH, sparsity="tanh", tanh_scale=8.0), []
+    for dtype in (torch.float32, torch.float64):
+        sae = JumpReLUSAE(1, 1, pre_encoder_bias=False, dtype=dtype)
+        with torch.no_grad():
+            for name, value in {"W_enc": 1.0, "W_dec": 1.0, "threshold": 0.5}.items():
+                getattr(sae, name).fill_(value)
+        x = torch.tensor([[1.25]], dtype=dtype)  # reconstructed exactly, so that the penalty's is the whole gradient
+        found.append(loss_and_gradients(sae, x, loss).gradients.b_enc.item())
+    assert found[1] == pytest.approx(0.5 * 8 / math.cosh(10) ** 2, rel=1e-12)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def bound_by_entries(sae, x, loss, gradients):
+    """The largest element of the gradients of the latents, and of θ·dθ."""
+    tensors = [gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold]
+    return max(t.abs().max() for t in [*tensors, sae.threshold.detach() * gradients.threshold])
+
+
+@pytest.mark.parametrize("loss", range(11))
+def test_no_gradient_exceeds_the_bound(loss):
+    loss = list(LOSSES.values())[loss]
+    for seed in range(20):
+        sae, x = make()
+        with torch.no_grad():
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        generator = torch.Generator().manual_seed(seed)
+        x = x * 10 ** (3 * torch.randn(len(x), 1, generator=generator, dtype=x.dtype))
+        out = loss_and_gradients(sae, x, loss, torch.arange(11) % 3 == 0)
+        largest = bound_by_entries(sae, x, loss, out.gradients)
+        assert largest <= out.bound
+        assert out.bound < 1e4 * max(1, largest)  # and it is not met by being absurd
 
 
 class Rectangle(torch.autograd.Function):

@@ -77,9 +77,7 @@ def rule(log_threshold=False, learning_rate=2e-3):
 def take(route, state, x, loss, rule):
     x = x.to(state.sae.W_dec)
     if route == "sparse":
-        return sparse_step(
-            state, x, loss, rule, None if state.impl in ("reference", "cpu") else len(x) * state.sae.d_sae
-        )
+        return sparse_step(state, x, loss, rule, len(x) * state.sae.d_sae if state.impl == "triton" else None)
     return {"dense": dense_step, "reference": reference_step}[route](state, x, loss, rule)
 
 
@@ -316,6 +314,60 @@ def test_a_loss_that_is_not_finite_changes_no_bit(impl, route, value):
     for after in (state, before):
         take(route, after, batches[2], LOSSES["l0"], rule())
     assert torch.equal(state.sae.W_dec, before.sae.W_dec)
+
+
+EVERYWHERE = [
+    *(("reference", route) for route in ("sparse", "dense", "reference")),
+    *(("pytorch", route) for route in ("sparse", "dense")),
+    *(pytest.param("cpu", route, marks=needs_native) for route in ("sparse", "dense")),
+    *(pytest.param("triton", route, marks=needs_triton) for route in ("sparse", "dense")),
+]
+
+
+@pytest.mark.parametrize("loss", ["l0", "ste-all"])
+@pytest.mark.parametrize(("impl", "route"), EVERYWHERE)
+def test_gradients_too_large_for_second_moments_change_no_bit(impl, route, loss):
+    """A token 10¹² times too large: its loss is finite in fp32, the squares of its gradients are not."""
+    sizes, loss = SIZES.get(impl, LARGE), LOSSES[loss]
+    state = start(impl, sizes=sizes)
+    batches = list(data(3, sizes))
+    take(route, state, batches[0], loss, rule())
+    before = copy.deepcopy(state)
+    bad = batches[1].clone()
+    bad[4] *= 1e12
+    figures = take(route, state, bad, loss, rule())
+    assert figures.loss.isfinite()
+    assert (figures.made, figures.stalled) == (0, 0)
+    assert (state.updates, state.skipped) == (1, 1)
+    for name, tensor in before.tensors().items():
+        assert name == "skipped" or torch.equal(state.tensors()[name], tensor), name
+    for after in (state, before):
+        assert take(route, after, batches[2], loss, rule()).made == 1
+    assert torch.equal(state.sae.W_dec, before.sae.W_dec)
+
+
+@pytest.mark.parametrize(("impl", "route"), [place for place in EVERYWHERE if "triton" not in str(place)])
+@pytest.mark.parametrize("log_threshold", [False, True], ids=["raw", "log"])
+def test_what_is_made_is_finite(impl, route, log_threshold):
+    """Outliers of every size: those of 10⁴ times the norm are trained on; nothing is left that is not finite."""
+    made = {}
+    for exponent in range(0, 40, 2):
+        state = start(impl, sizes=LARGE)
+        for x in data(2):
+            x[4] *= 10.0**exponent
+            made[exponent] = bool(take(route, state, x, LOSSES["l0"], rule(log_threshold)).made)
+            assert all(tensor.isfinite().all() for tensor in state.tensors().values())
+    assert all(made[exponent] for exponent in (0, 2, 4))
+    assert not any(made[exponent] for exponent in (12, 18, 20, 38))
+    assert list(made.values()) == sorted(made.values(), reverse=True)
+
+
+def test_the_routes_withhold_the_same_updates():
+    for exponent in range(0, 24):
+        x = next(data(1))
+        x[4] *= 10.0**exponent
+        made = {take(route, start(), x, LOSSES["l0"], rule()).made.item() for route in ROUTES_64}
+        assert len(made) == 1, exponent
 
 
 @needs_triton

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from gemmascope.errors import TrainingFailedError
 from gemmascope.evaluation import evaluate_sae
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.sites import Site
+from gemmascope.training import suite as suite_module
 from gemmascope.training.suite import make_trainers, mean_l0, suite_memory, train, train_suite
 from gemmascope.training.trainer import SAETrainer
 from tests.training.test_trainer import config, sample
@@ -82,12 +84,112 @@ def test_an_error_of_one_side_by_side_is_raised(monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_training_ends_when_no_step_is_finite():
-    rows, site = sample(), Site(1, "resid")
-    bad = torch.full((64, 8), math.nan)
-    message = r"layer_1/resid: the loss was not finite in the 2 steps up to step 4; lower the learning rate"
+# ---- SAEs that give up
+
+NAN = torch.full((64, 8), math.nan)
+WHY = (
+    r"the loss or the gradients were not finite in the last {} updates, up to step {}; lower the learning rate, or look"
+)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("log_every", [1, 4, 1000])
+def test_one_that_gives_up_leaves_the_others_as_they_would_be_without_it(log_every, threads):
+    company = {Site(layer, "mlp"): sample(2000, seed=layer) for layer in range(3)}
+    bad, logged, before = Site(1, "mlp"), [], torch.get_num_threads()
+
+    def stream(sites):
+        for step, batch in enumerate(batches(company, 64, 40, seed=0), start=1):
+            yield {site: NAN if site == bad and step > 7 else batch[site] for site in sites}
+
+    trainers = {site: SAETrainer(config(), rows) for site, rows in company.items()}
+    try:
+        torch.set_num_threads(threads)
+        with pytest.warns(RuntimeWarning, match="^layer_1/mlp: " + WHY.format(10, 17) + ".*: it gave up$"):
+            gave_up = train(trainers, stream(company), log_every=log_every, log=lambda *row: logged.append(row))
+    finally:
+        torch.set_num_threads(before)
+    assert list(gave_up) == [bad]
+    assert re.match("layer_1/mlp: " + WHY.format(10, 17), gave_up[bad])
+    assert (trainers[bad].step, trainers[bad].state.updates, trainers[bad].state.skipped) == (17, 7, 10)
+    others = [site for site in company if site != bad]
+    alone, once = {site: SAETrainer(config(), company[site]) for site in others}, SAETrainer(config(), company[bad])
+    assert train(alone, stream(others)) == {}
+    for batch in batches(company, 64, 7, seed=0):
+        once.update(batch[bad])
+    for site, twin in (*alone.items(), (bad, once)):
+        for name, tensor in twin.state.tensors().items():
+            assert name == "skipped" or torch.equal(trainers[site].state.tensors()[name], tensor), name
+    assert [step for step, _ in logged] == list(range(1, 41))
+    for step, rows in logged:
+        assert (rows is None) == bool(step % log_every)
+        assert rows is None or list(rows) == [str(site) for site in (company if step <= 17 else others)]
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 10])
+def test_training_ends_when_all_gave_up(log_every):
+    sites = {A: sample(), B: sample(seed=2)}
+    trainers, logged = {site: SAETrainer(config(), rows) for site, rows in sites.items()}, []
+    good = next(iter(batches(sites, 64, 1, seed=0)))
+
+    def stream():
+        yield good
+        for step in range(2, 100):
+            yield {A: NAN, B: NAN if step > 5 else good[B]}
+
+    message = f"^layer_0/resid: {WHY.format(10, 11)}.*; layer_1/att: {WHY.format(10, 15)}"
     with pytest.raises(TrainingFailedError, match=message):
-        train({site: SAETrainer(config(), rows)}, [{site: x} for x in (rows[:64], bad, bad, bad)], log_every=2)
+        train(trainers, stream(), log_every=log_every, log=lambda *row: logged.append(row))
+    assert [step for step, _ in logged] == list(range(1, 16))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9])
+def test_a_short_run_of_nothing_but_nan(steps):
+    with pytest.raises(TrainingFailedError, match=f"^layer_0/resid: {WHY.format(steps, steps)}"):
+        train({A: SAETrainer(config(), sample())}, [{A: NAN}] * steps)
+
+
+@pytest.mark.parametrize("bad", [1, 9])
+def test_a_last_piece_of_nothing_but_nan_is_said(bad):
+    good = sample()[:64]
+    trainer = SAETrainer(config(), sample())
+    with pytest.warns(RuntimeWarning, match=f"^layer_0/resid: {WHY.format(bad, 11 + bad)}.*finite$"):
+        assert train({A: trainer}, [{A: x} for x in [good] * 11 + [NAN] * bad]) == {}
+    assert trainer.state.updates == 11
+
+
+def test_nan_now_and_then_is_no_reason_to_give_up():
+    good = sample()[:64]
+    trainer = SAETrainer(config(), sample())
+    assert train({A: trainer}, [{A: x} for x in ([NAN] * 9 + [good]) * 3], log_every=1) == {}
+    assert (trainer.state.updates, trainer.state.skipped) == (3, 27)
+
+
+def test_outliers_alone_are_no_training_either():
+    with pytest.raises(TrainingFailedError, match=f"^layer_0/resid: {WHY.format(10, 10)}"):
+        train({A: SAETrainer(config(), sample())}, [{A: 1e15 * sample()[:64]}] * 12)
+
+
+def test_a_stream_of_nothing_trains_nothing():
+    assert train({A: SAETrainer(config(), sample())}, []) == {}
+
+
+def test_files_of_a_suite_of_which_one_gives_up(tmp_path, monkeypatch):
+    activations, settings = {A: sample(2000), B: sample(2000, seed=2)}, config(steps=30)
+    samples = {site: rows[:200].clone() for site, rows in activations.items()}
+    activations[B].fill_(math.nan)
+    monkeypatch.setattr(suite_module, "make_trainers", lambda _, *args, **named: make_trainers(samples, *args, **named))
+    with pytest.warns(RuntimeWarning, match=r"^layer_1/att: .*: it gave up$"):
+        paths = train_suite(activations, settings, tmp_path, model_name="a model", log_every=5)
+    assert list(paths) == [A]
+    assert list(tmp_path.rglob("params.npz")) == [paths[A]]
+    text = (tmp_path / "train_log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert [(line["step"], line["site"]) for line in lines] == [
+        *((step, site) for step in (5, 10) for site in ("layer_0/resid", "layer_1/att")),
+        *((step, "layer_0/resid") for step in (15, 20, 25, 30)),
+    ]
+    assert (lines[1]["loss"], lines[1]["skipped"]) == (None, 5)
 
 
 def test_files_of_a_suite(tmp_path):
@@ -165,6 +267,60 @@ def test_a_training_that_fails_leaves_the_earlier_saes(tmp_path, monkeypatch):
 def test_no_site(tmp_path):
     with pytest.raises(ValueError, match="activations: expected at least one site, got none"):
         train_suite({}, config(), tmp_path, model_name="a model")
+
+
+def a_trainer():
+    return {A: SAETrainer(config(), sample())}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: train({}, []), ValueError, "trainers: expected at least one site, got none"),
+        (lambda: train([1], []), TypeError, "trainers: expected a mapping by site, got list"),
+        (lambda: train({A: 1}, []), TypeError, "trainers: expected a SAETrainer, got int"),
+        (lambda: train(a_trainer(), None), TypeError, "stream: expected an iterable of batches, got NoneType"),
+        (
+            lambda: train(a_trainer(), {A: sample()}),
+            TypeError,
+            "stream: expected batches {site: activations}, got Site",
+        ),
+        (
+            lambda: train(a_trainer(), [{B: sample()}]),
+            ValueError,
+            "stream: expected batches of every trainer's site, layer_0/resid is missing",
+        ),
+        (
+            lambda: train(a_trainer(), [{A: sample(d=1)}]),
+            ValueError,
+            "x: expected shape [N ≥ 1, 8], got [400, 1]",
+        ),
+        (lambda: train(a_trainer(), [], log_every=0), ValueError, "log_every: expected at least 1, got 0"),
+        (lambda: train(a_trainer(), [], log=3), TypeError, "log: expected a function, got int"),
+        (
+            lambda: make_trainers({"layer_0/resid": sample()}, config(), model_name="m"),
+            TypeError,
+            "activations: expected a Site for every key, got str",
+        ),
+        (
+            lambda: make_trainers({A: sample()}, config(), model_name=3),
+            TypeError,
+            "model_name: expected a str, got int",
+        ),
+        (lambda: suite_memory({}, [3]), TypeError, "config: expected a TrainConfig, got dict"),
+        (lambda: suite_memory(config(), 3), TypeError, "widths: expected an iterable of ints, got int"),
+        (lambda: suite_memory(config(), [0]), ValueError, "d_model: expected at least 1, got 0"),
+    ],
+)
+def test_messages(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_a_path_that_is_none():
+    with pytest.raises(TypeError, match=r"^out: expected a path, got int$"):
+        train_suite({A: sample()}, config(), 3, model_name="m")
 
 
 @pytest.mark.parametrize("d_sae", [24, 5000])

@@ -13,7 +13,7 @@ from gemmascope.kernels.density import TRAINING_STEP, Switch
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.sites import Site
 from gemmascope.training import trainer as trainer_module
-from gemmascope.training.config import TrainConfig
+from gemmascope.training.config import TARGETED, TrainConfig
 from gemmascope.training.suite import train
 from gemmascope.training.trainer import SAETrainer
 
@@ -148,14 +148,146 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
         assert torch.equal(ours, theirs)
 
 
-def test_an_empty_batch():
-    with pytest.raises(ValueError, match="x: expected at least one token, got an empty batch"):
-        SAETrainer(config(), sample()).update(torch.zeros(0, 8))
+def test_an_outlier_that_would_spoil_the_second_moments_is_skipped_and_counted():
+    rows, trainers = sample(), [SAETrainer(config(lr_warmup_steps=0, l0_warmup_steps=0), sample()) for _ in range(2)]
+    bad = rows[:64].clone()
+    bad[5] *= 1e12
+    for x in (rows[:64], bad, rows[64:128]):
+        trainers[0].update(x)
+    assert trainers[0].report()["skipped"] == 1
+    for x in (rows[:64], rows[64:128]):
+        trainers[1].update(x)
+    for name, tensor in trainers[1].state.tensors().items():
+        assert name == "skipped" or torch.equal(trainers[0].state.tensors()[name], tensor), name
+
+
+def test_training_past_its_steps_goes_on_as_it_ended():
+    """The rate would turn negative without end, and undo it all."""
+    rows = sample(2000, seed=1)
+    settings = config(steps=60, lr_decay_steps=30, l0_coefficient=2e-3)
+    trainer, site, fvu = SAETrainer(settings, rows), Site(0, "resid"), []
+    for batch in batches({site: rows}, settings.batch_size, 200, seed=3):
+        trainer.update(batch[site])
+        fvu.append(trainer.report()["fvu"])
+    assert trainer.report()["lr"] == settings.learning_rate_at(59) > 0
+    assert sum(fvu[-20:]) <= sum(fvu[40:60])
+
+
+@pytest.mark.parametrize("sparsity", TARGETED)
+def test_a_target_is_met_by_default(sparsity):
+    """With the λ of `l0` the first of them would stay at an L0 of 7."""
+    rows, site = sample(6000, d=16, seed=1), Site(0, "resid")
+    settings = TrainConfig.short(d_sae=64, batch_size=256, steps=200, sparsity=sparsity, target_l0=4)
+    trainer = SAETrainer(settings, rows)
+    for batch in batches({site: rows}, settings.batch_size, settings.steps, seed=0):
+        trainer.update(batch[site])
+    assert evaluate_sae(trainer.sae, rows).l0 == pytest.approx(4, rel=0.25)
+
+
+@pytest.mark.parametrize("route", ["reference", "dense", "sparse"])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(0, 8), ValueError, "x: expected at least one token, got an empty batch"),
+        (torch.zeros(4, 1), ValueError, "x: expected shape [N ≥ 1, 8], got [4, 1]"),
+        (torch.zeros(2, 4, 8), ValueError, "x: expected shape [N ≥ 1, 8], got [2, 4, 8]"),
+        (torch.zeros(8), ValueError, "x: expected shape [N ≥ 1, 8], got [8]"),
+        (torch.zeros(4, 8, dtype=torch.complex64), TypeError, "x: expected a floating dtype, got complex64"),
+        (torch.zeros(4, 8, dtype=torch.bool), TypeError, "x: expected a floating dtype, got bool"),
+        ([[0.0] * 8], TypeError, "x: expected a torch.Tensor, got list"),
+    ],
+)
+def test_bad_batches(route, x, error, message):
+    trainer = SAETrainer(config(route=route), sample())
+    with pytest.raises(error) as caught:
+        trainer.update(x)
+    assert str(caught.value) == message
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_activations_of_any_precision(dtype):
+    rows = sample().to(dtype)
+    trainers = [SAETrainer(config(), x) for x in (rows, rows.float())]
+    trainers[0].update(rows[:64])
+    trainers[1].update(rows[:64].float())
+    assert trainers[0].report() == trainers[1].report()
+    assert torch.equal(trainers[0].sae.W_dec, trainers[1].sae.W_dec)
+
+
+def test_a_report_of_nothing():
+    with pytest.raises(ValueError, match=r"^report: expected at least one update before it, got none$"):
+        SAETrainer(config(), sample()).report()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"config": {"d_sae": 4}}, TypeError, "config: expected a TrainConfig, got dict"),
+        ({"sample": [1.0]}, TypeError, "sample: expected a torch.Tensor, got list"),
+        ({"sample": sample().to(torch.complex64)}, TypeError, "sample: expected a floating dtype, got complex64"),
+        ({"sample": sample() > 0}, TypeError, "sample: expected a floating dtype, got bool"),
+        ({"sample": sample()[None]}, ValueError, "sample: expected shape [N ≥ 1, d_model], got [1, 400, 8]"),
+        ({"sample": sample()[:0]}, ValueError, "sample: expected shape [N ≥ 1, d_model ≥ 1], got [0, 8]"),
+        (
+            {"sample": sample().to("meta")},
+            ValueError,
+            "sample: expected activations, got a tensor on meta, which holds none",
+        ),
+        ({"dtype": torch.bfloat16}, TypeError, "dtype: expected float32 or float64, got bfloat16"),
+        ({"dtype": "float32"}, TypeError, "dtype: expected float32 or float64, got str"),
+        ({"device": 3}, TypeError, "device: expected a torch.device or its name, got int"),
+        ({"device": "gpu"}, ValueError, "device: expected the name of a device, such as 'cpu' or 'cuda:0', got 'gpu'"),
+        ({"metadata": 3}, TypeError, "metadata: expected a dict, got int"),
+        (
+            {"impl": "fast"},
+            ValueError,
+            "impl: expected one of 'auto', 'reference', 'pytorch', 'cpu', 'triton', got 'fast'",
+        ),
+        (
+            {"device": "cuda:99"},
+            EnvironmentProblemError,
+            f"device: expected one of the {torch.cuda.device_count()} GPUs that PyTorch sees here, got cuda:99",
+        ),
+    ],
+)
+def test_bad_arguments(changes, error, message):
+    with pytest.raises(error) as caught:
+        SAETrainer(**{"config": config(), "sample": sample()} | changes)
+    assert str(caught.value) == message
+
+
+def test_training_does_not_depend_on_the_default_dtype():
+    trainers, rows = [], sample()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        try:
+            torch.set_default_dtype(dtype)
+            settings = config(route="reference", frequency_scale=0.1)
+            trainers.append(SAETrainer(settings, rows, impl="reference"))
+            for start in range(0, 256, 64):
+                trainers[-1].update(rows[start : start + 64])
+            assert trainers[-1].report() == trainers[0].report()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for name, tensor in trainers[0].state.tensors().items():
+            assert torch.equal(trainers[-1].state.tensors()[name], tensor), name
+
+
+def test_training_does_not_depend_on_the_default_device():
+    trainers, rows = [], sample()
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            trainers.append(SAETrainer(config(route="reference"), rows, impl="reference"))
+            for start in range(0, 256, 64):
+                trainers[-1].update(rows[start : start + 64])
+    assert trainers[0].report() == trainers[1].report()
+    assert torch.equal(trainers[0].sae.W_dec, trainers[1].sae.W_dec)
 
 
 def trained(route, steps=120, impl="auto", run_ahead=0, room=None, **changes):
     rows, site = sample(2000, seed=1), Site(0, "resid")
-    settings = config(steps=steps, learning_rate=5e-3, l0_coefficient=0.01, l0_warmup_steps=50, route=route, **changes)
+    schedule = {"l0_warmup_steps": min(50, steps)}
+    settings = config(steps=steps, learning_rate=5e-3, l0_coefficient=0.01, route=route, **(schedule | changes))
     trainer = SAETrainer(settings, rows, impl=impl)
     trainer.run_ahead, trainer.capacity = run_ahead, room
     routes = []
