@@ -169,16 +169,16 @@ def _give_csr_notice() -> None:
     """PyTorch says once a process that CSR tensors are in beta; here, unheard."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")
-        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
+        options = {"dtype": torch.float32, "device": "cpu", "check_invariants": False}
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), **options)
 
 
 def dot_rows(a: Tensor, b: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
     """⟨a[n], b[columns_e]⟩ for the entries e of each row n in compressed rows; a and b of one dtype."""
     _give_csr_notice()
     zeros = torch.zeros(columns.shape, dtype=a.dtype, device=a.device)
-    pattern = torch.sparse_csr_tensor(
-        offsets.to(columns.dtype), columns, zeros, size=(a.shape[0], b.shape[0]), check_invariants=False
-    )
+    starts, size = offsets.to(columns.dtype), (a.shape[0], b.shape[0])
+    pattern = torch.sparse_csr_tensor(starts, columns, zeros, size=size, device=a.device, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
 
 

@@ -28,8 +28,7 @@ def fresh(monkeypatch, tmp_path):
 
 
 def test_nothing_is_compiled_unasked(fresh):
-    problem = "the native backend is not built (make native, or GEMMASCOPE_NATIVE=1; it needs a C++ compiler)"
-    assert native_build.problem() == problem
+    assert native_build.problem() == f"the native backend is not built ({native_build.HOW_TO_BUILD})"
 
 
 def test_is_asked_once(fresh, monkeypatch):
@@ -53,7 +52,7 @@ def test_a_library_from_other_sources_or_for_another_pytorch_is_not_loaded(fresh
     expected = (
         f"the native backend was built from {made_from or 'nothing known'}, not {native_build.stamp()}: build it again"
     )
-    assert native_build.problem() == expected + " (make native)"
+    assert native_build.problem() == f"{expected} ({native_build.HOW_TO_BUILD})"
 
 
 def test_a_damaged_library_is_one_line(fresh):
@@ -132,9 +131,12 @@ def test_an_installation_whose_build_fails_goes_on_without(tmp_path):
     assert not [name for name in names if name.endswith(".so")]
 
 
-def test_why_an_installation_is_without_is_remembered(fresh):
-    (fresh / "_csrc_failure.txt").write_text("no such compiler\n")
-    assert native_build.problem() == "the native backend could not be built when installed: no such compiler"
+def test_why_an_installation_is_without_is_remembered(fresh, monkeypatch):
+    """Whatever the locale: the record is UTF-8, and damage to it is no reason to fail."""
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    (fresh / "_csrc_failure.txt").write_bytes("error: »größer« ".encode() + b"\xff\n")
+    expected = "the native backend could not be built when installed: error: »größer« \ufffd"
+    assert native_build.problem() == f"{expected} ({native_build.HOW_TO_BUILD})"
 
 
 def test_an_installation_without_torch_at_hand_says_what_to_add(tmp_path):
