@@ -81,10 +81,17 @@ def check_plain(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a plain tensor, got {kind}")
 
 
+def check_present(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor without numbers, where what comes out is as large as they say."""
+    if tensor.is_meta:
+        raise ValueError(f"{name}: expected a tensor that holds numbers, got one on the meta device")
+
+
 def _unusual_kind(tensor: Tensor) -> str | None:
+    batched = _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    if batched:  # by is_grads_batched too
+        return "one of torch.func.vmap, which the operators do not support (they take batches as they are)"
     if _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            return "one of torch.func.vmap, which the operators do not support (they take batches as they are)"
         key = _functorch.peek_interpreter_stack().key()
         transform = "jvp" if key == _functorch.TransformType.Jvp else "grad"
         return f"one of torch.func.{transform}, which the operators do not support (backward() gives gradients)"
@@ -99,12 +106,12 @@ def _unusual_kind(tensor: Tensor) -> str | None:
 
 def as_device(name: str, device: torch.device | str) -> torch.device:
     """The device, or ValueError or TypeError where it is none."""
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"{name}: expected a torch.device or a str, got {type(device).__name__}")
     try:
         return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"{name}: expected a torch.device or the name of one, got {device!r}") from error
-    except TypeError as error:
-        raise TypeError(f"{name}: expected a torch.device or a str, got {type(device).__name__}") from error
 
 
 # ---- what tensors hold: read on a CPU alone, since on a GPU that would wait for the device

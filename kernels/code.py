@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import as_device, check_indices, check_int, check_starts, check_tensor
+from .arguments import as_device, check_indices, check_int, check_present, check_starts, check_tensor
+from .entries import LATENT
 
 
 class SparseCode(NamedTuple):
@@ -37,7 +38,7 @@ class SparseCode(NamedTuple):
 
     def check_tensors(self) -> None:
         """Raise TypeError or ValueError unless shapes, dtypes and devices are those of a code."""
-        check_int("code.d_sae", self.d_sae, 0)
+        check_int("code.d_sae", self.d_sae, 0, LATENT)
         check_tensor("code.values", self.values, ("nnz",), (torch.float32, torch.float64))
         device = self.values.device
         check_tensor("code.indices", self.indices, (self.nnz,), (torch.int32,), device)
@@ -87,6 +88,7 @@ class SparseCode(NamedTuple):
     def from_dense(f: Tensor) -> "SparseCode":
         """The non-zero entries of ``f`` [N, F], of a float dtype (NaN counts as non-zero)."""
         check_tensor("f", f, ("N", "d_sae"))
+        check_present("f", f)
         token, latent = torch.nonzero(f, as_tuple=True)
         offsets = torch.zeros(f.shape[0] + 1, dtype=torch.int64, device=f.device)
         offsets[1:] = torch.cumsum((f != 0).sum(1), 0)

@@ -11,9 +11,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from .arguments import check_plain
+from .autocast import autocast_off
 
 # Those whose `encode_entries` does not wait for the device to learn how many entries there are: they must be told for
 # how many to make room.
@@ -51,10 +51,10 @@ def operator(name: str, impl: str) -> Callable:
 
     def without_autocast(*arguments, **options):
         tensors = [t for a in arguments for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor)]
-        if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
-            for tensor in tensors:  # a gradient may come from a transform that the forward pass was not in
+        if name.endswith("_backward") and not torch.compiler.is_compiling():
+            for tensor in tensors:  # the gradient may come from a transform that the forward pass was not in
                 check_plain(name, tensor)
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with autocast_off(tensors[0].device):
             return function(*arguments, **options)
 
     return without_autocast

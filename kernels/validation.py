@@ -8,6 +8,7 @@ from .arguments import (
     check_indices,
     check_int,
     check_number,
+    check_present,
     check_starts,
     check_tensor,
     check_type,
@@ -52,6 +53,7 @@ def validate_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
 
 def validate_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> None:
     validate_product(x, W_enc, b_enc)
+    check_present("x", x)
     check_tensor("threshold", threshold, (W_enc.shape[1],), _threshold_dtype(x), x.device)
 
 
@@ -134,7 +136,7 @@ def check_by_latent(
 ) -> None:
     check_type("transposed", transposed, ByLatent)
     check_tensor("transposed.order", transposed.order, (capacity,), (torch.int64,), device)
-    check_tensor("transposed.offsets", transposed.offsets, (starts,), (torch.int64,), device)
+    check_tensor("transposed.offsets", transposed.offsets, (starts,), (torch.int64,), transposed.order.device)
     if transposed.offsets.shape[0] == 0:
         raise ValueError("transposed.offsets: expected d_sae + 1 entries, got none")
 

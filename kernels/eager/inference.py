@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..reference.gates import activation, compute_dtype, without_autocast
+from ..reference.gates import activation, compute_dtype
 
 # Elements of a temporary that is worked on in a core's own cache, of a tile of z, and of the rows that a piece of a
 # pass over the entries gathers. Smaller ones lose more to the calls than they save.
@@ -81,7 +81,6 @@ def _row_blocks(x: Tensor, W_enc: Tensor) -> Iterator[tuple[slice, list[slice]]]
         yield slice(start, start + n), [slice(first, first + width) for first in range(0, d_sae, width)]
 
 
-@without_autocast
 def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """z = x·W_enc + b_enc [N, F], in the compute dtype."""
     dtype = compute_dtype(x)
@@ -127,7 +126,6 @@ def row_offsets(token: Tensor, n_tokens: int) -> Tensor:
     return offsets
 
 
-@without_autocast
 def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values [nnz], indices [nnz] int32, offsets [N + 1] int64."""
     z, token, latent = near_threshold(x, W_enc, b_enc, threshold, 0.0)
@@ -185,7 +183,6 @@ def dot_rows(a: Tensor, b: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
 # ---- decode
 
 
-@without_autocast
 def decode_forward(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """x̂ [N, d] in the dtype of ``W_dec``."""
     dtype = compute_dtype(W_dec)
@@ -200,7 +197,6 @@ def decode_forward(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tens
     return x_hat
 
 
-@without_autocast
 def decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -253,7 +249,6 @@ def _in_rows(tensor: Tensor) -> Iterator[slice]:
         yield slice(first, first + step)
 
 
-@without_autocast
 def jumprelu_forward(pre: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """f [N, F] in the dtype of ``pre``, l0 [N], firing_count [F] int32."""
     dtype = compute_dtype(pre)
@@ -266,7 +261,6 @@ def jumprelu_forward(pre: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Ten
     return f, l0, firing_count
 
 
-@without_autocast
 def jumprelu_backward(
     grad_f: Tensor, grad_l0: Tensor, pre: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float
 ) -> tuple[Tensor, Tensor, Tensor]:
