@@ -161,16 +161,18 @@ def validate_objective(objective: Objective) -> None:
     check_type("objective.ste_to_z", objective.ste_to_z, bool)
 
 
-def _check_sums(sums: LatentSums, transposed: ByLatent, d_sae: int, device: torch.device) -> None:
+def _check_sums(sums: LatentSums, transposed: ByLatent, d_sae: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    """dtypes: those that ``dz`` may have; the others are of the same."""
     check_type("sums", sums, LatentSums)
-    capacity = transposed.order.shape[0]
+    capacity, device = transposed.order.shape[0], transposed.order.device
+    check_tensor("sums.dz", sums.dz, (capacity,), dtypes, device)
+    dtype = (sums.dz.dtype,)
     for name, shape, dtypes in (
-        ("dec", (capacity,), MASTER),
-        ("dz", (capacity,), MASTER),
+        ("dec", (capacity,), dtype),
         ("tokens", (capacity,), (torch.int32,)),
-        ("db_enc", (d_sae,), MASTER),
-        ("dthreshold", (d_sae,), MASTER),
-        ("along", (d_sae,), MASTER),
+        ("db_enc", (d_sae,), dtype),
+        ("dthreshold", (d_sae,), dtype),
+        ("along", (d_sae,), dtype),
         ("firing_count", (d_sae,), (torch.int32,)),
     ):
         check_tensor(f"sums.{name}", getattr(sums, name), shape, dtypes, device)
@@ -184,7 +186,7 @@ def _check_tables(residual: Tensor, x_centred: Tensor, d_model: int | str, devic
 def validate_weight_gradients(transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor) -> None:
     check_by_latent(transposed, "capacity", "d_sae + 1")
     d_sae, device = transposed.offsets.shape[0] - 1, transposed.offsets.device
-    _check_sums(sums, transposed, d_sae, device)
+    _check_sums(sums, transposed, d_sae, MASTER)
     _check_tables(residual, x_centred, "d_model", device)
 
 
@@ -268,7 +270,7 @@ def validate_update_from_entries(
     check_state(state)
     (d_sae, d_model), device = state.W_dec.shape, state.W_dec.device
     check_by_latent(transposed, "capacity", d_sae + 1, device)
-    _check_sums(sums, transposed, d_sae, device)
+    _check_sums(sums, transposed, d_sae, (state.W_dec.dtype,))
     _check_tables(residual, x_centred, d_model, device)
     check_rule(rule)
     _check_scalars(ok, step, device)
@@ -280,10 +282,11 @@ def validate_update_from_dense(
 ) -> None:  # fmt: skip
     check_state(state)
     (d_sae, d_model), device = state.W_dec.shape, state.W_dec.device
-    check_tensor("dW_enc", dW_enc, (d_sae, d_model), MASTER, device)
-    check_tensor("dW_dec", dW_dec, (d_sae, d_model), MASTER, device)
-    check_tensor("db_enc", db_enc, (d_sae,), MASTER, device)
-    check_tensor("dthreshold", dthreshold, (d_sae,), MASTER, device)
+    dtype = (state.W_dec.dtype,)
+    check_tensor("dW_enc", dW_enc, (d_sae, d_model), dtype, device)
+    check_tensor("dW_dec", dW_dec, (d_sae, d_model), dtype, device)
+    check_tensor("db_enc", db_enc, (d_sae,), dtype, device)
+    check_tensor("dthreshold", dthreshold, (d_sae,), dtype, device)
     check_tensor("touched", touched, (d_sae,), (torch.int32,), device)
     check_rule(rule)
     _check_scalars(ok, step, device)

@@ -14,7 +14,7 @@ from tests.kernels.native import needs_native
 from tests.kernels.operators import OPERATORS, arguments, copied
 
 IMPLS = ["reference", "pytorch", pytest.param("cpu", marks=needs_native)]
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
