@@ -234,9 +234,8 @@ def weight_gradients(
     """
     if not torch.compiler.is_compiling():
         validation.validate_weight_gradients(transposed, sums, residual, x_centred)
-    impl = choose(impl, residual.device, residual.dtype).impl
-    if _is_read_unchecked(impl):
         validation.check_listed_tokens(sums, transposed, residual.shape[0])
+    impl = choose(impl, residual.device, residual.dtype).impl
     return operator("weight_gradients", impl)(transposed, sums, residual, x_centred)
 
 

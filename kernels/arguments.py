@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C._functorch import (
+    TransformType,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    peek_interpreter_stack,
+)
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -22,10 +28,8 @@ def check_number(
     """Raise TypeError or ValueError unless ``value`` is a finite number in [low, high] (or (low, high])."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int beyond every float
-        finite = False
+    # An int beyond int64 is no number to PyTorch, and may be beyond every float.
+    finite = math.isfinite(value) if isinstance(value, float) else value.bit_length() < 64
     if not (finite and (low < value if open_low else low <= value) and value <= high):
         bounds = "" if low == -math.inf else f" {'>' if open_low else '≥'} {low:g}"
         bounds += "" if high == math.inf else f" and ≤ {high:g}"
@@ -88,12 +92,12 @@ def check_present(name: str, tensor: Tensor) -> None:
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:
-    batched = _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    batched = is_batchedtensor(tensor) or is_legacy_batchedtensor(tensor)
     if batched:  # by is_grads_batched too
         return "one of torch.func.vmap, which the operators do not support (they take batches as they are)"
-    if _functorch.is_functorch_wrapped_tensor(tensor):
-        key = _functorch.peek_interpreter_stack().key()
-        transform = "jvp" if key == _functorch.TransformType.Jvp else "grad"
+    if is_functorch_wrapped_tensor(tensor):
+        key = peek_interpreter_stack().key()
+        transform = "jvp" if key == TransformType.Jvp else "grad"
         return f"one of torch.func.{transform}, which the operators do not support (backward() gives gradients)"
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         return "one of forward-mode differentiation, which the operators do not support (backward() gives gradients)"

@@ -147,9 +147,9 @@ def validate_latent_pass(
     check_tensor("threshold", threshold, ("d_sae",), MASTER)
     device = threshold.device
     check_entries(entries, device)
-    check_tensor("u", u, (entries.z.shape[0],), MASTER, device)
+    check_tensor("u", u, (entries.z.shape[0],), (threshold.dtype,), device)
     check_by_latent(transposed, entries.z.shape[0], threshold.shape[0] + 1, device)
-    check_tensor("s", s, (entries.offsets.shape[0] - 1,), MASTER, device)
+    check_tensor("s", s, (entries.offsets.shape[0] - 1,), (threshold.dtype,), device)
     validate_objective(objective)
 
 
@@ -180,7 +180,7 @@ def _check_sums(sums: LatentSums, transposed: ByLatent, d_sae: int, dtypes: tupl
 
 def _check_tables(residual: Tensor, x_centred: Tensor, d_model: int | str, device: torch.device) -> None:
     check_tensor("residual", residual, ("N", d_model), device=device)
-    check_tensor("x_centred", x_centred, (residual.shape[0], residual.shape[1]), device=device)
+    check_tensor("x_centred", x_centred, (residual.shape[0], residual.shape[1]), (residual.dtype,), device)
 
 
 def validate_weight_gradients(transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor) -> None:
@@ -214,8 +214,8 @@ def validate_dense_backward(
         else:
             check_tensor(f"code.{name}", getattr(code, name), (n, d_sae), (torch.bool, *FLOATS), device)
     check_tensor("code.firing_count", code.firing_count, (d_sae,), (torch.int32,), device)
-    check_tensor("threshold", threshold, (d_sae,), MASTER, device)
-    check_tensor("s", s, (n,), MASTER, device)
+    check_tensor("threshold", threshold, (d_sae,), _threshold_dtype(u), device)
+    check_tensor("s", s, (n,), _threshold_dtype(u), device)
     validate_objective(objective)
 
 
