@@ -2,9 +2,12 @@
 the native CPU backend with the package. A build that fails leaves an installation without it and says why in a line.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -19,6 +22,31 @@ def packages() -> list[str]:
         for root, folder in PACKAGE_DIR.items()
         for package in ("", *find_packages(folder))
     ]
+
+
+@contextlib.contextmanager
+def said() -> Iterator[list[str]]:
+    """What this process and the compilers it starts say meanwhile, in lines; it is passed on when that ends."""
+    lines = []
+    with tempfile.TemporaryFile() as record:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        before = os.dup(1), os.dup(2)
+        os.dup2(record.fileno(), 1)
+        os.dup2(record.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for descriptor, copy in zip((1, 2), before, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+            record.seek(0)
+            text = record.read()
+            with os.fdopen(os.dup(1), "wb") as out:
+                out.write(text)
+            lines += text.decode("utf-8", "replace").splitlines()
 
 
 def native_backend() -> dict:
@@ -40,9 +68,10 @@ def native_backend() -> dict:
             for left in (library, failure):  # an earlier build's is not what these sources make
                 left.unlink(missing_ok=True)
             try:
-                super().run()
+                with said() as lines:
+                    super().run()
             except Exception as error:
-                why = native.first_complaint(error)
+                why = native.first_complaint(error, "\n".join(lines))
                 print(f"gemmascope: the native CPU backend could not be built: {why}", file=sys.stderr)
                 failure.parent.mkdir(parents=True, exist_ok=True)
                 failure.write_text(why + "\n", encoding="utf-8")

@@ -13,9 +13,14 @@ Gates and windows are decided in fp32 (fp64 for fp64 inputs). Results repeat bit
 gives NaN or Inf out, never a plausible zero.
 
 The first three operators are inference and the activation; those after `encode_entries` are one exact training step,
-and `entries.py` says what they exchange and why. All of them are checked: ValueError or TypeError naming the argument,
-what was expected and what came; indices inside the tuples they exchange are trusted, as those of a `SparseCode` are.
-None of the training operators is differentiable: they compute the gradients.
+and `entries.py` says what they exchange and why. None of the training operators is differentiable: they compute the
+gradients.
+
+All arguments are checked: ValueError or TypeError naming the argument, what was expected and what came. So are, on a
+CPU, the indices and offsets inside a `SparseCode` and the tuples that the training operators exchange; on a GPU, where
+a look at them would wait for the device, and inside torch.compile they are trusted. Tensors of torch.func transforms,
+of forward-mode differentiation and DTensors are refused by name. Inside torch.autocast every operator and its backward
+gives the bits that it gives outside.
 """
 
 from typing import NamedTuple
@@ -28,7 +33,7 @@ from .autograd import Decode, JumpReLU, PreActivations
 from .code import SparseCode
 from .dispatch import choose
 from .entries import ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Residual, Rule
-from .implementations import NEED_CAPACITY, operator
+from .implementations import CHECK_WHAT_THEY_READ, MASKS_AS_BITS, NEED_CAPACITY, operator
 
 # Room for this many entries a token is tried first where no capacity is given and one is needed, then what is needed.
 FIRST_ROOM = 128
@@ -38,6 +43,11 @@ class JumpReLUOutput(NamedTuple):
     f: Tensor  # [N, F]
     l0: Tensor  # [N] fp32
     firing_count: Tensor  # [F] int32
+
+
+def _is_read_unchecked(impl: str) -> bool:
+    """Whether indices and starts of lists are to be checked before this implementation reads them."""
+    return impl not in CHECK_WHAT_THEY_READ and not torch.compiler.is_compiling()
 
 
 def jumprelu(
@@ -101,8 +111,8 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, impl: 
 def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, *, impl: str = "auto") -> Tensor:
     """x̂_n = Σ_e values_e·W_dec[indices_e] + b_dec over the entries e of token n, accumulated in fp32.
 
-    code: from `encode`; indices must lie in [0, F) (not checked: that would cost a pass). W_dec: [F, d] any float
-    dtype, b_dec: [d]. Returns [N, d] in the dtype of ``W_dec``.
+    code: from `encode`, or of one's own: see `SparseCode.check`. W_dec: [F, d] any float dtype, b_dec: [d]. Returns
+    [N, d] in the dtype of ``W_dec``.
 
     Differentiable in ``code.values``, ``W_dec`` and ``b_dec``; dW_dec is summed latent by latent in token order,
     without atomics, so that it repeats bit for bit. Second derivatives raise.
@@ -110,6 +120,8 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor, *, impl: str = "auto"
     if not torch.compiler.is_compiling():
         validation.validate_decode(code, W_dec, b_dec)
     impl = choose(impl, W_dec.device, W_dec.dtype).impl
+    if _is_read_unchecked(impl):
+        code.check()
     return Decode.apply(code.values, code.indices, code.offsets, W_dec, b_dec, impl)
 
 
@@ -140,7 +152,7 @@ def encode_entries(
     the loss. Products are accumulated in fp32 (fp64 with fp64), and the gate is that of `encode`.
     """
     if not torch.compiler.is_compiling():
-        validation.validate_training_encode(x, W_enc, b_enc, threshold, bandwidth)
+        validation.validate_training_encode(x, W_enc, b_enc, threshold, bandwidth, tf32)
         validation.check_capacity(capacity)
     impl = choose(impl, x.device, x.dtype).impl
     run, arguments = operator("encode_entries", impl), (x, W_enc, b_enc, threshold, bandwidth)
@@ -165,6 +177,8 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor, *, 
     if not torch.compiler.is_compiling():
         validation.validate_residual_pass(entries, x, W_dec, b_dec)
     impl = choose(impl, x.device, x.dtype).impl
+    if _is_read_unchecked(impl):
+        validation.check_places(entries, W_dec.shape[0])
     return operator("residual_pass", impl)(entries, x, W_dec, b_dec)
 
 
@@ -175,9 +189,10 @@ def by_latent(entries: Entries, d_sae: int, *, impl: str = "auto") -> ByLatent:
     entries: from `encode_entries`. d_sae: F. Without atomics; on a GPU without waiting for the device.
     """
     if not torch.compiler.is_compiling():
-        validation.check_int("d_sae", d_sae, 0)
-        validation.check_entries(entries, entries.z.device)
+        validation.validate_by_latent(entries, d_sae)
     impl = choose(impl, entries.z.device, entries.z.dtype).impl
+    if _is_read_unchecked(impl):
+        validation.check_places(entries, d_sae)
     return operator("by_latent", impl)(entries, d_sae)
 
 
@@ -202,6 +217,9 @@ def latent_pass(
     if not torch.compiler.is_compiling():
         validation.validate_latent_pass(entries, u, transposed, threshold, s, objective)
     impl = choose(impl, threshold.device, threshold.dtype).impl
+    if _is_read_unchecked(impl):
+        validation.check_places(entries, threshold.shape[0])
+        validation.check_lists(transposed)
     return operator("latent_pass", impl)(entries, u, transposed, threshold, s, objective)
 
 
@@ -216,6 +234,7 @@ def weight_gradients(
     """
     if not torch.compiler.is_compiling():
         validation.validate_weight_gradients(transposed, sums, residual, x_centred)
+        validation.check_listed_tokens(sums, transposed, residual.shape[0])
     impl = choose(impl, residual.device, residual.dtype).impl
     return operator("weight_gradients", impl)(transposed, sums, residual, x_centred)
 
@@ -258,6 +277,8 @@ def update_from_entries(
     if not torch.compiler.is_compiling():
         validation.validate_update_from_entries(state, transposed, sums, residual, x_centred, rule, ok, step)
     impl = choose(impl, state.W_dec.device, state.W_dec.dtype).impl
+    if _is_read_unchecked(impl):
+        validation.check_listed_tokens(sums, transposed, residual.shape[0])
     operator("update_from_entries", impl)(state, transposed, sums, residual, x_centred, rule, ok, step)
 
 
@@ -291,7 +312,7 @@ def dense_encode(
     wait for the device.
     """
     if not torch.compiler.is_compiling():
-        validation.validate_training_encode(x, W_enc, b_enc, threshold, bandwidth)
+        validation.validate_training_encode(x, W_enc, b_enc, threshold, bandwidth, tf32)
     impl = choose(impl, x.device, x.dtype).impl
     return operator("dense_encode", impl)(x, W_enc, b_enc, threshold, bandwidth, tf32)
 
@@ -306,8 +327,10 @@ def dense_backward(
     s: [N] fp32, ∂L/∂l0_n.
     """
     if not torch.compiler.is_compiling():
-        validation.validate_dense_backward(u, code, threshold, s, objective)
+        validation.check_overwritten(u)
     impl = choose(impl, u.device, u.dtype).impl
+    if not torch.compiler.is_compiling():
+        validation.validate_dense_backward(u, code, threshold, s, objective, impl in MASKS_AS_BITS)
     return operator("dense_backward", impl)(u, code, threshold, s, objective)
 
 

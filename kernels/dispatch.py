@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import as_device, check_type, dtype_name
 from .cpu import build
-from .validation import dtype_name
 
 IMPLS = ("auto", "reference", "pytorch", "cpu", "triton")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -78,7 +78,9 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
     """
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    device = torch.device(device)
+    if not isinstance(device, torch.device):
+        device = as_device("device", device)
+    check_type("dtype", dtype, torch.dtype)
     if impl in ("reference", "pytorch"):
         return Choice(impl, "asked for")
     if impl == "cpu":

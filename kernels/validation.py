@@ -1,68 +1,37 @@
 """Argument checks of the operators: ValueError or TypeError naming the argument, what was expected and what came."""
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from .arguments import (
+    FLOATS,
+    check_indices,
+    check_int,
+    check_number,
+    check_present,
+    check_starts,
+    check_tensor,
+    check_type,
+)
+from .arguments import dtype_name as dtype_name
 from .code import SparseCode
-from .entries import ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Rule
+from .entries import LATENT, ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Rule
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASTER = (torch.float32, torch.float64)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" of torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def check_number(
-    name: str, value: float, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
-) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a finite number in [low, high] (or (low, high])."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
-        bounds = "" if low == -math.inf else f" {'>' if open_low else '≥'} {low:g}"
-        bounds += "" if high == math.inf else f" and ≤ {high:g}"
-        raise ValueError(f"{name}: expected a finite number{bounds}, got {value}")
-
-
-def check_int(name: str, value: int, low: int) -> None:
-    """Raise TypeError or ValueError unless ``value`` is an int of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name}: expected at least {low}, got {value}")
-
-
-def check_type(name: str, value: Any, kind: type) -> None:
-    """Raise TypeError unless ``value`` is a ``kind``."""
-    if not isinstance(value, kind):
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise TypeError(f"{name}: expected {article} {kind.__name__}, got {type(value).__name__}")
-
-
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], dtypes=FLOATS, device=None) -> None:
-    """``shape`` holds sizes and, for free dimensions, their names."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    matches = tensor.ndim == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=False)
-    )
-    if not matches:
-        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(map(dtype_name, dtypes))
-        raise TypeError(f"{name}: expected dtype {expected}, got {dtype_name(tensor.dtype)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+# Room for more entries than there can be; beyond it a number of bytes is no int64.
+LARGEST_CAPACITY = 1 << 60
+LATEST_STEP = 1 << 53  # as an fp64, in which powers are taken
+SMALLEST_NORMAL, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def _threshold_dtype(operand: Tensor) -> tuple[torch.dtype, ...]:
     return (torch.float64,) if operand.dtype == torch.float64 else (torch.float32,)
+
+
+def check_bandwidth(name: str, bandwidth: float) -> None:
+    """A finite number > 0, in fp32 too: one that vanished there would divide by 0."""
+    check_number(name, bandwidth, 0, open_low=True)
+    check_number(name, bandwidth, SMALLEST_NORMAL, LARGEST)
 
 
 # ---- inference
@@ -73,7 +42,7 @@ def validate_jumprelu(pre: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: 
     d_sae = pre.shape[1]
     check_tensor("b_enc", b_enc, (d_sae,), device=pre.device)
     check_tensor("threshold", threshold, (d_sae,), _threshold_dtype(pre), pre.device)
-    check_number("bandwidth", bandwidth, 0, open_low=True)
+    check_bandwidth("bandwidth", bandwidth)
 
 
 def validate_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
@@ -84,6 +53,7 @@ def validate_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
 
 def validate_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> None:
     validate_product(x, W_enc, b_enc)
+    check_present("x", x)
     check_tensor("threshold", threshold, (W_enc.shape[1],), _threshold_dtype(x), x.device)
 
 
@@ -91,37 +61,67 @@ def validate_decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor) -> None:
     check_type("code", code, SparseCode)
     check_tensor("W_dec", W_dec, ("d_sae", "d_model"))
     check_tensor("b_dec", b_dec, (W_dec.shape[1],), device=W_dec.device)
+    code.check_tensors()
     if code.d_sae != W_dec.shape[0]:
         raise ValueError(f"code: expected d_sae = {W_dec.shape[0]} as in W_dec, got {code.d_sae}")
-    check_tensor("code.values", code.values, ("nnz",), MASTER, W_dec.device)
-    check_tensor("code.indices", code.indices, (code.values.shape[0],), (torch.int32,), W_dec.device)
-    check_tensor("code.offsets", code.offsets, ("N + 1",), (torch.int64,), W_dec.device)
-    if code.offsets.shape[0] == 0:
-        raise ValueError("code.offsets: expected N + 1 entries, got none")
+    if code.values.device != W_dec.device:
+        raise ValueError(f"code.values: expected device {W_dec.device}, got {code.values.device}")
 
 
 # ---- the training step
 
 
-def validate_training_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float) -> None:
+def validate_training_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, tf32: bool
+) -> None:
     validate_encode(x, W_enc, b_enc, threshold)
-    check_number("bandwidth", bandwidth, 0, open_low=True)
+    check_bandwidth("bandwidth", bandwidth)
+    check_type("tf32", tf32, bool)
 
 
 def check_capacity(capacity: int | None) -> None:
     if capacity is not None:
-        check_int("capacity", capacity, 0)
+        check_int("capacity", capacity, 0, LARGEST_CAPACITY)
 
 
-def check_entries(entries: Entries, device: torch.device) -> None:
+def check_entries(entries: Entries, device: torch.device | None = None) -> None:
     check_type("entries", entries, Entries)
     check_tensor("entries.z", entries.z, ("capacity",), MASTER, device)
-    capacity = entries.z.shape[0]
+    capacity, device = entries.z.shape[0], entries.z.device
     check_tensor("entries.latents", entries.latents, (capacity,), (torch.int32,), device)
     check_tensor("entries.tokens", entries.tokens, (capacity,), (torch.int32,), device)
     check_tensor("entries.offsets", entries.offsets, ("N + 1",), (torch.int64,), device)
     if entries.offsets.shape[0] == 0:
         raise ValueError("entries.offsets: expected N + 1 entries, got none")
+
+
+def check_places(entries: Entries, d_sae: int) -> None:
+    """What the stored entries say of tokens and latents: nothing outside of [N, d_sae]."""
+    check_starts("entries.offsets", entries.offsets)
+    if entries.offsets.device.type == "cpu":  # elsewhere it would wait for the device
+        stored = min(int(entries.offsets[-1]), entries.z.shape[0])
+        check_indices("entries.latents", entries.latents[:stored] & LATENT, d_sae)
+        check_indices("entries.tokens", entries.tokens[:stored], entries.offsets.shape[0] - 1)
+
+
+def check_lists(transposed: ByLatent) -> None:
+    """Latents' lists lie within the capacity, and so do their entries."""
+    capacity = transposed.order.shape[0]
+    check_starts("transposed.offsets", transposed.offsets, most=capacity)
+    if transposed.offsets.device.type == "cpu":
+        check_indices("transposed.order", transposed.order[: int(transposed.offsets[-1])], capacity)
+
+
+def check_listed_tokens(sums: LatentSums, transposed: ByLatent, n_tokens: int) -> None:
+    """`check_lists`, and their tokens are rows of the tables that they pick from."""
+    check_lists(transposed)
+    if transposed.offsets.device.type == "cpu":
+        check_indices("sums.tokens", sums.tokens[: int(transposed.offsets[-1])], n_tokens)
+
+
+def validate_by_latent(entries: Entries, d_sae: int) -> None:
+    check_entries(entries)
+    check_int("d_sae", d_sae, 0, LATENT)
 
 
 def validate_residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
@@ -131,10 +131,14 @@ def validate_residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Te
     check_tensor("b_dec", b_dec, (W_dec.shape[1],), MASTER, W_dec.device)
 
 
-def check_by_latent(transposed: ByLatent, capacity: int, d_sae: int, device: torch.device) -> None:
+def check_by_latent(
+    transposed: ByLatent, capacity: int | str, starts: int | str, device: torch.device | None = None
+) -> None:
     check_type("transposed", transposed, ByLatent)
     check_tensor("transposed.order", transposed.order, (capacity,), (torch.int64,), device)
-    check_tensor("transposed.offsets", transposed.offsets, (d_sae + 1,), (torch.int64,), device)
+    check_tensor("transposed.offsets", transposed.offsets, (starts,), (torch.int64,), transposed.order.device)
+    if transposed.offsets.shape[0] == 0:
+        raise ValueError("transposed.offsets: expected d_sae + 1 entries, got none")
 
 
 def validate_latent_pass(
@@ -143,30 +147,32 @@ def validate_latent_pass(
     check_tensor("threshold", threshold, ("d_sae",), MASTER)
     device = threshold.device
     check_entries(entries, device)
-    check_tensor("u", u, (entries.z.shape[0],), MASTER, device)
-    check_by_latent(transposed, entries.z.shape[0], threshold.shape[0], device)
-    check_tensor("s", s, (entries.offsets.shape[0] - 1,), MASTER, device)
+    check_tensor("u", u, (entries.z.shape[0],), (threshold.dtype,), device)
+    check_by_latent(transposed, entries.z.shape[0], threshold.shape[0] + 1, device)
+    check_tensor("s", s, (entries.offsets.shape[0] - 1,), (threshold.dtype,), device)
     validate_objective(objective)
 
 
 def validate_objective(objective: Objective) -> None:
     check_type("objective", objective, Objective)
-    check_number("objective.bandwidth", objective.bandwidth, 0, open_low=True)
+    check_bandwidth("objective.bandwidth", objective.bandwidth)
     for name in ("frequency_slope", "tanh_slope", "tanh_scale"):
         check_number(f"objective.{name}", getattr(objective, name))
     check_type("objective.ste_to_z", objective.ste_to_z, bool)
 
 
-def _check_sums(sums: LatentSums, transposed: ByLatent, d_sae: int, device: torch.device) -> None:
+def _check_sums(sums: LatentSums, transposed: ByLatent, d_sae: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    """dtypes: those that ``dz`` may have; the others are of the same."""
     check_type("sums", sums, LatentSums)
-    capacity = transposed.order.shape[0]
+    capacity, device = transposed.order.shape[0], transposed.order.device
+    check_tensor("sums.dz", sums.dz, (capacity,), dtypes, device)
+    dtype = (sums.dz.dtype,)
     for name, shape, dtypes in (
-        ("dec", (capacity,), MASTER),
-        ("dz", (capacity,), MASTER),
+        ("dec", (capacity,), dtype),
         ("tokens", (capacity,), (torch.int32,)),
-        ("db_enc", (d_sae,), MASTER),
-        ("dthreshold", (d_sae,), MASTER),
-        ("along", (d_sae,), MASTER),
+        ("db_enc", (d_sae,), dtype),
+        ("dthreshold", (d_sae,), dtype),
+        ("along", (d_sae,), dtype),
         ("firing_count", (d_sae,), (torch.int32,)),
     ):
         check_tensor(f"sums.{name}", getattr(sums, name), shape, dtypes, device)
@@ -174,14 +180,13 @@ def _check_sums(sums: LatentSums, transposed: ByLatent, d_sae: int, device: torc
 
 def _check_tables(residual: Tensor, x_centred: Tensor, d_model: int | str, device: torch.device) -> None:
     check_tensor("residual", residual, ("N", d_model), device=device)
-    check_tensor("x_centred", x_centred, (residual.shape[0], residual.shape[1]), device=device)
+    check_tensor("x_centred", x_centred, (residual.shape[0], residual.shape[1]), (residual.dtype,), device)
 
 
 def validate_weight_gradients(transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor) -> None:
-    check_type("transposed", transposed, ByLatent)
+    check_by_latent(transposed, "capacity", "d_sae + 1")
     d_sae, device = transposed.offsets.shape[0] - 1, transposed.offsets.device
-    check_by_latent(transposed, transposed.order.shape[0], d_sae, device)
-    _check_sums(sums, transposed, d_sae, device)
+    _check_sums(sums, transposed, d_sae, MASTER)
     _check_tables(residual, x_centred, "d_model", device)
 
 
@@ -190,14 +195,27 @@ def validate_encoder_times(W_enc: Tensor, db_enc: Tensor) -> None:
     check_tensor("db_enc", db_enc, (W_enc.shape[0],), MASTER, W_enc.device)
 
 
-def validate_dense_backward(u: Tensor, code: DenseCode, threshold: Tensor, s: Tensor, objective: Objective) -> None:
+def check_overwritten(u: Tensor) -> None:
     check_tensor("u", u, ("N", "d_sae"))
+    if any(stride == 0 and size > 1 for stride, size in zip(u.stride(), u.shape, strict=True)):
+        raise ValueError(f"u: expected elements of their own memory, got strides {list(u.stride())}")
+
+
+def validate_dense_backward(
+    u: Tensor, code: DenseCode, threshold: Tensor, s: Tensor, objective: Objective, bits: bool
+) -> None:
+    """bits: whether the implementation has the masks as words of bits."""
     (n, d_sae), device = u.shape, u.device
     check_type("code", code, DenseCode)
     check_tensor("code.f", code.f, (n, d_sae), device=device)
+    for name in ("active", "window"):
+        if bits:
+            check_tensor(f"code.{name}", getattr(code, name), (n, (d_sae + 31) // 32), (torch.int32,), device)
+        else:
+            check_tensor(f"code.{name}", getattr(code, name), (n, d_sae), (torch.bool, *FLOATS), device)
     check_tensor("code.firing_count", code.firing_count, (d_sae,), (torch.int32,), device)
-    check_tensor("threshold", threshold, (d_sae,), MASTER, device)
-    check_tensor("s", s, (n,), MASTER, device)
+    check_tensor("threshold", threshold, (d_sae,), _threshold_dtype(u), device)
+    check_tensor("s", s, (n,), _threshold_dtype(u), device)
     validate_objective(objective)
 
 
@@ -228,13 +246,21 @@ def check_rule(rule: Rule) -> None:
     check_type("rule", rule, Rule)
     check_number("rule.learning_rate", rule.learning_rate, 0)
     check_number("rule.beta2", rule.beta2, 0, 1, open_low=True)
+    if rule.beta2 == 1:
+        raise ValueError("rule.beta2: expected a number below 1, with which moments would stay as they are, got 1")
     check_number("rule.eps", rule.eps, 0)
     check_type("rule.log_threshold", rule.log_threshold, bool)
 
 
 def _check_scalars(ok: Tensor, step: Tensor, device: torch.device) -> None:
     check_tensor("ok", ok, (), (torch.int32,), device)
+    check_step(step, device)
+
+
+def check_step(step: Tensor, device: torch.device) -> None:
     check_tensor("step", step, (), (torch.int64,), device)
+    if device.type == "cpu":  # elsewhere it would wait for the device
+        check_int("step", int(step), 0, LATEST_STEP)
 
 
 def validate_update_from_entries(
@@ -243,9 +269,8 @@ def validate_update_from_entries(
 ) -> None:  # fmt: skip
     check_state(state)
     (d_sae, d_model), device = state.W_dec.shape, state.W_dec.device
-    check_type("transposed", transposed, ByLatent)
-    check_by_latent(transposed, transposed.order.shape[0], d_sae, device)
-    _check_sums(sums, transposed, d_sae, device)
+    check_by_latent(transposed, "capacity", d_sae + 1, device)
+    _check_sums(sums, transposed, d_sae, (state.W_dec.dtype,))
     _check_tables(residual, x_centred, d_model, device)
     check_rule(rule)
     _check_scalars(ok, step, device)
@@ -257,10 +282,11 @@ def validate_update_from_dense(
 ) -> None:  # fmt: skip
     check_state(state)
     (d_sae, d_model), device = state.W_dec.shape, state.W_dec.device
-    check_tensor("dW_enc", dW_enc, (d_sae, d_model), MASTER, device)
-    check_tensor("dW_dec", dW_dec, (d_sae, d_model), MASTER, device)
-    check_tensor("db_enc", db_enc, (d_sae,), MASTER, device)
-    check_tensor("dthreshold", dthreshold, (d_sae,), MASTER, device)
+    dtype = (state.W_dec.dtype,)
+    check_tensor("dW_enc", dW_enc, (d_sae, d_model), dtype, device)
+    check_tensor("dW_dec", dW_dec, (d_sae, d_model), dtype, device)
+    check_tensor("db_enc", db_enc, (d_sae,), dtype, device)
+    check_tensor("dthreshold", dthreshold, (d_sae,), dtype, device)
     check_tensor("touched", touched, (d_sae,), (torch.int32,), device)
     check_rule(rule)
     _check_scalars(ok, step, device)
@@ -268,5 +294,5 @@ def validate_update_from_dense(
 
 def validate_settle(state: LatentState, step: Tensor, beta2: float) -> None:
     check_state(state)
-    check_tensor("step", step, (), (torch.int64,), state.W_dec.device)
+    check_step(step, state.W_dec.device)
     check_number("beta2", beta2, 0, 1, open_low=True)

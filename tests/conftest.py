@@ -14,11 +14,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the interpreter's small numpy p
 import pytest
 import torch
 
+from tests import defaults
+from tests.defaults import changed_defaults  # noqa: F401
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, hence before anything imports it
 
 # Tests of 64-bit offsets allocate address space they never touch; filling it would commit it.
 LARGEST_POISONED_ON_CPU = 256 * 2**20
+
+
+def pytest_addoption(parser):
+    defaults.add_options(parser)
 
 
 def pytest_collection_modifyitems(items):
@@ -52,7 +59,7 @@ def _poisoned(allocate):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
+def poisoned_memory(monkeypatch, changed_defaults):  # noqa: F811
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

@@ -51,6 +51,9 @@ class JumpReLUSAE(nn.Module):
     dtype the module is moved to (in bf16 it would stop learning, and the gate would move), or fp64 with fp64. Products
     are formed in the dtype of the weights, inside torch.autocast too: the same bits as without.
 
+    ``torch.func.functional_call`` takes other weights for a call; the transforms of torch.func (vmap, grad, jvp) are
+    refused with a TypeError, by their name. `fully_shard` (FSDP2) refuses W_enc, which is not contiguous.
+
     Initialised as in Gemma Scope: W_dec He-uniform with unit-norm rows, W_enc its transpose, biases 0. The weights are
     drawn on the CPU, so that a seed means the same ones on every device.
 

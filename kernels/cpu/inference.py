@@ -1,6 +1,7 @@
 """The native CPU backend of `jumprelu`, `encode` and `decode`: what `csrc/` computes, under the operators' names.
 
-fp32 and bf16, accumulated in fp32; contracts and NaN policy as in `reference/`. Every index is checked: IndexError.
+fp32 and bf16, accumulated in fp32; contracts and NaN policy as in `reference/`. Every index is checked as it is read:
+ValueError.
 """
 
 import torch
@@ -49,7 +50,7 @@ def decode_backward(
     if need_W:
         order, starts = _ops.by_latent(indices, None, W_dec.shape[0])
         lengths = offsets[1:] - offsets[:-1]
-        tokens = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        tokens = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device).repeat_interleave(lengths)
         dW_dec = _ops.sum_rows(_fp32(values)[order], tokens[order], starts, _fp32(grad)).to(W_dec.dtype)
     return dvalues, dW_dec
 

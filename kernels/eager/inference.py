@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..reference.gates import activation, compute_dtype, without_autocast
+from ..reference.gates import activation, compute_dtype
 
 # Elements of a temporary that is worked on in a core's own cache, of a tile of z, and of the rows that a piece of a
 # pass over the entries gathers. Smaller ones lose more to the calls than they save.
@@ -81,7 +81,6 @@ def _row_blocks(x: Tensor, W_enc: Tensor) -> Iterator[tuple[slice, list[slice]]]
         yield slice(start, start + n), [slice(first, first + width) for first in range(0, d_sae, width)]
 
 
-@without_autocast
 def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """z = x·W_enc + b_enc [N, F], in the compute dtype."""
     dtype = compute_dtype(x)
@@ -127,7 +126,6 @@ def row_offsets(token: Tensor, n_tokens: int) -> Tensor:
     return offsets
 
 
-@without_autocast
 def encode_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values [nnz], indices [nnz] int32, offsets [N + 1] int64."""
     z, token, latent = near_threshold(x, W_enc, b_enc, threshold, 0.0)
@@ -169,23 +167,22 @@ def _give_csr_notice() -> None:
     """PyTorch says once a process that CSR tensors are in beta; here, unheard."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")
-        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
+        options = {"dtype": torch.float32, "device": "cpu", "check_invariants": False}
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), **options)
 
 
 def dot_rows(a: Tensor, b: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
     """⟨a[n], b[columns_e]⟩ for the entries e of each row n in compressed rows; a and b of one dtype."""
     _give_csr_notice()
     zeros = torch.zeros(columns.shape, dtype=a.dtype, device=a.device)
-    pattern = torch.sparse_csr_tensor(
-        offsets.to(columns.dtype), columns, zeros, size=(a.shape[0], b.shape[0]), check_invariants=False
-    )
+    starts, size = offsets.to(columns.dtype), (a.shape[0], b.shape[0])
+    pattern = torch.sparse_csr_tensor(starts, columns, zeros, size=size, device=a.device, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0).values()
 
 
 # ---- decode
 
 
-@without_autocast
 def decode_forward(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """x̂ [N, d] in the dtype of ``W_dec``."""
     dtype = compute_dtype(W_dec)
@@ -200,7 +197,6 @@ def decode_forward(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tens
     return x_hat
 
 
-@without_autocast
 def decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -253,7 +249,6 @@ def _in_rows(tensor: Tensor) -> Iterator[slice]:
         yield slice(first, first + step)
 
 
-@without_autocast
 def jumprelu_forward(pre: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """f [N, F] in the dtype of ``pre``, l0 [N], firing_count [F] int32."""
     dtype = compute_dtype(pre)
@@ -266,7 +261,6 @@ def jumprelu_forward(pre: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Ten
     return f, l0, firing_count
 
 
-@without_autocast
 def jumprelu_backward(
     grad_f: Tensor, grad_l0: Tensor, pre: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,7 +119,7 @@ def latent_pass(
     count = by_latent_sum(active.to(torch.int32))
     along = by_latent_sum(f * u)
     u = _penalised(u, f, objective)
-    penalty = s.index_select(0, tokens) + objective.frequency_slope * count.index_select(0, latents)
+    penalty = s.index_select(0, tokens) + objective.frequency_slope * count.index_select(0, latents).to(u.dtype)
     q = torch.where(inside, -(theta * u + penalty) / bandwidth, 0)
     dz = torch.where(active, u, 0)
     if objective.ste_to_z:
@@ -170,12 +170,12 @@ def dense_backward(
     """dz in the memory of u, db_enc, dθ. q is made only for the straight-through estimator on z, else summed alone."""
     dtype, bandwidth = compute_dtype(u), objective.bandwidth
     du = _penalised(u.to(dtype).mul(2 / max(1, u.shape[0])), code.f.to(dtype), objective)
-    penalty = s[:, None] + objective.frequency_slope * code.firing_count
+    frequency = objective.frequency_slope * code.firing_count.to(dtype)
     if objective.ste_to_z:
-        q = code.window * -(threshold * du + penalty) / bandwidth
+        q = code.window * -(threshold * du + (s[:, None] + frequency)) / bandwidth
         dz, dthreshold = du.mul_(code.active).sub_(q), q.sum(0)
     else:
-        frequency = objective.frequency_slope * code.firing_count * code.window.sum(0)
+        frequency = frequency * code.window.sum(0)
         dthreshold = -(threshold * (code.window * du).sum(0) + s @ code.window + frequency) / bandwidth
         dz = du.mul_(code.active)
     return u.copy_(dz), dz.sum(0), dthreshold

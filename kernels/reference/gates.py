@@ -9,6 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_off
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
@@ -18,7 +20,7 @@ def without_autocast(function):
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         device = next(a.device for a in args if isinstance(a, Tensor))
-        with torch.autocast(device.type, enabled=False):
+        with autocast_off(device):
             return function(*args, **kwargs)
 
     return wrapped

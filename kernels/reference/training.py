@@ -134,7 +134,7 @@ def latent_pass(
         return torch.zeros(d_sae, dtype=values.dtype, device=values.device).index_add_(0, latents, values)
 
     firing_count = sum_by_latent(active.to(torch.int32))
-    t = objective.frequency_slope * firing_count[latents]
+    t = objective.frequency_slope * firing_count[latents].to(u.dtype)
     dec = scale * f
     along = sum_by_latent(dec * u)
     u = _with_tanh_slope(scale * u, f, objective)
@@ -206,7 +206,7 @@ def dense_backward(
     """
     dtype, bandwidth = compute_dtype(u), objective.bandwidth
     active, inside = code.active.to(dtype), code.window.to(dtype)
-    t = objective.frequency_slope * code.firing_count
+    t = objective.frequency_slope * code.firing_count.to(dtype)
     du = _with_tanh_slope(2 / max(1, len(u)) * u.to(dtype), code.f.to(dtype), objective)
     q = inside * (-(threshold / bandwidth) * du - (s[:, None] + t) / bandwidth)
     dz = active * du

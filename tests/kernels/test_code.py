@@ -62,7 +62,7 @@ def test_empty(shape):
 
 
 def test_from_dense_wants_a_matrix():
-    with pytest.raises(ValueError, match=r"f: expected \[N, d_sae\], got shape \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"f: expected shape \[N, d_sae\], got \[2, 3, 4\]"):
         SparseCode.from_dense(torch.zeros(2, 3, 4))
 
 

@@ -342,9 +342,9 @@ def index(*values, dtype=torch.int32):
 )
 def test_every_index_is_checked(indices, offsets, message):
     code, W_dec, b_dec = SparseCode(torch.ones(2), indices, offsets, 3), torch.ones(3, 4), torch.ones(4)
-    with pytest.raises(IndexError, match=message):
+    with pytest.raises(ValueError, match=message):
         kernels.decode(code, W_dec, b_dec, impl="cpu")
-    with pytest.raises(IndexError, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.ops.gemmascope_cpu.decode_values_gradient(torch.ones(len(offsets) - 1, 4), indices, offsets, W_dec)
 
 
@@ -366,10 +366,74 @@ def test_operators_refuse_what_they_do_not_take():
         ops.use_isa("mmx")
 
 
+HUGE = 2**63 - 1
+
+ABSURD = {
+    "latents of no columns": lambda ops: ops.weighted_sum(torch.empty(HUGE, 0), torch.empty(0)),
+    "columns of no tokens": lambda ops: ops.dense_gate(torch.empty(0, HUGE), torch.empty(0), 0.5, False),
+    "tokens of no columns": lambda ops: ops.encode(torch.empty(HUGE, 0), torch.empty(1, 0), *torch.ones(2, 1)),
+    "columns of nothing": lambda ops: ops.preactivations(torch.empty(0, HUGE), torch.empty(0, HUGE), torch.empty(0)),
+    "fewer latents than none": lambda ops: ops.by_latent(index(), None, -1),
+    "more latents than int64 counts": lambda ops: ops.by_latent(index(), None, HUGE),
+    "fewer entries than none": lambda ops: ops.by_latent(index(0), -1, 1),
+    "room for fewer than none": lambda ops: ops.encode_entries(*torch.ones(2, 1, 1), *torch.ones(2, 1), 0.5, -1),
+    "no step": lambda ops: update_by_native(ops, step=0),
+}
+
+
+def update_by_native(ops, step, last=0):
+    state = [torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), torch.ones(1)]
+    state += [torch.zeros_like(t) for t in state] + [index(last, dtype=torch.int64), torch.empty(0), torch.empty(0)]
+    gradients = torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), torch.ones(1), index(1)
+    ops.update_from_dense(state, *gradients, 1e-3, 0.999, 1e-8, False, step)
+    return state
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_no_number_is_too_absurd_to_be_refused(name):
+    """Sizes that cost no memory where another size is 0, and counts: nothing may overflow before it is checked."""
+    with pytest.raises(ValueError, match="expected"):
+        ABSURD[name](torch.ops.gemmascope_cpu)
+
+
+def test_room_beyond_memory_is_refused_by_pytorch():
+    with pytest.raises(RuntimeError, match="overflow"):
+        torch.ops.gemmascope_cpu.encode_entries(*torch.ones(2, 1, 1), *torch.ones(2, 1), 0.5, HUGE)
+
+
+@pytest.mark.parametrize(("step", "last"), [(HUGE, -HUGE - 1), (1, HUGE), (HUGE, 0)])
+def test_updates_of_any_age_decay(step, last):
+    """The difference of two int64 need not be one; β2 to its power is 0 or Inf, as for any number as large."""
+    state = update_by_native(torch.ops.gemmascope_cpu, step, last)
+    assert state[8].tolist() == [step]
+    assert state[4].isfinite().all() == (step > last)
+
+
+def test_what_is_written_in_place_leaves_a_lazy_copy_alone():
+    """Memory that is shared until someone writes: only the tensor that was given may change."""
+    ops, names = torch.ops.gemmascope_cpu, ("z", "u", "W_enc")
+    tensors = {name: normal(3, 4, seed=seed) for seed, name in enumerate(names)}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    lazy = {name: torch._lazy_clone(tensor) for name, tensor in tensors.items()}
+    z = ops.dense_gate(lazy["z"], torch.full((4,), 0.5), 0.1, False)[0]
+    words = index(1, 2, 3).view(3, 1)
+    ops.dense_backward(
+        lazy["u"], normal(3, 4), words, words, index(1, 1, 1, 1), torch.ones(4), torch.ones(3), 0.5, 0, 0, 0, False
+    )
+    state = [lazy["W_enc"], torch.ones(3, 4), torch.ones(3), torch.ones(3)]
+    state += [torch.zeros_like(t) for t in state] + [index(0, 0, 0, dtype=torch.int64), torch.empty(0), torch.empty(0)]
+    gradients = torch.ones(3, 4), torch.ones(3, 4), torch.ones(3), torch.ones(3), index(1, 1, 1)
+    ops.update_from_dense(state, *gradients, 1e-3, 0.999, 1e-8, False, 1)
+    assert z.data_ptr() == lazy["z"].data_ptr()
+    for name in names:
+        assert_bitwise_equal(name, tensors[name], before[name])
+        assert not torch.equal(lazy[name], before[name])
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_code_decodes_or_is_refused(data):
-    """Whatever the indices and offsets: either the reference's result or an IndexError, never a crash."""
+    """Whatever the indices and offsets: either the reference's result or a ValueError, never a crash."""
     F, d, N = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 40)), data.draw(st.integers(0, 6))
     nnz = data.draw(st.integers(0, 12))
     valid = data.draw(st.booleans())
@@ -383,7 +447,7 @@ def test_any_code_decodes_or_is_refused(data):
     lawful = offsets[0] == 0 and (offsets.diff() >= 0).all() and offsets[-1] == nnz
     lawful = lawful and ((indices >= 0) & (indices < F)).all()
     if not lawful:
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError):
             kernels.decode(SparseCode(values, indices, offsets, F), W_dec, b_dec, impl="cpu")
         return
     ours = kernels.decode(SparseCode(values, indices, offsets, F), W_dec, b_dec, impl="cpu")

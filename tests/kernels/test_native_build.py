@@ -4,13 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
-import torch
+from torch.utils import cpp_extension
 
 from gemmascope.kernels.cpu import build as native_build
+from gemmascope.kernels.cpu import inference
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -24,12 +27,12 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(native_build, "installed_library", lambda: tmp_path / "_csrc.so")
     monkeypatch.delenv("GEMMASCOPE_NATIVE", raising=False)
     monkeypatch.setattr(native_build, "build", lambda: pytest.fail("compiled unasked"))
+    monkeypatch.setattr(inference, "register_fakes", lambda: None)
     return tmp_path
 
 
 def test_nothing_is_compiled_unasked(fresh):
-    problem = "the native backend is not built (make native, or GEMMASCOPE_NATIVE=1; it needs a C++ compiler)"
-    assert native_build.problem() == problem
+    assert native_build.problem() == f"the native backend is not built ({native_build.HOW_TO_BUILD})"
 
 
 def test_is_asked_once(fresh, monkeypatch):
@@ -53,7 +56,7 @@ def test_a_library_from_other_sources_or_for_another_pytorch_is_not_loaded(fresh
     expected = (
         f"the native backend was built from {made_from or 'nothing known'}, not {native_build.stamp()}: build it again"
     )
-    assert native_build.problem() == expected + " (make native)"
+    assert native_build.problem() == f"{expected} ({native_build.HOW_TO_BUILD})"
 
 
 def test_a_damaged_library_is_one_line(fresh):
@@ -68,10 +71,64 @@ def test_asked_for_at_first_use(fresh, monkeypatch):
     built = []
     monkeypatch.setattr(native_build, "build", lambda: built.append(True))
     monkeypatch.setenv("GEMMASCOPE_NATIVE", "1")
-    if not hasattr(torch.ops.gemmascope_cpu, "isas"):
-        pytest.skip("needs the operators")
     assert native_build.problem() is None
     assert built == [True]
+
+
+@pytest.mark.parametrize("made_from", ["torch 2.1, sources 0123456789ab", None, "these"])
+def test_asked_for_where_the_installed_one_cannot_be_used(fresh, monkeypatch, made_from):
+    """Stale, of unknown origin, or damaged: who asks for a build gets one, and needs no Makefile for it."""
+    built = []
+    monkeypatch.setattr(native_build, "build", lambda: built.append(True))
+    monkeypatch.setenv("GEMMASCOPE_NATIVE", "1")
+    (fresh / "_csrc.so").write_bytes(b"not a library")
+    if made_from:
+        (fresh / "_csrc_stamp.txt").write_text(native_build.stamp() if made_from == "these" else made_from)
+    assert native_build.problem() is None
+    assert built == [True]
+
+
+def test_what_a_killed_build_left_is_no_lock(monkeypatch, tmp_path):
+    """PyTorch waits for the file that its build makes and removes, for ever when a kill came between."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    found = []
+
+    def load(name, *_, **__):
+        folder = Path(cpp_extension._get_build_directory(name, False))
+        found.append((folder / "lock").exists())
+        (folder / "lock").write_bytes(b"")
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    assert native_build.build() == native_build.build()
+    assert found == [False, False]
+
+
+def test_who_waits_for_a_build_says_so_and_takes_over_when_its_owner_dies(tmp_path, capsys):
+    code = (
+        "import fcntl, sys; file = open('owner', 'a+'); fcntl.flock(file, fcntl.LOCK_EX);"
+        "file.write('process 7'); file.flush(); print('held', flush=True); sys.stdin.read()"
+    )
+    held = threading.Event()
+
+    def wait_for_it():
+        with native_build._alone_in(tmp_path):
+            held.set()
+
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes) as owner:
+        assert owner.stdout.readline() == b"held\n"
+        waiting = threading.Thread(target=wait_for_it)
+        waiting.start()
+        said, deadline = "", time.monotonic() + 60
+        while not said and time.monotonic() < deadline:
+            said = capsys.readouterr().err
+            time.sleep(0.01)
+        assert said == f"gemmascope: waiting for process 7 to build the native CPU backend in {tmp_path}\n"
+        assert not held.is_set()
+        owner.kill()
+        assert held.wait(60)
+        waiting.join()
+    assert (tmp_path / "owner").read_text() == f"process {os.getpid()}\n"
 
 
 def run(arguments, tmp_path, **env):
@@ -125,16 +182,23 @@ def test_an_installation_whose_build_fails_goes_on_without(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     said = [line for line in (done.stdout + done.stderr).splitlines() if "could not be built" in line]
     assert len(said) == 1
+    assert "error: #error broken on purpose" in said[0]
+    assert "-c " in done.stdout + done.stderr, "what the compiler was asked is not shown"
     (wheel,) = tmp_path.glob("gemmascope-*.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
+        reason = file.read("gemmascope/kernels/cpu/_csrc_failure.txt").decode()
+    assert reason.strip() == said[0].partition("could not be built: ")[2].strip()
     assert "gemmascope/kernels/cpu/_csrc_failure.txt" in names
     assert not [name for name in names if name.endswith(".so")]
 
 
-def test_why_an_installation_is_without_is_remembered(fresh):
-    (fresh / "_csrc_failure.txt").write_text("no such compiler\n")
-    assert native_build.problem() == "the native backend could not be built when installed: no such compiler"
+def test_why_an_installation_is_without_is_remembered(fresh, monkeypatch):
+    """Whatever the locale: the record is UTF-8, and damage to it is no reason to fail."""
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    (fresh / "_csrc_failure.txt").write_bytes("error: »größer« ".encode() + b"\xff\n")
+    expected = "the native backend could not be built when installed: error: »größer« \ufffd"
+    assert native_build.problem() == f"{expected} ({native_build.HOW_TO_BUILD})"
 
 
 def test_an_installation_without_torch_at_hand_says_what_to_add(tmp_path):

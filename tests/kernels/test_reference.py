@@ -245,5 +245,5 @@ class TestSparseCode:
         assert torch.equal(kernels.SparseCode.from_dense(dense).to_dense(), dense)
 
     def test_refuses_other_ranks(self):
-        with pytest.raises(ValueError, match=r"f: expected \[N, d_sae\], got shape \(3,\)"):
+        with pytest.raises(ValueError, match=r"f: expected shape \[N, d_sae\], got \[3\]"):
             kernels.SparseCode.from_dense(torch.zeros(3))

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <limits>
 #include <optional>
 
 #include "types.h"
@@ -15,8 +16,14 @@ using at::Tensor;
 using std::optional;
 
 template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// For what an operator writes: memory shared with a lazy copy becomes the tensor's own first, so before it is read.
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 inline bool is_low(const Tensor& t) { return t.scalar_type() == at::kBFloat16; }
@@ -24,6 +31,9 @@ inline bool is_low(const Tensor& t) { return t.scalar_type() == at::kBFloat16; }
 inline Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::kFloat); }
 inline Tensor ints(at::IntArrayRef shape) { return at::empty(shape, at::kInt); }
 inline Tensor zeros(at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) { return at::zeros(shape, dtype); }
+
+// No size of a matrix is larger: counts, tokens and latents are int32, and sums of a few sizes stay in int64.
+constexpr int64_t LARGEST_SIZE = std::numeric_limits<int32_t>::max();
 
 void check(const char* name, const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape);
 void check_matrix(const char* name, const Tensor& t);

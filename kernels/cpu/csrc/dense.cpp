@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> jumprelu(const Tensor& pre, const Tensor& b_e
     using T = decltype(zero);
     by_chunk(N, [&](int64_t part, int64_t, int64_t n) {
       t.jumprelu_row(
-          data<T>(pre) + n * F, data<float>(b_enc), data<float>(threshold), F, data<T>(f) + n * F,
-          data<float>(l0) + n, data<int32_t>(counts) + part * F);
+          data<T>(pre) + n * F, data<float>(b_enc), data<float>(threshold), F, mutable_data<T>(f) + n * F,
+          mutable_data<float>(l0) + n, mutable_data<int32_t>(counts) + part * F);
     });
   });
   return {f, l0, counts.sum(0, false, at::kInt)};
@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> jumprelu_backward(
     by_chunk(N, [&](int64_t, int64_t chunk, int64_t n) {
       t.jumprelu_backward_row(
           data<T>(grad_f) + n * F, data<float>(grad_l0)[n], data<T>(pre) + n * F, data<float>(b_enc),
-          data<float>(threshold), static_cast<float>(bandwidth), F, data<T>(dpre) + n * F,
-          data<float>(db_enc) + chunk * F, data<float>(dthreshold) + chunk * F);
+          data<float>(threshold), static_cast<float>(bandwidth), F, mutable_data<T>(dpre) + n * F,
+          mutable_data<float>(db_enc) + chunk * F, mutable_data<float>(dthreshold) + chunk * F);
     });
   });
   return {dpre, db_enc.sum(0), dthreshold.sum(0)};
@@ -75,11 +75,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense_gate(
   Tensor counts = zeros({max_parts(), F}, at::kInt), touched = zeros({max_parts(), F}, at::kInt);
   std::atomic<int64_t> entries{0};
   by_type(f, [&](const auto& t, auto zero) {
+    auto* activations = mutable_data<decltype(zero)>(f);  // before z is read, which f may be
     by_chunk(N, [&](int64_t part, int64_t, int64_t n) {
       entries += t.gate_row(
-          data<float>(z) + n * F, data<float>(threshold), static_cast<float>(bandwidth), F,
-          data<decltype(zero)>(f) + n * F, data<uint32_t>(active) + n * words, data<uint32_t>(window) + n * words,
-          data<float>(l0) + n, data<int32_t>(counts) + part * F, data<int32_t>(touched) + part * F);
+          data<float>(z) + n * F, data<float>(threshold), static_cast<float>(bandwidth), F, activations + n * F,
+          mutable_data<uint32_t>(active) + n * words, mutable_data<uint32_t>(window) + n * words,
+          mutable_data<float>(l0) + n, mutable_data<int32_t>(counts) + part * F,
+          mutable_data<int32_t>(touched) + part * F);
     });
   });
   return {f, active, window, l0, counts.sum(0, false, at::kInt), touched.sum(0, false, at::kInt),
@@ -104,11 +106,12 @@ std::tuple<Tensor, Tensor> dense_backward(
   Tensor db_enc = zeros({chunks_of(N), F}), dthreshold = zeros({chunks_of(N), F});
   by_type(u, [&](const auto& t, auto zero) {
     using T = decltype(zero);
+    T* dz = mutable_data<T>(u);
     by_chunk(N, [&](int64_t, int64_t chunk, int64_t n) {
       t.dense_backward_row(
-          data<T>(u) + n * F, data<T>(f) + n * F, data<uint32_t>(active) + n * words,
+          dz + n * F, data<T>(f) + n * F, data<uint32_t>(active) + n * words,
           data<uint32_t>(window) + n * words, data<float>(threshold), data<float>(penalty), data<float>(s)[n],
-          objective, F, data<float>(db_enc) + chunk * F, data<float>(dthreshold) + chunk * F);
+          objective, F, mutable_data<float>(db_enc) + chunk * F, mutable_data<float>(dthreshold) + chunk * F);
     });
   });
   return {db_enc.sum(0), dthreshold.sum(0)};

@@ -63,10 +63,10 @@ struct Blocks {
   const T* weights(int64_t b) const { return W + first_latent(b) * w_stride; }
 
   // Tokens are packed before `product` reads them: all at once, or those of a block.
-  void pack_panel(int64_t panel) const { t.pack_tokens(x, d, N, d, panel, data<float>(packed)); }
+  void pack_panel(int64_t panel) const { t.pack_tokens(x, d, N, d, panel, mutable_data<float>(packed)); }
   void pack() const {
     if (few)
-      for (int64_t n = 0; n < N; ++n) t.widen_row(x + n * d, d, data<float>(packed) + n * d);
+      for (int64_t n = 0; n < N; ++n) t.widen_row(x + n * d, d, mutable_data<float>(packed) + n * d);
     else
       deal_each(panels, 1, [&](int64_t panel) { pack_panel(panel); });
   }
@@ -109,7 +109,8 @@ struct ScreenScratch {
       : grid(ints({k.block_rows, (d + 1) / 2})), sums(ints({k.block_rows, k.block_tokens})),
         per_token(floats({2, k.block_tokens})), pairs(ints({k.block_rows, k.block_tokens, 2})), grids(k.block_rows),
         integers(d + 1),
-        room{data<int32_t>(sums), data<float>(per_token), data<float>(per_token) + k.block_tokens, data<Pair>(pairs)} {}
+        room{mutable_data<int32_t>(sums), mutable_data<float>(per_token),
+             mutable_data<float>(per_token) + k.block_tokens, mutable_data<Pair>(pairs)} {}
   Tensor grid, sums, per_token, pairs;
   std::vector<Grid> grids;
   std::vector<int16_t> integers;
@@ -141,7 +142,8 @@ Selection encode_blocks(
     deal_each(panels, 1, [&](int64_t panel) {
       std::vector<int16_t> integers(d + 1);
       t.grid_tokens(
-          blocks.x, d, N, d, panel, data<int32_t>(grid), token_grids.data() + panel * k.tokens, integers.data());
+          blocks.x, d, N, d, panel, mutable_data<int32_t>(grid), token_grids.data() + panel * k.tokens,
+          integers.data());
     });
   else
     blocks.pack();
@@ -160,7 +162,7 @@ Selection encode_blocks(
       if (!screens[part]) screens[part].emplace(k, d);
       ScreenScratch& screen = *screens[part];
       t.grid_rows(
-          blocks.weights(b), blocks.w_stride, bias, rows, d, data<int32_t>(screen.grid), screen.grids.data(),
+          blocks.weights(b), blocks.w_stride, bias, rows, d, mutable_data<int32_t>(screen.grid), screen.grids.data(),
           screen.integers.data());
     }
     for (int64_t token_block = 0; token_block < token_blocks; ++token_block) {
@@ -180,8 +182,8 @@ Selection encode_blocks(
       }
       if (count < 0) {
         if (!scratch[part]) scratch[part].emplace(blocks);
-        float* z = data<float>(scratch[part]->z);
-        blocks.product(b, token_block, data<float>(scratch[part]->rows), z);
+        float* z = mutable_data<float>(scratch[part]->z);
+        blocks.product(b, token_block, mutable_data<float>(scratch[part]->rows), z);
         count = k.select_entries(z, blocks.stride, rows, tokens, first, first_token, theta, bandwidth, room, to);
       }
       parts[b * token_blocks + token_block] = {part, found[part].used(), count};
@@ -191,7 +193,7 @@ Selection encode_blocks(
 
   // counts become places: those of a token's entries before a block of latents.
   Selection out{Tensor(), Tensor(), Tensor(), zeros({N + 1}, at::kLong)};
-  int64_t* offsets = data<int64_t>(out.offsets);
+  int64_t* offsets = mutable_data<int64_t>(out.offsets);
   std::vector<int32_t> before(N);
   for (int64_t b = 0; b < row_blocks; ++b)
     for (int64_t n = 0; n < N; ++n) {
@@ -204,6 +206,8 @@ Selection encode_blocks(
   out.z = floats({room});
   out.latents = ints({room});
   out.tokens = ints({room});
+  float* z = mutable_data<float>(out.z);
+  int32_t *latents = mutable_data<int32_t>(out.latents), *tokens = mutable_data<int32_t>(out.tokens);
   deal(row_blocks, 4, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       for (int64_t token_block = 0; token_block < token_blocks; ++token_block) {
@@ -212,16 +216,16 @@ Selection encode_blocks(
           const Entry& entry = *found[in.part].at(in.begin + i);
           int64_t place = offsets[entry.token] + counts[b * N + entry.token]++;
           if (place >= room) continue;
-          data<float>(out.z)[place] = entry.z;
-          data<int32_t>(out.latents)[place] = entry.latent;
-          data<int32_t>(out.tokens)[place] = entry.token;
+          z[place] = entry.z;
+          latents[place] = entry.latent;
+          tokens[place] = entry.token;
         }
       }
   });
   for (int64_t i = total; i < room; ++i) {
-    data<float>(out.z)[i] = 0.0f;
-    data<int32_t>(out.latents)[i] = static_cast<int32_t>(F);
-    data<int32_t>(out.tokens)[i] = 0;
+    z[i] = 0.0f;
+    latents[i] = static_cast<int32_t>(F);
+    tokens[i] = 0;
   }
   return out;
 }
@@ -233,7 +237,7 @@ auto with_blocks(const Tensor& x, const Tensor& W, const Tensor& b_enc, const Wo
   check_matrix("W_enc", W);
   TORCH_CHECK_VALUE(W.size(1) == x.size(1), "W_enc: expected ", x.size(1), " columns, got ", W.size(1));
   TORCH_CHECK_TYPE(W.scalar_type() == x.scalar_type(), "W_enc: expected the dtype of x, got ", W.scalar_type());
-  TORCH_CHECK_VALUE(W.size(0) <= LATENT, "W_enc: expected at most 2^30 latents, got ", W.size(0));
+  TORCH_CHECK_VALUE(W.size(0) <= LATENT, "W_enc: expected fewer than 2^30 latents, got ", W.size(0));
   check("b_enc", b_enc, at::kFloat, {W.size(0)});
   Tensor rows = W.stride(1) == 1 ? W : W.contiguous(), input = x.contiguous();
   return by_type(x, [&](const auto& t, auto zero) {
@@ -279,12 +283,13 @@ Tensor preactivations(const Tensor& x, const Tensor& W, const Tensor& b_enc) {
     blocks.pack();
     deal(blocks.of_latents, 1, [&](int64_t part, int64_t b, int64_t) {
       if (!scratch[part]) scratch[part].emplace(blocks);
-      float* z = data<float>(scratch[part]->z);
+      float* z = mutable_data<float>(scratch[part]->z);
       for (int64_t token_block = 0; token_block < blocks.of_tokens; ++token_block) {
-        blocks.product(b, token_block, data<float>(scratch[part]->rows), z);
+        blocks.product(b, token_block, mutable_data<float>(scratch[part]->rows), z);
         blocks.k.by_token(
             z, blocks.stride, blocks.latents(b), blocks.tokens(token_block),
-            data<float>(out) + blocks.first_token(token_block) * blocks.F + blocks.first_latent(b), blocks.F);
+            mutable_data<float>(out) + blocks.first_token(token_block) * blocks.F + blocks.first_latent(b),
+            blocks.F);
       }
     });
     return out;

@@ -128,8 +128,9 @@ static void update_latent(
     const State& state, int64_t j, int64_t next, int64_t d, const float* dW_enc, const float* dW_dec, float along,
     const Rule& rule, int64_t step) {
   AdamStep adam_step;
-  adam_step.decay = static_cast<float>(std::pow(rule.beta2, static_cast<double>(step - state.last[j])));
-  adam_step.correction = static_cast<float>(1.0 / (1.0 - std::pow(rule.beta2, static_cast<double>(step))));
+  double now = static_cast<double>(step), last = static_cast<double>(state.last[j]);  // their difference may leave int64
+  adam_step.decay = static_cast<float>(std::pow(rule.beta2, now - last));
+  adam_step.correction = static_cast<float>(1.0 / (1.0 - std::pow(rule.beta2, now)));
   adam_step.fresh = static_cast<float>(1.0 - rule.beta2);
   adam_step.learning_rate = rule.learning_rate;
   adam_step.eps = rule.eps;

@@ -14,7 +14,7 @@ struct Code {
 
 Code check_code(const optional<Tensor>& values, const Tensor& indices, const Tensor& offsets, int64_t F) {
   int64_t nnz = check_offsets(offsets);
-  TORCH_CHECK_INDEX(nnz == indices.numel(), "offsets: expected to end with ", indices.numel(), ", got ", nnz);
+  TORCH_CHECK_VALUE(nnz == indices.numel(), "offsets: expected to end with ", indices.numel(), ", got ", nnz);
   check("indices", indices, at::kInt, {nnz});
   if (values) check("values", *values, at::kFloat, {nnz});
   check_indices("indices", indices, nnz, F);
@@ -26,7 +26,7 @@ int64_t check_order(const Tensor& order, const Tensor& offsets, int64_t F, int64
   int64_t nnz = check_offsets_within(capacity, offsets, F);
   for (int64_t i = 0; i < nnz; ++i) {
     int64_t e = data<int64_t>(order)[i];
-    TORCH_CHECK_INDEX(e >= 0 && e < capacity, "order: expected indices in [0, ", capacity, "), got ", e, " at ", i);
+    TORCH_CHECK_VALUE(e >= 0 && e < capacity, "order: expected indices in [0, ", capacity, "), got ", e, " at ", i);
   }
   return nnz;
 }
@@ -48,7 +48,7 @@ Tensor decode(
       for (int64_t n = begin; n < end; ++n)
         t.decode_row(
             data<float>(values) + starts[n], data<int32_t>(indices) + starts[n], starts[n + 1] - starts[n], data<T>(W),
-            data<float>(b_dec), d, row.data(), data<T>(out) + n * d);
+            data<float>(b_dec), d, row.data(), mutable_data<T>(out) + n * d);
     });
   });
   return out;
@@ -66,7 +66,7 @@ Tensor decode_values_gradient(const Tensor& grad, const Tensor& indices, const T
     deal_each(code.N, 4, [&](int64_t n) {
       t.dot_rows(
           data<float>(grad) + n * d, data<int32_t>(indices) + starts[n], starts[n + 1] - starts[n],
-          data<decltype(zero)>(W), d, data<float>(out) + starts[n]);
+          data<decltype(zero)>(W), d, mutable_data<float>(out) + starts[n]);
     });
   });
   return out;
@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_pass(
         }
         t.residual_row(
             data<float>(z) + first, data<int32_t>(latents) + first, count, data<float>(x) + n * d, data<T>(W),
-            data<float>(b_dec), d, row.data(), weights.data(), rows.data(), data<T>(residual) + n * d,
-            data<float>(squared_error) + n, data<float>(l0) + n, data<float>(u) + first);
+            data<float>(b_dec), d, row.data(), weights.data(), rows.data(), mutable_data<T>(residual) + n * d,
+            mutable_data<float>(squared_error) + n, mutable_data<float>(l0) + n, mutable_data<float>(u) + first);
       }
     });
   });
@@ -112,16 +112,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_pass(
 std::tuple<Tensor, Tensor> by_latent(const Tensor& indices, optional<int64_t> count, int64_t F) {
   int64_t capacity = indices.numel(), nnz = count.value_or(capacity);
   check("latents", indices, at::kInt, {capacity});
-  TORCH_CHECK_INDEX(nnz >= 0 && nnz <= capacity, "count: expected 0 to ", capacity, ", got ", nnz);
+  TORCH_CHECK_VALUE(F >= 0 && F <= LATENT, "d_sae: expected 0 to ", LATENT, ", got ", F);
+  TORCH_CHECK_VALUE(nnz >= 0 && nnz <= capacity, "count: expected 0 to ", capacity, ", got ", nnz);
   check_indices("latents", indices, nnz, F, LATENT);
   Tensor order = at::empty({capacity}, at::kLong), offsets = zeros({F + 1}, at::kLong);
   const int32_t* latent = data<int32_t>(indices);
-  int64_t* start = data<int64_t>(offsets);
+  int64_t *start = mutable_data<int64_t>(offsets), *place = mutable_data<int64_t>(order);
   for (int64_t i = 0; i < nnz; ++i) ++start[(latent[i] & LATENT) + 1];
   for (int64_t j = 0; j < F; ++j) start[j + 1] += start[j];
   std::vector<int64_t> next(start, start + F);
-  for (int64_t i = 0; i < nnz; ++i) data<int64_t>(order)[next[latent[i] & LATENT]++] = i;
-  for (int64_t i = nnz; i < capacity; ++i) data<int64_t>(order)[i] = i;
+  for (int64_t i = 0; i < nnz; ++i) place[next[latent[i] & LATENT]++] = i;
+  for (int64_t i = nnz; i < capacity; ++i) place[i] = i;
   return {order, offsets};
 }
 
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> latent_pass(
   int64_t nnz = check_order(order, offsets, F, capacity);
   for (int64_t i = 0; i < nnz; ++i) {
     int32_t n = data<int32_t>(tokens)[data<int64_t>(order)[i]];
-    TORCH_CHECK_INDEX(n >= 0 && n < N, "tokens: expected indices in [0, ", N, "), got ", n);
+    TORCH_CHECK_VALUE(n >= 0 && n < N, "tokens: expected indices in [0, ", N, "), got ", n);
   }
   Objective objective = objective_of(N, bandwidth, frequency_slope, tanh_slope, tanh_scale, ste_to_z);
   Tensor dec = floats({capacity}), dz = floats({capacity}), tokens_out = ints({capacity});
@@ -149,9 +150,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> latent_pass(
   deal_each(F, 256, [&](int64_t j) {
     k.latent_sums(
         starts[j], starts[j + 1], data<int64_t>(order), data<float>(z), data<int32_t>(latents), data<int32_t>(tokens),
-        data<float>(u), data<float>(threshold)[j], data<float>(s), objective, data<float>(dec), data<float>(dz),
-        data<int32_t>(tokens_out), data<float>(db_enc) + j, data<float>(dthreshold) + j, data<float>(along) + j,
-        data<int32_t>(count) + j);
+        data<float>(u), data<float>(threshold)[j], data<float>(s), objective, mutable_data<float>(dec),
+        mutable_data<float>(dz), mutable_data<int32_t>(tokens_out), mutable_data<float>(db_enc) + j,
+        mutable_data<float>(dthreshold) + j, mutable_data<float>(along) + j, mutable_data<int32_t>(count) + j);
   });
   return {dec, dz, tokens_out, db_enc, dthreshold, along, count};
 }
@@ -168,7 +169,7 @@ Tensor sum_rows(const Tensor& coefficients, const Tensor& rows, const Tensor& of
   const int64_t* starts = data<int64_t>(offsets);
   by_type(table, [&](const auto& t, auto zero) {
     deal_each(lists, 32, [&](int64_t j) {
-      float* to = data<float>(out) + j * d;
+      float* to = mutable_data<float>(out) + j * d;
       std::fill(to, to + d, 0.0f);
       t.add_rows(
           data<float>(coefficients) + starts[j], data<int32_t>(rows) + starts[j], starts[j + 1] - starts[j],
@@ -182,7 +183,7 @@ Tensor sum_rows(const Tensor& coefficients, const Tensor& rows, const Tensor& of
 Tensor weighted_sum(const Tensor& W, const Tensor& weights) {
   check_contiguous_matrix("W_enc", W);
   int64_t F = W.size(0), d = W.size(1), chunk = 256, chunks = (F + chunk - 1) / chunk;
-  check("weights", weights, at::kFloat, {F});
+  check("db_enc", weights, at::kFloat, {F});
   Tensor partial = zeros({chunks, d});
   by_type(W, [&](const auto& t, auto zero) {
     deal_each(chunks, 1, [&](int64_t i) {
@@ -195,7 +196,7 @@ Tensor weighted_sum(const Tensor& W, const Tensor& weights) {
         }
       t.add_rows(
           used.data(), rows.data(), static_cast<int64_t>(rows.size()), data<decltype(zero)>(W), d,
-          data<float>(partial) + i * d);
+          mutable_data<float>(partial) + i * d);
     });
   });
   return partial.sum(0);

@@ -22,12 +22,13 @@ State check_state(at::TensorList state, const Tensor& db_enc, const Tensor& dthr
   check("dthreshold", dthreshold, at::kFloat, {F});
   auto low = [&](int i) { return state[i].numel() ? state[i].mutable_data_ptr() : nullptr; };
   float* p[8];
-  for (int i = 0; i < 8; ++i) p[i] = data<float>(state[i]);
-  return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], data<int64_t>(state[8]), low(9), low(10),
+  for (int i = 0; i < 8; ++i) p[i] = mutable_data<float>(state[i]);
+  return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], mutable_data<int64_t>(state[8]), low(9), low(10),
           data<float>(db_enc), data<float>(dthreshold)};
 }
 
-Rule rule_of(double learning_rate, double beta2, double eps, bool log_threshold) {
+Rule rule_of(double learning_rate, double beta2, double eps, bool log_threshold, int64_t step) {
+  TORCH_CHECK_VALUE(step > 0, "step: expected at least 1, got ", step);
   return {beta2, static_cast<float>(learning_rate), static_cast<float>(eps), log_threshold};
 }
 
@@ -52,7 +53,7 @@ void update_from_entries(
   check_indices("tokens", tokens, nnz, N);
   Lists lists{data<int64_t>(offsets), data<float>(dz), data<float>(dec), data<float>(along), data<int32_t>(tokens),
               x.const_data_ptr(), residual.const_data_ptr(), is_low(x)};
-  Rule rule = rule_of(learning_rate, beta2, eps, log_threshold);
+  Rule rule = rule_of(learning_rate, beta2, eps, log_threshold, step);
   const Kernels& k = kernels();
   deal(F, 64, [&](int64_t, int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * d);
@@ -76,7 +77,7 @@ void update_from_dense(
   check("dW_enc", dW_enc, at::kFloat, {F, d});
   check("dW_dec", dW_dec, at::kFloat, {F, d});
   check("touched", touched, at::kInt, {F});
-  Rule rule = rule_of(learning_rate, beta2, eps, log_threshold);
+  Rule rule = rule_of(learning_rate, beta2, eps, log_threshold, step);
   const Kernels& k = kernels();
   deal_each(F, 16, [&](int64_t j) {
     if (data<int32_t>(touched)[j] <= 0) return;

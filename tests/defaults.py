@@ -1,0 +1,75 @@
+"""The tests under other defaults of PyTorch: ``pytest --default-dtype bfloat16 --default-device meta``.
+
+Nothing in the package may depend on them, so every test must pass under any. They hold for what the package asks of
+PyTorch, the conversions of its integers included. The tests' own tensors, and those of libraries that they or the
+package call, are made as ever: who asks is the nearest caller that is not PyTorch's own code.
+"""
+
+import contextlib
+import functools
+import sys
+
+import pytest
+import torch
+from torch.utils import _device
+
+ORDINARY_DTYPE = torch.get_default_dtype()
+TRANSPARENT = ("torch", "tests.conftest", "tests.defaults", "contextlib", "functools")
+# Those whose results depend on a default; read before any is replaced, since PyTorch goes by identity.
+FACTORIES = [function for function in _device._device_constructors() if hasattr(torch, function.__name__)]
+
+
+def add_options(parser) -> None:
+    group = parser.getgroup("gemmascope")
+    group.addoption("--default-dtype", help="PyTorch's default dtype for what the package makes, e.g. bfloat16")
+    group.addoption("--default-device", help="PyTorch's default device for what the package makes, e.g. meta")
+
+
+def _package_asks() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] not in TRANSPARENT and module not in TRANSPARENT:
+            return module.startswith("gemmascope")
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def _ordinary():
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(ORDINARY_DTYPE)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _for_the_package_alone(factory):
+    @functools.wraps(factory)
+    def wrapped(*args, **kwargs):
+        if _package_asks():
+            return factory(*args, **kwargs)
+        with _ordinary():
+            return factory(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.fixture(autouse=True)
+def changed_defaults(request, monkeypatch):
+    """The defaults that the command line asks for."""
+    dtype, device = request.config.getoption("--default-dtype"), request.config.getoption("--default-device")
+    if dtype is None and device is None:
+        yield
+        return
+    for factory in FACTORIES:
+        monkeypatch.setattr(torch, factory.__name__, _for_the_package_alone(factory))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype or "float32"))
+    try:
+        with torch.device(device or "cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
