@@ -92,9 +92,9 @@ def make_trainers(
     }
 
 
-def suite_memory(config: TrainConfig, widths: Iterable[int]) -> int:
-    """Bytes that training an SAE on activations of each of ``widths`` takes at most."""
-    return sum(SAETrainer.memory(config, width).total for width in widths)
+def suite_memory(config: TrainConfig, widths: Iterable[int], device: torch.device | str = "cpu") -> int:
+    """Bytes that training an SAE on activations of each of ``widths`` takes at most, on a device of that type."""
+    return sum(SAETrainer.memory(config, width, device).total for width in widths)
 
 
 def save_sae(folder: Path, site: Site, sae: JumpReLUSAE, rows: Tensor) -> Path:
