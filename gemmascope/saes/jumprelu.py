@@ -82,7 +82,8 @@ class JumpReLUSAE(nn.Module):
         self.impl = impl
         self.metadata = dict(metadata or {})
 
-        W_dec = torch.empty(d_sae, d_model, dtype=torch.float32)
+        device = "cpu" if device is None else device  # whatever PyTorch's default is
+        W_dec = torch.empty(d_sae, d_model, dtype=torch.float32, device="cpu")
         bound = math.sqrt(6 / d_model)
         W_dec.uniform_(-bound, bound, generator=generator)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
