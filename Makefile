@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TRITON36 ?= .venv-triton36
+VENV_TORCH211 ?= .venv-torch211
 VENV_PEERS ?= .venv-peers
 JOBS ?= 2
 ARGS ?=
@@ -17,19 +18,19 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 # A PYTHON given by the user wins; else the environment of `make test` where there is one.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)),$(PYTHON))
 
-SEES_GPU = import torch, pytest, gemmascope; exit(not torch.cuda.is_available())
-NO_GPU = test-gpu: $(GPU_PYTHON) needs a GPU that torch sees, pytest, and \
+SEES_GPU = import torch, triton, pytest, gemmascope; exit(not torch.cuda.is_available())
+NO_GPU = test-gpu: $(GPU_PYTHON) needs a GPU that torch sees, triton, pytest, numpy, safetensors, and \
 	'$(GPU_PYTHON) -m pip install -e . --no-deps --no-build-isolation'
 
 KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -rlE 'gemmascope.kernels|bench' tests --include='test_*.py'))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo native test test-gpu test-native-san test-triton36 lint format aot bench bench-peers install clean
+.PHONY: help demo native test test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers install clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | native | test | test-gpu | test-native-san | test-triton36 | lint | format | aot | bench | bench-peers | install | clean"
+	@echo "make demo | native | test | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | install | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
@@ -37,12 +38,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(call PYTEST,$(VENV)) -m "not gpu" $(ARGS)
 
+# The tests that a GPU runs; says first what it must leave out.
 test-gpu:
 	@$(GPU_PYTHON) -c "$(SEES_GPU)" || { echo "$(NO_GPU)" >&2; exit 1; }
-	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+	@$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
 
 test-triton36: $(VENV_TRITON36)/.installed
 	$(call PYTEST,$(VENV_TRITON36)) -m "not gpu" $(KERNEL_TESTS) $(ARGS)
+
+# The oldest torch there is support for, with the Triton of its time: those of many a GPU machine.
+test-torch211: $(VENV_TORCH211)/.installed
+	$(call PYTEST,$(VENV_TORCH211)) -m "not gpu" $(KERNEL_TESTS) tests/training tests/saes $(ARGS)
 
 # Without a look for newer versions of itself: nothing is asked of a network.
 PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
@@ -90,7 +96,7 @@ bench-peers: $(VENV_PEERS)/.peers
 	OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -W ignore -m bench.peers
 
 clean:
-	rm -rf .venv .venv-triton36 .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton36 .venv-torch211 .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)
@@ -100,12 +106,12 @@ TORCH_BRINGS_TRITON = import importlib.metadata as m; exit(not any('triton' in r
 # nothing later asks for another; --no-deps then installs the pins and nothing else; wheels only, so no C compiler.
 # Byte-compiling all of torch up front takes a minute; Python compiles what it imports.
 # CUDA builds of torch require a triton of their own, which is left as it is.
-# $(call install,environment,triton requirement)
+# $(call install,environment,triton requirement[,another torch, which takes the packages that it needs as it wants them])
 define install
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { echo "$(TOO_OLD)" >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
-	grep -v '^triton==' constraints.txt > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --no-compile --only-binary :all: -c $(1)/constraints.txt torch
+	grep -vE '^(triton$(if $(3),|torch|setuptools))==' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --no-compile --only-binary :all: -c $(1)/constraints.txt $(if $(3),$(3) 'setuptools>=77',torch)
 	$(1)/bin/python -m pip install --no-compile --only-binary :all: --no-deps -r $(1)/constraints.txt
 	if ! $(1)/bin/python -c "$(TORCH_BRINGS_TRITON)"; then \
 		$(1)/bin/python -m pip install --no-compile --only-binary :all: --no-deps $(2); fi
@@ -118,6 +124,9 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 
 $(VENV_TRITON36)/.installed: constraints.txt pyproject.toml setup.py
 	$(call install,$(VENV_TRITON36),triton==3.6.0)
+
+$(VENV_TORCH211)/.installed: constraints.txt pyproject.toml setup.py
+	$(call install,$(VENV_TORCH211),triton==3.6.0,torch==2.11.0)
 
 $(VENV_PEERS)/.installed: constraints.txt pyproject.toml setup.py
 	$(call install,$(VENV_PEERS),"$(shell grep '^triton==' constraints.txt | tr '"' "'")")

@@ -97,6 +97,8 @@ def run(given: argparse.Namespace) -> int:
             case.facts() | {"kind": "skipped", "contender": "all", "ours": False, "reason": "no GPU"} for case in plan
         ]
         return finish(given, rows, machine, failed=False)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams the clock's events are of
     machine = records.provenance(device)
     print(tables.machine_line(machine), flush=True)
     clock, gates, rows, failed, done = Clock(device), Gates(), [], False, 0

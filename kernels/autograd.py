@@ -10,6 +10,13 @@ from torch.autograd.function import once_differentiable
 from .implementations import operator
 
 
+def _output(value: Tensor) -> Tensor:
+    """What `forward` returns. To Dynamo of torch 2.11 a conversion to the dtype that a tensor has is a second tensor in
+    the place of the first, and when it is the last operation the gradient goes to the wrong one: all zeros come out,
+    without a word. A view is a tensor of its own."""
+    return value.view_as(value) if torch.compiler.is_compiling() else value
+
+
 class JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, impl: str):
@@ -17,7 +24,7 @@ class JumpReLU(torch.autograd.Function):
         ctx.save_for_backward(pre, b_enc, threshold)
         ctx.bandwidth, ctx.impl = bandwidth, impl
         ctx.mark_non_differentiable(firing_count)
-        return f, l0, firing_count
+        return _output(f), _output(l0), firing_count
 
     @staticmethod
     @once_differentiable
@@ -33,7 +40,7 @@ class PreActivations(torch.autograd.Function):
     def forward(ctx, x: Tensor, W_enc: Tensor, b_enc: Tensor, impl: str):
         ctx.save_for_backward(x, W_enc)
         ctx.bias_dtype = b_enc.dtype
-        return operator("preactivations", impl)(x, W_enc, b_enc)
+        return _output(operator("preactivations", impl)(x, W_enc, b_enc))
 
     @staticmethod
     @once_differentiable
@@ -52,7 +59,7 @@ class Decode(torch.autograd.Function):
     def forward(ctx, values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor, impl: str):
         ctx.save_for_backward(values, indices, offsets, W_dec, b_dec)
         ctx.impl = impl
-        return operator("decode_forward", impl)(values, indices, offsets, W_dec, b_dec)
+        return _output(operator("decode_forward", impl)(values, indices, offsets, W_dec, b_dec))
 
     @staticmethod
     @once_differentiable

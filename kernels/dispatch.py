@@ -8,7 +8,6 @@
 * ``"triton"``: the GPU kernels.
 """
 
-import importlib.util
 import os
 from typing import NamedTuple
 
@@ -38,10 +37,10 @@ def triton_problem() -> str | None:
 
     Not cached: the look-up is cheap once triton is imported, and Dynamo warns of caches in what it traces.
     """
-    if importlib.util.find_spec("triton") is None:
+    try:  # rather than by `importlib`, which Dynamo of torch 2.11 does not trace
+        import triton
+    except ImportError:
         return "triton is not installed"
-    import triton
-
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST_TRITON:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"

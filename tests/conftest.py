@@ -1,5 +1,9 @@
 """Test set-up: one BLAS thread, Triton's interpreter where there is no GPU, and two safety nets for every test.
 
+``pytest -m gpu`` is the lane of a GPU machine: the tests marked so, and where there is a GPU every test that takes the
+fixture `device`. It needs pytest, numpy, safetensors, torch and Triton; modules that need more are left out, as its
+first line says.
+
 * Memory that `gemmascope.kernels` allocates without initialising is filled with NaN (integers: a garbage pattern), so
   that an element nobody writes, or a read before the write, fails a comparison.
 * Interpreted launches run under `tests.sanitizer`: repaired bf16, bounds and race checks.
@@ -8,6 +12,7 @@
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the interpreter's small numpy products are 18 times faster so
 
@@ -24,16 +29,56 @@ if not torch.cuda.is_available():
 LARGEST_POISONED_ON_CPU = 256 * 2**20
 
 
+# What some tests need that a GPU machine with torch, Triton and pytest may not have.
+EXTRAS = ("hypothesis", "matplotlib", "transformers", "huggingface_hub", "typer", "rich")
+
+
+def is_gpu_lane(config) -> bool:
+    return config.getoption("markexpr") == "gpu"
+
+
 def pytest_addoption(parser):
     defaults.add_options(parser)
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
 
 
+def pytest_sessionstart(session):
+    if not is_gpu_lane(session.config):
+        return
+    missing = [name for name in ("pytest_timeout", *EXTRAS) if importlib.util.find_spec(name) is None]
+    left_out = f"left out, for want of {', '.join(missing)}: what needs it" if missing else "nothing is left out"
+    session.config.get_terminal_writer().line(f"GPU lane: {left_out}")
+
+
+class _ModuleOfTheLane(pytest.Module):
+    """A module whose import fails for want of an extra is skipped, not an error."""
+
+    def _getobj(self):
+        try:
+            return super()._getobj()
+        except self.CollectError as error:
+            cause = error.__cause__
+            name = (cause.name or "").split(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+            if name not in EXTRAS:
+                raise
+            pytest.skip(f"needs {name}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent):
+    return _ModuleOfTheLane.from_parent(parent, path=module_path) if is_gpu_lane(parent.config) else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)
 
 

@@ -1,8 +1,12 @@
 """What the kernel tests share: the error budget, inputs, shapes and memory layouts."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
+
+from bench.arithmetic import INSTRUCTION_DEPTH, truncation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,13 +26,22 @@ def errors(value: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def assert_within_budget(
-    name: str, actual: Tensor, exact: Tensor, eager: Tensor, *, rounding: torch.dtype | None = None
-) -> None:
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    *,
+    rounding: torch.dtype | None = None,
+    slack: float = 0.0,
+) -> float:
     """``actual`` is as good as eager PyTorch: err(actual, exact) ≤ 2·err(eager, exact) + one ulp, in both norms.
 
     exact: the reference run in fp64. eager: the reference run in the dtype under test. rounding: the coarsest dtype
     that a value passed through on its way, where that is not the dtype of ``actual`` (rounded GEMM operands, say).
-    Not-finite elements must be the same ones in ``actual`` and ``eager``; the errors are taken over the rest.
+    slack: what the hardware may be off by beyond that (`product_slack`, `exp_slack`).
+
+    Not-finite elements must be the same ones in ``actual`` and ``eager``; the errors are taken over the rest. Returns
+    the largest share that one of them takes of its limit.
     """
     assert actual.shape == exact.shape == eager.shape, f"{name}: shapes {actual.shape} {exact.shape} {eager.shape}"
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
@@ -37,10 +50,43 @@ def assert_within_budget(
     assert_same_not_finite(name, actual, eager)
     assert exact[finite].isfinite().all(), f"{name}: the fp64 reference is not finite where eager PyTorch is"
     band = TOLERANCES[rounding or actual.dtype]
-    allowed = errors(eager[finite], exact[finite])
+    allowed, share = errors(eager[finite], exact[finite]), 0.0
     for norm, error in errors(actual[finite], exact[finite]).items():
-        limit = 2 * allowed[norm] + band
+        limit = 2 * allowed[norm] + band + slack
         assert error <= limit, f"{name}: {norm} error {error:.3g} exceeds {limit:.3g} (eager {allowed[norm]:.3g})"
+        share = max(share, error / limit)
+    return share
+
+
+def products_of(x: Tensor) -> str:
+    """What makes the products of ``x`` where it is: "fp32", or "bf16" for tensor cores with operands of 16 bits. (A
+    test that asks for "tf32" knows.)"""
+    return "bf16" if x.is_cuda and x.dtype != torch.float32 else "fp32"
+
+
+def product_slack(depth: int, precision: str) -> float:
+    """Relative error in either norm that sums of ``depth`` products may have beyond the budget: the truncation of
+    tensor cores; with tf32 also the operands, of which the hardware cuts off up to 2⁻¹⁰ each."""
+    return truncation(depth, precision) + (2 * 2.0**-10 if precision == "tf32" else 0.0)
+
+
+def product_bound(depth: int, precision: str) -> float:
+    """The error that no sum of ``depth`` products x·w, and a bias, can exceed, in units of Σ|x·w| and |bias|.
+
+    fp32: as many roundings as terms. Tensor cores: the k products of an instruction and the accumulator each lose less
+    than 2⁻²⁴ of the largest of them, the result less than 2⁻²³ of itself; tf32 operands less than 2⁻¹⁰ each.
+    """
+    if precision == "fp32":
+        return (depth + 2) * 2.0**-24
+    k = INSTRUCTION_DEPTH[precision]
+    sums = (math.ceil(depth / k) * (k + 3) + 2) * 2.0**-24
+    return sums + (2 * 2.0**-10 * (1 + 2.0**-10) if precision == "tf32" else 0.0)
+
+
+def exp_slack(exponent: float) -> float:
+    """Relative error of exp on a GPU, which is 2 to the power of a product rounded to fp32: that of the product, of its
+    constant and of the instruction, which is good to 2⁻²²."""
+    return 1.5 * abs(exponent) * 2.0**-24 + 2.0**-22
 
 
 def assert_same_not_finite(name: str, actual: Tensor, expected: Tensor) -> None:

@@ -162,7 +162,7 @@ ENTRIES = [
     ("past the row's words", "mask=word_columns < n_words, other=0).to(tl.uint32)", "other=0).to(tl.uint32)"),
     ("32-bit scratch row", "row = (segment // per_row).to(tl.int64)", "row = segment // per_row"),
     ("32-bit positions", "position = start + tl.cumsum", "position = start.to(tl.int32) + tl.cumsum"),
-    ("base not carried", "            part[1:] += part[0]\n", ""),
+    ("base not carried", "        part[1:] += part[0]\n", ""),
     ("latents not filled", "torch.full((capacity,), F,", "torch.full((capacity,), 0,"),
     ("offsets by segment", "starts[::per_row]", "starts[: N + 1]"),
     ("last chunk counted whole", "torch.cumsum(counts[: rows * per_row], 0,", "torch.cumsum(counts, 0,"),
@@ -359,7 +359,8 @@ def copy_project(to: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "gemmascope", to / "gemmascope", ignore=ignore)
     shutil.copytree(ROOT / "kernels", to / "gemmascope" / "kernels", ignore=ignore)
-    shutil.copytree(ROOT / "tests", to / "tests", ignore=ignore)
+    for name in ("tests", "bench"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", to)
 
 

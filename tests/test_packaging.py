@@ -210,6 +210,15 @@ def test_triton36_environment_differs_in_triton_alone(clone):
 
 
 @needs_make
+def test_torch211_environment_has_that_torch_and_what_it_needs(clone):
+    steps = make("-n", "test-torch211", folder=clone).stdout
+    assert re.search(r"pip install .*-c .venv-torch211/constraints.txt torch==2\.11\.0 'setuptools>=77'", steps)
+    assert "grep -vE '^(triton|torch|setuptools)==' constraints.txt > .venv-torch211/constraints.txt" in steps
+    assert re.search(r"pip install .*--no-deps triton==3\.6\.0", steps)
+    assert "OMP_NUM_THREADS=1 .venv-torch211/bin/python -m pytest" in steps
+
+
+@needs_make
 def test_too_old_python_is_one_clear_line(clone):
     old = clone / "old-python"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.10.9" && exit 0\nexit 1\n')

@@ -59,6 +59,8 @@ def compile_spec(spec, target: str):
     import triton
     from triton.compiler import ASTSource
 
+    from gemmascope.kernels.gpu.common import LAUNCH_OPTIONS
+
     names = list(spec.kernel.arg_names)
     given = {*spec.arguments, *spec.constants}
     if given != set(names):
@@ -70,7 +72,7 @@ def compile_spec(spec, target: str):
         if aligned and parameter.name not in spec.unaligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     signature = {name: spec.arguments.get(name, "constexpr") for name in names}
-    options = {"num_warps": spec.num_warps}
+    options = {"num_warps": spec.num_warps, **LAUNCH_OPTIONS}
     if spec.num_stages is not None:
         options["num_stages"] = spec.num_stages
     source = ASTSource(spec.kernel, signature, dict(spec.constants), attributes)

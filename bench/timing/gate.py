@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from bench.arithmetic import truncation
 from bench.contenders import Contender, Inputs
 from bench.ours import Ours
 from bench.timing.inputs import construct
@@ -23,9 +24,11 @@ from gemmascope.training.step import StepFigures, dense_step, reference_step, sp
 GATE_RULE = Rule(learning_rate=1.0, beta2=0.999, eps=1.0, log_threshold=True)
 # A window so wide that dθ is never the rounding error of one entry, and λ of the size of what it is added to.
 GATE_LOSS = Loss(l0_coefficient=0.02, bandwidth=1e-2)
-GATE_TOKENS, GATE_LATENTS, GATE_DENSITY = 128, 1024, 0.01
-GATE_MARGIN = 1e-6  # no z of the gate is closer to a decision than this
-AGREEMENT_TOKENS, AGREEMENT_LATENTS = 64, 4096
+GATE_LATENTS, GATE_DENSITY = 1024, 0.01
+AGREEMENT_LATENTS = 4096
+GATE_MARGIN = 1e-6  # no z of the gate is closer to a decision than this, and what tensor cores cut off
+# Of a case with more tokens. A GPU encodes up to 16 and up to 128 tokens by other launches than more of them.
+GATE_TOKENS = 136
 ULPS = {"fp32": 0.0, "tf32": 4 * 2.0**-10, "bf16": 4 * torch.finfo(torch.bfloat16).eps}
 
 
@@ -53,7 +56,9 @@ def threshold_at(mean: Tensor, deviation: Tensor, l0: float, skew: float = 0.0) 
 
 
 @torch.no_grad()
-def _gate_saes(base: JumpReLUSAE, x: Tensor) -> tuple[JumpReLUSAE, JumpReLUSAE, Tensor, Tensor]:
+def _gate_saes(
+    base: JumpReLUSAE, x: Tensor, tokens: int, dtype: str
+) -> tuple[JumpReLUSAE, JumpReLUSAE, Tensor, Tensor]:
     """The SAE at full width and the same in fp64, narrow; their common latents; activations.
 
     The narrow one has the first and the last latents; all others of the wide one never fire, so that both make the same
@@ -77,7 +82,7 @@ def _gate_saes(base: JumpReLUSAE, x: Tensor) -> tuple[JumpReLUSAE, JumpReLUSAE, 
     wide.threshold.fill_(1e3)
     wide.threshold[latents] = theta
     narrow.to(x.device)
-    return wide, narrow, latents.to(x.device), x[_decided(narrow, x, GATE_LOSS.bandwidth)]
+    return wide, narrow, latents.to(x.device), decided(narrow, x, GATE_LOSS.bandwidth, tokens, dtype)
 
 
 def _tensors(state: TrainState, latents: Tensor) -> dict[str, Tensor]:
@@ -91,14 +96,15 @@ def take(route: str, state: TrainState, x: Tensor, loss: Loss, rule: Rule, capac
     return sparse_step(state, x, loss, rule, capacity) if route == "sparse" else dense_step(state, x, loss, rule)
 
 
-def step_gate(route: str, base: JumpReLUSAE, x: Tensor, dtype: str) -> float:
+def step_gate(route: str, base: JumpReLUSAE, x: Tensor, dtype: str, tokens: int) -> float:
     """The largest share of its budget that an error of one step takes; `RedGateError` above 1.
 
-    base: an SAE on the CPU; x [N, d_model] on the device. ‖found − exact‖ ≤ one fp32 ulp of the tensor, plus
-    2·‖eager − exact‖ in fp32, or plus 4 ulp of the operands' dtype, of what the step changed, in tf32 and bf16; twice
-    that for second moments, which are squares.
+    base: an SAE on the CPU; x [n, d_model] on the device, of which the step is made on ``tokens``, so that n is larger.
+
+    ‖found − exact‖ ≤ one fp32 ulp of the tensor, plus 2·‖eager − exact‖ in fp32, or plus 4 ulp of the operands' dtype,
+    of what the step changed, in tf32 and bf16; twice that for second moments, which are squares.
     """
-    wide, narrow, latents, x = _gate_saes(base, x)
+    wide, narrow, latents, x = _gate_saes(base, x, tokens, dtype)
     every = torch.arange(len(latents), device=x.device)
     exact, eager = (TrainState.start(copy.deepcopy(narrow).to(precision)) for precision in (torch.float64, x.dtype))
     before = {name: value.clone() for name, value in _tensors(exact, every).items()}
@@ -139,7 +145,8 @@ def operator_gate(impl: str, inputs: Inputs) -> float:
     """The same for the operators on ``inputs``: error ≤ 2·error of the reference in that dtype + one of its ulp.
 
     What holds sums over d_model terms is given √d_model roundings of fp32 more, as many as they leave when they are
-    made one after another: PyTorch's own products differ by that much between libraries.
+    made one after another: PyTorch's own products differ by that much between libraries. On a GPU also the truncation
+    of its tensor cores.
     """
     ours, eager, exact = Ours(impl), Ours("reference"), Ours("reference")
     for contender in (ours, eager, exact):
@@ -159,6 +166,8 @@ def operator_gate(impl: str, inputs: Inputs) -> float:
         budget = 2 * relative_error(plain, goal) + torch.finfo(found.dtype).eps
         if name in ("encode", "infer", "module"):
             budget += torch.finfo(torch.float32).eps / 2 * inputs.sae.d_model**0.5
+            if inputs.x.is_cuda and inputs.dtype == "bf16":  # inference never rounds to tf32
+                budget += truncation(inputs.sae.d_model, "bf16")
         share = relative_error(found, goal) / budget
         if not share <= worst:
             worst, place = share, name
@@ -179,21 +188,37 @@ def _floats(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [t for t in tensors if t is not None and t.is_floating_point()]
 
 
-def agreement_inputs(d: int, f: int, l0: float, device: torch.device, dtype: str, skew: float) -> Inputs:
+def gate_tokens(case_tokens: int) -> int:
+    """As many tokens as a gate of a case needs to launch what is timed."""
+    return min(case_tokens, GATE_TOKENS)
+
+
+def drawn(tokens: int) -> int:
+    """Tokens to draw, so that enough of them are clear of every decision."""
+    return 3 * tokens + 16
+
+
+def agreement_inputs(
+    d: int, f: int, l0: float, device: torch.device, dtype: str, skew: float, tokens: int = GATE_TOKENS
+) -> Inputs:
     """Few tokens and latents, enough to tell whether two contenders do the same. Tokens with a z within rounding of a
     decision are left out: fp32 and fp64 may part there."""
     f = min(f, AGREEMENT_LATENTS)
-    inputs = construct(d, f, 2 * AGREEMENT_TOKENS, min(l0, f / 8), device, dtype=dtype, skew=skew)
-    decided = _decided(inputs.sae, inputs.x, inputs.loss.bandwidth)
-    return dataclasses.replace(inputs, x=inputs.x[decided][:AGREEMENT_TOKENS])
+    inputs = construct(d, f, drawn(tokens), min(l0, f / 8), device, dtype=dtype, skew=skew)
+    return dataclasses.replace(inputs, x=decided(inputs.sae, inputs.x, inputs.loss.bandwidth, tokens, dtype))
 
 
 @torch.no_grad()
-def _decided(sae: JumpReLUSAE, x: Tensor, bandwidth: float) -> Tensor:
-    """Bool [N]: tokens of which no latent is within `GATE_MARGIN` of its threshold or of an edge of its window."""
+def decided(sae: JumpReLUSAE, x: Tensor, bandwidth: float, tokens: int, dtype: str) -> Tensor:
+    """The first ``tokens`` rows of x of which no latent is within rounding of its threshold or of an edge of its
+    window. Raises `RedGateError` where there are fewer. Partial sums count as no larger than the token's largest z."""
     z = (x.double() - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
     distance = (z - sae.threshold.double()).abs()
-    return torch.minimum(distance, (distance - bandwidth / 2).abs()).amin(1) > GATE_MARGIN
+    margin = GATE_MARGIN + truncation(sae.d_model, dtype) * z.abs().amax(1)
+    far = torch.minimum(distance, (distance - bandwidth / 2).abs()).amin(1) > margin
+    if far.sum() < tokens:
+        raise RedGateError(f"of {len(x)} tokens {int(far.sum())} are clear of every decision, {tokens} are needed")
+    return x[far][:tokens]
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def warm(contender: Contender, parts: tuple[str, ...], clock: Clock) -> None:
 
 def small_inputs(case: Case, device: torch.device) -> list[Inputs]:
     """For `gate.agreement`, of each shape."""
-    rest = (case.l0, device, case.dtype, case.skew)
+    rest = (case.l0, device, case.dtype, case.skew, gate.gate_tokens(case.tokens))
     return [gate.agreement_inputs(shape.d_model, shape.d_sae, *rest) for shape in case.shape.all]
 
 

@@ -79,21 +79,22 @@ def settle() -> None:
 
 
 class Gates:
-    """Parity of ours, once for each implementation, route, shape and dtype."""
+    """Parity of ours, once for each implementation, route, shape, dtype and launch."""
 
     def __init__(self) -> None:
         self.shares: dict[tuple, dict[str, float]] = {}
 
     def check(self, contender: Ours, case: Case, device: torch.device, small: Inputs) -> dict[str, float]:
         training = any(part in case.parts for part in ("step", "forward", "backward"))
-        key = (contender.impl, contender.route, case.shape, case.dtype, training)
+        tokens = gate.gate_tokens(case.tokens)
+        key = (contender.impl, contender.route, case.shape, case.dtype, training, tokens)
         if key not in self.shares:
             d, f = case.shape.d_model, case.shape.d_sae
             shares = {}
             if training:
                 base = JumpReLUSAE(d, f, impl=contender.impl, generator=torch.Generator().manual_seed(0))
-                x = activations(gate.GATE_TOKENS, d, device, seed=0)
-                shares["step"] = gate.step_gate(contender.route, base, x, case.dtype)
+                x = activations(gate.drawn(tokens), d, device, seed=0)
+                shares["step"] = gate.step_gate(contender.route, base, x, case.dtype, tokens)
             if len(contender.parts) > 1:
                 shares["operators"] = gate.operator_gate(contender.impl, small)
             self.shares[key] = shares
@@ -227,9 +228,10 @@ def run_case(case: Case, options: Options, clock: Clock, gates: Gates) -> tuple[
         ceiling = measure.ceilings(*at_best)
         passed = admitted(bench, gates)
     except Exception as error:
-        if not is_out_of_memory(error):
+        red = isinstance(error, gate.RedGateError)
+        if not red and not is_out_of_memory(error):
             raise
-        return [case.facts() | {"kind": "skipped", "contender": "all", "ours": False, "reason": str(error)}], False
+        return [case.facts() | {"kind": "skipped", "contender": "all", "ours": False, "reason": str(error)}], red
 
     shared = {"l0": sizes[0].active / sizes[0].n, "entries": sizes[0].entries / sizes[0].n} | {
         "touched": sizes[0].touched / sizes[0].f

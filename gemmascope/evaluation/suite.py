@@ -13,7 +13,7 @@ from ..activations.moments import check_activations, mean_row
 from ..checks import check_type, found, is_integer
 from ..saes import JumpReLUSAE
 from ..sites import Site, special_token_ids
-from ..sites.decoder import embedding_weight
+from ..sites.decoder import embedding_weight, input_device
 from .baselines import pair_table_fvu
 from .fidelity import evaluate_sae
 from .language_model import evaluate_splice, language_model_loss
@@ -63,7 +63,7 @@ def judge_suite(
         _check_of_tokens(name, by_site, paths, len(pairs))
     if clean_loss is None:
         clean_loss = language_model_loss(model, held_out)
-    device = next(model.parameters()).device
+    device = input_device(model)
     results: list[dict[str, Any]] = []
     frequencies: dict[Site, Tensor] = {}
     for site, path in paths.items():

@@ -59,7 +59,7 @@ class JumpReLUSAE(nn.Module):
 
     d_model, d_sae: positive ints. threshold_init: ≥ 0. impl: who computes, see `gemmascope.kernels`. metadata: free
     JSON-able facts that travel with the weights (``model``, ``site``, …). generator: of the CPU. device: None is the
-    default device. dtype: fp32, bf16, fp16 or fp64. Raises ValueError or TypeError on bad values.
+    CPU, whatever PyTorch's default is. dtype: fp32, bf16, fp16 or fp64. Raises ValueError or TypeError on bad values.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class JumpReLUSAE(nn.Module):
         check_type("dtype", dtype, torch.dtype)
         if dtype not in FLOATS:
             raise TypeError(f"dtype: expected {' or '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
-        device = torch.get_default_device() if device is None else check_device("device", device)
+        device = check_device("device", "cpu" if device is None else device)
         self.pre_encoder_bias = pre_encoder_bias
         self.input_scale = float(input_scale)
         self.impl = impl

@@ -26,12 +26,14 @@ class TrainingMemory:
     second_moments: int
     copies: int
     activations: int
+    pending: int
     entries: int
     scratch: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.second_moments + self.copies + self.activations + self.entries + self.scratch
+        lasting = self.weights + self.second_moments + self.copies
+        return lasting + self.activations + self.pending + self.entries + self.scratch
 
     def table(self) -> str:
         rows = {
@@ -39,6 +41,7 @@ class TrainingMemory:
             "second moments, fp32": self.second_moments,
             "bf16 copies of the weights": self.copies,
             f"activations of {self.batch_size:,} tokens": self.activations,
+            "batches of steps under way": self.pending,
             f"{self.n_entries:,} entries": self.entries,
             "scratch": self.scratch,
             "total": self.total,
@@ -69,7 +72,8 @@ class TrainingMemory:
         sizes[name] //= 2
         while sizes[name] >= smallest:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
-            yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0).total
+            batches = self.pending // (4 * self.batch_size * self.d_model)
+            yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0, pending=batches).total
             sizes[name] //= 2
 
 
@@ -86,8 +90,11 @@ def available_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
-def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128) -> TrainingMemory:
-    """What one SAE in training holds on its device, with room for ``l0`` entries a token."""
+def training_memory(
+    d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128, pending: int = 0
+) -> TrainingMemory:
+    """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
+    steps that are kept until their figures were read."""
     weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
     operand = 2 if compute_dtype == "bf16" else 4
     n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae)
@@ -104,6 +111,7 @@ def training_memory(d_model: int, d_sae: int, batch_size: int, compute_dtype: st
         copies=4 * d_model * d_sae if compute_dtype == "bf16" else 0,
         # x, x − b_dec, x̂ − x and its rounding
         activations=batch_size * d_model * (8 + 2 * operand),
+        pending=pending * 4 * batch_size * d_model,
         entries=ENTRY_BYTES * n_entries,
         scratch=max(sparse, dense) + 24 * d_sae,
     )

@@ -131,11 +131,11 @@ def _check_sites(name: str, by_site: Any) -> None:
         raise ValueError(f"{name}: expected at least one site, got none")
 
 
-def suite_memory(config: TrainConfig, widths: Iterable[int]) -> int:
-    """Bytes that training an SAE on activations of each of ``widths`` takes at most."""
+def suite_memory(config: TrainConfig, widths: Iterable[int], device: torch.device | str = "cpu") -> int:
+    """Bytes that training an SAE on activations of each of ``widths`` takes at most, on a device of that type."""
     if not isinstance(widths, Iterable) or isinstance(widths, Tensor):
         raise TypeError(f"widths: expected an iterable of ints, got {type(widths).__name__}")
-    return sum(SAETrainer.memory(config, width).total for width in widths)
+    return sum(SAETrainer.memory(config, width, device).total for width in widths)
 
 
 def save_sae(folder: Path, site: Site, sae: JumpReLUSAE, rows: Tensor, what: str) -> Path:

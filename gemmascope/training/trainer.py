@@ -28,6 +28,24 @@ CAPACITY_MARGIN = 1.5
 LEAST_VARIANCE = 1e-9
 
 
+def steps_ahead(device: torch.device) -> int:
+    """Steps that may be under way on a device when the next one is given to it."""
+    return RUN_AHEAD if device.type == "cuda" else 0
+
+
+def _to_host(packed: Tensor) -> "tuple[Tensor, torch.cuda.Event | None]":
+    """A copy of a small tensor on the host, and the event after which it is there; without waiting for the device.
+
+    The event belongs to the stream of the tensor's device, which makes the copy and need not be the current device.
+    """
+    if not packed.is_cuda:
+        return packed, None
+    pinned = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)  # else the copy would wait
+    copy, copied = pinned.copy_(packed, non_blocking=True), torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(packed.device))
+    return copy, copied
+
+
 @dataclass
 class _Job:
     """A step the device has been given, with what it takes to give it again."""
@@ -93,7 +111,7 @@ class SAETrainer:
             )
         scale = math.sqrt(mean_square)
         self.config = config
-        memory, self._available = self.memory(config, sample.shape[1]), available_memory(device)
+        memory, self._available = self.memory(config, sample.shape[1], device), available_memory(device)
         if self._available and memory.total > self._available:
             raise EnvironmentProblemError(memory.advice(self._available))
         sae = JumpReLUSAE(
@@ -117,7 +135,7 @@ class SAETrainer:
         self._n_entries = 0.0  # of the last update that was made
         self.figures: dict[str, float] = {}
         self.skipped_in_a_row = 0
-        self.run_ahead = RUN_AHEAD if sae.W_dec.is_cuda else 0
+        self.run_ahead = steps_ahead(sae.W_dec.device)
         self._pending: deque[_Job] = deque()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,11 +149,12 @@ class SAETrainer:
         return self.state.sae
 
     @staticmethod
-    def memory(config: TrainConfig, d_model: int) -> TrainingMemory:
+    def memory(config: TrainConfig, d_model: int, device: torch.device | str = "cpu") -> TrainingMemory:
         """What training an SAE on activations of that width takes on its device."""
         check_type("config", config, TrainConfig)
         check_int("d_model", d_model, 1)
-        return training_memory(d_model, config.d_sae, config.batch_size, config.compute_dtype)
+        sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
+        return training_memory(*sizes, pending=steps_ahead(torch.device(device)))
 
     def update(self, x_raw: Tensor) -> None:
         """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device.
@@ -175,15 +194,9 @@ class SAETrainer:
                 dead = state.tokens_since_fired >= config.dead_after_tokens if config.loss.pre_act_coefficient else None
                 figures = reference_step(state, x, loss, rule, dead)
         except torch.OutOfMemoryError as error:
-            memory = self.memory(replace(config, batch_size=len(x)), sae.d_model)
+            memory = self.memory(replace(config, batch_size=len(x)), sae.d_model, x.device)
             raise EnvironmentProblemError(memory.advice(self._available)) from error
-        packed, copied = figures.pack(), None
-        if packed.is_cuda:
-            # Not pinned, the copy would wait.
-            pinned = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
-            packed, copied = pinned.copy_(packed, non_blocking=True), torch.cuda.Event()
-            copied.record()
-        self._pending.append(_Job(x, step, route, packed, copied))
+        self._pending.append(_Job(x, step, route, *_to_host(figures.pack())))
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device, register
+from .common import launch, register
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,25 @@ def _gather_sum(values: Tensor, rows: Tensor, offsets: Tensor, table: Tensor, bi
     lists, D = out.shape
     if out.numel() == 0:
         return out
-    with on_device(out):
-        _gather_sum_kernel[(lists, triton.cdiv(D, config.block_d))](
-            values_ptr=values,
-            rows_ptr=rows,
-            offsets_ptr=offsets,
-            table_ptr=table,
-            bias_ptr=bias,
-            out_ptr=out,
-            D=D,
-            stride_row=table.stride(0),
-            stride_column=table.stride(1),
-            HAS_BIAS=bias is not None,
-            LANES=config.lanes,
-            BLOCK_D=config.block_d,
-            NUM_STAGES=config.num_stages,
-            num_warps=config.num_warps,
-        )
+    launch(
+        _gather_sum_kernel,
+        (lists, triton.cdiv(D, config.block_d)),
+        on=out,
+        values_ptr=values,
+        rows_ptr=rows,
+        offsets_ptr=offsets,
+        table_ptr=table,
+        bias_ptr=bias,
+        out_ptr=out,
+        D=D,
+        stride_row=table.stride(0),
+        stride_column=table.stride(1),
+        HAS_BIAS=bias is not None,
+        LANES=config.lanes,
+        BLOCK_D=config.block_d,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
     return out
 
 
@@ -127,23 +129,25 @@ def _backward_values(grad: Tensor, values: Tensor, indices: Tensor, offsets: Ten
     dvalues = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     if values.numel() == 0:
         return dvalues
-    with on_device(grad):
-        _gather_dot_kernel[(offsets.shape[0] - 1,)](
-            grad_ptr=grad,
-            indices_ptr=indices.contiguous(),
-            offsets_ptr=offsets.contiguous(),
-            W_dec_ptr=W_dec,
-            dvalues_ptr=dvalues,
-            D=grad.shape[1],
-            stride_grad_n=grad.stride(0),
-            stride_grad_d=grad.stride(1),
-            stride_wf=W_dec.stride(0),
-            stride_wd=W_dec.stride(1),
-            LANES=config.lanes,
-            BLOCK_D=config.block_d,
-            NUM_STAGES=config.num_stages,
-            num_warps=config.num_warps,
-        )
+    launch(
+        _gather_dot_kernel,
+        (offsets.shape[0] - 1,),
+        on=grad,
+        grad_ptr=grad,
+        indices_ptr=indices.contiguous(),
+        offsets_ptr=offsets.contiguous(),
+        W_dec_ptr=W_dec,
+        dvalues_ptr=dvalues,
+        D=grad.shape[1],
+        stride_grad_n=grad.stride(0),
+        stride_grad_d=grad.stride(1),
+        stride_wf=W_dec.stride(0),
+        stride_wd=W_dec.stride(1),
+        LANES=config.lanes,
+        BLOCK_D=config.block_d,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
     return dvalues
 
 

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..entries import DenseCode, Objective
-from .common import on_device
+from .common import launch
 from .encode import _popcount
 from .encode_gemm import encode_gemm, launch_config, words_per_row
 from .jumprelu import _sum_partials
@@ -147,7 +147,10 @@ def _grid(config: DenseConfig, N: int, F: int) -> tuple[int, int]:
 def _count_bits(active: Tensor, window: Tensor, l0: Tensor, firing_count: Tensor, touched: Tensor) -> None:
     """Adds to l0 [N], firing_count [F] and touched [F], int32."""
     N, F = l0.shape[0], firing_count.shape[0]
-    _count_bits_kernel[_grid(COUNT, N, F)](
+    launch(
+        _count_bits_kernel,
+        _grid(COUNT, N, F),
+        on=active,
         active_ptr=active,
         window_ptr=window,
         l0_ptr=l0,
@@ -180,11 +183,8 @@ def dense_encode(
     touched = torch.zeros(F, dtype=torch.int32, device=x.device)
     if f.numel() > 0:
         config = launch_config(x, W_enc, tf32)
-        with on_device(x):
-            encode_gemm(
-                x, W_enc, b_enc.contiguous(), threshold.contiguous(), f, active, config, "dense", bandwidth, window
-            )
-            _count_bits(active, window, l0, firing_count, touched)
+        encode_gemm(x, W_enc, b_enc.contiguous(), threshold.contiguous(), f, active, config, "dense", bandwidth, window)
+        _count_bits(active, window, l0, firing_count, touched)
     return DenseCode(f, active, window, l0.to(torch.float32), firing_count, touched, touched.sum(dtype=torch.int64))
 
 
@@ -202,32 +202,34 @@ def dense_backward(
         return u, db_enc.zero_(), dthreshold.zero_()
     grid = _grid(BACKWARD, N, F)
     partial = torch.empty(2, grid[1], F, dtype=torch.float32, device=u.device)
-    with on_device(u):
-        _dense_bwd_kernel[grid](
-            u_ptr=u,
-            f_ptr=code.f,
-            active_ptr=code.active,
-            window_ptr=code.window,
-            threshold_ptr=threshold.contiguous(),
-            s_ptr=s.contiguous(),
-            firing_count_ptr=code.firing_count,
-            partial_ptr=partial,
-            N=N,
-            F=F,
-            n_words=code.active.shape[1],
-            stride_un=u.stride(0),
-            stride_uf=u.stride(1),
-            scale=2 / N,
-            bandwidth=objective.bandwidth,
-            frequency_slope=objective.frequency_slope,
-            tanh_slope=objective.tanh_slope,
-            tanh_scale=objective.tanh_scale,
-            HAS_TANH=objective.tanh_slope != 0,
-            STE_TO_Z=objective.ste_to_z,
-            BLOCK_N=BACKWARD.block_n,
-            WORDS=BACKWARD.words,
-            TILES=BACKWARD.tiles,
-            num_warps=BACKWARD.num_warps,
-        )
-        _sum_partials(partial, db_enc, dthreshold)
+    launch(
+        _dense_bwd_kernel,
+        grid,
+        on=u,
+        u_ptr=u,
+        f_ptr=code.f,
+        active_ptr=code.active,
+        window_ptr=code.window,
+        threshold_ptr=threshold.contiguous(),
+        s_ptr=s.contiguous(),
+        firing_count_ptr=code.firing_count,
+        partial_ptr=partial,
+        N=N,
+        F=F,
+        n_words=code.active.shape[1],
+        stride_un=u.stride(0),
+        stride_uf=u.stride(1),
+        scale=2 / N,
+        bandwidth=objective.bandwidth,
+        frequency_slope=objective.frequency_slope,
+        tanh_slope=objective.tanh_slope,
+        tanh_scale=objective.tanh_scale,
+        HAS_TANH=objective.tanh_slope != 0,
+        STE_TO_Z=objective.ste_to_z,
+        BLOCK_N=BACKWARD.block_n,
+        WORDS=BACKWARD.words,
+        TILES=BACKWARD.tiles,
+        num_warps=BACKWARD.num_warps,
+    )
+    _sum_partials(partial, db_enc, dthreshold)
     return u, db_enc, dthreshold

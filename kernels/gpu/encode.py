@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device, register
+from .common import launch, register
 from .encode_gemm import EncodeConfig, encode_gemm, launch_config, tokens_per_chunk, words_per_row
 
 # Latents per program of the compaction: 128 words, four for each lane of one warp, which needs no barrier. Work goes by
@@ -70,16 +70,14 @@ def _compact_kernel(
 
 def _count(words: Tensor, counts: Tensor, per_row: int):
     grid = (triton.cdiv(counts.shape[0], COUNT_BLOCK),)
-    _count_kernel[grid](
-        words, counts, counts.shape[0], words.shape[1], per_row, WORDS=SEGMENT // 32, BLOCK=COUNT_BLOCK, num_warps=4
-    )
+    arguments = (words, counts, counts.shape[0], words.shape[1], per_row)
+    launch(_count_kernel, grid, *arguments, on=words, WORDS=SEGMENT // 32, BLOCK=COUNT_BLOCK, num_warps=4)
 
 
 def _compact(words: Tensor, z: Tensor, starts: Tensor, values: Tensor, indices: Tensor):
     F, segments = z.shape[1], starts.shape[0] - 1
-    _compact_kernel[(segments,)](
-        words, z, starts, values, indices, F, words.shape[1], triton.cdiv(F, SEGMENT), WORDS=SEGMENT // 32, num_warps=1
-    )
+    arguments = (words, z, starts, values, indices, F, words.shape[1], triton.cdiv(F, SEGMENT))
+    launch(_compact_kernel, (segments,), *arguments, on=words, WORDS=SEGMENT // 32, num_warps=1)
 
 
 def _encode_chunk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, config: EncodeConfig):
@@ -108,13 +106,12 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple
     config = launch_config(x, W_enc)
     rows = tokens_per_chunk(F, config)
     values, indices, nnz = [], [], 0
-    with on_device(x):
-        for start in range(0, N, rows):
-            chunk = _encode_chunk(x[start : start + rows], W_enc, b_enc.contiguous(), threshold.contiguous(), config)
-            values.append(chunk[0])
-            indices.append(chunk[1])
-            offsets[start + 1 : start + rows + 1] = chunk[2][1:] + nnz
-            nnz += chunk[0].shape[0]
+    for start in range(0, N, rows):
+        chunk = _encode_chunk(x[start : start + rows], W_enc, b_enc.contiguous(), threshold.contiguous(), config)
+        values.append(chunk[0])
+        indices.append(chunk[1])
+        offsets[start + 1 : start + rows + 1] = chunk[2][1:] + nnz
+        nnz += chunk[0].shape[0]
     if len(values) == 1:
         return values[0], indices[0], offsets
     return torch.cat(values), torch.cat(indices), offsets
@@ -126,10 +123,8 @@ def _preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     if z.numel() > 0:
         threshold = torch.zeros(F, dtype=torch.float32, device=x.device)
         words = x.new_empty(N, words_per_row(F), dtype=torch.int32)
-        with on_device(x):  # a window of infinite width keeps every z
-            encode_gemm(
-                x, W_enc, b_enc.contiguous(), threshold, z, words, launch_config(x, W_enc), "entries", float("inf")
-            )
+        # a window of infinite width keeps every z
+        encode_gemm(x, W_enc, b_enc.contiguous(), threshold, z, words, launch_config(x, W_enc), "entries", float("inf"))
     return z
 
 

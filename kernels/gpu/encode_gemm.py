@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..entries import SCRATCH_BYTES
-from .common import architecture
+from .common import architecture, launch
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,6 @@ def encode_gemm(
     if config.descriptors:
         x_desc = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
         W_desc = TensorDescriptor.from_tensor(W_enc.T, [config.block_n, config.block_k])
-        _encode_fwd_descriptor_kernel[grid](x_desc, W_desc, *rest, **options)
+        launch(_encode_fwd_descriptor_kernel, grid, x_desc, W_desc, *rest, on=x, **options)
     else:
-        _encode_fwd_kernel[grid](x, W_enc, *rest, *x.stride(), *W_enc.stride(), **options)
+        launch(_encode_fwd_kernel, grid, x, W_enc, *rest, *x.stride(), *W_enc.stride(), on=x, **options)

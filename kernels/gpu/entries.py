@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..entries import ACTIVE, Entries
-from .common import on_device
+from .common import launch
 from .encode import SEGMENT, _count, _popcount
 from .encode_gemm import encode_gemm, launch_config, tokens_per_chunk, words_per_row
 
@@ -55,7 +55,10 @@ def _entries_kernel(
 def _move(words: Tensor, z: Tensor, threshold: Tensor, starts: Tensor, first_token: int, entries: Entries) -> None:
     """From one chunk's words and scratch to its entries; ``starts``: [segments of the chunk + 1]."""
     F = threshold.shape[0]
-    _entries_kernel[(starts.shape[0] - 1,)](
+    launch(
+        _entries_kernel,
+        (starts.shape[0] - 1,),
+        on=z,
         words_ptr=words,
         z_ptr=z,
         threshold_ptr=threshold,
@@ -96,13 +99,12 @@ def encode_entries(
     starts = torch.zeros(N * per_row + 1, dtype=torch.int64, device=x.device)
     entries = Entries(z_out, latents, tokens, starts[::per_row])
     b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
-    with on_device(x):
-        for first in range(0, N, chunk):
-            rows = min(chunk, N - first)
-            encode_gemm(x[first : first + rows], W_enc, b_enc, threshold, z, words, config, "entries", bandwidth)
-            _count(words, counts[: rows * per_row], per_row)
-            part = starts[first * per_row : (first + rows) * per_row + 1]
-            torch.cumsum(counts[: rows * per_row], 0, dtype=torch.int64, out=part[1:])
-            part[1:] += part[0]
-            _move(words, z, threshold, part, first, entries)
+    for first in range(0, N, chunk):
+        rows = min(chunk, N - first)
+        encode_gemm(x[first : first + rows], W_enc, b_enc, threshold, z, words, config, "entries", bandwidth)
+        _count(words, counts[: rows * per_row], per_row)
+        part = starts[first * per_row : (first + rows) * per_row + 1]
+        torch.cumsum(counts[: rows * per_row], 0, dtype=torch.int64, out=part[1:])
+        part[1:] += part[0]
+        _move(words, z, threshold, part, first, entries)
     return entries._replace(offsets=entries.offsets.contiguous())

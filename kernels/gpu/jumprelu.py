@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device, register
+from .common import launch, register
 
 
 @dataclass(frozen=True)
@@ -142,30 +142,35 @@ def _launch_forward(pre: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tens
     if pre.numel() > 0:
         config = FORWARD
         grid = (triton.cdiv(F, config.block_f), triton.cdiv(N, config.block_n * config.tiles))
-        with on_device(pre):
-            _jumprelu_fwd_kernel[grid](
-                pre_ptr=pre,
-                b_enc_ptr=b_enc.contiguous(),
-                threshold_ptr=threshold.contiguous(),
-                f_ptr=f,
-                l0_ptr=l0,
-                firing_count_ptr=firing_count,
-                N=N,
-                F=F,
-                stride_pre_n=pre.stride(0),
-                stride_pre_f=pre.stride(1),
-                BLOCK_N=config.block_n,
-                BLOCK_F=config.block_f,
-                TILES=config.tiles,
-                num_warps=config.num_warps,
-            )
+        launch(
+            _jumprelu_fwd_kernel,
+            grid,
+            on=pre,
+            pre_ptr=pre,
+            b_enc_ptr=b_enc.contiguous(),
+            threshold_ptr=threshold.contiguous(),
+            f_ptr=f,
+            l0_ptr=l0,
+            firing_count_ptr=firing_count,
+            N=N,
+            F=F,
+            stride_pre_n=pre.stride(0),
+            stride_pre_f=pre.stride(1),
+            BLOCK_N=config.block_n,
+            BLOCK_F=config.block_f,
+            TILES=config.tiles,
+            num_warps=config.num_warps,
+        )
     return f, l0.to(torch.float32), firing_count
 
 
 def _sum_partials(partial: Tensor, db_enc: Tensor, dthreshold: Tensor) -> None:
     """partial [2, programs over N, F] fp32, summed over the programs into db_enc [F] and dthreshold [F]."""
     _, n_partial, F = partial.shape
-    _sum_partials_kernel[(triton.cdiv(F, REDUCE.block_f),)](
+    launch(
+        _sum_partials_kernel,
+        (triton.cdiv(F, REDUCE.block_f),),
+        on=partial,
         partial_ptr=partial,
         db_enc_ptr=db_enc,
         dthreshold_ptr=dthreshold,
@@ -189,30 +194,32 @@ def _launch_backward(
     partial = torch.empty(2, grid[1], F, dtype=torch.float32, device=pre.device)
     db_enc = torch.empty(F, dtype=b_enc.dtype, device=pre.device)
     dthreshold = torch.empty(F, dtype=threshold.dtype, device=pre.device)
-    with on_device(pre):
-        _jumprelu_bwd_kernel[grid](
-            grad_f_ptr=grad_f,
-            grad_l0_ptr=grad_l0,
-            pre_ptr=pre,
-            b_enc_ptr=b_enc.contiguous(),
-            threshold_ptr=threshold.contiguous(),
-            dpre_ptr=dpre,
-            partial_ptr=partial,
-            N=N,
-            F=F,
-            bandwidth=bandwidth,
-            half_bandwidth=bandwidth / 2,
-            stride_grad_f_n=grad_f.stride(0),
-            stride_grad_f_f=grad_f.stride(1),
-            stride_grad_l0=grad_l0.stride(0),
-            stride_pre_n=pre.stride(0),
-            stride_pre_f=pre.stride(1),
-            BLOCK_N=config.block_n,
-            BLOCK_F=config.block_f,
-            TILES=config.tiles,
-            num_warps=config.num_warps,
-        )
-        _sum_partials(partial, db_enc, dthreshold)
+    launch(
+        _jumprelu_bwd_kernel,
+        grid,
+        on=pre,
+        grad_f_ptr=grad_f,
+        grad_l0_ptr=grad_l0,
+        pre_ptr=pre,
+        b_enc_ptr=b_enc.contiguous(),
+        threshold_ptr=threshold.contiguous(),
+        dpre_ptr=dpre,
+        partial_ptr=partial,
+        N=N,
+        F=F,
+        bandwidth=bandwidth,
+        half_bandwidth=bandwidth / 2,
+        stride_grad_f_n=grad_f.stride(0),
+        stride_grad_f_f=grad_f.stride(1),
+        stride_grad_l0=grad_l0.stride(0),
+        stride_pre_n=pre.stride(0),
+        stride_pre_f=pre.stride(1),
+        BLOCK_N=config.block_n,
+        BLOCK_F=config.block_f,
+        TILES=config.tiles,
+        num_warps=config.num_warps,
+    )
+    _sum_partials(partial, db_enc, dthreshold)
     return dpre, db_enc, dthreshold
 
 

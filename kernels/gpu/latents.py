@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..entries import ACTIVE, ByLatent, Entries, LatentSums, Objective
-from .common import on_device
+from .common import launch
 from .decode import _gather_sum
 
 _ACTIVE = tl.constexpr(ACTIVE)
@@ -114,38 +114,40 @@ def latent_pass(
     db_enc, dthreshold, along = (torch.empty(F, dtype=torch.float32, device=u.device) for _ in range(3))
     count = torch.empty(F, dtype=torch.int32, device=u.device)
     if F > 0:
-        with on_device(u):
-            _latents_kernel[(triton.cdiv(F, config.block_f),)](
-                z_ptr=entries.z,
-                latents_ptr=entries.latents,
-                tokens_ptr=entries.tokens,
-                u_ptr=u,
-                order_ptr=transposed.order,
-                offsets_ptr=transposed.offsets,
-                threshold_ptr=threshold.contiguous(),
-                s_ptr=s.contiguous(),
-                dec_ptr=dec,
-                dz_ptr=dz,
-                tokens_out_ptr=tokens,
-                db_enc_ptr=db_enc,
-                dthreshold_ptr=dthreshold,
-                along_ptr=along,
-                count_ptr=count,
-                F=F,
-                scale=2 / s.shape[0] if s.shape[0] else 0.0,
-                bandwidth=objective.bandwidth,
-                half_bandwidth=objective.bandwidth / 2,
-                frequency_slope=objective.frequency_slope,
-                tanh_slope=objective.tanh_slope,
-                tanh_scale=objective.tanh_scale,
-                HAS_FREQUENCY=objective.frequency_slope != 0,
-                HAS_TANH=objective.tanh_slope != 0,
-                STE_TO_Z=objective.ste_to_z,
-                BLOCK_F=config.block_f,
-                LANES=config.lanes,
-                NUM_STAGES=config.num_stages,
-                num_warps=config.num_warps,
-            )
+        launch(
+            _latents_kernel,
+            (triton.cdiv(F, config.block_f),),
+            on=u,
+            z_ptr=entries.z,
+            latents_ptr=entries.latents,
+            tokens_ptr=entries.tokens,
+            u_ptr=u,
+            order_ptr=transposed.order,
+            offsets_ptr=transposed.offsets,
+            threshold_ptr=threshold.contiguous(),
+            s_ptr=s.contiguous(),
+            dec_ptr=dec,
+            dz_ptr=dz,
+            tokens_out_ptr=tokens,
+            db_enc_ptr=db_enc,
+            dthreshold_ptr=dthreshold,
+            along_ptr=along,
+            count_ptr=count,
+            F=F,
+            scale=2 / s.shape[0] if s.shape[0] else 0.0,
+            bandwidth=objective.bandwidth,
+            half_bandwidth=objective.bandwidth / 2,
+            frequency_slope=objective.frequency_slope,
+            tanh_slope=objective.tanh_slope,
+            tanh_scale=objective.tanh_scale,
+            HAS_FREQUENCY=objective.frequency_slope != 0,
+            HAS_TANH=objective.tanh_slope != 0,
+            STE_TO_Z=objective.ste_to_z,
+            BLOCK_F=config.block_f,
+            LANES=config.lanes,
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
     return LatentSums(dec, dz, tokens, db_enc, dthreshold, along, count)
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..entries import ACTIVE, LATENT, Entries, Residual
-from .common import on_device
+from .common import launch
 from .decode import GatherConfig
 
 _ACTIVE = tl.constexpr(ACTIVE)
@@ -95,27 +95,29 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
     squared_error, l0 = torch.empty(2, N, dtype=torch.float32, device=x.device)
     u = torch.empty(capacity, dtype=torch.float32, device=x.device)
     if N > 0:
-        with on_device(x):
-            _residual_kernel[(N,)](
-                z_ptr=entries.z,
-                latents_ptr=entries.latents,
-                offsets_ptr=entries.offsets,
-                x_ptr=x,
-                W_dec_ptr=W_dec,
-                b_dec_ptr=b_dec.contiguous(),
-                residual_ptr=residual,
-                squared_error_ptr=squared_error,
-                l0_ptr=l0,
-                u_ptr=u,
-                capacity=capacity,
-                D=d,
-                stride_xn=x.stride(0),
-                stride_xd=x.stride(1),
-                stride_wf=W_dec.stride(0),
-                stride_wd=W_dec.stride(1),
-                LANES=config.lanes,
-                BLOCK_D=config.block_d,
-                NUM_STAGES=config.num_stages,
-                num_warps=config.num_warps,
-            )
+        launch(
+            _residual_kernel,
+            (N,),
+            on=x,
+            z_ptr=entries.z,
+            latents_ptr=entries.latents,
+            offsets_ptr=entries.offsets,
+            x_ptr=x,
+            W_dec_ptr=W_dec,
+            b_dec_ptr=b_dec.contiguous(),
+            residual_ptr=residual,
+            squared_error_ptr=squared_error,
+            l0_ptr=l0,
+            u_ptr=u,
+            capacity=capacity,
+            D=d,
+            stride_xn=x.stride(0),
+            stride_xd=x.stride(1),
+            stride_wf=W_dec.stride(0),
+            stride_wd=W_dec.stride(1),
+            LANES=config.lanes,
+            BLOCK_D=config.block_d,
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
     return Residual(residual, squared_error, l0, u)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..entries import ByLatent, LatentState, LatentSums, Rule
 from ..reference.training import settle
-from .common import on_device
+from .common import launch
 from .decode import GatherConfig
 
 __all__ = ["settle", "update_from_dense", "update_from_entries"]
@@ -162,42 +162,44 @@ def _launch(
     F, d = state.W_dec.shape
     if F == 0:
         return
-    with on_device(state.W_dec):
-        _update_kernel[(F,)](
-            W_enc_ptr=state.W_enc,
-            W_dec_ptr=state.W_dec,
-            b_enc_ptr=state.b_enc,
-            threshold_ptr=state.threshold,
-            W_enc_v_ptr=state.W_enc_v,
-            W_dec_v_ptr=state.W_dec_v,
-            b_enc_v_ptr=state.b_enc_v,
-            threshold_v_ptr=state.threshold_v,
-            last_ptr=state.last,
-            W_enc_low_ptr=state.W_enc_low,
-            W_dec_low_ptr=state.W_dec_low,
-            lists_ptr=lists,
-            dz_ptr=sums.dz if sums else None,
-            dec_ptr=sums.dec if sums else None,
-            tokens_ptr=sums.tokens if sums else None,
-            along_ptr=sums.along if sums else None,
-            enc_rows_ptr=enc_rows.contiguous(),
-            dec_rows_ptr=dec_rows.contiguous(),
-            db_enc_ptr=db_enc,
-            dthreshold_ptr=dthreshold,
-            ok_ptr=ok,
-            step_ptr=step,
-            D=d,
-            learning_rate=rule.learning_rate,
-            eps=rule.eps,
-            BETA2=rule.beta2,
-            LOG2_BETA2=math.log2(rule.beta2),
-            LOG_THRESHOLD=rule.log_threshold,
-            FROM_ENTRIES=sums is not None,
-            LANES=config.lanes,
-            BLOCK_D=config.block_d,
-            NUM_STAGES=config.num_stages,
-            num_warps=config.num_warps,
-        )
+    launch(
+        _update_kernel,
+        (F,),
+        on=state.W_dec,
+        W_enc_ptr=state.W_enc,
+        W_dec_ptr=state.W_dec,
+        b_enc_ptr=state.b_enc,
+        threshold_ptr=state.threshold,
+        W_enc_v_ptr=state.W_enc_v,
+        W_dec_v_ptr=state.W_dec_v,
+        b_enc_v_ptr=state.b_enc_v,
+        threshold_v_ptr=state.threshold_v,
+        last_ptr=state.last,
+        W_enc_low_ptr=state.W_enc_low,
+        W_dec_low_ptr=state.W_dec_low,
+        lists_ptr=lists,
+        dz_ptr=sums.dz if sums else None,
+        dec_ptr=sums.dec if sums else None,
+        tokens_ptr=sums.tokens if sums else None,
+        along_ptr=sums.along if sums else None,
+        enc_rows_ptr=enc_rows.contiguous(),
+        dec_rows_ptr=dec_rows.contiguous(),
+        db_enc_ptr=db_enc,
+        dthreshold_ptr=dthreshold,
+        ok_ptr=ok,
+        step_ptr=step,
+        D=d,
+        learning_rate=rule.learning_rate,
+        eps=rule.eps,
+        BETA2=rule.beta2,
+        LOG2_BETA2=math.log2(rule.beta2),
+        LOG_THRESHOLD=rule.log_threshold,
+        FROM_ENTRIES=sums is not None,
+        LANES=config.lanes,
+        BLOCK_D=config.block_d,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
 
 
 def update_from_entries(

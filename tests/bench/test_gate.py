@@ -1,6 +1,7 @@
 """The gate of the benchmarks can fail, at every tensor it looks at; the inputs are what they say."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def narrow_gate(monkeypatch):
 
 def check(route="sparse", dtype="fp32", impl="pytorch"):
     base = JumpReLUSAE(D, F, impl=impl, threshold_init=0.1, generator=torch.Generator().manual_seed(0))
-    return gate.step_gate(route, base, inputs.activations(64, D, CPU, seed=0), dtype)
+    return gate.step_gate(route, base, inputs.activations(80, D, CPU, seed=0), dtype, 64)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
@@ -194,26 +195,38 @@ def test_other_shapes_and_nan_are_not_agreement(value, given):
 
 
 def test_agreement_is_judged_on_decided_tokens(monkeypatch):
-    monkeypatch.setattr(gate, "AGREEMENT_TOKENS", 5)
     monkeypatch.setattr(gate, "AGREEMENT_LATENTS", 40)
-    monkeypatch.setattr(gate, "_decided", lambda sae, x, bandwidth: torch.arange(len(x)) != 1)
-    small = gate.agreement_inputs(D, F, 100, CPU, "fp32", 0.7)
-    every = construct(D, 40, 10, 5, CPU)
+    monkeypatch.setattr(gate, "decided", lambda sae, x, bandwidth, tokens, dtype: x[torch.arange(len(x)) != 1][:tokens])
+    small = gate.agreement_inputs(D, F, 100, CPU, "fp32", 0.7, 5)
+    every = construct(D, 40, gate.drawn(5), 5, CPU)
     assert torch.equal(small.x, every.x[[0, 2, 3, 4, 5]])
     assert torch.equal(small.sae.threshold, every.sae.threshold)
     assert small.l0 == 5
 
 
-def test_tokens_at_a_decision_are_undecided():
+@pytest.mark.parametrize(("dtype", "near"), [("fp32", 1e-7), ("bf16", 1.02e-6), ("tf32", 1.04e-6)])
+def test_tokens_at_a_decision_are_undecided(dtype, near):
     given = construct(D, F, 32, 6, CPU)
     sae, half = given.sae.double(), given.loss.bandwidth / 2
     z = ((given.x.double() - sae.b_dec) @ sae.W_enc + sae.b_enc).detach()
-    for distance, decided in ((0, False), (half, False), (-half, False), (1e-7, False), (1e-5, True)):
+    for distance, clear in ((0, False), (half, False), (-half, False), (near, False), (1e-5, True)):
         sae.threshold.data = z.amax(0) + 1  # no other latent is near
         sae.threshold.data[7] = z[3, 7] + distance
-        found = gate._decided(sae, given.x, given.loss.bandwidth)
-        assert found[3] == decided
-        assert found.sum() >= 31
+        found = gate.decided(sae, given.x, given.loss.bandwidth, 31, dtype)
+        assert (found[3] == given.x[3]).all() == clear
+        if not clear:
+            with pytest.raises(gate.RedGateError, match="of 32 tokens 31 are clear of every decision, 32 are needed"):
+                gate.decided(sae, given.x, given.loss.bandwidth, 32, dtype)
+
+
+def test_gates_launch_what_is_timed():
+    """A launch of the encoder depends on the tokens: up to 16, up to 128, more."""
+    encode_config = pytest.importorskip("gemmascope.kernels.gpu.encode_gemm").encode_config
+    for tokens, dtype, tf32 in itertools.product(
+        (1, 8, 16, 17, 64, 128, 129, 512, 4096), (torch.float32, torch.bfloat16), (False, True)
+    ):
+        gated, timed = (encode_config("sm_90", dtype, n, True, tf32) for n in (gate.gate_tokens(tokens), tokens))
+        assert gated == timed
 
 
 @pytest.mark.parametrize("impl", IMPLS)

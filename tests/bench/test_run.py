@@ -36,7 +36,7 @@ class Fake(Contender):
 
     def set_up(self, inputs: Inputs):
         self.inputs = inputs
-        self.call("set_up" if len(inputs.x) > gate.AGREEMENT_TOKENS else "gate")
+        self.call("set_up" if len(inputs.x) > gate.GATE_TOKENS else "gate")
 
     def outputs(self):
         x_hat = gate.exact_outputs(self.inputs)["x_hat"]
@@ -56,7 +56,7 @@ class Fake(Contender):
 
 @pytest.fixture(autouse=True)
 def small_gate(monkeypatch):
-    for name, value in (("GATE_LATENTS", 20), ("GATE_DENSITY", 0.1), ("AGREEMENT_TOKENS", 8)):
+    for name, value in (("GATE_LATENTS", 20), ("GATE_DENSITY", 0.1), ("GATE_TOKENS", 8)):
         monkeypatch.setattr(gate, name, value)
     monkeypatch.setattr(measure, "COPIED_BYTES", 1 << 16)
 
@@ -200,7 +200,7 @@ def test_what_does_not_fit_beside_others_is_timed_alone(where, registry):
     class Small(Fake):
         def set_up(self, inputs):
             super().set_up(inputs)
-            if len(inputs.x) > gate.AGREEMENT_TOKENS:
+            if len(inputs.x) > gate.GATE_TOKENS:
                 alive.append(self.name)
 
         def __del__(self):

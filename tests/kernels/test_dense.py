@@ -13,6 +13,9 @@ from tests.helpers import (
     every_other,
     lattice,
     normal,
+    product_bound,
+    product_slack,
+    products_of,
     shape_cases,
     transposed,
 )
@@ -86,20 +89,21 @@ def assert_counts_are_those_of_the_bits(code, F):
 
 def assert_matches_reference(x, W_enc, b_enc, threshold, code):
     """f and both gates of the exact z, up to those whose z is within its rounding of an edge."""
-    F = W_enc.shape[1]
+    F, precision = W_enc.shape[1], products_of(x)
     assert code.f.shape == (x.shape[0], F)
     assert code.active.dtype == code.window.dtype
     active, inside = assert_counts_are_those_of_the_bits(code, F)
     x, W_enc, b_enc, threshold = (t.cpu() for t in (x, W_enc, b_enc, threshold))
     distance = exact_z(x, W_enc, b_enc) - threshold
-    rounding = (x.shape[1] + 2) * 2.0**-24 * exact_z(x.abs(), W_enc.abs(), b_enc.abs())
+    rounding = product_bound(x.shape[1], precision) * exact_z(x.abs(), W_enc.abs(), b_enc.abs())
     certain = (distance.abs() > rounding) & ((distance.abs() - BANDWIDTH / 2).abs() > rounding)
     assert certain.float().mean() > 0.99 or distance.numel() < 1000
     assert torch.equal(active[certain], (distance > 0)[certain])
     assert torch.equal(inside[certain], (distance.abs() < BANDWIDTH / 2)[certain])
     exact = reference.dense_encode(*(t.double() for t in (x, W_enc, b_enc, threshold)), BANDWIDTH).f
     eager = reference.dense_encode(x, W_enc, b_enc, threshold, BANDWIDTH).f
-    assert_within_budget("f", code.f.cpu()[certain], exact[certain], eager[certain])
+    slack = product_slack(x.shape[1], precision)
+    assert_within_budget("f", code.f.cpu()[certain], exact[certain], eager[certain], slack=slack)
 
 
 def assert_equals_reference(arguments, code):

@@ -1,13 +1,24 @@
 """Sparse encoding by Triton against the fp64 reference: pytest tests/test_encode.py"""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from bench.arithmetic import allowing_tf32
 from gemmascope.kernels import SparseCode, encode, reference
-from tests.helpers import DTYPES, LAYOUTS, assert_bitwise_equal, assert_within_budget, lattice, normal, shape_cases
+from tests.helpers import (
+    DTYPES,
+    LAYOUTS,
+    assert_bitwise_equal,
+    assert_within_budget,
+    lattice,
+    normal,
+    product_bound,
+    product_slack,
+    products_of,
+    shape_cases,
+)
 from tests.kernels import sanitizer
 
 pytest.importorskip("triton")
@@ -49,9 +60,11 @@ def assert_same_code(code, expected):
         assert_bitwise_equal(name, got, want)
 
 
-def assert_matches_reference(x, W_enc, b_enc, threshold, code=None):
-    """The entries of the exact z that pass, up to those whose z is within its rounding of the threshold."""
+def assert_matches_reference(x, W_enc, b_enc, threshold, code=None, precision=None):
+    """The entries of the exact z that pass, up to those whose z is within its rounding of the threshold. precision: of
+    the products, see `products_of`. Returns the share of its budget that the values' error takes."""
     code = code or encode(x, W_enc, b_enc, threshold, impl="triton")
+    precision = precision or products_of(x)
     values, indices, offsets = (t.cpu() for t in code[:3])
     x, W_enc, b_enc, threshold = (t.cpu() for t in (x, W_enc, b_enc, threshold))
     assert (values.dtype, indices.dtype, offsets.dtype) == (torch.float32, torch.int32, torch.int64)
@@ -62,14 +75,13 @@ def assert_matches_reference(x, W_enc, b_enc, threshold, code=None):
     keys = tokens * code.d_sae + indices
     assert (keys.diff() > 0).all(), "latents do not ascend inside the rows"
     z = x.double() @ W_enc.double() + b_enc.double()
-    rounding = (x.shape[1] + 2) * 2.0**-24 * (x.double().abs() @ W_enc.double().abs() + b_enc.double().abs())
-    certain = (z - threshold).abs() > rounding
+    bound = product_bound(x.shape[1], precision)
+    certain = (z - threshold).abs() > bound * (x.double().abs() @ W_enc.double().abs() + b_enc.double().abs())
     kept = torch.zeros_like(certain)
     kept[tokens, indices.long()] = True
     assert torch.equal(kept[certain], (z > threshold)[certain])
     eager = x.float() @ W_enc.float() + b_enc.float()
-    assert_within_budget("values", values, z[kept], eager[kept])
-    return int((~certain).sum())
+    return assert_within_budget("values", values, z[kept], eager[kept], slack=product_slack(x.shape[1], precision))
 
 
 @interpreted
@@ -316,9 +328,7 @@ def test_full_shapes(device, F, dtype):
     assert (code.token_indices() * F + code.indices).diff().min() > 0
     uncertain, again = 0, encode(x, W_enc, b_enc, threshold, impl="triton")
     assert_same_code(again, code)
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with allowing_tf32(False):
         for start in range(0, N, 512):
             rows = slice(start, start + 512)
             z = x[rows].float() @ W_enc.float() + b_enc
@@ -333,8 +343,6 @@ def test_full_shapes(device, F, dtype):
             assert (z - threshold).abs()[wrong].le(band[wrong]).all()
             uncertain += int(wrong.sum())
             assert ((part.values - z[kept]).abs() <= band[kept]).all()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
     assert uncertain <= 1e-3 * code.nnz
 
 
@@ -344,6 +352,8 @@ def test_shipped_tiles_on_the_device(device, use, name):
     config = SHIPPED[name]
     if config.descriptors and torch.cuda.get_device_capability(device) < (9, 0):
         pytest.skip("tensor descriptors need compute capability 9.0")
-    use(dataclasses.replace(config))
+    use(config)
     dtype = torch.float32 if name.startswith(("FP32", "TF32")) else torch.bfloat16
-    assert_matches_reference(*operands(config.block_m + 1, 2 * config.block_k + 8, config.block_n + 33, dtype, device))
+    arguments = operands(config.block_m + 1, 2 * config.block_k + 8, config.block_n + 33, dtype, device)
+    precision = "tf32" if config.input_precision == "tf32" else None
+    assert_matches_reference(*arguments, precision=precision)

@@ -9,7 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gemmascope.kernels import reference
 from gemmascope.kernels.entries import ACTIVE, LATENT, Entries
 from gemmascope.kernels.implementations import operator
-from tests.helpers import LAYOUTS, assert_bitwise_equal, assert_within_budget, lattice, normal, shape_cases
+from tests.helpers import (
+    LAYOUTS,
+    assert_bitwise_equal,
+    assert_within_budget,
+    lattice,
+    normal,
+    product_bound,
+    product_slack,
+    products_of,
+    shape_cases,
+)
 from tests.kernels import sanitizer
 
 pytest.importorskip("triton")
@@ -58,7 +68,7 @@ def exact_z(x, W_enc, b_enc):
 
 def assert_matches_reference(x, W_enc, b_enc, threshold, entries):
     """The entries of the exact z, up to those whose z is within its rounding of an edge."""
-    N, F = x.shape[0], W_enc.shape[1]
+    N, F, precision = x.shape[0], W_enc.shape[1], products_of(x)
     entries = Entries(*(t.cpu() for t in entries))
     x, W_enc, b_enc, threshold = (t.cpu() for t in (x, W_enc, b_enc, threshold))
     dtypes = torch.float32, torch.int32, torch.int32, torch.int64
@@ -74,7 +84,7 @@ def assert_matches_reference(x, W_enc, b_enc, threshold, entries):
     assert ((tokens * F + latents).diff() > 0).all(), "latents do not ascend within the tokens"
     assert torch.equal(active, z > threshold[latents]), "active by another z than the one stored"
     exact, half = exact_z(x, W_enc, b_enc), BANDWIDTH / 2
-    rounding = (x.shape[1] + 2) * 2.0**-24 * exact_z(x.abs(), W_enc.abs(), b_enc.abs())
+    rounding = product_bound(x.shape[1], precision) * exact_z(x.abs(), W_enc.abs(), b_enc.abs())
     distance = exact - threshold
     certain = (distance.abs() > rounding) & ((distance.abs() - half).abs() > rounding)
     assert certain.float().mean() > 0.99 or N * F < 1000
@@ -84,7 +94,7 @@ def assert_matches_reference(x, W_enc, b_enc, threshold, entries):
     assert torch.equal(kept[certain], ((distance > 0) | (distance.abs() < half))[certain])
     assert torch.equal(gate[certain], (distance > 0)[certain])
     eager = x.float() @ W_enc.float() + b_enc.float()
-    assert_within_budget("z", z, exact[kept], eager[kept])
+    assert_within_budget("z", z, exact[kept], eager[kept], slack=product_slack(x.shape[1], precision))
 
 
 def assert_equals_reference(arguments, capacity, entries):

@@ -11,6 +11,7 @@ from tests.helpers import (
     assert_same_not_finite,
     assert_within_budget,
     every_other,
+    exp_slack,
     lattice,
     normal,
     shape_cases,
@@ -147,7 +148,8 @@ def test_steep_tanh_penalty_has_no_cancellation(device):
     arguments = entries, torch.zeros(len(entries.z), device=device), by_latent(entries, 1), torch.ones(1, device=device)
     sums = latent_pass(*arguments, torch.zeros(1, device=device), Objective(BANDWIDTH, tanh_slope=1.0, tanh_scale=1.0))
     expected = 4 * torch.exp(torch.tensor([-24.0], dtype=torch.float64))
-    assert_within_budget("dz", sums.dz[:1], expected, expected.float())
+    slack = exp_slack(24) if device.type == "cuda" else 0.0
+    assert_within_budget("dz", sums.dz[:1], expected, expected.float(), slack=slack)
 
 
 def test_repeats_bit_for_bit(device):

@@ -272,9 +272,9 @@ def test_nothing_depends_on_the_defaults_of_the_process(other_default, tmp_path)
             assert getattr(found, name).dtype == torch.float32
 
 
-def test_without_a_device_it_is_the_default_one():
+def test_without_a_device_it_is_on_the_cpu():
     with torch.device("meta"):
-        assert {p.device.type for p in JumpReLUSAE(D_MODEL, D_SAE).parameters()} == {"meta"}
+        assert {p.device.type for p in JumpReLUSAE(D_MODEL, D_SAE).parameters()} == {"cpu"}
     assert {p.device.type for p in JumpReLUSAE(D_MODEL, D_SAE, device="meta").parameters()} == {"meta"}
 
 

@@ -33,6 +33,7 @@ def checkpointing(model, reentrant):
     model.enable_input_require_grads()
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of checkpoints under no_grad
 class TestCheckpointing:
     @REENTRANT
     @pytest.mark.parametrize("site", [ATT, MLP], ids=str)

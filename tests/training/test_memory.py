@@ -1,10 +1,15 @@
 """The count of memory, against the tensors a state really holds, and the advice when there is not enough."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from gemmascope.saes import JumpReLUSAE
+from gemmascope.training import TrainConfig, suite_memory
 from gemmascope.training.memory import GIB, training_memory
 from gemmascope.training.state import TrainState
+from gemmascope.training.trainer import RUN_AHEAD, SAETrainer
 
 
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
@@ -16,6 +21,19 @@ def test_weights_moments_and_copies_are_those_of_the_state(compute_dtype):
     assert memory.second_moments == sum(v.nbytes for v in moments) + state.b_dec_v.nbytes
     copies = [w for name, w in state.latents._asdict().items() if name.endswith("_low") and w is not None]
     assert memory.copies == sum(w.nbytes for w in copies)
+
+
+def test_batches_of_steps_under_way_are_counted():
+    """A GPU is given `RUN_AHEAD` steps before the figures of the first are read, and each keeps its batch."""
+    config = TrainConfig(d_sae=16384, compute_dtype="bf16")
+    here, there = (SAETrainer.memory(config, 2304, device) for device in ("cpu", torch.device("cuda", 1)))
+    assert here.pending == 0
+    assert there.pending == RUN_AHEAD * config.batch_size * 2304 * 4 == there.total - here.total
+    assert f"{there.pending / GIB:8.2f} GiB" in there.table()
+    available = int(1.05 * there.total)
+    size = int(there.advice(available).split("a batch_size of ")[1].split(" ")[0])
+    assert SAETrainer.memory(replace(config, batch_size=size), 2304, "cuda").total < 0.9 * available
+    assert suite_memory(config, (2304, 2304), "cuda") == 2 * there.total
 
 
 def test_a_million_latents_fit_sixty_gigabytes():

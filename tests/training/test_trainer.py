@@ -389,6 +389,32 @@ def test_fvu_is_that_of_the_evaluation(route, outlier):
         assert report["l0"] == pytest.approx(found.l0, rel=1e-6)
 
 
+class OnSecondDevice(torch.Tensor):
+    """A tensor that says it is on a second GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda:1")
+
+
+def test_figures_are_awaited_on_the_stream_that_copies_them(monkeypatch):
+    """That of the SAE's device, whichever is current: an event of another is over before the copy is."""
+    recorded, empty = [], torch.empty
+
+    class Event:
+        def record(self, stream="that of the current device"):
+            recorded.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"that of {device}")
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **named: empty(*shape, **named))
+    packed = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    copy, event = trainer_module._to_host(packed.as_subclass(OnSecondDevice))
+    assert recorded == ["that of cuda:1"]
+    assert event is not None
+    assert torch.equal(copy, packed)
+    assert trainer_module._to_host(packed) == (packed, None)
+
+
 @pytest.mark.gpu
 def test_triton_and_reference_train_alike():
     """Adam amplifies rounding in single weights; what the SAEs do must agree between kernels, reference and CPU."""

@@ -1,0 +1,341 @@
+"""What a first GPU is asked besides the tests and the suites, and what is predicted of it: `gpu_first_contact.sh` runs
+this. Every command but `verdict` ends in one JSON line.
+
+The predictions are those of notes/gpu-queue.md and of the instruction counts there; none comes from a GPU.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.ours import Ours
+from bench.timing.inputs import construct
+from bench.timing.measure import Clock
+from gemmascope.kernels import encode_entries
+
+REHEARSAL = bool(os.environ.get("FIRST_CONTACT_REHEARSAL"))
+DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
+IMPL = "triton"
+# d_model, d_sae, tokens, L0
+COMMON = (16, 64, 6, 4.0) if REHEARSAL else (2304, 16384, 4096, 64.0)
+WIDE = (16, 96, 6, 4.0) if REHEARSAL else (2304, 1 << 20, 4096, 64.0)
+SMALL = (16, 64, 6, 4.0) if REHEARSAL else (256, 1024, 256, 16.0)
+ENCODE_WIDE = f"encode {WIDE[1]} latents, "
+ROUNDS = 1 if REHEARSAL else 10
+DTYPE = "fp32" if REHEARSAL else "bf16"  # the interpreter by itself computes bf16 wrongly
+
+METRICS = {
+    "time_ns": "gpu__time_duration.sum",
+    "issue_active": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "dram": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l2_hits": "lts__t_sector_hit_rate.pct",
+}
+
+
+def ours(sizes: tuple[int, int, int, float], dtype: str = DTYPE) -> Ours:
+    d, f, tokens, l0 = sizes
+    contender = Ours(IMPL)
+    contender.set_up(construct(d, f, tokens, l0, DEVICE, dtype=dtype))
+    contender.before("step")
+    return contender
+
+
+def median_ms(call: Callable[[], object], clock: Clock) -> float:
+    for _ in range(1 if REHEARSAL else 3):
+        call()
+    return statistics.median(clock.time(call) for _ in range(ROUNDS))
+
+
+# ---- commands: each prints what it found
+
+
+def machine() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "host": platform.platform()}
+    for name in ("torch", "triton", "numpy", "safetensors", "pytest"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    found |= {name: shutil.which(name) for name in ("gcc", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi")}
+    found["cuda"] = torch.cuda.is_available()
+    if found["cuda"]:
+        found |= {"device": torch.cuda.get_device_name(), "devices": torch.cuda.device_count()}
+        found["memory_gib"] = torch.cuda.mem_get_info()[1] / 2**30
+        print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout)
+    return found
+
+
+def one_step() -> dict[str, Any]:
+    """For a profiler: the second step is the one that is launched warm."""
+    contender = ours(COMMON)
+    contender.step()
+    contender.check_made()
+    return {"steps": 1}
+
+
+def small_step() -> dict[str, Any]:
+    """For a memory checker: a step by each route, forward and backward."""
+    contender = ours(SMALL)
+    contender.step()
+    dense = Ours(IMPL, "dense")
+    dense.set_up(contender.inputs)
+    for one in (contender, dense):
+        one.step()
+        one.check_made()
+    contender.infer()
+    contender.decode_backward()
+    return {"steps": 3}
+
+
+def encode_variants(clock: Clock) -> Iterator[tuple[str, float]]:
+    from gemmascope.kernels.gpu import encode_gemm
+
+    encode, operands = encoding(COMMON)
+    config = encode_gemm.launch_config(*operands[:2])
+    for stages in (3, 4):
+        changed = dataclasses.replace(config, num_stages=stages)
+        with mock.patch.object(encode_gemm, "encode_config", lambda *_, changed=changed: changed):
+            yield f"encode, {stages} stages", median_ms(encode, clock)
+
+
+def update_variants(clock: Clock) -> Iterator[tuple[str, float]]:
+    from gemmascope.kernels.gpu import update
+    from gemmascope.kernels.gpu.decode import GatherConfig
+
+    contender = ours(COMMON)
+    for lanes, columns, warps in ((4, 256, 4), (1, 256, 1), (2, 256, 1)):
+        changed = GatherConfig(lanes, columns, warps, update.CONFIG.num_stages)
+        contender.forward()
+        with mock.patch.object(update, "CONFIG", changed):
+            yield f"backward and update ({lanes}, {columns}, {warps})", median_ms(contender.backward, clock)
+
+
+def scratch_variants(clock: Clock) -> Iterator[tuple[str, float]]:
+    from gemmascope.kernels.gpu import encode_gemm
+
+    encode, _ = encoding(WIDE)
+    for gib in (1, 4):
+        with mock.patch.object(encode_gemm, "SCRATCH_BYTES", gib << 30):
+            yield f"{ENCODE_WIDE}{gib} GiB of scratch", median_ms(encode, clock)
+
+
+def encoding(sizes: tuple[int, int, int, float]) -> tuple[Callable[[], object], tuple]:
+    """The encoder of a training step, ready to be called, and its operands."""
+    contender = ours(sizes)
+    state, inputs = contender.state, contender.inputs
+    x = (inputs.x - state.sae.b_dec).detach().to(state.encoder_rows.dtype)
+    operands = x, state.encoder_rows.T, state.sae.b_enc.detach(), state.sae.threshold.detach()
+    arguments = (*operands, inputs.loss.bandwidth, contender.capacity)
+    return lambda: encode_entries(*arguments, impl=IMPL), operands
+
+
+def variants() -> dict[str, Any]:
+    clock, found = Clock(DEVICE), {}
+    for group in (encode_variants, update_variants, scratch_variants):
+        try:
+            for name, ms in group(clock):
+                found[name] = ms
+                print(f"{name}: {ms:.3f} ms", flush=True)
+        except Exception as error:  # a variant that does not fit is a finding, the others are still wanted
+            found[f"{group.__name__} failed"] = f"{type(error).__name__}: {error}"[:300]
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def wide() -> dict[str, Any]:
+    """The widest SAE, without the gate, whose fp64 state would take longer than the rest."""
+    contender = ours(WIDE)
+    ms = median_ms(contender.step, Clock(DEVICE))
+    contender.check_made()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
+    return {"step_ms": ms, "peak_gib": peak}
+
+
+# ---- predictions
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    says: str
+    figure: Callable[[Found], float | None]
+    """None where the sections it needs have no such figure."""
+    holds: Callable[[float], bool]
+
+
+def between(low: float, high: float) -> Callable[[float], bool]:
+    return lambda value: low <= value <= high
+
+
+def over(low: float) -> Callable[[float], bool]:
+    return lambda value: value > low
+
+
+def zero(value: float) -> bool:
+    return value == 0
+
+
+def step_ms(section: str, contender: str = "ours") -> Callable[[Found], float | None]:
+    def figure(found: Found) -> float | None:
+        for row in found.get(section, {}).get("rows", ()):
+            if row["kind"] == "time" and (row["contender"], row["part"]) == (contender, "step"):
+                return row["p50_ms"]
+        return None
+
+    return figure
+
+
+def difference(first, second) -> Callable[[Found], float | None]:
+    def figure(found: Found) -> float | None:
+        a, b = first(found), second(found)
+        return None if a is None or b is None else a - b
+
+    return figure
+
+
+def quotient(section: str, above: str, below: str) -> Callable[[Found], float | None]:
+    def figure(found: Found) -> float | None:
+        values = found.get(section, {})
+        return values[above] / values[below] if above in values and below in values else None
+
+    return figure
+
+
+def value(section: str, key: str) -> Callable[[Found], float | None]:
+    return lambda found: found.get(section, {}).get(key)
+
+
+def status(section: str) -> Callable[[Found], float | None]:
+    return lambda found: found.get("statuses", {}).get(section)
+
+
+def changed_runs(found: Found) -> float | None:
+    counts = [row["different"] for row in found.get("step", {}).get("rows", ()) if row["kind"] == "determinism"]
+    return counts[0] if counts else None
+
+
+def counter(kernel: str, metric: str) -> Callable[[Found], float | None]:
+    """The last launch's, which is the warm one."""
+
+    def figure(found: Found) -> float | None:
+        launches = [one for one in found.get("counters", {}).get("launches", ()) if kernel in one["kernel"]]
+        return launches[-1].get(metric) if launches else None
+
+    return figure
+
+
+PREDICTIONS = (
+    Prediction("entries, dense, encode, step, sparse_loss are right (status 0)", status("correctness"), zero),
+    Prediction("residual, latents, update are right (status 0)", status("units"), zero),
+    Prediction("none of 50 repeated steps differs", changed_runs, zero),
+    Prediction("a step at 16k, L0 64, takes 2.6 to 2.9 ms", step_ms("step"), between(2.6, 2.9)),
+    Prediction("compiled dense PyTorch: 2.5 to 3.3 ms", step_ms("compiled", "dense_compiled"), between(2.5, 3.3)),
+    Prediction(
+        "the tail of skew 0.7 costs over 0.25 ms more than skew 0",
+        difference(step_ms("step"), step_ms("skew0")),
+        over(0.25),
+    ),
+    Prediction("update is bound by issue: over 60 % active", counter("update", "issue_active"), over(60)),
+    Prediction("update leaves DRAM idle: less than 50 %", counter("update", "dram"), between(0, 50)),
+    Prediction("residual is bound by issue: over 60 % active", counter("residual", "issue_active"), over(60)),
+    Prediction(
+        "four stages make encode at least 3 % faster",
+        quotient("variants", "encode, 3 stages", "encode, 4 stages"),
+        over(1.03),
+    ),
+    Prediction(
+        "one warp a latent makes backward and update faster at 16k",
+        quotient("variants", "backward and update (4, 256, 4)", "backward and update (1, 256, 1)"),
+        over(1),
+    ),
+    Prediction("encode at 1M takes over 36 ms", value("variants", ENCODE_WIDE + "1 GiB of scratch"), over(36)),
+    Prediction(
+        "4 GiB of scratch make it at least 8 % faster",
+        quotient("variants", ENCODE_WIDE + "1 GiB of scratch", ENCODE_WIDE + "4 GiB of scratch"),
+        over(1.08),
+    ),
+    Prediction("the memory checker finds nothing (status 0)", status("memcheck"), zero),
+    Prediction("a step at 131k takes 12 to 15 ms", step_ms("wide131k"), between(12, 15)),
+    Prediction("a step at 1M takes 48 to 68 ms (H200: 52, H100: 65)", value("wide1m", "step_ms"), between(48, 68)),
+    Prediction("the step at 1M peaks at 45 to 60 GiB", value("wide1m", "peak_gib"), between(45, 60)),
+)
+
+
+def last_json(text: str) -> dict[str, Any]:
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(line)
+    return {}
+
+
+def launches(text: str) -> list[dict[str, Any]]:
+    """What the profiler's table says of each launch, by the names of `METRICS`."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    names, found = {metric: name for name, metric in METRICS.items()}, {}
+    for row in csv.DictReader(lines[start:]):
+        if row.get("Metric Name") in names:
+            with contextlib.suppress(ValueError, TypeError):
+                launch = found.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
+                launch[names[row["Metric Name"]]] = float(row["Metric Value"].replace(",", ""))
+    return list(found.values())
+
+
+def collect(out: Path) -> Found:
+    """What the sections said: {section: its JSON}, and "statuses"."""
+    table = out / "sections.tsv"
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    statuses = {name: int(code) for name, code, _ in (line.split("\t") for line in lines)}
+    found: Found = {"statuses": statuses}
+    for name in statuses:
+        text = (out / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
+        found[name] = {"launches": launches(text)} if name == "counters" else last_json(text)
+    # A tool that is not there has not been asked.
+    found["statuses"] = {name: code for name, code in statuses.items() if code != 127}
+    return found
+
+
+def verdict(out: Path) -> int:
+    """Prints each prediction with what was found; exit status 1 when one fell."""
+    found, fell = collect(out), 0
+    for prediction in PREDICTIONS:
+        figure = prediction.figure(found)
+        held = None if figure is None else prediction.holds(figure)
+        fell += held is False
+        word = {None: "no figure", True: "held", False: "fell"}[held]
+        print(f"{word:<9}  {prediction.says}" + ("" if figure is None else f": {figure:.4g}"))
+    return int(fell > 0)
+
+
+def main(arguments: list[str]) -> int:
+    commands = {f.__name__: f for f in (machine, one_step, small_step, variants, wide)}
+    if arguments[:1] == ["metrics"]:
+        print(",".join(METRICS.values()))
+        return 0
+    if arguments[:1] == ["verdict"] and len(arguments) == 2:
+        return verdict(Path(arguments[1]))
+    if len(arguments) != 1 or arguments[0] not in commands:
+        print(f"expected {', '.join(commands)}, metrics or verdict OUT", file=sys.stderr)
+        return 2
+    print(json.dumps(commands[arguments[0]]()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
