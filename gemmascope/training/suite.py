@@ -18,7 +18,7 @@ from ..activations import batches
 from ..activations.moments import check_activations, chunks
 from ..checks import check_int, check_type
 from ..errors import TrainingFailedError
-from ..formats.files import atomic_write
+from ..formats.files import as_path, atomic_write
 from ..formats.release import gemma_scope_path
 from ..saes import JumpReLUSAE
 from ..sites import Site
@@ -61,9 +61,8 @@ def train_suite(
     Raises ValueError for no site, unequal or too few rows, and ValueError or TypeError on other bad arguments;
     EnvironmentProblemError as `SAETrainer` and when a file cannot be written; TrainingFailedError as `train`.
     """
-    if not isinstance(out, (str, os.PathLike)):
-        raise TypeError(f"out: expected a path, got {type(out).__name__}")
-    out = Path(out)
+    out = as_path("out", out)
+    _check_log(log_every, log)
     trainers = make_trainers(activations, config, model_name=model_name, impl=impl, device=device)
     if held_out is not None:
         check_type("held_out", held_out, Mapping)
@@ -131,6 +130,12 @@ def _check_sites(name: str, by_site: Any) -> None:
         raise ValueError(f"{name}: expected at least one site, got none")
 
 
+def _check_log(log_every: Any, log: Any) -> None:
+    check_int("log_every", log_every, 1)
+    if not callable(log):
+        raise TypeError(f"log: expected a function, got {type(log).__name__}")
+
+
 def suite_memory(config: TrainConfig, widths: Iterable[int], device: torch.device | str = "cpu") -> int:
     """Bytes that training an SAE on activations of each of ``widths`` takes at most, on a device of that type."""
     if not isinstance(widths, Iterable) or isinstance(widths, Tensor):
@@ -183,9 +188,7 @@ def train(
         check_type("trainers", trainer, SAETrainer)
     if not isinstance(stream, Iterable) or isinstance(stream, Tensor):
         raise TypeError(f"stream: expected an iterable of batches, got {type(stream).__name__}")
-    check_int("log_every", log_every, 1)
-    if not callable(log):
-        raise TypeError(f"log: expected a function, got {type(log).__name__}")
+    _check_log(log_every, log)
     training, gave_up, steps = dict(trainers), dict[Site, str](), 0
 
     def part(patience: int) -> None:

@@ -133,12 +133,23 @@ def test_fp64_does_not_go_into_a_npz(tmp_path):
 def test_weights_that_load_would_refuse_are_not_saved(tmp_path, name):
     for key, value, message in (
         ("W_dec", float("nan"), "sae: W_dec: expected finite values, found nan"),
-        ("threshold", -1.0, "sae: threshold: expected values ≥ 0, found -1"),
+        ("threshold", float("inf"), "sae: threshold: expected finite values, found inf"),
     ):
         sae = make_sae()
         with torch.no_grad():
             getattr(sae, key).view(-1)[2] = value
         assert refuses_to_save(sae, tmp_path / name) == message
+
+
+@pytest.mark.parametrize("name", ["params.npz", "folder"])
+def test_thresholds_below_0_are_no_file(tmp_path, name):
+    """`JumpReLUSAE.save` writes the 0 that they count as; what is given as tensors is taken at its word."""
+    sae = make_sae()
+    tensors = {key: getattr(sae, key).detach() for key in release.KEYS}
+    tensors["threshold"] = torch.full_like(tensors["threshold"], -1)
+    with pytest.raises(ValueError, match="sae: threshold: expected values ≥ 0, found -1"):
+        release.write(tmp_path / name, tensors, SAEConfig(sae.input_scale, sae.pre_encoder_bias, {}))
+    assert not (tmp_path / name).exists()
 
 
 def test_safetensors_is_not_a_folder_name(tmp_path):
