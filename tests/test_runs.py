@@ -111,7 +111,7 @@ def test_keys():
     assert key_of(torch.zeros(2, 1000).T) == key_of(torch.zeros(1000, 2))
 
 
-@pytest.mark.parametrize("part", [object(), {1: 2}, {"a": {3}}, [1j]], ids=repr)
+@pytest.mark.parametrize("part", [object(), {1: 2}, {"a": {3}}, [1j]])
 def test_what_no_key_can_be_made_of(part):
     with pytest.raises(TypeError, match="parts: expected values of JSON, paths, bytes and tensors, got"):
         key_of(part)
