@@ -26,17 +26,20 @@ KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -rlE 'gemmascope.ke
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo native test test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers install clean
+.PHONY: help demo native test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers install clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | native | test | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | install | clean"
+	@echo "make demo | native | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | install | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
 
 test: $(VENV)/.installed
-	$(call PYTEST,$(VENV)) -m "not gpu" $(ARGS)
+	$(call PYTEST,$(VENV)) -m "not gpu and not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed
+	$(call PYTEST,$(VENV)) -m slow $(ARGS)
 
 # The tests that a GPU runs; says first what it must leave out.
 test-gpu:

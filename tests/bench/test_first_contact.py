@@ -86,7 +86,6 @@ def test_small_step_for_a_memory_checker(monkeypatch):
     assert first_contact.small_step() == {"steps": 3}
 
 
-@pytest.mark.slow
 def test_rehearsal(tmp_path):
     """Each kind of section once; a tool that is missing is a line, not the end."""
     if triton_problem() is not None:

@@ -5,7 +5,6 @@ import torch
 
 from gemmascope.kernels import reference
 from gemmascope.kernels.entries import DenseCode, Objective
-from gemmascope.kernels.implementations import operator
 from tests.helpers import (
     LAYOUTS,
     assert_bitwise_equal,
@@ -22,6 +21,7 @@ from tests.helpers import (
 from tests.kernels import sanitizer
 
 pytest.importorskip("triton")
+from gemmascope.kernels import gpu
 from gemmascope.kernels.dispatch import interpreting
 from gemmascope.kernels.gpu import dense as gpu_dense
 from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
@@ -119,8 +119,8 @@ def assert_equals_reference(arguments, code):
 
 
 def test_are_the_operators_of_the_training_step():
-    assert operator("dense_encode", "triton") is dense_encode
-    assert operator("dense_backward", "triton") is dense_backward
+    assert gpu.dense_encode is dense_encode
+    assert gpu.dense_backward is dense_backward
 
 
 @interpreted

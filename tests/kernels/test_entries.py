@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemmascope.kernels import reference
 from gemmascope.kernels.entries import ACTIVE, LATENT, Entries
-from gemmascope.kernels.implementations import operator
 from tests.helpers import (
     LAYOUTS,
     assert_bitwise_equal,
@@ -23,6 +22,7 @@ from tests.helpers import (
 from tests.kernels import sanitizer
 
 pytest.importorskip("triton")
+from gemmascope.kernels import gpu
 from gemmascope.kernels.dispatch import interpreting
 from gemmascope.kernels.gpu import encode as gpu_encode
 from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
@@ -109,7 +109,7 @@ def assert_equals_reference(arguments, capacity, entries):
 
 
 def test_is_the_operator_of_the_training_step():
-    assert operator("encode_entries", "triton") is encode_entries
+    assert gpu.encode_entries is encode_entries
 
 
 @interpreted

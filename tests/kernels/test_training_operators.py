@@ -163,7 +163,7 @@ def test_latent_sums_of_nothing_of_a_slope_and_of_a_steep_penalty():
     test_latents.test_latents_without_entries("cpu")
     test_latents.test_nothing_at_all("cpu")
     test_latents.test_penalty_of_a_scalar_slope_expanded("cpu")
-    test_latents.test_steep_tanh_penalty_has_no_cancellation("cpu")
+    test_latents.test_steep_tanh_penalty_has_no_cancellation(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -211,7 +211,7 @@ def test_what_the_update_leaves_alone():
 
 @pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])
 def test_threshold_never_falls_below_zero_and_shows_nan(rule):
-    test_update.test_threshold_never_falls_below_zero_and_shows_nan(rule, "cpu")
+    test_update.test_threshold_never_falls_below_zero_and_shows_nan(rule, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])

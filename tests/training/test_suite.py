@@ -319,7 +319,7 @@ def test_messages(call, error, message):
 
 
 def test_a_path_that_is_none():
-    with pytest.raises(TypeError, match=r"^out: expected a path, got int$"):
+    with pytest.raises(TypeError, match=r"^out: expected a str or an os.PathLike, got int$"):
         train_suite({A: sample()}, config(), 3, model_name="m")
 
 
