@@ -77,7 +77,7 @@ class DemoConfig:
 
     @property
     def held_out_rows(self) -> int:
-        return 64 if self.fast else 128
+        return 64 if self.fast else 96
 
 
 def say(message: str) -> None:

@@ -84,14 +84,14 @@ def _centred(state: TrainState, x: Tensor) -> Tensor:
     return x.to(state.encoder_rows.dtype)
 
 
-def _fidelity(x: Tensor, squared_error: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean ``squared_error``, FVU of x [N, d_model] and that of its median token, as in `evaluation.variance`.
+def _fidelity(x: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean squared error, FVU of x [N, d_model] and that of its median token, as in `evaluation.variance`.
 
-    residual: x̂ − x, in bf16 where products are; the median is then as exact as that.
+    errors: [N], ‖x̂_n − x_n‖².
     """
-    errors, spread = residual.to(x.dtype).square().sum(1), (x - x.mean(0)).square().sum(1)
+    spread = torch.linalg.vector_norm(x - x.mean(0), dim=1).square_()
     by_token = torch.where(errors == 0, errors, errors / spread)
-    return squared_error, squared_error / spread.mean(), by_token.median()
+    return errors.mean(), errors.mean() / spread.mean(), by_token.median()
 
 
 def gradient_limit(dtype: torch.dtype) -> float:
@@ -134,7 +134,7 @@ class SparseGradients(NamedTuple):
     `residual` still hold by entry."""
 
     loss: Tensor
-    squared_error: Tensor
+    errors: Tensor  # [N], ‖r_n‖²
     l0: Tensor
     transposed: ByLatent
     sums: LatentSums
@@ -171,7 +171,7 @@ def sparse_gradients(
     if pre_encoder_bias:
         db_dec = db_dec - kernels.encoder_times(W_enc, sums.db_enc, impl=impl)
     bound = gradient_bound(loss, squared_error, s, x_centred, f_norm, threshold, transposed.offsets.diff())
-    return SparseGradients(total, squared_error, out.l0.mean(), transposed, sums, out.residual, db_dec, bound)
+    return SparseGradients(total, out.squared_error, out.l0.mean(), transposed, sums, out.residual, db_dec, bound)
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: 
         latents, out.transposed, out.sums, out.residual, x_centred, rule, ok, state.updates, impl=impl
     )
     _finish(state, out.db_dec, out.sums.firing_count, x.shape[0], rule, ok)
-    fidelity = _fidelity(x, out.squared_error, out.residual)
+    fidelity = _fidelity(x, out.errors)
     return StepFigures(out.loss, *fidelity, out.l0, n_entries, state.stalled, ok, state.skipped)
 
 
@@ -233,7 +233,8 @@ def _dense_step(
     firing_count = torch.cat(counts)
     residual = x_hat - x
     penalty, s = l0_penalty(loss, l0)
-    squared_error = residual.square().sum(1).mean()
+    errors = residual.square().sum(1)
+    squared_error = errors.mean()
     total = squared_error + penalty + frequency_penalty(loss, firing_count, n) + tanh
 
     f_norm = torch.linalg.vector_norm(torch.stack(f_norms))
@@ -260,7 +261,7 @@ def _dense_step(
             impl=impl,
         )
     _finish(state, db_dec, firing_count, n, rule, ok)
-    fidelity = _fidelity(x, squared_error, residual)
+    fidelity = _fidelity(x, errors)
     return StepFigures(total, *fidelity, l0.mean(), n_entries, state.stalled, ok, state.skipped)
 
 
@@ -284,5 +285,5 @@ def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: T
         impl="reference",
     )
     _finish(state, gradients.b_dec, out.firing_count, x.shape[0], rule, ok)
-    fidelity = _fidelity(x, out.squared_error, out.residual)
+    fidelity = _fidelity(x, out.residual.square().sum(1))
     return StepFigures(out.loss, *fidelity, out.l0, out.n_entries, state.stalled, ok, state.skipped)
