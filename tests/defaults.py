@@ -54,6 +54,7 @@ def _for_the_package_alone(factory):
         with _ordinary():
             return factory(*args, **kwargs)
 
+    del wrapped.__wrapped__  # a builtin, of which `inspect`, which functorch asks, finds no file
     return wrapped
 
 
