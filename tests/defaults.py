@@ -7,7 +7,9 @@ package call, are made as ever: who asks is the nearest caller that is not PyTor
 
 import contextlib
 import functools
+import importlib
 import sys
+import warnings
 
 import pytest
 import torch
@@ -54,7 +56,6 @@ def _for_the_package_alone(factory):
         with _ordinary():
             return factory(*args, **kwargs)
 
-    del wrapped.__wrapped__  # a builtin, of which `inspect`, which functorch asks, finds no file
     return wrapped
 
 
@@ -65,6 +66,10 @@ def changed_defaults(request, monkeypatch):
     if dtype is None and device is None:
         yield
         return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Scripts its own calls of factories, which it must find unchanged.
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
     for factory in FACTORIES:
         monkeypatch.setattr(torch, factory.__name__, _for_the_package_alone(factory))
     before = torch.get_default_dtype()
