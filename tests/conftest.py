@@ -70,7 +70,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent):
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    defaults.skip_what_compiles(config, items)
     if torch.cuda.is_available():
         for item in items:
             if "device" in getattr(item, "fixturenames", ()):

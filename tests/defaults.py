@@ -27,6 +27,15 @@ def add_options(parser) -> None:
     group.addoption("--default-device", help="PyTorch's default device for what the package makes, e.g. meta")
 
 
+def skip_what_compiles(config, items) -> None:
+    """A compiler cannot trace who asks for a tensor."""
+    if config.getoption("--default-dtype") is None and config.getoption("--default-device") is None:
+        return
+    for item in items:
+        if item.path.stem in ("test_compile", "test_compiled"):
+            item.add_marker(pytest.mark.skip(reason="under other defaults nothing is compiled"))
+
+
 def _package_asks() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
