@@ -84,7 +84,7 @@ def surroundings_of_each_implementation():
             yield pytest.param(impl, name, marks=marks)
 
 
-@pytest.mark.parametrize(("impl", "surroundings"), surroundings_of_each_implementation())
+@pytest.mark.parametrize(("impl", "surroundings"), list(surroundings_of_each_implementation()))
 def test_the_same_bits(impl, surroundings, device):
     if device.type != "cpu":
         pytest.skip("the interpreter's launchers are those of the device")
