@@ -8,6 +8,7 @@ from .arguments import (
     check_indices,
     check_int,
     check_number,
+    check_plain,
     check_present,
     check_starts,
     check_tensor,
@@ -214,6 +215,9 @@ def validate_dense_backward(
         else:
             check_tensor(f"code.{name}", getattr(code, name), (n, d_sae), (torch.bool, *FLOATS), device)
     check_tensor("code.firing_count", code.firing_count, (d_sae,), (torch.int32,), device)
+    for name in ("l0", "touched", "n_entries"):  # which the backward does not read
+        if isinstance(getattr(code, name), Tensor):
+            check_plain(f"code.{name}", getattr(code, name))
     check_tensor("threshold", threshold, (d_sae,), _threshold_dtype(u), device)
     check_tensor("s", s, (n,), _threshold_dtype(u), device)
     validate_objective(objective)

@@ -29,6 +29,13 @@ if not torch.cuda.is_available():
 LARGEST_POISONED_ON_CPU = 256 * 2**20
 
 
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    # The same examples in every run: a failure is that of a change. HYPOTHESIS_RANDOM=1 looks for new ones.
+    hypothesis.settings.register_profile("same", derandomize="HYPOTHESIS_RANDOM" not in os.environ)
+    hypothesis.settings.load_profile("same")
+
 # What some tests need that a GPU machine with torch, Triton and pytest may not have.
 EXTRAS = ("hypothesis", "matplotlib", "transformers", "huggingface_hub", "typer", "rich")
 
