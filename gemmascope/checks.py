@@ -56,12 +56,7 @@ def check_choice(name: str, value: Any, options: Collection[Any]) -> None:
 def check_device(name: str, device: torch.device | str) -> torch.device:
     """``device`` as such; raise TypeError or ValueError when it is none, EnvironmentProblemError when PyTorch does not
     see that GPU here."""
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"{name}: expected a torch.device or its name, got {type(device).__name__}")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"{name}: expected the name of a device, such as 'cpu' or 'cuda:0', got {device!r}") from None
+    found = validation.as_device(name, device)
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise EnvironmentProblemError(f"{name}: expected one of the {count} GPUs that PyTorch sees here, got {found}")
     return found

@@ -111,11 +111,12 @@ def _unusual_kind(tensor: Tensor) -> str | None:
 def as_device(name: str, device: torch.device | str) -> torch.device:
     """The device, or ValueError or TypeError where it is none."""
     if not isinstance(device, (torch.device, str)):
-        raise TypeError(f"{name}: expected a torch.device or a str, got {type(device).__name__}")
+        raise TypeError(f"{name}: expected a torch.device or its name, got {type(device).__name__}")
     try:
         return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"{name}: expected a torch.device or the name of one, got {device!r}") from error
+    except (RuntimeError, UnicodeError) as error:
+        expected = "the name of a device, such as 'cpu' or 'cuda:0'"
+        raise ValueError(f"{name}: expected {expected}, got {device!r}") from error
 
 
 # ---- what tensors hold: read on a CPU alone, since on a GPU that would wait for the device

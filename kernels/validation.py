@@ -14,6 +14,7 @@ from .arguments import (
     check_tensor,
     check_type,
 )
+from .arguments import as_device as as_device
 from .arguments import dtype_name as dtype_name
 from .code import SparseCode
 from .entries import LATENT, ByLatent, DenseCode, Entries, LatentState, LatentSums, Objective, Rule

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int, check_type, dtype_name, found
+from ..checks import check_device, check_int, check_type, dtype_name, found
 from ..sites import Capture, Site, evaluating, probe, site_width
 from ..sites.decoder import find_decoder, input_device
 from ..sites.tokens import TokenInput, forward_arguments, skipped_ids
@@ -93,7 +93,7 @@ def stream(
     check_type("dtype", dtype, torch.dtype)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating dtype, got {dtype_name(dtype)}")
-    device = _checked_device(device)
+    device = check_device("device", device)
     given = TokenInput(model, skipped_ids(model, skip_token_ids))
     outliers = OutlierFilter(sites, max_norm_ratio, median_norms)
     pieces = _pieces(given, rows_of_tokens, attention_mask)
@@ -174,15 +174,6 @@ def harvest(
     if done < n_counted:
         harvested = {site: rows[:done].clone() for site, rows in harvested.items()}
     return Activations(harvested, torch.cat(kept_of_batches), batches.outliers)
-
-
-def _checked_device(device: Any) -> torch.device:
-    if not isinstance(device, (torch.device, str)):
-        raise TypeError(f"device: expected a torch.device or a str, got {type(device).__name__}")
-    try:
-        return torch.device(device)
-    except (RuntimeError, UnicodeError) as error:
-        raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
 
 
 def _pieces(given: TokenInput, rows_of_tokens: Any, attention_mask: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
