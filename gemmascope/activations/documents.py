@@ -334,14 +334,12 @@ class DatasetDocuments(Iterator[Document]):
             raise error
         if _status(error) in (401, 403):
             raise EnvironmentProblemError(f"{name}: access is restricted: {reason}") from error
+        where = f"{name}: row {row:,} of the split {self.facts['split']!r}"
         if not _may_pass(error):
-            raise BadFileError(
-                f"{name}: expected the split {self.facts['split']!r}, found, at row {row:,}: {reason}"
-            ) from error
+            raise BadFileError(f"{where}: cannot be read: {reason}") from error
         if failures == ATTEMPTS:
             raise EnvironmentProblemError(
-                f"{name}: expected more rows after {row:,}, found, {ATTEMPTS} times: {reason}; "
-                "when the network is back, the same command starts the reading again"
+                f"{where}: the stream broke off there {ATTEMPTS} times: {reason}; start again when the network is back"
             ) from error
         time.sleep(2 ** (failures - 1))
 

@@ -9,10 +9,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from ..formats.files import (
     LOCK,
     TEMPORARY,
     as_path,
-    create,
-    finish,
     flush_folder,
+    is_being_written,
     json_text,
     open_file,
+    parse_json,
     read_json,
     remove_stale_temporaries,
     sha256_of,
@@ -38,98 +38,24 @@ from ..formats.files import (
 )
 from .documents import Document
 from .held_out import HELD_OUT_EVERY
-
-Part = Literal["train", "held_out"]
-PARTS: tuple[Part, ...] = ("train", "held_out")
+from .packing import (
+    PARTS,
+    Part,
+    Progress,
+    RowsWriter,
+    as_encoder,
+    digest,
+    shard_header,
+    tokenizer_hash,
+    write,
+)
 
 MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "gemmascope tokens", 1
 OURS = re.compile(r"(train|held_out)-\d{5,}\.safetensors|documents-\d{5,}\.jsonl|manifest\.json")
-SHARD_BYTES = 32 << 20
-DOCUMENTS_PER_FILE = 1 << 16
-# What the tokenizer is given at once, in characters; it takes a hundred bytes and more for each.
-BATCH_CHARACTERS = 1 << 20
-PIECE_CHARACTERS = 1 << 18
-# Sources counted one by one in the manifest.
-MAX_SOURCES = 256
-
-
-# ---- the tokenizer
-
-
-@dataclass(frozen=True)
-class _Tokenizer:
-    """What rows depend on of a tokenizer. size: ids are below it."""
-
-    tokenizer: Any
-    bos: int
-    eos: int | None
-    pad: int
-    size: int
-
-    @property
-    def special(self) -> tuple[int, ...]:
-        return tuple(sorted({self.bos, self.pad} | ({self.eos} if self.eos is not None else set())))
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, int64, none of them special: its text may name special tokens, but contains none."""
-        found = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        arrays = [np.asarray(ids, dtype=np.int64) for ids in found]
-        for ids in arrays:
-            if len(ids) and not (ids.min() >= 0 and ids.max() < self.size):
-                wrong = ids.min() if ids.min() < 0 else ids.max()
-                raise ValueError(f"tokenizer: expected ids from 0 to {self.size - 1}, the largest it has, got {wrong}")
-        return arrays
-
-
-def _as_tokenizer(tokenizer: Any) -> _Tokenizer:
-    if not callable(tokenizer) or not hasattr(tokenizer, "bos_token_id") or not hasattr(tokenizer, "get_vocab"):
-        raise TypeError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}")
-    bos, eos = tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)
-    if bos is None:
-        raise ValueError("tokenizer: expected one with a BOS token, which begins every row, got one without")
-    pad = getattr(tokenizer, "pad_token_id", None)
-    pad = pad if pad is not None else eos if eos is not None else bos
-    size = 1 + max([*tokenizer.get_vocab().values(), bos, pad])
-    if size > 1 << 32:
-        raise ValueError(f"tokenizer: expected ids below 2**32, got {size - 1}")
-    return _Tokenizer(tokenizer, bos, eos, pad, size)
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 over what decides the ids that a tokenizer of transformers gives; the same in every process.
-
-    Of a fast tokenizer: its whole state without padding and truncation, and the special ids. Of another: class,
-    vocabulary and special ids.
-    """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if hasattr(backend, "to_str"):
-        state = json.loads(backend.to_str())
-        state = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
-    else:
-        kind = type(tokenizer)
-        state = {"class": f"{kind.__module__}.{kind.__qualname__}", "vocabulary": tokenizer.get_vocab()}
-    special = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")]
-    return _digest([state, special])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # ---- making
-
-
-Progress = Callable[[int, int], Any]
 
 
 def tokenise(
@@ -168,7 +94,7 @@ def tokenise(
     """
     if isinstance(documents, (str, bytes, Document)) or not isinstance(documents, Iterable):
         raise TypeError(f"documents: expected an iterable of Document, got {type(documents).__name__}")
-    checked = _as_tokenizer(tokenizer)
+    encoder = as_encoder(tokenizer)
     check_int("context", context, 2)
     check_int("held_out_every", held_out_every, 2)
     for name, value in (("max_tokens", max_tokens), ("max_tokens_per_source", max_tokens_per_source)):
@@ -187,12 +113,16 @@ def tokenise(
     identity = {"tokenizer": tokenizer_hash(tokenizer), "settings": settings, "key": key, "documents": content}
     remove_stale_temporaries(out)
     if content is not None and os.path.lexists(out / MANIFEST):
-        found = TokenRows.open(out)
+        try:
+            found = TokenRows.open(out)
+        except BadFileError as error:
+            raise BadFileError(f"{error}; delete {shown(out)} to have the rows made again") from error
         if found.identity == identity:
             return found
-    _check_alone(out)
+    if is_being_written(out):
+        raise EnvironmentProblemError(f"{shown(out)}: expected no other process to write there, found one")
     with staging(out / MANIFEST) as stage:
-        writer = _Writer(stage, checked, settings, progress)
+        writer = RowsWriter(stage, encoder, settings, progress)
         for document in _reading(documents):
             if not writer.add(document):
                 break
@@ -212,25 +142,18 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"out: expected a new folder or one of tokens, found other files in {shown(out)}")
 
 
-def _check_alone(out: Path) -> None:
-    """Stale temporaries are gone: one that is left has a living writer, or nobody can tell."""
-    with contextlib.suppress(FileNotFoundError):
-        if any((out / name / LOCK).exists() for name in os.listdir(out) if TEMPORARY.fullmatch(name)):
-            raise EnvironmentProblemError(f"{shown(out)}: expected no other process to write there, found one")
-
-
 def _content_of(documents: Any, key: str) -> str | None:
     """What is known of the documents without using them up."""
     if hasattr(documents, "content"):
         return documents.content()
     if not isinstance(documents, Iterator):
-        digest = hashlib.sha256()
+        found = hashlib.sha256()
         for document in _reading(documents):
-            parts = [part.encode("utf-8", "surrogatepass") for part in (document.source, document.name, document.text)]
-            for part in parts:
-                digest.update(b"%d " % len(part))
-                digest.update(part)
-        return digest.hexdigest()
+            for text in (document.source, document.name, document.text):
+                data = text.encode("utf-8", "surrogatepass")
+                found.update(b"%d " % len(data))
+                found.update(data)
+        return found.hexdigest()
     return f"key {key}" if key else None
 
 
@@ -245,300 +168,12 @@ def _reading(documents: Iterable[Document]) -> Iterator[Document]:
         raise EnvironmentProblemError(f"documents: cannot be read: {error.strerror or error}") from error
 
 
-def is_held_out(document: Document, every: int) -> bool:
-    """Whether it is the one of ``every`` documents that is held out, by the SHA-256 of its source and name."""
-    names = json.dumps([document.source, document.name]).encode()
-    return int.from_bytes(hashlib.sha256(names).digest()[:8], "big") % every == 0
-
-
-def _plain(text: str) -> tuple[str, int]:
-    """The text with U+FFFD for lone surrogates, which no tokenizer takes, and its bytes in UTF-8."""
-    try:
-        return text, len(text.encode())
-    except UnicodeEncodeError:
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return text, len(text.encode())
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces that are tokenised alike alone and together: cut, if it can be, between two lines."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        end = _cut(text, start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS)
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _cut(text: str, low: int, high: int) -> int:
-    for mark, after in (("\n", 1), (" ", 0)):  # behind a line feed, before a space: each alone between other characters
-        at = text.rfind(mark, low, high)
-        while at > low:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
-                return at + after
-            at = text.rfind(mark, low, at)
-    return high
-
-
-class _Writer:
-    """Documents in, files in ``stage`` out."""
-
-    def __init__(self, stage: Path, tokenizer: _Tokenizer, settings: dict[str, Any], progress: Progress | None):
-        self._tokenizer, self._settings, self._progress = tokenizer, settings, progress
-        self._parts = {part: _PartWriter(stage, part, settings["context"], tokenizer) for part in PARTS}
-        self._names = _NamesWriter(stage)
-        self._queue: list[tuple[_Open, str, bool]] = []
-        self._queued = 0
-        self._sources: dict[str, list[int]] = {}
-        self._counts = dict.fromkeys(("skipped", "repaired", "cut", "left_out", "bytes", "special_ids_dropped"), 0)
-
-    def add(self, document: Document) -> bool:
-        """False when there is no use in more of them."""
-        part: Part = "held_out" if is_held_out(document, self._settings["held_out_every"]) else "train"
-        text, n_bytes = _plain(document.text)
-        self._counts["repaired"] += text is not document.text
-        if not text or text.isspace():
-            self._counts["skipped"] += 1
-            return not self._complete
-        opened = _Open(document.source, document.name, part, n_bytes)
-        pieces = _pieces(text)
-        following = next(pieces, None)
-        while following is not None:
-            piece, following = following, next(pieces, None)
-            self._queue.append((opened, piece, following is None))
-            self._queued += len(piece)
-            if self._queued >= BATCH_CHARACTERS:
-                self._place()
-                if following is not None and self._room(opened) == 0:  # the rest of it would be tokenised in vain
-                    opened.lost = True
-                    self._queue.append((opened, "", True))
-                    break
-        return not self._complete
-
-    @property
-    def _complete(self) -> bool:
-        most = self._settings["max_tokens"]
-        train, held_out = (self._parts[part] for part in PARTS)
-        return most is not None and train.tokens >= most and held_out.documents > 0
-
-    def _room(self, opened: "_Open") -> int:
-        """Tokens that may still come from it."""
-        most, per_source = self._settings["max_tokens"], self._settings["max_tokens_per_source"]
-        room = 1 << 62
-        if most is not None:
-            room = most - self._parts[opened.part].tokens
-        if per_source is not None:
-            room = min(room, per_source - self._sources.get(opened.source, [0, 0])[1])
-        return room
-
-    def _place(self) -> None:
-        queue, self._queue, self._queued = self._queue, [], 0
-        texts = [piece for _, piece, _ in queue]
-        encoded = self._tokenizer.encode(texts) if texts else []
-        for (opened, _, is_last), ids in zip(queue, encoded, strict=True):
-            if not self._complete or opened.tokens:
-                self._append(opened, ids)
-                if is_last:
-                    self._close(opened)
-        if self._progress is not None:
-            self._progress(self._names.documents, sum(part.tokens for part in self._parts.values()))
-
-    def _append(self, opened: "_Open", ids: np.ndarray) -> None:
-        text = ids[~np.isin(ids, self._tokenizer.special)]
-        self._counts["special_ids_dropped"] += len(ids) - len(text)
-        room = self._room(opened)
-        opened.lost |= len(text) > room
-        text = text[:room]
-        if len(text):
-            counts = self._sources.setdefault(opened.source, [0, 0])
-            counts[0] += opened.tokens == 0
-            counts[1] += len(text)
-            self._parts[opened.part].append(self._names.documents, text, begins=opened.tokens == 0)
-            opened.tokens += len(text)
-
-    def _close(self, opened: "_Open") -> None:
-        if opened.tokens:
-            self._names.add(opened)
-            self._counts["bytes"] += opened.bytes
-            self._counts["cut"] += opened.lost
-        else:
-            self._counts["left_out" if opened.lost else "skipped"] += 1
-
-    def finish(self) -> dict[str, Any]:
-        self._place()
-        train, held_out = (self._parts[part] for part in PARTS)
-        self._check_both(train.documents, held_out.documents)
-        for part in self._parts.values():
-            part.finish()
-        self._names.flush()
-        most = sorted(self._sources.items(), key=lambda item: (-item[1][1], item[0]))
-        facts = {
-            "documents": {part: self._parts[part].documents for part in PARTS},
-            "tokens": {part: self._parts[part].tokens for part in PARTS},
-            **self._counts,
-            "sources": {
-                _json_key(name): {"documents": n, "tokens": tokens} for name, (n, tokens) in most[:MAX_SOURCES]
-            },
-            "n_sources": len(most),
-            "packing": "BOS before each document and at the start of each row; a document goes on in the next row",
-        }
-        return {
-            "bos": self._tokenizer.bos,
-            "eos": self._tokenizer.eos,
-            "pad": self._tokenizer.pad,
-            "n_ids": self._tokenizer.size,
-            "context": self._settings["context"],
-            "parts": {part: self._parts[part].shards for part in PARTS},
-            "documents": self._names.files,
-            "facts": facts,
-        }
-
-    def _check_both(self, train: int, held_out: int) -> None:
-        if train and held_out:
-            return
-        every, skipped = self._settings["held_out_every"], self._counts["skipped"]
-        if not train and not held_out:
-            raise ValueError(f"documents: expected text, got none ({skipped} empty documents)")
-        raise ValueError(
-            f"documents: expected some to train on and some held out (one of {every}, by the hash of its name), got "
-            f"{train} and {held_out}: give more documents, split long ones (one a line of a .jsonl file), or change "
-            "held_out_every"
-        )
-
-
-@dataclass
-class _Open:
-    """A document on its way into rows. lost: whether a limit cut it."""
-
-    source: str
-    name: str
-    part: Part
-    bytes: int
-    tokens: int = 0
-    lost: bool = False
-
-
-def _json_key(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-class _PartWriter:
-    """Rows of one part: a shard is written when it is full. shards: what the manifest says of them."""
-
-    def __init__(self, stage: Path, part: Part, context: int, tokenizer: _Tokenizer):
-        self.shards: list[dict[str, Any]] = []
-        self.documents = self.tokens = 0
-        self._stage, self._part, self._context = stage, part, context
-        self._bos, self._pad = tokenizer.bos, tokenizer.pad
-        self._rows = np.empty((max(1, SHARD_BYTES // (4 * context)), context), dtype="<u4")
-        self._row = self._column = 0
-        self._numbers: list[int] = []
-        self._starts: list[int] = []
-
-    def append(self, number: int, ids: np.ndarray, *, begins: bool) -> None:
-        """Tokens of the document ``number``. begins: whether they are its first."""
-        self.tokens += len(ids)
-        if begins:
-            self.documents += 1
-            self._mark(number, self._row * self._context + self._column)
-            self._put(np.array([self._bos]))
-        at = 0
-        while at < len(ids):
-            if not self._starts:
-                self._mark(number, -1)
-            if self._column == 0:
-                self._put(np.array([self._bos]))
-            n = min(self._context - self._column, len(ids) - at)
-            self._put(ids[at : at + n])
-            at += n
-
-    def _mark(self, number: int, start: int) -> None:
-        self._numbers.append(number)
-        self._starts.append(start)
-
-    def _put(self, ids: np.ndarray) -> None:
-        """Into the row that is being filled, where there is room for them."""
-        self._rows[self._row, self._column : self._column + len(ids)] = ids
-        self._column += len(ids)
-        if self._column == self._context:
-            self._row, self._column = self._row + 1, 0
-            if self._row == len(self._rows):
-                self._flush()
-
-    def finish(self) -> None:
-        padding = (self._context - self._column) % self._context
-        if padding:
-            self._rows[self._row, self._column :] = self._pad
-            self._row, self._column = self._row + 1, 0
-        if self._row:
-            self._flush(padding)
-
-    def _flush(self, padding: int = 0) -> None:
-        numbers, starts = (np.array(values, dtype="<i8") for values in (self._numbers, self._starts))
-        header = _shard_header(self._row, self._context, len(numbers))
-        name = f"{self._part}-{len(self.shards):05d}.safetensors"
-        written = _write(
-            self._stage / name, header, numbers.data, starts.data, self._rows[: self._row].reshape(-1).data
-        )
-        self.shards.append({**written, "rows": self._row, "documents": len(numbers), "padding": padding})
-        self._row, self._numbers, self._starts = 0, [], []
-
-
-class _NamesWriter:
-    """A line of JSON for each document, by number."""
-
-    def __init__(self, stage: Path):
-        self.documents = 0
-        self.files: list[dict[str, Any]] = []
-        self._stage = stage
-        self._lines: list[bytes] = []
-
-    def add(self, opened: _Open) -> None:
-        line = {"source": opened.source, "name": opened.name, "part": opened.part, "tokens": opened.tokens}
-        self._lines.append(json.dumps(line).encode() + b"\n")
-        self.documents += 1
-        if len(self._lines) == DOCUMENTS_PER_FILE:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._lines:
-            written = _write(self._stage / f"documents-{len(self.files):05d}.jsonl", *self._lines)
-            self.files.append({**written, "documents": len(self._lines)})
-            self._lines = []
-
-
-def _write(path: Path, *parts: Any) -> dict[str, Any]:
-    """Write the file and say what the manifest has of it."""
-    digest, size = hashlib.sha256(), 0
-    mode = create(path)
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-            size += memoryview(part).nbytes
-    finish(path, mode)
-    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
-
-
-def _shard_header(rows: int, context: int, documents: int) -> bytes:
-    """The head of a shard, a safetensors file: documents' numbers, where they start in the shard's tokens (−1: in an
-    earlier shard), and the tokens."""
-    ends = [8 * documents, 16 * documents, 16 * documents + 4 * rows * context]
-    entries = {
-        "documents": {"dtype": "I64", "shape": [documents], "data_offsets": [0, ends[0]]},
-        "starts": {"dtype": "I64", "shape": [documents], "data_offsets": ends[:2]},
-        "tokens": {"dtype": "U32", "shape": [rows, context], "data_offsets": ends[1:]},
-    }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _commit(stage: Path, out: Path, manifest: dict[str, Any]) -> None:
     """Put the files of ``stage`` in the place of those in ``out``, the manifest last: from the moment the old one is
     gone until then there are no rows."""
-    entries = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
-    text = json_text(entries | {"manifest_sha256": _digest(entries)}, shown(out / MANIFEST))
+    name = shown(out / MANIFEST)
+    entries = json.loads(json_text({"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}, name))
+    text = json_text(entries | {"manifest_sha256": digest(entries)}, name)
     names = sorted(name for name in os.listdir(stage) if name != LOCK)
     (out / MANIFEST).unlink(missing_ok=True)
     flush_folder(out)
@@ -548,7 +183,7 @@ def _commit(stage: Path, out: Path, manifest: dict[str, Any]) -> None:
     for name in names:
         os.replace(stage / name, out / name)
     flush_folder(out)
-    _write(stage / MANIFEST, text.encode())
+    write(stage / MANIFEST, text.encode())
     os.replace(stage / MANIFEST, out / MANIFEST)
     flush_folder(out)
 
@@ -574,7 +209,8 @@ class TokenRows:
     """Rows of tokens that `tokenise` left in a folder; see there for what a row is. `open` gives one.
 
     context: tokens of a row. n_train, n_held_out: rows of the two parts. bos, eos, pad: the tokenizer's special ids
-    (eos may be None), special_ids: all of them, sorted. facts: counts of documents, tokens and bytes, per source too,
+    (eos may be None), special_ids: all of them, sorted; n_ids: all ids are below it. n_documents: of both parts, numbered
+    in the order in which they came. facts: counts of documents, tokens and bytes, per source too,
     and what was skipped, cut or left out. identity: what the rows were made of. content: SHA-256 over all of it.
 
     A shard's checksum is verified when it is first read, and again when the file has changed since. Nothing is mapped,
@@ -592,13 +228,15 @@ class TokenRows:
         self.context = manifest["context"]
         self.bos, self.eos, self.pad = manifest["bos"], manifest["eos"], manifest["pad"]
         self.special_ids = tuple(sorted({self.bos, self.pad} | ({self.eos} if self.eos is not None else set())))
+        self.n_ids = manifest["n_ids"]
         self.facts, self.identity = manifest["facts"], manifest["identity"]
         self._shards = {part: [_Shard(**shard) for shard in manifest["parts"][part]] for part in PARTS}
         self._names = [_File(**file) for file in manifest["documents"]]
         self._firsts = {part: np.cumsum([0] + [shard.rows for shard in self._shards[part]]) for part in PARTS}
         self.n_train, self.n_held_out = (int(self._firsts[part][-1]) for part in PARTS)
-        self.n_documents = sum(file.documents for file in self._names)
-        self.content = _digest({name: value for name, value in manifest.items() if name not in ("facts", "identity")})
+        self._first_documents = np.cumsum([0] + [file.documents for file in self._names])
+        self.n_documents = int(self._first_documents[-1])
+        self.content = digest({name: value for name, value in manifest.items() if name not in ("facts", "identity")})
         self._verified: dict[str, tuple[int, ...]] = {}
         self._last: tuple[int, list[bytes]] = (-1, [])
 
@@ -613,9 +251,8 @@ class TokenRows:
         for file in files:
             with open_file(folder / file.file) as found:
                 _check_size(folder, file, os.fstat(found.fileno()).st_size)
-        extra = (
-            {name for name in os.listdir(folder) if OURS.fullmatch(name)} - {file.file for file in files} - {MANIFEST}
-        )
+        expected = {MANIFEST, *(file.file for file in files)}
+        extra = {name for name in os.listdir(folder) if OURS.fullmatch(name)} - expected
         if extra:
             raise BadFileError(f"{shown(folder / min(extra))}: expected no such file beside this manifest, found one")
         return rows
@@ -643,7 +280,7 @@ class TokenRows:
         columns = np.arange(self.context, dtype=np.int64)
         for shard, picked, within in self._by_shard(part, numbers):
             with self._opened(shard) as descriptor:
-                head = len(_shard_header(shard.rows, self.context, shard.documents))
+                head = len(shard_header(shard.rows, self.context, shard.documents))
                 both = np.empty((2, shard.documents), dtype="<i8")
                 self._fill(descriptor, both, head, shard)
             documents, starts = both
@@ -664,23 +301,32 @@ class TokenRows:
         check_int("numbers", number, 0)
         if number >= self.n_documents:
             raise ValueError(f"numbers: expected less than the {self.n_documents} documents, got {number}")
-        index, line = divmod(number, DOCUMENTS_PER_FILE)
+        index = int(np.searchsorted(self._first_documents, number, side="right")) - 1
         last, lines = self._last
         if last != index:
-            file = self._names[index]
-            with self._opened(file) as descriptor:
-                data = np.empty(file.bytes, dtype=np.uint8)
-                self._fill(descriptor, data, 0, file)
-            lines = data.tobytes().splitlines()
+            lines = self._lines(self._names[index])
             self._last = index, lines
-        found = json.loads(lines[line])
+        where = shown(self.folder / self._names[index].file)
+        found = parse_json(lines[number - int(self._first_documents[index])], where)
+        _check_kinds(found, NAME_KINDS, where)
         return found["source"], found["name"]
+
+    def _lines(self, file: _File) -> list[bytes]:
+        data = np.empty(file.bytes, dtype=np.uint8)
+        with self._opened(file) as descriptor:
+            self._fill(descriptor, data, 0, file)
+        lines = data.tobytes().split(b"\n")
+        if len(lines) != file.documents + 1:
+            raise BadFileError(
+                f"{shown(self.folder / file.file)}: expected {file.documents} lines, found {len(lines) - 1}"
+            )
+        return lines
 
     def _read(self, part: Part, rows: Tensor) -> Tensor:
         numbers = self._numbers(part, rows)
         found = np.empty((len(numbers), self.context), dtype="<u4")
         for shard, picked, within in self._by_shard(part, numbers):
-            head = len(_shard_header(shard.rows, self.context, shard.documents)) + 16 * shard.documents
+            head = len(shard_header(shard.rows, self.context, shard.documents)) + 16 * shard.documents
             with self._opened(shard) as descriptor:
                 for index, row in zip(picked.tolist(), within.tolist(), strict=True):
                     self._fill(descriptor, found[index], head + 4 * self.context * row, shard)
@@ -721,14 +367,14 @@ class TokenRows:
 
     def _verify(self, file: _File, opened: Any) -> None:
         _check_size(self.folder, file, os.fstat(opened.fileno()).st_size)
-        digest = sha256_of(opened)
-        if digest != file.sha256:
+        found = sha256_of(opened)
+        if found != file.sha256:
             raise BadFileError(
-                f"{shown(self.folder / file.file)}: expected SHA-256 {file.sha256}, found {digest}: delete the folder "
+                f"{shown(self.folder / file.file)}: expected SHA-256 {file.sha256}, found {found}: delete the folder "
                 "to have it made again"
             )
         if isinstance(file, _Shard):
-            header = _shard_header(file.rows, self.context, file.documents)
+            header = shard_header(file.rows, self.context, file.documents)
             if opened.read(len(header)) != header:
                 raise BadFileError(f"{shown(self.folder / file.file)}: expected rows of tokens, found another header")
 
@@ -752,6 +398,7 @@ MANIFEST_KINDS = {
     "format": str, "format_version": int, "bos": int, "eos": (int, type(None)), "pad": int, "n_ids": int,
     "context": int, "parts": dict, "documents": list, "facts": dict, "identity": dict, "manifest_sha256": str,
 }  # fmt: skip
+NAME_KINDS = {"source": str, "name": str, "part": str, "tokens": int}
 FILE_KINDS = {"file": str, "bytes": int, "sha256": str, "documents": int}
 SHARD_KINDS = FILE_KINDS | {"rows": int, "padding": int}
 
@@ -768,8 +415,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     _check_kinds(found, MANIFEST_KINDS, name)
     rest = {key: value for key, value in found.items() if key != "manifest_sha256"}
-    if found["manifest_sha256"] != _digest(rest):
-        raise BadFileError(f"{name}: expected manifest_sha256 {_digest(rest)}, found {found['manifest_sha256']!r:.70}")
+    if found["manifest_sha256"] != digest(rest):
+        raise BadFileError(f"{name}: expected manifest_sha256 {digest(rest)}, found {found['manifest_sha256']!r:.70}")
     context = found["context"]
     if context < 2:
         raise BadFileError(f"{name}: context: expected at least 2, found {context}")
@@ -780,7 +427,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             rows, documents, padding = shard["rows"], shard["documents"], shard["padding"]
             if rows < 1 or documents < 1 or not 0 <= padding < context:
                 raise BadFileError(f"{name}: {part} {number}: expected rows and documents, found none")
-            size = len(_shard_header(rows, context, documents)) + 16 * documents + 4 * rows * context
+            size = len(shard_header(rows, context, documents)) + 16 * documents + 4 * rows * context
             _check_entry(shard, f"{part}-{number:05d}.safetensors", size, name)
     for number, file in enumerate(found["documents"]):
         _check_kinds(file, FILE_KINDS, f"{name}: documents {number}")

@@ -172,6 +172,20 @@ def _remove_unless_alive(path: Path) -> None:
         os.close(lock)
 
 
+def is_being_written(folder: str | os.PathLike) -> bool:
+    """Whether a living process writes into ``folder`` now. False where there are no locks to tell it by."""
+    if fcntl is None:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        for path in [path for path in as_path("folder", folder).iterdir() if TEMPORARY.fullmatch(path.name)]:
+            with contextlib.suppress(OSError), open(path / LOCK, "r+b") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+    return False
+
+
 def _locked_folder(parent: Path) -> tuple[Path, int | None]:
     """A new temporary folder, and the descriptor that holds its lock where there are locks."""
     for _ in range(ATTEMPTS):  # until no other process takes it for a dead one's before it is locked
