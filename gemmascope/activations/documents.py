@@ -283,6 +283,7 @@ class DatasetDocuments(Iterator[Document]):
         self.facts: dict[str, Any] = {
             "dataset": name, "config": config, "split": split, "column": column, "revision": revision
         }  # fmt: skip
+        self._is_pinned = False
         self._identity = json.dumps(["dataset", *self.facts.values()])
         self._documents = self._read()
 
@@ -318,8 +319,9 @@ class DatasetDocuments(Iterator[Document]):
     def _open(self, row: int) -> tuple[Iterator[Any], int | None]:
         """The rows from ``row`` on, and how many there are in all where the dataset says so."""
         facts = self.facts
-        if not os.path.isdir(facts["dataset"]):
-            self.facts["revision"] = _commit(facts["dataset"], facts["revision"])
+        if not self._is_pinned and not os.path.isdir(facts["dataset"]):
+            facts["revision"] = _commit(facts["dataset"], facts["revision"])
+        self._is_pinned = True
         stream = _datasets().load_dataset(
             facts["dataset"], facts["config"], split=facts["split"], revision=facts["revision"], streaming=True
         )

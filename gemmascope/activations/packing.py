@@ -24,6 +24,7 @@ DOCUMENTS_PER_FILE = 1 << 16
 # What the tokenizer is given at once, in characters; it takes a hundred bytes and more for each.
 BATCH_CHARACTERS = 1 << 20
 PIECE_CHARACTERS = 1 << 18
+DOCUMENT_CHARACTERS = 1 << 6  # what a short document takes more
 # Sources counted one by one in the manifest.
 MAX_SOURCES = 256
 
@@ -159,15 +160,18 @@ class RowsWriter:
             self._counts["skipped"] += 1
             return not self._complete
         opened = _Open(document.source, document.name, part, n_bytes)
+        if self._is_full(opened):
+            self._counts["left_out"] += 1
+            return not self._complete
         pieces = _pieces(text)
         following = next(pieces, None)
         while following is not None:
             piece, following = following, next(pieces, None)
             self._queue.append((opened, piece, following is None))
-            self._queued += len(piece)
+            self._queued += len(piece) + DOCUMENT_CHARACTERS
             if self._queued >= BATCH_CHARACTERS:
                 self._place()
-                if following is not None and self._room(opened) == 0:  # the rest of it would be tokenised in vain
+                if following is not None and self._is_full(opened):
                     opened.lost = True
                     self._queue.append((opened, "", True))
                     break
@@ -178,6 +182,10 @@ class RowsWriter:
         most = self._settings["max_tokens"]
         train, held_out = (self._parts[part] for part in PARTS)
         return most is not None and train.tokens >= most and held_out.documents > 0
+
+    def _is_full(self, opened: "_Open") -> bool:
+        """Whether more of it would be tokenised in vain."""
+        return self._room(opened) == 0 or (self._complete and not opened.tokens)
 
     def _room(self, opened: "_Open") -> int:
         """Tokens that may still come from it."""
@@ -365,15 +373,15 @@ class _NamesWriter:
 
 def write(path: Path, *parts: Any) -> dict[str, Any]:
     """Write the file and say what the manifest has of it."""
-    digest, size = hashlib.sha256(), 0
+    found, size = hashlib.sha256(), 0
     mode = create(path)
     with open(path, "wb") as file:
         for part in parts:
             file.write(part)
-            digest.update(part)
+            found.update(part)
             size += memoryview(part).nbytes
     finish(path, mode)
-    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    return {"file": path.name, "bytes": size, "sha256": found.hexdigest()}
 
 
 def shard_header(rows: int, context: int, documents: int) -> bytes:

@@ -209,9 +209,9 @@ class TokenRows:
     """Rows of tokens that `tokenise` left in a folder; see there for what a row is. `open` gives one.
 
     context: tokens of a row. n_train, n_held_out: rows of the two parts. bos, eos, pad: the tokenizer's special ids
-    (eos may be None), special_ids: all of them, sorted; n_ids: all ids are below it. n_documents: of both parts, numbered
-    in the order in which they came. facts: counts of documents, tokens and bytes, per source too,
-    and what was skipped, cut or left out. identity: what the rows were made of. content: SHA-256 over all of it.
+    (eos may be None), special_ids: all of them, sorted; n_ids: all ids are below it. n_documents: of both parts,
+    numbered in the order in which they came. facts: counts of documents, tokens of text and bytes, per source too, and
+    what was skipped, cut or left out. identity: what the rows were made of. content: SHA-256 over all of it.
 
     A shard's checksum is verified when it is first read, and again when the file has changed since. Nothing is mapped,
     so that a file that is cut off is an error and no crash. Threads may read at once.
