@@ -1,18 +1,29 @@
 """What flows through the sites of a language model, and the batches it is trained on in."""
 
+from .feed import Feed
 from .harvest import Activations, Stream, harvest, stream
+from .harvester import Harvester
 from .held_out import hold_out, sample_rows
 from .order import batches
 from .outliers import OUTLIER_RATIO, OutlierCounts
+from .ring import Ring, Source, ring_bytes
+from .statistics import SiteStatistics, warnings_for
 
 __all__ = [
     "OUTLIER_RATIO",
     "Activations",
+    "Feed",
+    "Harvester",
     "OutlierCounts",
+    "Ring",
+    "SiteStatistics",
+    "Source",
     "Stream",
     "batches",
     "harvest",
     "hold_out",
+    "ring_bytes",
     "sample_rows",
     "stream",
+    "warnings_for",
 ]
