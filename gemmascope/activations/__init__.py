@@ -8,9 +8,11 @@ from .order import batches
 from .outliers import OUTLIER_RATIO, OutlierCounts
 from .ring import Ring, Source, ring_bytes
 from .statistics import SiteStatistics, warnings_for
+from .store import ActivationStore, harvest_to_store
 
 __all__ = [
     "OUTLIER_RATIO",
+    "ActivationStore",
     "Activations",
     "Feed",
     "Harvester",
@@ -21,6 +23,7 @@ __all__ = [
     "Stream",
     "batches",
     "harvest",
+    "harvest_to_store",
     "hold_out",
     "ring_bytes",
     "sample_rows",

@@ -1,6 +1,8 @@
 """`Harvester`: superblocks of activations, from forwards of a language model over rows of tokens."""
 
+import json
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from ..autocast import without_autocast
 from ..checks import check_int, check_type, dtype_name
+from ..formats.files import json_text
 from ..runs import key_of
 from ..sites import Site, Tap, evaluating, probe
 from ..sites.decoder import find_decoder, input_device
@@ -15,6 +18,8 @@ from ..sites.tokens import TokenInput, forward_arguments, special_token_ids
 from .order import RowOrder
 from .outliers import norms_of
 from .ring import Ring
+
+_SAMPLES = 16  # of each parameter
 
 
 class Rows(Protocol):
@@ -38,7 +43,7 @@ class Harvester:
 
     rows: the tokens; those of padding come last in a row. Superblock k is the k-th piece of the endless order of
     `RowOrder` of ``seed``. forward_rows: rows of one forward, which its bits depend on. identity: JSON that says which
-    model it is (name, revision, hash of its weights, …); the dtype and the attention are added here.
+    model it is (name, revision, …); its dtype, its attention and a fingerprint of its weights are added here.
 
     The text model alone runs, in evaluation mode and without gradients, no further than the deepest of ``sites``. Each
     activation is copied into the ring while the model runs, but for those of BOS, EOS and PAD. The model is probed now
@@ -57,7 +62,7 @@ class Harvester:
         seed: int,
         rows_per_block: int,
         forward_rows: int = 8,
-        identity: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] = MappingProxyType({}),
     ):
         check_int("rows_per_block", rows_per_block, 1)
         check_int("forward_rows", forward_rows, 1)
@@ -73,10 +78,10 @@ class Harvester:
         decoder = find_decoder(model)
         self.widths = {site: decoder.width(site) for site in self._tap.sites}
         probe(model)
-        if identity is not None:
-            check_type("identity", identity, Mapping)
+        check_type("identity", identity, Mapping)
         self.identity: dict[str, Any] = {
-            "model": dict(identity or {}),
+            "model": json.loads(json_text(dict(identity), "identity")),
+            "weights": _fingerprint(self._tap.text_model),
             "model_dtype": dtype_name(next(self._tap.text_model.parameters()).dtype),
             "attention": str(decoder.config._attn_implementation),
             "sites": [str(site) for site in self._tap.sites],
@@ -89,6 +94,8 @@ class Harvester:
             "forward_rows": forward_rows,
         }
         """JSON: everything that the bits of every superblock depend on but the dtype of the ring."""
+        self.device = input_device(model)
+        """Where the model takes its tokens."""
         self.content = key_of(self.identity)
 
     @property
@@ -105,7 +112,7 @@ class Harvester:
     def fill(self, block: int, ring: Ring) -> None:
         """Add the tokens of superblock ``block`` to ``ring``, in the order of its rows; see `Ring.fill`."""
         check_int("block", block, 0)
-        device, devices = input_device(self._model), set()
+        devices: set[torch.device] = set()
         with evaluating(self._model), self._tap as tap:
             for rows in self._order.block(block, self._rows_per_block).split(self._forward_rows):
                 tokens = self._rows.train(rows)
@@ -116,7 +123,7 @@ class Harvester:
                 row, position = counted.nonzero(as_tuple=True)
                 self._into = _Into(ring, ring.add(rows[row], position), counted, devices)
                 try:
-                    tap.text_model(**forward_arguments(tokens, None, device))
+                    tap.text_model(**forward_arguments(tokens, None, self.device))
                 finally:
                     self._into = None
         for device in devices:
@@ -125,6 +132,16 @@ class Harvester:
     def _take(self, site: Site, x: Tensor) -> None:
         assert self._into is not None
         self._into.take(site, x)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A key of some values of every parameter, which tells models apart that have been trained differently."""
+    samples = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        sample = values.flatten()[:: max(1, values.numel() // _SAMPLES)].cpu() if not values.is_meta else None
+        samples[name] = [list(values.shape), sample]
+    return key_of(samples)
 
 
 class _Into:
