@@ -21,7 +21,7 @@ class Ring:
     It holds every token of a superblock that is not BOS, EOS or PAD. A `Source` fills it anew for each superblock;
     the tensors stay the same ones. On the CPU with ``pinned`` a GPU copies to and from it directly.
 
-    Raises ValueError for a dtype other than bfloat16 and float32, and EnvironmentProblemError when there is no room.
+    Raises ValueError for a dtype other than bfloat16 and float32 and for a device that is neither, and EnvironmentProblemError when there is no room.
     """
 
     def __init__(
@@ -36,6 +36,8 @@ class Ring:
         check_int("capacity", capacity, 1)
         check_dtype("dtype", dtype)
         self.dtype, self.device, self.capacity = dtype, check_device("device", device), capacity
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected the CPU or a GPU, got {self.device}")
         self.pinned = pinned and self.device.type == "cpu"
         self.n = 0
         """Tokens held, in rows 0 … n − 1."""
