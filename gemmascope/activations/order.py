@@ -1,5 +1,6 @@
-"""Batches of activations in an order that is a pure function of (seed, step)."""
+"""Orders that are pure functions of a seed and of a place in them: of batches of activations, of rows of a text."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -7,6 +8,43 @@ from torch import Tensor
 
 from ..checks import check_int
 from ..sites import Site
+
+LARGEST_SEED = 2**63 - 1
+
+
+def permutation(n: int, *key: str | int) -> Tensor:
+    """A permutation of 0 … n − 1, int64 [n] on the CPU, drawn from ``key``."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")
+
+
+def check_seed(seed: int) -> None:
+    check_int("seed", seed, 0, LARGEST_SEED)
+
+
+class RowOrder:
+    """The endless order of the rows 0 … n − 1 of a text: epoch after epoch, each a permutation of (seed, epoch).
+
+    Raises ValueError for no rows and for a seed that is not from 0 to 2⁶³ − 1.
+    """
+
+    def __init__(self, n: int, seed: int):
+        check_int("n", n, 1)
+        check_seed(seed)
+        self._n, self._seed = n, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def block(self, block: int, rows_per_block: int) -> Tensor:
+        """The rows of superblock ``block``, int64 [rows_per_block]; it may reach into the next epochs."""
+        place, end, parts = block * rows_per_block, (block + 1) * rows_per_block, []
+        while place < end:
+            epoch, first = divmod(place, self._n)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, permutation(self._n, "rows", self._seed, epoch)
+            parts.append(self._order[first : first + end - place])
+            place += len(parts[-1])
+        return torch.cat(parts)
 
 
 def batches(

@@ -54,10 +54,10 @@ class OutlierFilter:
         n = len(next(iter(activations.values())))
         is_outlier = torch.zeros(n, dtype=torch.bool, device="cpu")
         for site, x in activations.items():
-            norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+            norms = norms_of(x)
             if site not in counts.median_norms:
                 counts.median_norms[site] = norms.nanmedian().item()
-            is_outlier_here = (norms > counts.ratio * counts.median_norms[site]).cpu()
+            is_outlier_here = are_outliers(norms, counts.median_norms[site], counts.ratio).cpu()
             counts.outliers_at[site] += int(is_outlier_here.sum())
             is_outlier |= is_outlier_here
         counts.tokens += n
@@ -67,6 +67,16 @@ class OutlierFilter:
             return None
         counts.dropped += found
         return ~is_outlier
+
+
+def norms_of(x: Tensor) -> Tensor:
+    """‖x_n‖ of the rows of x [n, width]: fp32 [n], of fp64 fp64."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def are_outliers(norms: Tensor, median_norm: float, ratio: float) -> Tensor:
+    """Which of ``norms`` [n] are above ``ratio`` times ``median_norm``: bool [n]."""
+    return norms > ratio * median_norm
 
 
 def _checked(median_norms: Any, sites: tuple[Site, ...]) -> dict[Site, float]:

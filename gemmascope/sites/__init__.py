@@ -5,6 +5,7 @@ from .capture import Capture
 from .decoder import all_sites, evaluating, site_width
 from .probe import probe
 from .site import KINDS, Site
+from .tap import Tap
 from .tokens import special_token_ids
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Attachment",
     "Capture",
     "Site",
+    "Tap",
     "all_sites",
     "attach",
     "detach_all",

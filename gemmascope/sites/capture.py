@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import EnvironmentProblemError
 from .decoder import Decoder, find_decoder, refuse_attention_without_cap
-from .hooks import Call, Forwards, Handle
+from .hooks import Call, Forwards, Handle, check_fired_once
 from .site import Site, as_site, as_sites
 
 
@@ -36,9 +35,7 @@ class _Recording(Forwards):
             call.activations[site] = x.detach()
 
     def end(self, call: Call) -> None:
-        for site in self.sites:
-            if (times := call.fired.get(site, 0)) != 1:
-                raise EnvironmentProblemError(f"site {site}: expected to fire once in a forward, found {times} times")
+        check_fired_once(call, self.sites)
         self.latest = call.activations
 
 

@@ -243,6 +243,13 @@ def check_activation(site: Site, activation: Any, width: int) -> None:
         )
 
 
+def check_fired_once(call: Call, sites: Iterable[Site]) -> None:
+    """Raise EnvironmentProblemError unless each of ``sites`` fired exactly once in the forward that has ended."""
+    for site in sites:
+        if (times := call.fired.get(site, 0)) != 1:
+            raise EnvironmentProblemError(f"site {site}: expected to fire once in a forward, found {times} times")
+
+
 def checkpointing() -> bool:
     """Whether what runs now will be computed again in the backward pass, by `torch.utils.checkpoint`."""
     frame = sys._getframe()
