@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -476,7 +476,7 @@ def _pinned(like: Tensor) -> Tensor:
 
 
 def _write_file(path: Path, chunks: deque) -> str:
-    """Write the new file ``path`` and flush it to the disk; its SHA-256. Takes the chunks out, so that they are freed."""
+    """Write the new file ``path`` and flush it to the disk; its SHA-256. Takes the chunks out, which frees them."""
     digest = hashlib.sha256()
     with open(path, "xb", buffering=0) as file:
         while chunks:
