@@ -162,8 +162,9 @@ class Checkpoints:
 
         Raises ValueError or TypeError for what cannot be stored (NaN in ``facts``, say); EnvironmentProblemError when
         the earlier save failed (nothing of this one is done then: call again), with ``wait`` when this one did, when
-        memory does not suffice for the copies and when another run's checkpoint of that step is in the folder. What a
-        failed save wrote is removed, the checkpoints before it stay.
+        memory does not suffice for the copies and when the folder holds a later checkpoint or another run's of that
+        step. What a failed save wrote is removed, the checkpoints before it stay. That old ones cannot be removed is a
+        RuntimeWarning.
         """
         started = time.perf_counter()
         try:
@@ -234,6 +235,12 @@ class Checkpoints:
     def _has(self, step: int) -> bool:
         """Whether the checkpoint of ``step`` is there and verifies; what does not is set aside."""
         path = self._path(step)
+        later = self._steps()[:1]
+        if later > [step]:  # it would be taken for the newest
+            raise EnvironmentProblemError(
+                f"{shown(self.folder)}: expected no checkpoint after step {step}, found step {later[0]}; "
+                "go on from it, or clear the folder"
+            )
         if not os.path.lexists(path):
             self._verified.discard(step)
             return False
@@ -261,7 +268,7 @@ class Checkpoints:
         try:
             self._write(path, manifest, copies)
             self._verified.add(step)
-            self._retain(step)
+            self._retain()
         except BaseException as error:
             if isinstance(error, MemoryError):
                 error = EnvironmentProblemError(f"{shown(path)}: cannot be written: not enough memory")
@@ -282,19 +289,19 @@ class Checkpoints:
             os.rename(folder, path)
             flush_folder(self.folder)
 
-    def _retain(self, written: int) -> None:
-        """Remove what is older than ``keep`` verified ones, but for the one just ``written``."""
+    def _retain(self) -> None:
+        """Remove what is older than ``keep`` verified ones. What fails here is a warning: the checkpoint is saved."""
         kept = 0
         try:
             for step in self._steps():
                 if kept < self.keep:
                     kept += self._is_good(step)
-                elif step != written:
+                else:
                     self._remove(self._path(step))
+            self._sweep()
         except (OSError, EnvironmentProblemError) as error:
             reason = getattr(error, "strerror", None) or error
             self._warnings.append(f"{shown(self.folder)}: old checkpoints cannot be removed: {reason}")
-        self._sweep()
 
     def _is_good(self, step: int) -> bool:
         if step in self._verified:
