@@ -56,7 +56,7 @@ MANIFEST_KEYS = {"schema", "step", "identity", "facts", "parts", "sha256"}
 MAX_STEP = 10**15
 STEP = re.compile(r"step-(\d{9,16})")
 BAD = re.compile(r"\.bad-step-\d{9,16}-[0-9a-f]{16}")
-DELETED = re.compile(r"\.del-step-\d{9,16}-[0-9a-f]{16}")
+DELETED = re.compile(r"\.del-step-\d{9,16}(-[0-9a-f]{16}){1,2}")
 PART_FILE = re.compile(r"\w[\w.-]{0,120}\.safetensors", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SEAL, SEAL_END = ',\n  "sha256": "', '"\n}\n'
@@ -386,9 +386,9 @@ class Checkpoints:
 
     def _remove(self, path: Path) -> None:
         """Rename it, so that no half of it ever counts; `_sweep` does the rest."""
-        name = path.name[: -len("-") - 16].removeprefix(".bad-") if BAD.fullmatch(path.name) else path.name
-        os.rename(path, self.folder / f".del-{name}-{secrets.token_hex(8)}")
-        flush_folder(self.folder)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.rename(path, self.folder / f".del-{path.name.removeprefix('.bad-')}-{secrets.token_hex(8)}")
+            flush_folder(self.folder)
 
     def _sweep(self) -> None:
         for name in self._names():
@@ -545,7 +545,7 @@ def _verify(path: Path) -> Checkpoint:
         checkpoint = Checkpoint(manifest["step"], manifest["facts"], manifest["identity"], path, manifest["parts"])
         for record in checkpoint.files.values():
             _check_size(path / record["file"], record)
-        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max(1, min(READERS, os.cpu_count() or 1, len(checkpoint.files)))) as pool:
             for _ in pool.map(lambda record: _check_content(path / record["file"], record), checkpoint.files.values()):
                 pass
         return checkpoint
