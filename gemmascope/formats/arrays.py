@@ -13,7 +13,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,11 @@ CHUNK_BYTES = 1 << 20
 
 NPY_DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# What files of our own may hold besides.
+STORED_DTYPES = SAFETENSORS_DTYPES | {
+    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 # What numpy writes, and nothing else: no expression is ever evaluated.
 NPY_HEADER = re.compile(
     r"\{'descr': *('[^']{1,16}'), *'fortran_order': *(True|False), "
@@ -80,13 +85,18 @@ def read_npz(
 
 
 def read_safetensors(
-    path: str | os.PathLike, check: Check | None = None, file: io.BufferedReader | None = None
+    path: str | os.PathLike,
+    check: Check | None = None,
+    file: io.BufferedReader | None = None,
+    *,
+    dtypes: Mapping[str, torch.dtype] = SAFETENSORS_DTYPES,
+    max_arrays: int = MAX_ARRAYS,
 ) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, on the CPU: float16, bfloat16, float32 or float64.
 
     check, file: as for `read_npz`. Raises BadFileError for a header over 1 MiB, over 64 tensors, duplicate keys, and
     data that the header does not account for byte by byte. The format has no checksum: flipped bits in the data go
-    unseen.
+    unseen. dtypes, max_arrays: other limits, for a file that is known by its checksum.
     """
     name = shown(as_path("path", path))
     with contextlib.nullcontext(file) if file else open_file(path) as file:
@@ -99,7 +109,7 @@ def read_safetensors(
         if length > MAX_HEADER_BYTES:
             raise BadFileError(f"{name}: expected a header of at most {MAX_HEADER_BYTES} bytes, found {length}")
         entries = parse_json(file.read(length), f"{name}: header")
-        headers, starts = _safetensors_headers(entries, name, size - 8 - length)
+        headers, starts = _safetensors_headers(entries, name, size - 8 - length, dtypes, max_arrays)
         if check is not None:
             check(headers)
         tensors = {}
@@ -220,25 +230,27 @@ def _read_npy(
     return tensor.permute(*reversed(range(tensor.ndim))) if fortran_order else tensor
 
 
-def _safetensors_headers(entries, name: str, payload: int) -> tuple[dict[str, Header], dict[str, int]]:
+def _safetensors_headers(
+    entries, name: str, payload: int, dtypes: Mapping[str, torch.dtype], max_arrays: int
+) -> tuple[dict[str, Header], dict[str, int]]:
     if not isinstance(entries, dict):
         raise BadFileError(f"{name}: header: expected an object, found {type(entries).__name__}")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFileError(f"{name}: header: __metadata__: expected strings, found something else")
-    if len(entries) > MAX_ARRAYS:
-        raise BadFileError(f"{name}: expected at most {MAX_ARRAYS} tensors, found {len(entries)}")
+    if len(entries) > max_arrays:
+        raise BadFileError(f"{name}: expected at most {max_arrays} tensors, found {len(entries)}")
     headers, starts, ends = {}, {}, {}
     for key, entry in entries.items():
         where = f"{name}: {printable(key)}"
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise BadFileError(f"{where}: expected dtype, shape and data_offsets, found {str(entry)[:60]!r}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
-            raise BadFileError(f"{where}: expected dtype {', '.join(SAFETENSORS_DTYPES)}, found {str(dtype)[:20]!r}")
+        if not isinstance(dtype, str) or dtype not in dtypes:
+            raise BadFileError(f"{where}: expected dtype {', '.join(dtypes)}, found {str(dtype)[:20]!r}")
         if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2):
             raise BadFileError(f"{where}: expected sizes and two offsets, found {shape!s:.40} and {offsets!s:.40}")
-        headers[key] = Header(SAFETENSORS_DTYPES[dtype], tuple(shape))
+        headers[key] = Header(dtypes[dtype], tuple(shape))
         starts[key], ends[key] = offsets
         _check_header(headers[key], ends[key] - starts[key], where)
     position = 0
