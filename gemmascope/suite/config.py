@@ -128,7 +128,7 @@ class TextSection(_Section):
     """What is read, and how it becomes rows of tokens: ``files``, or a ``dataset``."""
 
     files: tuple[str, ...] = ()
-    """Patterns of UTF-8 files, ``**`` for folders at any depth. A ``.jsonl`` has a document a line; each may be ``.gz``."""
+    """Patterns of UTF-8 files, ``**`` for any folders. A ``.jsonl`` has a document a line; each may be ``.gz``."""
     dataset: str | None = None
     """On the Hugging Face hub, streamed to tokenise it."""
     split: str = "train"

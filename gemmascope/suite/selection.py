@@ -18,9 +18,9 @@ _SHOWN = 12
 def matching(key: str, patterns: Sequence[str], sites: Collection[Site]) -> tuple[Site, ...]:
     """The sites that any of ``patterns`` means, each once, by layer and then by kind.
 
-    A pattern is LAYER/KIND with shell wildcards in both (``layer_12/*``, ``*/resid``, ``layer_1?/att``), LAYER perhaps a
-    range (``layer_5-12/resid``, both ends included); or one of the two (``resid``, ``layer_9``); or DeepMind's name of
-    a site. Raises ValueError, naming ``key``, for one that means no site of ``sites`` and for a range that goes
+    A pattern is LAYER/KIND with shell wildcards in both (``layer_12/*``, ``*/resid``, ``layer_1?/att``), LAYER perhaps
+    a range (``layer_5-12/resid``, both ends included); or one of the two (``resid``, ``layer_9``); or DeepMind's name
+    of a site. Raises ValueError, naming ``key``, for one that means no site of ``sites`` and for a range that goes
     beyond them.
     """
     found: set[Site] = set()
