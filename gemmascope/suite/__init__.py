@@ -2,5 +2,6 @@
 
 from .config import SuiteConfig
 from .model import Loaded, load_architecture, load_model
+from .plan import Plan, make_plan
 
-__all__ = ["Loaded", "SuiteConfig", "load_architecture", "load_model"]
+__all__ = ["Loaded", "Plan", "SuiteConfig", "load_architecture", "load_model", "make_plan"]

@@ -139,8 +139,7 @@ def _set(tables: Table, key: str, value: Any) -> None:
         if not index:
             holder[name] = value
             continue
-        items = holder.get(name)
-        _check_index(items, index, key.rpartition("[")[0])
+        items = _indexed(holder.get(name), index, key.rpartition("[")[0])
         items[int(index)] = value
 
 
@@ -150,19 +149,20 @@ def _below(holder: Table, name: str, index: str, path: str) -> list[Table]:
         holder[name] = [{}] if path == "suite.sae" else {}
     inner = holder[name]
     if index:
-        _check_index(inner, index, path)
-        inner = [inner[int(index)]]
+        inner = [_indexed(inner, index, path)[int(index)]]
     found = inner if isinstance(inner, list) else [inner]
     if not all(isinstance(table, dict) for table in found):
         raise ValueError(f"{path}: expected a table, got {inner!r}")
     return found
 
 
-def _check_index(items: Any, index: str, path: str) -> None:
+def _indexed(items: Any, index: str, path: str) -> list[Any]:
+    """``items``, a list that has the index."""
     if not isinstance(items, list):
         raise ValueError(f"{path}: expected a list, got {type(items).__name__}")
     if int(index) >= len(items):
         raise ValueError(f"{path}: expected an index below {len(items)}, got [{index}]")
+    return items
 
 
 def check_keys(key: str, found: Any, known: Collection[str]) -> None:
