@@ -5,6 +5,7 @@ They see a module here, not a package: `from .kernels import density`, not `from
 
 from kernels import *  # noqa: F403
 from kernels import density as density
+from kernels import dispatch as dispatch
 from kernels import entries as entries
 from kernels import implementations as implementations
 from kernels import reference as reference

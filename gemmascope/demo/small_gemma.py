@@ -1,8 +1,7 @@
 """A Gemma 2 of about a million parameters over byte tokens, trained from scratch: the demo's language model."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from ..errors import BadFileError
 from ..formats.arrays import read_safetensors
 from ..formats.files import atomic_write, shown
+from ..suite.model import plain_defaults
 from .text import BOS, VOCAB_SIZE
 
 CONTEXT = 128
@@ -35,18 +35,6 @@ class LanguageModelConfig:
     final_learning_rate: float = 0.1
     """Where the linear decay ends, as a share of ``learning_rate``."""
     seed: int = 0
-
-
-@contextmanager
-def plain_defaults() -> Iterator[None]:
-    """PyTorch's own default dtype and device: transformers and AdamW make tensors by them, whatever the caller set."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with nullcontext() if device.type == "cpu" else torch.device("cpu"):  # the latter slows every operator
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 @plain_defaults()

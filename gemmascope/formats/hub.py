@@ -1,5 +1,7 @@
 """Files of Hugging Face repositories, with the hub's many errors as ours."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from ..errors import BadFileError, EnvironmentProblemError
@@ -11,6 +13,25 @@ def fetch(repo: str, revision: str | None, path: PurePosixPath, optional: bool =
     Raises BadFileError when the repository, revision or file does not exist; EnvironmentProblemError when
     huggingface_hub is not installed, the network is away or access is restricted.
     """
+    name = f"{repo}/{path}"
+    with _hub(name, repo, revision) as (hub, errors):
+        try:
+            return Path(hub.hf_hub_download(repo, str(path), revision=revision))
+        except (errors.LocalEntryNotFoundError, errors.EntryNotFoundError):
+            if optional:
+                return None
+            raise
+
+
+def snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of the local copies of the files of ``repo`` that match one of ``patterns``. Raises as `fetch`."""
+    with _hub(repo, repo, revision) as (hub, _):
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def _hub(name: str, repo: str, revision: str | None) -> Iterator[tuple]:
+    """The package huggingface_hub and its errors, which become ours in this block; ``name`` is what is fetched."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -19,9 +40,8 @@ def fetch(repo: str, revision: str | None, path: PurePosixPath, optional: bool =
             "huggingface_hub: expected to be installed to read from the hub, found none:"
             ' pip install "gemmascope[train]"'
         ) from error
-    name = f"{repo}/{path}"
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, str(path), revision=revision))
+        yield huggingface_hub, errors
     except errors.HFValidationError as error:
         raise BadFileError(f"repo: expected an existing folder or 'owner/name', found {repo!r}") from error
     except errors.GatedRepoError as error:
@@ -33,12 +53,8 @@ def fetch(repo: str, revision: str | None, path: PurePosixPath, optional: bool =
     except errors.RevisionNotFoundError as error:
         raise BadFileError(f"{repo}: expected revision {revision!r}, found none of that name") from error
     except errors.LocalEntryNotFoundError as error:
-        if optional:
-            return None
         raise EnvironmentProblemError(f"{name}: not in the local cache and the hub cannot be reached") from error
     except errors.EntryNotFoundError as error:
-        if optional:
-            return None
         raise BadFileError(f"{name}: expected a file of that name in the repository, found none") from error
     except Exception as error:  # the HTTP client's own errors, whose classes differ between versions of the hub
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,442 @@
+"""`Plan`: what a run will train, hold, write and take, before it starts; and what of it cannot be."""
+
+import dataclasses
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import EnvironmentProblemError
+from ..sites import Site
+from ..training.memory import GIB
+from ..training.spec import SAESpec
+from .config import SuiteConfig
+from .machine import Machine
+from .measure import Measure, Stopwatch
+from .memory import DEVICE, DISK, HOST, TOKEN_BYTES, ModelSizes, Needs, needs
+from .model import Loaded
+from .selection import listing
+
+# Of what is free: allocators waste some, and forwards are estimated.
+USABLE = 0.95
+
+
+class Rows(Protocol):
+    """Of `TokenRows`, what a plan reads."""
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def n_train(self) -> int: ...
+
+    @property
+    def n_held_out(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What the whole run takes, as far as it was measured."""
+
+    forward: float
+    steps: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it starts."""
+
+    config: SuiteConfig
+    name: str
+    """Of the model."""
+    identity: dict[str, Any]
+    model: ModelSizes
+    specs: tuple[SAESpec, ...]
+    machine: Machine
+    ring: str
+    """Where it will be: `memory.DEVICE` or `memory.HOST`, which on a CPU are one."""
+    needs: Needs
+    seconds: Seconds | None
+    """None where nothing was measured: without weights, and where something does not fit."""
+    rows: Rows | None
+    problems: tuple[str, ...]
+    """What cannot be, each with its arithmetic and what would fit."""
+
+    @property
+    def parameters(self) -> int:
+        """Of all SAEs."""
+        return sum(_parameters(spec, self.model.widths) for spec in self.specs)
+
+    @property
+    def tokens(self) -> int:
+        """That are trained on."""
+        return self.config.steps * self.config.suite.batch_size
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.seconds is None else self.tokens / self.seconds.total
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the text; None where it is not tokenised yet."""
+        if self.rows is None or self.rows.n_train == 0:
+            return None
+        return self.tokens / _trained_share(self.config) / (self.rows.n_train * self.rows.context)
+
+    def refuse(self) -> None:
+        """Raise EnvironmentProblemError where there are problems."""
+        if self.problems:
+            raise EnvironmentProblemError("; ".join(self.problems))
+
+    def text(self) -> str:
+        """All of it for people, in lines of plain text."""
+        blocks = [
+            self._facts(),
+            self._saes(),
+            *(_memory(self, where) for where in (DEVICE, HOST, DISK) if self.needs.at(where)),
+            self._time(),
+        ]
+        notes = [f"note: {note}" for note in self.notes()] + [f"cannot be: {problem}" for problem in self.problems]
+        return "\n\n".join("\n".join(block) for block in [*blocks, notes] if block) + "\n"
+
+    def _facts(self) -> list[str]:
+        config, identity = self.config, self.identity
+        commit = f", revision {identity['revision'][:12]}" if identity.get("revision") else ""
+        model = f"{self.name}, {self.model.layers} layers, {_count(self.model.parameters)} parameters"
+        run = f"{identity.get('dtype', '')}, {config.model.attention} attention{commit}"
+        text = ", ".join(config.text.files) if config.text.files else f"dataset {config.text.dataset}"
+        steps = f"{config.steps:,} steps of {config.suite.batch_size:,}"
+        return _aligned(
+            [
+                ("model", ", ".join(part for part in (model, run) if part)),
+                ("text", f"{text}, rows of {config.text.context:,} tokens{self._rows()}"),
+                ("SAEs", f"{len(self.specs):,} at {len({spec.site for spec in self.specs}):,} sites"),
+                ("parameters", f"{_count(self.parameters)} in all SAEs"),
+                ("tokens", f"{_count(self.tokens)}: {steps}{self._epochs()}"),
+                ("recipe", self._recipe()),
+                ("checkpoints", self._checkpoints()),
+                ("folder", config.run.out),
+            ]
+        )
+
+    def _rows(self) -> str:
+        if self.rows is None:
+            return ", not tokenised yet"
+        return f": {self.rows.n_train:,} to train on, {self.rows.n_held_out:,} held out"
+
+    def _epochs(self) -> str:
+        return "" if self.epochs is None else f", {self.epochs:.3g} passes over the text"
+
+    def _recipe(self) -> str:
+        dtypes = sorted({spec.config.compute_dtype for spec in self.specs})
+        drop = self.config.activations.drop_norm
+        dropped = f", tokens above {drop:g} × the median norm left out" if drop is not None else ""
+        return f"{self.config.suite.recipe}, products in {' and '.join(dtypes)}{dropped}"
+
+    def _checkpoints(self) -> str:
+        checkpoint, size = self.config.checkpoint, sum(i.nbytes for i in self.needs.items if "second" in i.what) * 2
+        every = f"{checkpoint.steps:,} steps" if checkpoint.steps is not None else f"{checkpoint.minutes:g} minutes"
+        if self.seconds is not None:
+            of_a_step = self.seconds.total / self.config.steps
+            if checkpoint.steps is not None:
+                every += f" (about {_duration(checkpoint.steps * of_a_step)})"
+            else:
+                every += f" (about {max(1, round(checkpoint.minutes * 60 / of_a_step)):,} steps)"
+        return f"every {every}, on a signal and at the end; {_bytes(size)} each, {checkpoint.keep} kept"
+
+    def _saes(self) -> list[str]:
+        """A line for each width of site and SAE."""
+        groups: dict[tuple[int, int], list[SAESpec]] = {}
+        for spec in self.specs:
+            groups.setdefault((self.model.widths[spec.site], spec.config.d_sae), []).append(spec)
+        rows = [("width", "d_sae", "SAEs", "parameters", "aim", "sites")]
+        for (width, d_sae), specs in sorted(groups.items()):
+            parameters = sum(_parameters(spec, self.model.widths) for spec in specs)
+            sites = listing({spec.site for spec in specs})
+            rows.append((f"{width:,}", f"{d_sae:,}", f"{len(specs):,}", _count(parameters), _aims(specs), sites))
+        return _table(rows)
+
+    def _time(self) -> list[str]:
+        if self.seconds is None:
+            return ["time: not measured"]
+        total, forward, steps = self.seconds.total, self.seconds.forward, self.seconds.steps
+        return _aligned(
+            [
+                ("time, measured here", _duration(total)),
+                ("tokens a second", f"{self.tokens_per_second:,.0f}"),
+                ("forwards of the model", f"{_duration(forward)}, {forward / total:.0%}"),
+                ("steps of the SAEs", f"{_duration(steps)}, {steps / total:.0%}"),
+            ]
+        )
+
+    def notes(self) -> Iterator[str]:
+        """What is worth knowing, though nothing forbids it."""
+        gpu = self.machine.device.type == "cuda"
+        if gpu and any(spec.config.compute_dtype == "fp32" for spec in self.specs):
+            yield 'products in fp32 take several times as long on a GPU as with compute_dtype = "bf16"'
+        if gpu and self.ring == HOST and self.config.activations.ring == "auto":
+            yield "the ring is on the host, since the device has no room for it besides the rest"
+        if self.epochs is not None and self.epochs > 1:
+            yield f"the text is read {self.epochs:.3g} times"
+        where = DEVICE if gpu else HOST
+        limit = self.machine.device_bytes if gpu else self.machine.host_bytes
+        if limit is not None and self.needs.evaluation > max(USABLE * limit, self.needs.total(where)):
+            yield f"the evaluation takes {_bytes(self.needs.evaluation)} at most, of {_bytes(limit)}"
+
+
+def make_plan(
+    config: SuiteConfig,
+    loaded: Loaded,
+    rows: Rows | None = None,
+    *,
+    machine: Machine | None = None,
+    measure: Measure | None = None,
+) -> Plan:
+    """The plan of a run of ``config`` on the model, which may be on meta (`load_architecture`): then it has no times.
+
+    rows: its tokens, if they are there. machine: by default this one now. measure: by default runs the model and a
+    step of an SAE of each shape for a second or two.
+
+    Raises ValueError as `SuiteConfig.specs`. What does not fit is in ``problems``; `Plan.refuse` raises it.
+    """
+    model = ModelSizes.of(loaded)
+    specs = config.specs(loaded.sites)
+    if machine is None:
+        machine = Machine.here(config.run.device, config.run.out, None if loaded.is_meta else loaded.model)
+    budget = _Budget(config, specs, model, machine, _text_bytes(config, rows))
+    ring = budget.ring()
+    problems = tuple(budget.problems(ring))
+    seconds = None
+    if not (loaded.is_meta or problems):
+        seconds = _measured(config, loaded, specs, model, machine, measure or Stopwatch())
+    held = budget.needs(ring)
+    return Plan(config, loaded.name, loaded.identity, model, specs, machine, ring, held, seconds, rows, problems)
+
+
+def _measured(
+    config: SuiteConfig,
+    loaded: Loaded,
+    specs: Sequence[SAESpec],
+    model: ModelSizes,
+    machine: Machine,
+    measure: Measure,
+) -> Seconds:
+    """One measurement for each shape of SAE; a CPU trains as many side by side as it has threads."""
+    rows, context = config.activations.forward_rows, config.text.context
+    sites = sorted({spec.site for spec in specs})
+    forward = measure.forward(loaded.model, sites, rows, context)
+    tokens = config.steps * config.suite.batch_size / _trained_share(config)
+    on_gpu = machine.device.type == "cuda"
+    side_by_side = 1 if on_gpu else min(machine.threads, len(specs))
+    threads = machine.threads if side_by_side == 1 else 1
+    found: dict[tuple[Any, ...], float] = {}
+    total = 0.0
+    for spec in specs:
+        width, recipe = model.widths[spec.site], spec.config
+        shape = (width, recipe.d_sae, recipe.compute_dtype, recipe.route, recipe.loss.target_l0)
+        if shape not in found:
+            found[shape] = measure.step(recipe, width, machine.device, config.run.impl, threads)
+        total += found[shape] * recipe.steps
+    return Seconds(forward * tokens / (rows * context), total / side_by_side)
+
+
+def _trained_share(config: SuiteConfig) -> float:
+    """Of the tokens that the model reads, those trained on: neither the BOS of each row, nor those left over where a
+    superblock ends."""
+    rows, context, batch = config.rows_per_block, config.text.context, config.suite.batch_size
+    return rows * (context - 1) // batch * batch / (rows * context)
+
+
+def _text_bytes(config: SuiteConfig, rows: Rows | None) -> int:
+    """Of the token shards. Before there are any: a token for four bytes of text, and of a dataset what is asked for."""
+    if rows is not None:
+        return TOKEN_BYTES * rows.context * (rows.n_train + rows.n_held_out)
+    most = config.text.max_tokens
+    if config.text.files:
+        paths = {path for pattern in config.text.files for path in glob.iglob(pattern, recursive=True)}
+        found = sum(os.path.getsize(path) for path in paths if os.path.isfile(path)) * TOKEN_BYTES // 4
+        return found if most is None else min(found, TOKEN_BYTES * most)
+    return TOKEN_BYTES * (config.suite.tokens if most is None else most)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """The needs of a run and of those that would be smaller, against what the machine has."""
+
+    config: SuiteConfig
+    specs: tuple[SAESpec, ...]
+    model: ModelSizes
+    machine: Machine
+    text_bytes: int
+
+    def needs(self, ring: str) -> Needs:
+        threads = self.machine.threads
+        parts = (self.config, self.specs, self.model)
+        return needs(*parts, device=self.machine.device, ring=ring, threads=threads, text_bytes=self.text_bytes)
+
+    def limit(self, where: str) -> int | None:
+        found = {DEVICE: self.machine.device_bytes, HOST: self.machine.host_bytes, DISK: self.machine.disk_bytes}[where]
+        return None if found is None else int(USABLE * found)
+
+    def fits(self, where: str, ring: str) -> bool:
+        limit = self.limit(where)
+        return limit is None or self.needs(ring).total(where) <= limit
+
+    def ring(self) -> str:
+        """Where it will be. ``auto`` is the device if it fits there, else the host."""
+        if self.machine.device.type != "cuda":
+            return HOST
+        asked = self.config.activations.ring
+        if asked != "auto":
+            return DEVICE if asked == "device" else HOST
+        return DEVICE if self.fits(DEVICE, DEVICE) else HOST
+
+    def problems(self, ring: str) -> Iterator[str]:
+        for where in (DEVICE, HOST, DISK):
+            if self.fits(where, ring):
+                continue
+            held, limit = self.needs(ring), self.limit(where)
+            assert limit is not None
+            items = sorted(held.at(where), key=lambda item: -item.nbytes)
+            sums = " + ".join(f"{_bytes(item.nbytes)} {item.what}" for item in items)
+            place = {DEVICE: str(self.machine.device), HOST: "the host", DISK: f"the disk of {self.config.run.out}"}
+            yield (
+                f"{place[where]}: expected at most {_bytes(limit)}, {USABLE:.0%} of what is free, got "
+                f"{_bytes(held.total(where))} = {sums}; {self._advice(where, ring)}"
+            )
+
+    def _advice(self, where: str, ring: str) -> str:
+        found = list(self._alternatives(where, ring))
+        return f"what would fit: {', or '.join(found)}" if found else "nothing smaller of this would fit"
+
+    def _alternatives(self, where: str, ring: str) -> Iterator[str]:
+        """Changes of one setting each, after which everything fits."""
+        if where == DEVICE and ring == DEVICE and self._all_fit(HOST):
+            yield 'activations.ring = "host"'
+        if where != DISK:
+            context = self.config.text.context
+            for rows in _halves(self.config.rows_per_block):
+                if rows * (context - 1) < self.config.suite.batch_size:
+                    break
+                if self._with(activations={"ring_tokens": rows * context})._all_fit(ring):
+                    yield f"activations.ring_tokens = {rows * context}"
+                    break
+            if where == (DEVICE if self.machine.device.type == "cuda" else HOST):
+                for rows in _halves(self.config.activations.forward_rows):
+                    if self._with(activations={"forward_rows": rows})._all_fit(ring):
+                        yield f"activations.forward_rows = {rows}"
+                        break
+        widest = max(spec.config.d_sae for spec in self.specs)
+        for d_sae in _halves(widest):
+            smaller = self._narrowed(d_sae)
+            if smaller is None:
+                break
+            if smaller._all_fit(ring):
+                yield f"d_sae of at most {d_sae}"
+                break
+        if count := self._most(ring):
+            sites = len({spec.site for spec in self.specs[:count]})
+            yield f"the first {count:,} of {len(self.specs):,} SAEs, at {sites:,} sites"
+
+    def _all_fit(self, ring: str) -> bool:
+        return all(self.fits(where, ring) for where in (DEVICE, HOST, DISK))
+
+    def _with(self, activations: Mapping[str, Any]) -> "_Budget":
+        changed = dataclasses.replace(self.config.activations, **activations)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, activations=changed))
+
+    def _narrowed(self, d_sae: int) -> "_Budget | None":
+        """With no SAE wider than that; None where one could not reach its target L0."""
+        specs = []
+        for spec in self.specs:
+            target = spec.config.loss.target_l0
+            if target is not None and target > d_sae:
+                return None
+            narrow = spec.config.changed(d_sae=min(d_sae, spec.config.d_sae))
+            specs.append(dataclasses.replace(spec, config=narrow))
+        return dataclasses.replace(self, specs=tuple(specs))
+
+    def _most(self, ring: str) -> int:
+        """How many of the SAEs, from the first on, would fit."""
+
+        def fit(count: int) -> bool:
+            return dataclasses.replace(self, specs=self.specs[:count])._all_fit(ring)
+
+        low, high = 0, len(self.specs) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fit(middle) else (low, middle - 1)
+        return low
+
+
+def _halves(number: int) -> Iterator[int]:
+    while (number := number // 2) >= 1:
+        yield number
+
+
+# ---- for people
+
+
+def _memory(plan: Plan, where: str) -> list[str]:
+    machine = plan.machine
+    on_cpu = machine.device.type != "cuda"
+    heading, free = {
+        DEVICE: (f"memory of {machine.device} ({machine.device_name})", machine.device_bytes),
+        HOST: ("memory of the host" + (f" ({machine.device_name})" if on_cpu else ""), machine.host_bytes),
+        DISK: ("disk", machine.disk_bytes),
+    }[where]
+    rows = [(item.what, _bytes(item.nbytes)) for item in plan.needs.at(where)]
+    of = "" if free is None else f" of {_bytes(free)} free"
+    return [heading, *_aligned([*rows, ("total", _bytes(plan.needs.total(where)) + of)], indent="  ")]
+
+
+def _parameters(spec: SAESpec, widths: Mapping[Site, int]) -> int:
+    width, d_sae = widths[spec.site], spec.config.d_sae
+    return 2 * width * d_sae + 2 * d_sae + width
+
+
+def _aims(specs: Sequence[SAESpec]) -> str:
+    targets = sorted({spec.config.loss.target_l0 for spec in specs if spec.config.loss.target_l0 is not None})
+    coefficients = sorted({spec.config.loss.l0_coefficient for spec in specs if spec.config.loss.target_l0 is None})
+    parts = [f"L0 {', '.join(f'{each:g}' for each in targets)}"] if targets else []
+    return "; ".join(parts + ([f"λ {', '.join(f'{each:g}' for each in coefficients)}"] if coefficients else []))
+
+
+def _aligned(rows: Sequence[tuple[str, str]], indent: str = "") -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"{indent}{name:<{width}}  {value}".rstrip() for name, value in rows]
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns of figures to the right, the last two to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    sides = [*">" * (len(widths) - 2), "<", "<"]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _bytes(number: int) -> str:
+    if number < GIB // 10:
+        return f"{number / 2**20:.1f} MiB"
+    return f"{number / GIB:,.2f} GiB" if number < 100 * GIB else f"{number / GIB:,.0f} GiB"
+
+
+def _count(number: float) -> str:
+    for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}" if number < 1000 * size else f"{number / size:,.0f}{suffix}"
+    return str(number)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400 * 2, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / (86400 if unit == 'days' else size):.1f} {unit}"
+    return f"{seconds:.3g} s"
