@@ -141,6 +141,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
                 "seed": config.seed,
             }
             results = {
+                "title": "Sparse autoencoders on a small Gemma 2",
                 "model": facts,
                 "saes": saes,
                 "training": config.sae().to_dict(),
@@ -234,16 +235,16 @@ def judge(
     with StageProgress("Evaluation", len(paths), "SAE") as bar:
         saes, frequencies = judge_suite(
             model,
+            {str(site): (site, path) for site, path in paths.items()},
             train_tokens,
             held_out,
-            activations,
-            paths,
             impl=config.impl,
             clean_loss=clean_loss,
+            on_done=bar.update,
+            activations=activations,
             held_out_activations=held_out_activations,
-            on_done=lambda done, site: bar.update(done, str(site)),
         )
     with atomic_write(out / FREQUENCIES) as temporary, open(temporary, "wb") as file:
-        arrays: dict[str, Any] = {str(site): frequency.numpy() for site, frequency in frequencies.items()}
+        arrays: dict[str, Any] = {name: frequency.numpy() for name, frequency in frequencies.items()}
         np.savez(file, **arrays)
     return [row | {"path": path.relative_to(out).as_posix()} for row, path in zip(saes, paths.values(), strict=True)]

@@ -1,8 +1,9 @@
 """How good an SAE is: on held-out activations, against baselines, and inside the language model."""
 
-from .baselines import pair_table_fvu, pca_fvu
+from .baselines import pair_table_fvu, pca_fvu, random_dictionary_fvu
 from .fidelity import HIGH_FREQUENCY, SAEMetrics, evaluate_sae
 from .language_model import (
+    SparingOutliers,
     SpliceMetrics,
     delta_loss,
     evaluate_splice,
@@ -15,6 +16,7 @@ from .suite import judge_suite
 __all__ = [
     "HIGH_FREQUENCY",
     "SAEMetrics",
+    "SparingOutliers",
     "SpliceMetrics",
     "delta_loss",
     "evaluate_sae",
@@ -25,4 +27,5 @@ __all__ = [
     "mean_ablation_loss",
     "pair_table_fvu",
     "pca_fvu",
+    "random_dictionary_fvu",
 ]

@@ -92,6 +92,17 @@ def language_model_loss(
     return (total / count).item()
 
 
+def n_predictions(
+    model: nn.Module,
+    tokens: Tensor,
+    skip_token_ids: Iterable[int] | None = None,
+    attention_mask: Tensor | None = None,
+) -> int:
+    """Next tokens that `language_model_loss` is the mean of."""
+    given = TokenInput(model, skipped_ids(model, skip_token_ids))
+    return int(_scored(given, tokens, attention_mask).sum())
+
+
 def _scored(given: TokenInput, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Where a next token counts: bool [rows, context − 1]."""
     counted = given.counted(tokens, attention_mask)
@@ -137,6 +148,23 @@ class _Constant(nn.Module):
         return self.value.to(x).expand(x.shape)
 
 
+class SparingOutliers(nn.Module):
+    """``reconstruct``, but for tokens whose activation has a norm above ``max_norm``, which keep it.
+
+    To splice an SAE in where it was trained without such tokens. max_norm: a number > 0, else ValueError or TypeError.
+    """
+
+    def __init__(self, reconstruct: Reconstruct, max_norm: float):
+        super().__init__()
+        check_number("max_norm", max_norm, 0, open_low=True)
+        self.reconstruct, self.max_norm = reconstruct, float(max_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width], in its shape and dtype."""
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        return torch.where(norms > self.max_norm, x, self.reconstruct(x).to(x.dtype))
+
+
 def mean_ablation_loss(
     model: nn.Module,
     tokens: Tensor,
@@ -145,15 +173,17 @@ def mean_ablation_loss(
     skip_token_ids: Iterable[int] | None = None,
     batch_size: int | None = None,
     attention_mask: Tensor | None = None,
+    max_norm: float | None = None,
 ) -> float:
     """`language_model_loss` (not its rise) with every activation of ``site`` replaced by ``mean`` [width].
 
-    Tokens in ``skip_token_ids`` keep their activation. Raises TypeError or ValueError for a ``mean`` that is no finite
-    float vector of that width; else as `language_model_loss` and `attach` do.
+    Tokens in ``skip_token_ids`` keep their activation, as do those whose norm is above ``max_norm``. Raises TypeError
+    or ValueError for a ``mean`` that is no finite float vector of that width; else as `language_model_loss`, `attach`
+    and `SparingOutliers` do.
     """
     _check_mean(model, site, mean)
-    skipped = skipped_ids(model, skip_token_ids)
-    with attach(model, {as_site(site): _Constant(mean)}, skipped):
+    skipped, ablated = skipped_ids(model, skip_token_ids), _Constant(mean)
+    with attach(model, {as_site(site): ablated if max_norm is None else SparingOutliers(ablated, max_norm)}, skipped):
         return language_model_loss(model, tokens, skipped, batch_size, attention_mask)
 
 
@@ -196,5 +226,5 @@ def evaluate_splice(
     clean_loss = _clean_loss(clean_loss, model, tokens, skipped, batch_size, attention_mask)
     delta = delta_loss(model, tokens, {site: sae}, skipped, batch_size, clean_loss, attention_mask)
     ablation = mean_ablation_loss(model, tokens, site, mean, skipped, batch_size, attention_mask) - clean_loss
-    predictions = int(_scored(TokenInput(model, skipped), tokens, attention_mask).sum())
+    predictions = n_predictions(model, tokens, skipped, attention_mask)
     return SpliceMetrics(clean_loss, delta, ablation, loss_recovered(delta, ablation), len(tokens), predictions)

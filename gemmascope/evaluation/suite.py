@@ -1,102 +1,272 @@
-"""Every metric of the SAEs of many sites, as read back from their files."""
+"""Every metric and control of the SAEs of a suite, as read back from their files."""
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..activations import harvest
-from ..activations.moments import check_activations, mean_row
-from ..checks import check_type, found, is_integer
+from ..activations import OUTLIER_RATIO, harvest
+from ..activations.moments import check_activations, moments
+from ..checks import check_int, check_number, check_type, found, is_integer
 from ..saes import JumpReLUSAE
-from ..sites import Site, special_token_ids
+from ..sites import Site, site_width, special_token_ids
 from ..sites.decoder import embedding_weight, input_device
-from .baselines import pair_table_fvu
+from .baselines import fit_pca, pair_table_fvu, random_dictionary_fvu
 from .fidelity import evaluate_sae
-from .language_model import evaluate_splice, language_model_loss
+from .language_model import (
+    SparingOutliers,
+    delta_loss,
+    language_model_loss,
+    loss_recovered,
+    mean_ablation_loss,
+    n_predictions,
+)
+
+# Activations that are held at once.
+MAX_BYTES = 2 << 30
+# Where the metadata of an SAE may say how it was trained.
+RECIPE = ("seed", "target_l0", "l0_coefficient")
+
+ByName = Mapping[str, tuple[Site, str | os.PathLike]]
 
 
 def judge_suite(
     model: nn.Module,
+    saes: ByName,
     train_tokens: Tensor,
     held_out: Tensor,
-    activations: Mapping[Site, Tensor],
-    paths: Mapping[Site, str | os.PathLike],
     *,
+    max_norm_ratio: float | None = None,
+    median_norms: Mapping[Site, float] | None = None,
+    dtype: torch.dtype = torch.float32,
     impl: str = "auto",
     clean_loss: float | None = None,
+    on_done: Callable[[int, str], Any] = lambda done, name: None,
+    max_bytes: int = MAX_BYTES,
+    activations: Mapping[Site, Tensor] | None = None,
     held_out_activations: Mapping[Site, Tensor] | None = None,
-    on_done: Callable[[int, Site], None] = lambda done, site: None,
-) -> tuple[list[dict[str, Any]], dict[Site, Tensor]]:
-    """Judge the SAE in each of ``paths`` {site: file} on the text ``held_out``, all of it for every figure.
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Judge every SAE of ``saes`` {name: (site, file)} on the text ``held_out``, all of it for every figure.
 
-    train_tokens, held_out: ids [rows, context] as `harvest` takes them; `activations.hold_out` draws the latter.
-    activations: what `harvest` gave on ``train_tokens``, {site: [n, width]}, where the baselines are fitted.
-    clean_loss, held_out_activations: `language_model_loss` of ``held_out`` and what `harvest` gives on it, if known
-    already. ``on_done(n, site)`` is called after the n-th SAE.
+    A site may have any number of SAEs. What does not depend on the SAE, the mean ablation and the fit of the controls,
+    is computed once a site. Everything runs on the model's device.
 
-    Returns a row of results for each SAE, in order, and the firing frequencies {site: float32 [d_sae]}. A row says on
-    how many ``tokens`` the SAE was judged and on how many ``predictions`` of the model; what is undefined is None.
+    train_tokens, held_out: ids [rows, context] as `harvest` takes them; the controls are fitted on the former. Their
+    activations are harvested in ``dtype`` for as many sites at a time as ``max_bytes`` hold, at least one.
+    activations, held_out_activations: what `harvest` gives on them, of every token, if known already. clean_loss:
+    likewise `language_model_loss` of ``held_out``. ``on_done(n, name)`` is called after the n-th SAE.
 
-    Raises what the metrics, `harvest` and `JumpReLUSAE.load` do, and TypeError or ValueError for no path, keys that are
-    not a `Site`, and activations that are missing or not those of the tokens.
+    Outliers of a site are the tokens whose norm there is above ``max_norm_ratio``, by default `OUTLIER_RATIO`, times
+    the median norm, that of ``median_norms`` or of the training tokens. ``outliers`` of a row counts those held out.
+    With ``max_norm_ratio`` they are left out: every figure is that of the other tokens, the controls are fitted without
+    them and splicing leaves their activations alone, and every figure of *all* tokens, spliced everywhere, stands
+    beside it with ``_all`` behind its name. Which tokens are outliers depends on no other site.
+
+    Returns a row of results for each SAE, in the order of ``saes``, and the firing frequencies {name: float32 [d_sae]}
+    on the tokens kept. A row says on how many ``tokens`` the SAE was judged and on how many ``predictions`` of the
+    model; ``gamma`` is ‖mean‖/‖std‖ of the kept tokens held out; ``seed``, ``target_l0`` and ``l0_coefficient`` are
+    those in the SAE's metadata. What is undefined or unknown is None.
+
+    Raises what the metrics, `harvest` and `JumpReLUSAE.load` do, and TypeError or ValueError for no SAE, entries that
+    are not (Site, path), a site at which nothing is kept, and activations that are missing or not those of the tokens.
     """
-    check_type("paths", paths, Mapping)
-    if not paths:
-        raise ValueError("paths: expected at least one site, got none")
-    for site in paths:
-        check_type("paths: key", site, Site)
+    sites = _sites_of(saes)
     if not callable(on_done):
         raise TypeError(f"on_done: expected a function, got {type(on_done).__name__}")
-    train_pairs, held_out_pairs = (
+    check_int("max_bytes", max_bytes, 1)
+    check_type("dtype", dtype, torch.dtype)
+    if max_norm_ratio is not None:
+        check_number("max_norm_ratio", max_norm_ratio, 1)
+    if median_norms is not None:
+        check_type("median_norms", median_norms, Mapping)
+        for site in sites:
+            check_number(f"median_norms[{site}]", median_norms.get(site), 0, open_low=True)
+    pairs = [
         token_pairs(model, tokens, name) for name, tokens in (("train_tokens", train_tokens), ("held_out", held_out))
-    )
-    if held_out_activations is None:
-        held_out_activations = harvest(model, held_out, paths)
-    for name, by_site, pairs in (
-        ("activations", activations, train_pairs),
-        ("held_out_activations", held_out_activations, held_out_pairs),
-    ):
-        _check_of_tokens(name, by_site, paths, len(pairs))
+    ]
+    given = (("activations", activations, train_tokens), ("held_out_activations", held_out_activations, held_out))
+    for (name, by_site, _), of_tokens in zip(given, pairs, strict=True):
+        if by_site is not None:
+            _check_of_tokens(name, by_site, sites, len(of_tokens))
     if clean_loss is None:
         clean_loss = language_model_loss(model, held_out)
-    device = input_device(model)
-    results: list[dict[str, Any]] = []
-    frequencies: dict[Site, Tensor] = {}
-    for site, path in paths.items():
-        sae = JumpReLUSAE.load(path).to(device)
-        sae.impl = impl
-        train_rows, rows = activations[site], held_out_activations[site]
-        metrics = evaluate_sae(sae, rows, train_rows)
-        mean = mean_row("held_out_activations", rows)
-        splice = evaluate_splice(model, held_out, site, sae, mean, clean_loss=clean_loss)
-        frequencies[site] = metrics.firing_frequency
-        row = {
-            "site": site.kind,
-            "layer": site.layer,
-            "width": sae.d_sae,
+    else:
+        check_number("clean_loss", clean_loss)
+    text = _Text(model, held_out, clean_loss)
+
+    rows: dict[str, dict[str, Any]] = {}
+    frequencies: dict[str, Tensor] = {}
+    sizes = {site: sum(map(len, pairs)) * site_width(model, site) * dtype.itemsize for site in sites}
+    for group in _groups(sizes, max_bytes):
+        by_site = [
+            harvest(model, tokens, group, dtype=dtype) if known is None else {site: known[site] for site in group}
+            for _, known, tokens in given
+        ]
+        for site in group:
+            train_rows, held_out_rows = (each.pop(site).to(text.device) for each in by_site)
+            median = None if median_norms is None else median_norms[site]
+            judge = _Judge(text, site, train_rows, held_out_rows, *pairs, max_norm_ratio, median)
+            for name in sites[site]:
+                sae = JumpReLUSAE.load(saes[name][1]).to(text.device)
+                sae.impl = impl
+                row, frequencies[name] = judge(sae)
+                row = {"name": name, "site": site.kind, "layer": site.layer, "width": sae.d_sae} | recipe_of(sae) | row
+                rows[name] = {key: _defined(value) for key, value in row.items()}
+                on_done(len(rows), name)
+    return [rows[name] for name in saes], {name: frequencies[name] for name in saes}
+
+
+def _sites_of(saes: Any) -> dict[Site, list[str]]:
+    """The names of the SAEs of each site."""
+    check_type("saes", saes, Mapping)
+    if not saes:
+        raise ValueError("saes: expected at least one, got none")
+    sites: dict[Site, list[str]] = {}
+    for name, entry in saes.items():
+        check_type("saes: key", name, str)
+        if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[0], Site):
+            raise TypeError(f"saes[{name!r}]: expected (Site, path), got {entry!r:.60}")
+        sites.setdefault(entry[0], []).append(name)
+    return sites
+
+
+def _groups(sizes: Mapping[Site, int], max_bytes: int) -> Iterator[list[Site]]:
+    """Sites in order, as many at a time as ``max_bytes`` hold and at least one."""
+    group: list[Site] = []
+    for site, size in sizes.items():
+        if group and size + sum(sizes[other] for other in group) > max_bytes:
+            yield group
+            group = []
+        group.append(site)
+    yield group
+
+
+class _Text:
+    """The model on the held-out text."""
+
+    def __init__(self, model: nn.Module, held_out: Tensor, clean_loss: float):
+        self.model, self.held_out, self.clean_loss = model, held_out, clean_loss
+        self.device = input_device(model)
+        self.predictions = n_predictions(model, held_out)
+
+    def splice(self, site: Site, sae: JumpReLUSAE, max_norm: float | None) -> float:
+        spliced = sae if max_norm is None else SparingOutliers(sae, max_norm)
+        return delta_loss(self.model, self.held_out, {site: spliced}, clean_loss=self.clean_loss)
+
+    def ablate(self, site: Site, mean: Tensor, max_norm: float | None) -> float:
+        return mean_ablation_loss(self.model, self.held_out, site, mean, max_norm=max_norm) - self.clean_loss
+
+
+class _OnTokens:
+    """The controls of a site on a set of its tokens, and how an SAE does there.
+
+    max_norm: of the tokens of the set, where it leaves others out."""
+
+    def __init__(
+        self, text: _Text, site: Site, train: Tensor, train_pairs: Tensor, rows: Tensor, pairs: Tensor,
+        max_norm: float | None,
+    ):  # fmt: skip
+        self.text, self.site, self.train, self.rows, self.max_norm = text, site, train, rows, max_norm
+        self.mean, self.variance = moments("held_out_activations", rows)
+        self.pca = fit_pca(train)
+        self.pair_table_fvu = pair_table_fvu(train, train_pairs, rows, pairs)
+        self.ablation = text.ablate(site, self.mean, max_norm)
+
+    @property
+    def gamma(self) -> float:
+        """‖mean‖/‖std‖ of the tokens held out."""
+        norm = torch.linalg.vector_norm(self.mean).item()
+        return norm / math.sqrt(self.variance) if self.variance > 0 else math.inf
+
+    def __call__(self, sae: JumpReLUSAE) -> tuple[dict[str, Any], Tensor]:
+        metrics = evaluate_sae(sae, self.rows)
+        rank = round(metrics.l0)
+        pca = self.pca.fidelity(self.rows, rank)
+        delta = self.text.splice(self.site, sae, self.max_norm)
+        figures = {
             "tokens": metrics.tokens,
-            "predictions": splice.predictions,
             "l0": metrics.l0,
             "fvu": metrics.fvu,
-            "pca_fvu": metrics.pca_fvu,
-            "pair_table_fvu": pair_table_fvu(train_rows, train_pairs, rows, held_out_pairs),
+            "pca_fvu": pca.fvu,
+            "random_fvu": random_dictionary_fvu(self.train, self.rows, rank, sae.d_sae),
+            "pair_table_fvu": self.pair_table_fvu,
             "median_fvu": metrics.median_fvu,
-            "pca_median_fvu": metrics.pca_median_fvu,
+            "pca_median_fvu": pca.median_fvu,
             "top_error_share": metrics.top_error_share,
             "top_variance_share": metrics.top_variance_share,
-            "delta_loss": splice.delta_loss,
-            "ablation_delta_loss": splice.ablation_delta_loss,
-            "loss_recovered": splice.loss_recovered,
+            "delta_loss": delta,
+            "ablation_delta_loss": self.ablation,
+            "loss_recovered": loss_recovered(delta, self.ablation),
             "dead_fraction": metrics.dead_fraction,
             "high_freq_fraction": metrics.high_freq_fraction,
         }
-        results.append({name: _defined(value) for name, value in row.items()})
-        on_done(len(results), site)
-    return results, frequencies
+        return figures, metrics.firing_frequency
+
+
+class _Judge:
+    """Judges the SAEs of one site."""
+
+    def __init__(
+        self, text: _Text, site: Site, train: Tensor, rows: Tensor, train_pairs: Tensor, pairs: Tensor,
+        max_norm_ratio: float | None, median_norm: float | None,
+    ):  # fmt: skip
+        ratio = OUTLIER_RATIO if max_norm_ratio is None else float(max_norm_ratio)
+        train_norms = _norms(train)
+        max_norm = ratio * (train_norms.median().item() if median_norm is None else median_norm)
+        is_kept, is_kept_in_train = ~(_norms(rows) > max_norm), ~(train_norms > max_norm)
+        self.outliers = int((~is_kept).sum())
+        self.facts = {"outliers": self.outliers, "outlier_ratio": ratio, "predictions": text.predictions}
+        self.on_kept = self.on_all = None
+        leaves_out = max_norm_ratio is not None and not (is_kept.all() and is_kept_in_train.all())
+        if leaves_out:
+            for name, kept in (("held_out", is_kept), ("train_tokens", is_kept_in_train)):
+                if not kept.any():
+                    raise ValueError(f"median_norms: expected that of {site}, got one that leaves none of {name}")
+        whole = (train, train_pairs, rows, pairs)
+        if leaves_out:
+            kept = (
+                train[is_kept_in_train],
+                _where(train_pairs, is_kept_in_train),
+                rows[is_kept],
+                _where(pairs, is_kept),
+            )
+            self.on_kept = _OnTokens(text, site, *kept, max_norm)
+        self.on_all = _OnTokens(text, site, *whole, None)
+        self.reports_all = max_norm_ratio is not None
+
+    def __call__(self, sae: JumpReLUSAE) -> tuple[dict[str, Any], Tensor]:
+        on_all, frequency = self.on_all(sae)
+        kept = on_all
+        if self.on_kept is not None:
+            kept, frequency = self.on_kept(sae)
+        gamma = (self.on_kept or self.on_all).gamma
+        beside = {f"{name}_all": value for name, value in on_all.items()} if self.reports_all else {}
+        return kept | {"gamma": gamma} | self.facts | beside, frequency
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _where(pairs: Tensor, kept: Tensor) -> Tensor:
+    return pairs[kept.to(pairs.device)]
+
+
+def recipe_of(sae: JumpReLUSAE) -> dict[str, float | None]:
+    """Seed, L0 aimed at and λ, as far as the metadata of the SAE say: themselves, or a ``training`` among them, or the
+    ``loss`` of that."""
+    training = sae.metadata.get("training")
+    training = training if isinstance(training, dict) else {}
+    loss = training.get("loss")
+    places: Sequence[dict[str, Any]] = (sae.metadata, training, loss if isinstance(loss, dict) else {})
+    recipe = dict.fromkeys(RECIPE)
+    for name in RECIPE:
+        values = (place.get(name) for place in places)
+        recipe[name] = next((value for value in values if type(value) in (int, float)), None)
+    return recipe
 
 
 def _check_of_tokens(name: str, by_site: Any, sites: Mapping[Site, Any], n: int) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_int
 from ..errors import BadFileError, EnvironmentProblemError
 from .files import as_path, open_file, parse_json, shown
 
@@ -62,22 +63,27 @@ Check = Callable[[dict[str, Header]], None]
 
 
 def read_npz(
-    path: str | os.PathLike, check: Check | None = None, file: io.BufferedReader | None = None
+    path: str | os.PathLike,
+    check: Check | None = None,
+    file: io.BufferedReader | None = None,
+    *,
+    max_arrays: int = MAX_ARRAYS,
 ) -> dict[str, Tensor]:
     """The arrays of a .npz file, on the CPU: float16, float32 or float64, either byte order, C or Fortran order.
 
     check: called with the headers before any data is read; raises to refuse them. file: that of ``path``, already open
     and at its beginning. Raises BadFileError for a file that is damaged (each member has a CRC-32), holds anything but
-    such arrays, repeats a name or would inflate too far.
+    such arrays or more than ``max_arrays``, repeats a name or would inflate too far.
     """
     name = shown(as_path("path", path))
+    check_int("max_arrays", max_arrays, 0)
     with (
         contextlib.nullcontext(file) if file else open_file(path) as file,
         _small_reads(file) as small,
         _damage_is_a_bad_file(name),
         zipfile.ZipFile(small) as archive,
     ):
-        members = _npz_members(archive, name, os.fstat(file.fileno()).st_size)
+        members = _npz_members(archive, name, os.fstat(file.fileno()).st_size, max_arrays)
         parsed = {key: _read_npy_header(archive, info, f"{name}: {printable(key)}") for key, info in members.items()}
         if check is not None:
             check({key: header for key, (header, *_) in parsed.items()})
@@ -158,10 +164,10 @@ def _small_reads(file: io.BufferedReader) -> Iterator[_SmallReads]:
         small.detach()  # closing it would close the file of the caller
 
 
-def _npz_members(archive: zipfile.ZipFile, name: str, file_size: int) -> dict[str, zipfile.ZipInfo]:
+def _npz_members(archive: zipfile.ZipFile, name: str, file_size: int, max_arrays: int) -> dict[str, zipfile.ZipInfo]:
     infos = archive.infolist()
-    if len(infos) > MAX_ARRAYS:
-        raise BadFileError(f"{name}: expected at most {MAX_ARRAYS} arrays, found {len(infos)}")
+    if len(infos) > max_arrays:
+        raise BadFileError(f"{name}: expected at most {max_arrays} arrays, found {len(infos)}")
     members = {}
     for info in infos:
         key = info.filename.removesuffix(".npy")

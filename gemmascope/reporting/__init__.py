@@ -1,7 +1,19 @@
 """What a person sees of a run: progress while it lasts, then the table, the figures and the page from its files."""
 
+from .log import TrainLog
 from .report import write_html, write_plots
 from .results import read_frequencies, read_log, read_results
 from .table import final_table
+from .trackers import Trackers, open_trackers
 
-__all__ = ["final_table", "read_frequencies", "read_log", "read_results", "write_html", "write_plots"]
+__all__ = [
+    "Trackers",
+    "TrainLog",
+    "final_table",
+    "open_trackers",
+    "read_frequencies",
+    "read_log",
+    "read_results",
+    "write_html",
+    "write_plots",
+]

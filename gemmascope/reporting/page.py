@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from .html import document, figure, section
-from .results import COLUMNS, PLOTS, beats_pca, formatted, judged_on, summary
+from .results import (
+    PLOTS,
+    beats_pca,
+    columns_of,
+    formatted,
+    furthest_from_target,
+    judged_on,
+    name_of,
+    summary,
+    title_of,
+)
 
 STYLE = """
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
@@ -18,6 +28,7 @@ th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
 th.name, td.name { text-align: left; }
 tr.first td { border-top: 2px solid var(--soft); }
 .saes { width: 100%; }
+.wide { overflow-x: auto; }
 .saes td { white-space: nowrap; }
 .facts td { text-align: left; }
 .facts th { text-align: left; font-weight: 400; vertical-align: top; }
@@ -49,7 +60,12 @@ dd { margin: 0; max-width: 46rem; }
 }
 """
 
+MOST_WARNINGS = 50
+
 METRICS = {
+    "Target L0": "The L0 that the training of the SAE aimed at.",
+    "L0 coefficient": "λ, the weight of the sparsity penalty.",
+    "Seed": "Of the weights that the SAE started from.",
     "Site": "Where in a layer the SAE reads. att: the attention heads' outputs before they are mixed; mlp: what the "
     "feed-forward block adds; resid: the residual stream after the layer.",
     "Width": "How many latents the SAE has. Each is one direction it can use to explain an activation.",
@@ -58,8 +74,11 @@ METRICS = {
     "answering with the mean. 0 is perfect, 1 is no better than the mean.",
     "FVU of PCA": "The same for principal components, as many as the SAE has active latents. Where "
     "the SAE is not below it (✓), a plain linear projection does as well with the same number of values.",
-    "FVU of byte pairs": "The same for a lookup table that knows only the current and the previous byte. Where it "
-    "comes close to the SAE, the site holds little beyond the last two bytes.",
+    "FVU of a random dictionary": "The same for as many random directions as the SAE has latents, of which each token "
+    "takes the L0 that fit it best, with the best coefficients. An SAE that is not below it has learnt no better "
+    "directions than chance gives.",
+    "FVU of token pairs": "The same for a lookup table that knows only the current and the previous token. Where it "
+    "comes close to the SAE, the site holds little beyond the last two tokens.",
     "FVU, median token": "The squared error of a token's reconstruction divided by its squared distance from the mean, "
     "for the token in the middle. Where a few tokens of huge norm hold most of the variance, FVU speaks of them alone, "
     "and this of the others.",
@@ -67,6 +86,12 @@ METRICS = {
     "Error in top .1 %": "Share of the squared error in the thousandth of the tokens where it is largest.",
     "Variance in top .1 %": "Share of the variance in the thousandth of the tokens that lie farthest from the mean. "
     "Where it is large, FVU and FVU of PCA say little of ordinary tokens.",
+    "γ": "Length of the mean activation over the standard deviation. Where it is large, the mean outweighs all that an "
+    "SAE has to explain.",
+    "Outliers": "Held-out tokens whose activation is many times as long as that of the median token. Where the run "
+    "leaves them out, every figure is of the other tokens, and those of all tokens stand beside them.",
+    "all tokens": "The figure with the outliers among the tokens; for ΔLM loss and loss recovered, with their "
+    "activations replaced too.",
     "ΔLM loss": "How much the language model's loss rises, in nats a token, when the reconstruction takes the place "
     "of the true activation. 0 means that nothing the model needs was lost.",
     "ΔLM loss, mean ablation": "The same when the activation is replaced by its mean: what the site is worth to the "
@@ -80,6 +105,7 @@ METRICS = {
 }
 
 MODEL_LABELS = {
+    "name": "Name",
     "layers": "Layers",
     "d_model": "Width (d_model)",
     "parameters": "Parameters",
@@ -118,17 +144,18 @@ def facts(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def sae_table(saes: list[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th scope=col>{escape(heading)}</th>" for _, _, heading, _ in COLUMNS)
+    columns = columns_of(saes)
+    head = "".join(f"<th scope=col>{escape(column.heading)}</th>" for column in columns)
     rows, previous = [], None
     for sae in saes:
         wins = beats_pca(sae)
         cells = [f"<td class=name data-name=Site>{escape(sae['site'])}</td>"]
         cells += [f'<td data-name="{key.capitalize()}">{sae[key]}</td>' for key in ("layer", "width")]
-        for key, _, heading, form in COLUMNS:
-            text, kind = formatted(sae[key], form), ""
-            if key == "fvu":
+        for column in columns:
+            text, kind = formatted(sae.get(column.key), column.form), ""
+            if column.key == "fvu":
                 text, kind = f"{text} {'✓' if wins else '✗'}", f" class={'good' if wins else 'bad'}"
-            cells.append(f'<td{kind} data-name="{escape(heading)}">{escape(text)}</td>')
+            cells.append(f'<td{kind} data-name="{escape(column.heading)}">{escape(text)}</td>')
         rows.append(f"<tr{' class=first' if sae['layer'] != previous else ''}>{''.join(cells)}</tr>")
         previous = sae["layer"]
     return (
@@ -147,7 +174,7 @@ def key_figures(results: Mapping[str, Any]) -> str:
         figures.insert(0, (f"{abs(bigram - loss):.2f} nats", f"language model {side} the bigram baseline"))
     for key, form, label in (("l0", ".1f", "median L0"), ("fvu", ".3f", "median FVU")):
         figures.append((format(statistics.median(sae[key] for sae in saes), form), label))
-    recovered = [sae["loss_recovered"] for sae in saes if sae["loss_recovered"] is not None]
+    recovered = [value for sae in saes if (value := sae.get("loss_recovered")) is not None]
     if recovered:
         figures.append((f"{statistics.median(recovered):.3f}", "median loss recovered"))
     items = "\n".join(f"<li><b>{escape(value)}</b><span>{escape(label)}</span></li>" for value, label in figures)
@@ -166,6 +193,32 @@ def reload_code(run_dir: Path, saes: list[Mapping[str, Any]]) -> str:
     )
 
 
+def glossary(saes: list[Mapping[str, Any]], model: Mapping[str, Any]) -> str:
+    """What the figures shown mean."""
+    headings = {"Site", "Width", *(column.heading for column in columns_of(saes))}
+    if any(heading.endswith(", all tokens") for heading in headings):
+        headings.add("all tokens")
+    if model.get("bigram_loss") is not None:
+        headings.add("Bigram baseline")
+    terms = ((name, text) for name, text in METRICS.items() if name in headings)
+    return "<dl>\n" + "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in terms) + "\n</dl>"
+
+
+def messages(results: Mapping[str, Any]) -> str:
+    """What the run warned of, and the SAEs that trained no more; empty without any."""
+    warned, parked = results.get("warnings") or [], results.get("parked") or {}
+    parts = []
+    if parked:
+        parts.append(f"<p>{len(parked)} SAEs were parked: they trained no more, and are not among those below.</p>")
+        parts.append(facts(parked.items()))
+    if warned:
+        items = "\n".join(f"<li>{escape(text)}</li>" for text in warned[:MOST_WARNINGS])
+        if len(warned) > MOST_WARNINGS:
+            items += f"\n<li>… and {len(warned) - MOST_WARNINGS} more, in results.json</li>"
+        parts.append(f"<ul>\n{items}\n</ul>")
+    return "\n".join(parts)
+
+
 def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]) -> str:
     """The page. images: a PNG for each of `report.PLOTS`."""
     model: Mapping[str, Any] = results["model"]
@@ -173,16 +226,16 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
     model_rows = [(MODEL_LABELS.get(key, key), value) for key, value in model.items()]
     environment, seconds = (results.get(key) or {} for key in ("environment", "seconds"))
     figures = "\n".join(figure(path.read_bytes(), PLOTS[name], caption=True) for name, path in images.items())
-    glossary = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in METRICS.items())
-    files = [(f"{sae['site']}, layer {sae['layer']}", str(sae.get("path", "–"))) for sae in saes]
+    files = [(name_of(sae), str(sae.get("path", "–"))) for sae in saes]
+    title, warned = title_of(results), messages(results)
+    sentences = (f"{summary(saes)} (✓)", furthest_from_target(saes), judged_on(model))
+    says = escape(" ".join(f"{sentence}." for sentence in sentences if sentence))
     sections = [
+        *([("Warnings of the run", warned)] if warned else []),
         ("Language model", facts(model_rows)),
-        (
-            "Sparse autoencoders",
-            f"<p>{escape(summary(saes))} (✓). {escape(judged_on(model))}.</p>\n{sae_table(saes)}",
-        ),
+        ("Sparse autoencoders", f"<p>{says}</p>\n<div class=wide>{sae_table(saes)}</div>"),
         ("Plots", figures),
-        ("What the figures mean", f"<dl>\n{glossary}\n</dl>"),
+        ("What the figures mean", glossary(saes, model)),
         (
             "Use an SAE in Python",
             f"<pre><code>{escape(reload_code(run_dir, saes))}</code></pre>\n{facts(files)}",
@@ -192,7 +245,7 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
     if seconds:
         sections.append(("Time, in seconds", facts((name.replace("_", " "), value) for name, value in seconds.items())))
     content = "\n".join(section(*titled) for titled in sections)
-    body = f"""<h1>Sparse autoencoders on a small Gemma 2</h1>
+    body = f"""<h1>{escape(title)}</h1>
 <p>JumpReLU sparse autoencoders (SAEs) rewrite each activation of a language model as a few active
 <em>latents</em>. This page shows how sparse and how faithful those of this run are, and what the model loses by
 them.</p>

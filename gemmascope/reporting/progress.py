@@ -188,14 +188,30 @@ class StageProgress:
         return rich.console.Group(table, note)
 
 
+# Measures of an SAE in the table: key, heading, format.
+MEASURES = (
+    ("l0", "L0", ".1f"),
+    ("target_l0", "target", "g"),
+    ("fvu", "FVU", ".3f"),
+    ("dead", "dead", ".0%"),
+    ("window", "window", ".2%"),
+    ("threshold", "θ", ".3g"),
+    ("skipped", "skipped", "g"),
+)
+# Columns that a suite whose rows never have them does without.
+OPTIONAL_MEASURES = ("target_l0", "window", "threshold", "skipped")
+
+
 class SuiteProgress(StageProgress):
-    """Many SAEs trained together: the bar, and a table of the latest L0, FVU and dead latents of each.
+    """Many SAEs trained together: the bar, how the time is spent, and a table of the latest measures of each.
 
         with SuiteProgress("SAEs", total_steps, names, unit_per_step=batch_size) as progress:
-            progress.update(step, {"layer_3/resid": {"l0": 5.1, "fvu": 0.08, "dead": 0.3}})
+            progress.update(step, {"layer_3/resid": {"l0": 5.1, "fvu": 0.08, "dead": 0.3}}, shares={"forward": 0.4})
 
     names: the SAEs, in the order of the table. ``rows`` may name any of them, or be None when nothing was measured;
-    missing measures show as "-". ``dead`` is a fraction.
+    missing measures show as "-", those of `OPTIONAL_MEASURES` that no SAE has not at all. ``dead`` and ``window``, the
+    share of the entries that lie below θ in its window, are fractions. Where not all fit, the SAEs whose L0 is farthest
+    from its target come first (without targets those of the largest FVU), and the last line says what the others do.
     """
 
     def __init__(
@@ -210,37 +226,109 @@ class SuiteProgress(StageProgress):
         clock: Callable[[], float] = time.monotonic,
     ):
         super().__init__(title, total_steps, unit, unit_per_step, console=console, clock=clock)
-        self.rows: dict[str, Mapping[str, float]] = {str(name): {} for name in names}
+        self.rows: dict[str, Mapping[str, float | None]] = {str(name): {} for name in names}
+        self.shares: dict[str, float] = {}
+        self.parked: dict[str, str] = {}
 
-    def update(self, step: int, rows: Mapping[str, Mapping[str, float]] | None = None) -> None:
-        """``step`` steps are done in all; ``rows`` holds the newest measures of some SAEs."""
+    def update(
+        self,
+        step: int,
+        rows: Mapping[str, Mapping[str, float | None]] | None = None,
+        *,
+        shares: Mapping[str, float] | None = None,
+        parked: Mapping[str, str] | None = None,
+    ) -> None:
+        """``step`` steps are done in all; ``rows`` holds the newest measures of some SAEs.
+
+        shares: of the time, by what it went into, each from 0 to 1. parked: the SAEs that train no more, and why. Both
+        stay as they are when None.
+        """
         for name, row in (rows or {}).items():
             self.rows[str(name)] = {**self.rows.get(str(name), {}), **row}
+        if shares is not None:
+            self.shares = dict(shares)
+        if parked is not None:
+            self.parked = dict(parked)
         super().update(step)
 
     def summary(self) -> str:
-        parts = []
-        for key, label, form in (("l0", "L0", ".1f"), ("fvu", "FVU", ".3f")):
-            values = [row[key] for row in self.rows.values() if row.get(key) is not None]
-            if values:
-                parts.append(f"{label} {min(values):{form}}…{max(values):{form}}")
-        return "  ".join(parts)
+        training = {name: row for name, row in self.rows.items() if name not in self.parked}
+        parts = _spans(training.values())
+        misses = [(miss, name) for name, row in training.items() if (miss := _miss(row)) is not None]
+        if misses:
+            _, name = max(misses)
+            row = training[name]
+            parts.append(f"worst L0/target {name} {row['l0']:.1f}/{row['target_l0']:g}")
+        if skipped := sum(row.get("skipped") or 0 for row in self.rows.values()):
+            parts.append(f"skipped {skipped:g}")
+        if self.parked:
+            parts.append(f"parked {len(self.parked)}")
+        return "  ".join([*parts, *([self.spent()] if self.shares else [])])
+
+    def spent(self) -> str:
+        """How the time is spent."""
+        return "time: " + ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
+
+    def worst_first(self) -> list[str]:
+        """Parked SAEs, then those farthest from their target L0, then by FVU from the largest."""
+
+        def badness(name: str) -> tuple[bool, float, float]:
+            row = self.rows[name]
+            return name in self.parked, _number_or(_miss(row), -1.0), _number_or(row.get("fvu"), -1.0)
+
+        return sorted(self.rows, key=badness, reverse=True)
 
     def frame(self) -> rich.console.RenderableType:
+        head = [super().frame()]
+        if self.shares:
+            head.append(rich.text.Text(self.spent(), style="dim"))
         names = list(self.rows)
-        room = max(self.console.height - 6, 3)
-        shown = names if len(names) <= room else names[: room - 1]
+        room = max(self.console.height - 5 - len(head), 3)
+        shown = names if len(names) <= room else self.worst_first()[: room - 1]
+        present = {key for row in self.rows.values() for key, value in row.items() if value is not None}
+        measures = [each for each in MEASURES if each[0] not in OPTIONAL_MEASURES or each[0] in present]
         table = rich.table.Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("SAE", no_wrap=True)
-        for column in ("L0", "FVU", "dead"):
-            table.add_column(column, justify="right")
+        table.add_column("SAE", no_wrap=True, overflow="ellipsis")
+        for _, heading, _ in measures:
+            table.add_column(heading, justify="right", no_wrap=True)
         for name in shown:
             row = self.rows[name]
-            cells = [_number(row.get("l0"), ".1f"), _number(row.get("fvu"), ".3f"), _number(row.get("dead"), ".0%")]
-            table.add_row(rich.text.Text(name), *cells)
-        if len(shown) < len(names):
-            table.add_row(rich.text.Text(f"… {len(names) - len(shown)} more", style="dim"))
-        return rich.console.Group(super().frame(), table)
+            cells = [_number(row.get(key), form) for key, _, form in measures]
+            if name in self.parked:
+                table.add_row(rich.text.Text(f"{name} (parked)"), *cells, style="red")
+            else:
+                table.add_row(rich.text.Text(name), *cells)
+        if len(shown) == len(names):
+            return rich.console.Group(*head, table)
+        rest = [self.rows[name] for name in names if name not in set(shown)]
+        more = "  ".join([f"… {len(rest)} more", *_spans(rest)])
+        return rich.console.Group(*head, table, rich.text.Text(more, style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+def _spans(rows: Iterable[Mapping[str, float | None]]) -> list[str]:
+    """From the least to the largest of each measure."""
+    rows, parts = list(rows), []
+    for key, label, form in (
+        ("l0", "L0", ".1f"),
+        ("fvu", "FVU", ".3f"),
+        ("dead", "dead", ".0%"),
+        ("window", "window", ".1%"),
+    ):
+        values = [value for row in rows if (value := row.get(key)) is not None and math.isfinite(value)]
+        if values:
+            parts.append(f"{label} {min(values):{form}}…{max(values):{form}}")
+    return parts
+
+
+def _miss(row: Mapping[str, float | None]) -> float | None:
+    """How far L0 is from its target, as a share of it."""
+    l0, target = row.get("l0"), row.get("target_l0")
+    return None if l0 is None or not target else abs(l0 / target - 1)
+
+
+def _number_or(value: float | None, default: float) -> float:
+    """NaN, of which nothing is known but that it is bad, counts as the worst."""
+    return default if value is None else math.inf if math.isnan(value) else value
 
 
 def _number(value: float | None, form: str) -> str:

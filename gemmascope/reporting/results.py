@@ -5,10 +5,9 @@ all files they may be damaged or hostile, and what comes out of here can be draw
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,40 +15,65 @@ import torch
 from ..checks import dtype_name
 from ..errors import BadFileError
 from ..formats.arrays import Header, printable, read_npz
-from ..formats.files import as_path, open_file, read_json, shown
+from ..formats.files import as_path, read_json, shown
 from ..runs import check_finished
+from .log import TRAIN_LOG, is_figure, read_rows
 
-RESULTS, TRAIN_LOG, FREQUENCIES = "results.json", "train_log.jsonl", "frequencies.npz"
+RESULTS, FREQUENCIES = "results.json", "frequencies.npz"
 FINISHED = "results"  # the stage that leaves them
-MAX_SAES, MAX_SITES, LARGEST = 300, 8, 1e30  # what figures have room for
-MAX_LINE_BYTES = 1 << 16
+MAX_SAES, MAX_SITES = 1000, 8
+MAX_MESSAGES = 10_000
 
 PLOTS = {
     "training_curves": "Fidelity and sparsity of each SAE while it trained, measured on the training batches.",
-    "l0_fvu": "On held-out tokens. Filled marks: the SAEs. Hollow marks: PCA with as many components as the SAE has "
-    "active latents. An SAE beats PCA where it lies below its hollow mark.",
+    "l0_fvu": "On held-out tokens. Filled marks: the SAEs, a line through those of one site. Hollow marks: PCA with as "
+    "many components as the SAE has active latents. An SAE beats PCA where it lies below its hollow mark.",
     "firing_frequency": "Latents by the share of held-out tokens on which they fire. The grey bar counts those that "
     "never fired; those right of the dashed line fire on more than a tenth of all tokens.",
     "delta_loss": "How much worse the language model predicts held-out text with the site replaced by the SAE's "
-    "reconstruction (filled) and by its mean (hollow). Close to zero, far left of the hollow mark, is good.",
+    "reconstruction (filled) and by its mean (hollow). Close to zero, far from the hollow mark, is good.",
 }
 
 
-# Key, heading of the terminal (None: on the page alone), heading of the page, format.
+class Column(NamedTuple):
+    """A figure of an SAE that tables show."""
+
+    key: str
+    short: str | None
+    """Heading in the terminal; None: on the page alone."""
+    heading: str
+    """Heading on the page."""
+    form: str
+    optional: bool = False
+    """Left out of tables of SAEs none of which has it."""
+
+
 COLUMNS = (
-    ("l0", "L0", "L0", ".1f"),
-    ("fvu", "FVU", "FVU", ".3f"),
-    ("pca_fvu", "PCA", "FVU of PCA", ".3f"),
-    ("pair_table_fvu", "pairs", "FVU of byte pairs", ".3f"),
-    ("median_fvu", "med.", "FVU, median token", ".3f"),
-    ("pca_median_fvu", "PCA", "PCA, median token", ".3f"),
-    ("top_error_share", None, "Error in top .1 %", ".0%"),
-    ("top_variance_share", None, "Variance in top .1 %", ".0%"),
-    ("delta_loss", "ΔLM", "ΔLM loss", "+.3f"),
-    ("ablation_delta_loss", "ablated", "ΔLM loss, mean ablation", "+.3f"),
-    ("loss_recovered", None, "Loss recovered", ".3f"),
-    ("dead_fraction", "dead", "Dead", ".0%"),
-    ("high_freq_fraction", ">10 %", "Fire on > 10 %", ".1%"),
+    Column("target_l0", "target", "Target L0", "g", optional=True),
+    Column("l0_coefficient", None, "L0 coefficient", ".3g", optional=True),
+    Column("seed", None, "Seed", ".0f", optional=True),
+    Column("l0", "L0", "L0", ".1f"),
+    Column("fvu", "FVU", "FVU", ".3f"),
+    Column("pca_fvu", "PCA", "FVU of PCA", ".3f"),
+    Column("random_fvu", "random", "FVU of a random dictionary", ".3f", optional=True),
+    Column("pair_table_fvu", "pairs", "FVU of token pairs", ".3f"),
+    Column("median_fvu", "med.", "FVU, median token", ".3f"),
+    Column("pca_median_fvu", "PCA", "PCA, median token", ".3f"),
+    Column("top_error_share", None, "Error in top .1 %", ".0%"),
+    Column("top_variance_share", None, "Variance in top .1 %", ".0%"),
+    Column("gamma", None, "γ", ".2f", optional=True),
+    Column("outliers", "outl.", "Outliers", ".0f", optional=True),
+    Column("l0_all", None, "L0, all tokens", ".1f", optional=True),
+    Column("fvu_all", None, "FVU, all tokens", ".3f", optional=True),
+    Column("pca_fvu_all", None, "FVU of PCA, all tokens", ".3f", optional=True),
+    Column("random_fvu_all", None, "FVU of a random dictionary, all tokens", ".3f", optional=True),
+    Column("delta_loss", "ΔLM", "ΔLM loss", "+.3f"),
+    Column("ablation_delta_loss", "ablated", "ΔLM loss, mean ablation", "+.3f"),
+    Column("loss_recovered", None, "Loss recovered", ".3f"),
+    Column("delta_loss_all", None, "ΔLM loss, all tokens", "+.3f", optional=True),
+    Column("loss_recovered_all", None, "Loss recovered, all tokens", ".3f", optional=True),
+    Column("dead_fraction", "dead", "Dead", ".0%"),
+    Column("high_freq_fraction", ">10 %", "Fire on > 10 %", ".1%"),
 )
 REQUIRED_NUMBERS = ("l0", "fvu", "pca_fvu")
 
@@ -57,7 +81,9 @@ REQUIRED_NUMBERS = ("l0", "fvu", "pca_fvu")
 def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
     """The checked contents of ``run_dir``/results.json; measures that are missing become None.
 
-    Raises BadFileError when the file is missing or is not what a finished run writes.
+    Every SAE has a ``name``: its own, or that of its site where the results have one SAE a site and no names. There
+    are always ``warnings``, a list of what the run warned of, and ``parked``, {name: why} of the SAEs that trained no
+    more. Raises BadFileError when the file is missing or is not what a finished run writes.
     """
     path = as_path("run_dir", run_dir) / RESULTS
     check_finished(run_dir, FINISHED)
@@ -69,6 +95,13 @@ def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
     for key in ("environment", "seconds"):
         if not isinstance(results.get(key, {}), dict):
             raise BadFileError(f"{name}: expected an object {key!r}, found {results[key]!r:.40}")
+    if not isinstance(results.get("title", ""), str):
+        raise BadFileError(f"{name}: expected a string 'title', found {results['title']!r:.40}")
+    warned, parked = results.get("warnings", []), results.get("parked", {})
+    if not isinstance(warned, list) or len(warned) > MAX_MESSAGES or not all(isinstance(text, str) for text in warned):
+        raise BadFileError(f"{name}: expected a list of strings 'warnings', found {warned!r:.40}")
+    if not isinstance(parked, dict) or not all(isinstance(why, str) for why in parked.values()):
+        raise BadFileError(f"{name}: expected an object of strings 'parked', found {parked!r:.40}")
     try:
         json.dumps(results, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -78,7 +111,7 @@ def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
     saes = [_checked_sae(name, position, sae) for position, sae in enumerate(results["saes"])]
     if len({sae["site"] for sae in saes}) > MAX_SITES:
         raise BadFileError(f"{name}: expected at most {MAX_SITES} different sites, found more")
-    return {**results, "saes": saes}
+    return {**results, "saes": saes, "warnings": warned, "parked": parked}
 
 
 def _checked_sae(path: str, position: int, sae: Any) -> dict[str, Any]:
@@ -88,7 +121,13 @@ def _checked_sae(path: str, position: int, sae: Any) -> dict[str, Any]:
     for key in ("layer", "width"):
         if type(sae.get(key)) is not int or not 0 <= sae[key] < 2**31:
             raise BadFileError(f"{where}: expected an integer {key!r}, found {sae.get(key)!r:.40}")
-    sae = {**sae, **{key: _number(where, key, sae.get(key)) for key, *_ in COLUMNS}}
+    if not isinstance(sae.get("name", ""), str):
+        raise BadFileError(f"{where}: expected a string 'name', found {sae['name']!r:.40}")
+    sae = {
+        **sae,
+        "name": name_of(sae),
+        **{column.key: _number(where, column.key, sae.get(column.key)) for column in COLUMNS},
+    }
     for key in REQUIRED_NUMBERS:
         if sae[key] is None:
             raise BadFileError(f"{where}: expected a number {key!r}, found none")
@@ -98,44 +137,14 @@ def _checked_sae(path: str, position: int, sae: Any) -> dict[str, Any]:
 def _number(where: str, key: str, value: Any) -> float | None:
     if value is None:
         return None
-    if not _is_figure(value):
+    if not is_figure(value):
         raise BadFileError(f"{where}: expected a number {key!r}, found {value!r:.40}")
     return float(value)
 
 
-def _is_figure(value: Any) -> bool:
-    return type(value) in (int, float) and not abs(value) > LARGEST  # NaN, which JSON of ours has in logs alone, is one
-
-
 def read_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of ``run_dir``/train_log.jsonl, one for each step and site: the last written, where a resume repeats.
-
-    An incomplete last line, as a kill leaves it, is ignored. Raises BadFileError when anything else is not a row.
-    """
-    path = as_path("run_dir", run_dir) / TRAIN_LOG
-    rows = {}
-    with open_file(path) as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
-            row = _log_row(line)
-            if row is not None:
-                rows[row["step"], row["site"]] = row
-            elif line.endswith(b"\n") or len(line) == MAX_LINE_BYTES:
-                raise BadFileError(f"{shown(path)}: line {number}: expected an object with 'step' and 'site'")
-    return sorted(rows.values(), key=lambda row: row["step"])
-
-
-def _log_row(line: bytes) -> dict[str, Any] | None:
-    """A row, or None for what is none. Figures may be NaN or infinite, as those of a training that failed."""
-    try:
-        row = json.loads(line, parse_constant=lambda text: math.nan)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("site"), str):
-        return None
-    figures = (value for key, value in row.items() if key != "site")
-    return row if all(value is None or _is_figure(value) for value in figures) else None
+    """The rows of ``run_dir``/train_log.jsonl, as `log.read_rows` gives them; `log.sae_of` says whose they are."""
+    return read_rows(as_path("run_dir", run_dir) / TRAIN_LOG)
 
 
 def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -152,11 +161,31 @@ def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
                 what = f"{dtype_name(header.dtype)} {list(header.shape)}"
                 raise BadFileError(f"{name}: {printable(key)}: expected float32 [width], found {what}")
 
-    frequencies = {key: tensor.numpy() for key, tensor in read_npz(path, check).items()}
+    frequencies = {key: tensor.numpy() for key, tensor in read_npz(path, check, max_arrays=MAX_SAES).items()}
     for key, values in frequencies.items():
         if not ((values >= 0) & (values <= 1)).all():
             raise BadFileError(f"{name}: {printable(key)}: expected frequencies from 0 to 1, found others")
     return frequencies
+
+
+def site_of(sae: Mapping[str, Any]) -> str:
+    """The site of a row of results, as logs name it."""
+    return f"layer_{sae['layer']}/{sae['site']}"
+
+
+def name_of(sae: Mapping[str, Any]) -> str:
+    """The name of the SAE of a row of results; that of its site where it has none."""
+    return sae.get("name") or site_of(sae)
+
+
+def columns_of(saes: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns of a table of ``saes``: those that are not optional, or of which one of them has a figure. A recipe
+    that is the same for all is left out, and so is the L0 coefficient where SAEs aim at an L0."""
+    present = {column.key for column in COLUMNS if any(sae.get(column.key) is not None for sae in saes)}
+    shown = [column for column in COLUMNS if not column.optional or column.key in present]
+    same = {key for key in ("seed", "l0_coefficient") if len({sae.get(key) for sae in saes}) == 1}
+    hidden = same | ({"l0_coefficient"} if "target_l0" in present else set())
+    return [column for column in shown if column.key not in hidden]
 
 
 def beats_pca(sae: Mapping[str, Any]) -> bool:
@@ -164,13 +193,36 @@ def beats_pca(sae: Mapping[str, Any]) -> bool:
 
 
 def summary(saes: Sequence[Mapping[str, Any]]) -> str:
-    return f"{sum(map(beats_pca, saes))} of {len(saes)} SAEs beat PCA of the same rank"
+    text = f"{sum(map(beats_pca, saes))} of {len(saes)} SAEs beat PCA of the same rank"
+    compared = [sae for sae in saes if sae.get("random_fvu") is not None]
+    if compared:
+        better = sum(sae["fvu"] < sae["random_fvu"] for sae in compared)
+        text += f", {better} of {len(compared)} a random dictionary of the same L0"
+    return text
+
+
+def furthest_from_target(saes: Sequence[Mapping[str, Any]]) -> str:
+    """The SAE that misses its target L0 by most, as a sentence; empty where none has one."""
+    aimed = [sae for sae in saes if sae.get("target_l0")]
+    if not aimed:
+        return ""
+    worst = max(aimed, key=lambda sae: abs(sae["l0"] / sae["target_l0"] - 1))
+    miss = worst["l0"] / worst["target_l0"] - 1
+    return (
+        f"Farthest from its target L0 is {name_of(worst)}: {worst['l0']:.1f} for {worst['target_l0']:g} ({miss:+.0%})"
+    )
 
 
 def judged_on(model: Mapping[str, Any]) -> str:
     """Which rows all figures of a run are of, as far as its results say."""
     which = model.get("held_out")
     return "All figures are of held-out text" + (f": {which}" if isinstance(which, str) else "")
+
+
+def title_of(results: Mapping[str, Any]) -> str:
+    """The heading of a run: its own title, else by the name of the model."""
+    name = results["model"].get("name")
+    return results.get("title") or f"Sparse autoencoders on {name if isinstance(name, str) else 'a language model'}"
 
 
 def formatted(value: float | None, form: str) -> str:

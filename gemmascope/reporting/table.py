@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .results import COLUMNS, beats_pca, formatted, judged_on, summary
+from .results import beats_pca, columns_of, formatted, furthest_from_target, judged_on, summary
 
 if TYPE_CHECKING:
     import rich.table
@@ -21,12 +21,14 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
     if not isinstance(results, Mapping) or not {"model", "saes"} <= results.keys():
         raise TypeError(f"results: expected what read_results returns, got {type(results).__name__}")
     model, saes = results["model"], results["saes"]
-    title = "Language model: loss {} nats a token, bigram baseline {}".format(
-        formatted(model.get("loss"), ".3f"), formatted(model.get("bigram_loss"), ".3f")
-    )
+    title = [f"Language model: loss {formatted(model.get('loss'), '.3f')} nats a token"]
+    if model.get("bigram_loss") is not None:
+        title.append(f"bigram baseline {model['bigram_loss']:.3f}")
+    caption = [f"{summary(saes)}.", f"{furthest_from_target(saes)}.".removeprefix("."), f"{judged_on(model)}."]
+    caption += [f"Parked: {name}: {why}" for name, why in results.get("parked", {}).items()]
     table = rich.table.Table(
-        title=title,
-        caption=rich.text.Text(f"{summary(saes)}. {judged_on(model)}."),
+        title=rich.text.Text(", ".join(title)),
+        caption=rich.text.Text(" ".join(filter(None, caption))),
         box=rich.box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -34,18 +36,23 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
         caption_justify="left",
     )
     table.add_column("site", no_wrap=True)
-    columns = [(key, heading, form) for key, heading, _, form in COLUMNS if heading is not None]
-    for heading in ("layer", "width", *(heading for _, heading, _ in columns[:3])):
+    columns = [column for column in columns_of(saes) if column.short is not None]
+    for heading in ("layer", "width"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("✓", no_wrap=True)
-    for _, heading, _ in columns[3:]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.short, justify="right", no_wrap=True)
+        if column.key == "pca_fvu":
+            table.add_column("✓", no_wrap=True)
     for index, sae in enumerate(saes):
         wins = beats_pca(sae)
-        cells = [rich.text.Text(formatted(sae[key], form)) for key, _, form in columns]
-        cells[1].stylize("bold green" if wins else "bold red")
-        mark = rich.text.Text("✓" if wins else "✗", style="green" if wins else "red")
+        cells = []
+        for column in columns:
+            cells.append(rich.text.Text(formatted(sae.get(column.key), column.form)))
+            if column.key == "fvu":
+                cells[-1].stylize("bold green" if wins else "bold red")
+            elif column.key == "pca_fvu":
+                cells.append(rich.text.Text("✓" if wins else "✗", style="green" if wins else "red"))
         ends_layer = index + 1 < len(saes) and saes[index + 1]["layer"] != sae["layer"]
         name = rich.text.Text(sae["site"])
-        table.add_row(name, str(sae["layer"]), str(sae["width"]), *cells[:3], mark, *cells[3:], end_section=ends_layer)
+        table.add_row(name, str(sae["layer"]), str(sae["width"]), *cells, end_section=ends_layer)
     return table
