@@ -9,6 +9,7 @@ VENV ?= .venv
 VENV_TRITON36 ?= .venv-triton36
 VENV_TORCH211 ?= .venv-torch211
 VENV_PEERS ?= .venv-peers
+VENV_REAL ?= .venv-real
 JOBS ?= 2
 ARGS ?=
 
@@ -26,11 +27,11 @@ KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -rlE 'gemmascope.ke
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo native test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers install clean
+.PHONY: help demo native test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers real install clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | native | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | install | clean"
+	@echo "make demo | native | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | real | install | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
@@ -98,8 +99,16 @@ bench: $(BENCH_VENV)/.installed
 bench-peers: $(VENV_PEERS)/.peers
 	OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -W ignore -m bench.peers
 
+# gguf, which reads the weights as they come, in a folder of its own: nothing else here needs it.
+real: $(VENV)/.installed $(VENV_REAL)/.gguf
+	PYTHONPATH=$(VENV_REAL) $(VENV)/bin/python -m bench.real $(ARGS)
+
+$(VENV_REAL)/.gguf: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q --no-compile --only-binary :all: --no-deps --upgrade --target $(VENV_REAL) gguf==0.19.0
+	touch $@
+
 clean:
-	rm -rf .venv .venv-triton36 .venv-torch211 .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton36 .venv-torch211 .venv-peers .venv-real build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)

@@ -14,6 +14,8 @@ from gemmascope.formats.files import atomic_write
 from gemmascope.reporting.html import document, figure, section
 
 OUT = Path("runs/bench")
+# Results with a command of their own.
+OTHERS = ("quality", "real")
 STYLE = "pre.table { background: none; padding: 0; }\n"
 CASE = ("suite", "shape", "tokens", "target_l0", "dtype", "skew")
 
@@ -107,7 +109,7 @@ def save(path: Path, content: bytes) -> Path:
 
 
 def main(given: argparse.Namespace) -> int:
-    files = given.files or sorted(path for path in given.results.glob("*.jsonl") if path.stem != "quality")
+    files = given.files or sorted(path for path in given.results.glob("*.jsonl") if path.stem not in OTHERS)
     rows = newest(row for path in files for row in records.read(path))
     groups = {key: rows for key, rows in sorted(by_machine(rows).items()) if not given.suite or key[0] in given.suite}
     if not groups:
