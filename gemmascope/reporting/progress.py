@@ -78,7 +78,7 @@ class Meter:
 
     @property
     def eta(self) -> float | None:
-        return None if self.rate is None else max(self.total - self.step, 0) / self.rate
+        return None if self.rate is None or not self.total else max(self.total - self.step, 0) / self.rate
 
 
 def duration(seconds: float | None) -> str:
@@ -93,7 +93,7 @@ def duration(seconds: float | None) -> str:
 class StageProgress:
     """One bar: ``with StageProgress("Training the model", 500) as bar: bar.update(step, "loss 2.3")``.
 
-    total: steps in all. unit: what a rate counts, ``unit_per_step`` of them a step. console, clock: for tests.
+    total: steps in all, 0 where that is not known. unit: what a rate counts, ``unit_per_step`` of them a step. console, clock: for tests.
     """
 
     def __init__(
@@ -165,8 +165,10 @@ class StageProgress:
 
     def line(self) -> str:
         meter = self.meter
-        percent = 100 * meter.step // max(meter.total, 1)
-        parts = [f"{self.title}  {meter.step:,}/{meter.total:,} ({percent} %)", self.speed()]
+        done = f"{meter.step:,}"
+        if meter.total:
+            done += f"/{meter.total:,} ({100 * meter.step // meter.total} %)"
+        parts = [f"{self.title}  {done}", self.speed()]
         parts += [f"elapsed {duration(meter.elapsed)}", f"ETA {duration(meter.eta)}", self.summary()]
         return "  ".join(part for part in parts if part)
 
@@ -180,7 +182,7 @@ class StageProgress:
         table.add_row(
             rich.text.Text(self.title, style="bold"),
             rich.progress_bar.ProgressBar(max(meter.total, 1), meter.step, width=20),
-            f"{meter.step:,}/{meter.total:,}",
+            f"{meter.step:,}/{meter.total:,}" if meter.total else f"{meter.step:,}",
             self.speed(),
             f"ETA {duration(meter.eta)}",
         )

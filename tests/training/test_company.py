@@ -228,7 +228,9 @@ def test_all_that_are_parked_are_a_training_that_failed():
 
 def test_the_rest_of_a_short_recipe_that_was_withheld_is_said():
     with closing(a_suite(SPECS[4:])) as suite:
-        with pytest.warns(RuntimeWarning, match=r"^b/short: the loss .* in the last 3 updates, up to step 9; .*finite$"):
+        with pytest.warns(
+            RuntimeWarning, match=r"^b/short: the loss .* in the last 3 updates, up to step 9; .*finite$"
+        ):
             run(suite, 9, lambda i, x: x if i < 6 else NAN)
         assert suite.finished == {"b/short"}
     with closing(a_suite(SPECS[4:])) as suite:
@@ -290,7 +292,10 @@ def other(**changes):
         ([*SPECS, SAESpec("c", A, config())], r"facts: SAEs: expected the keys .*; 'c' is missing"),
         (other(seed=3), "b: config.seed: expected 3, got 0"),
         (other(d_sae=25), "b: config.d_sae: expected 25, got 24"),
-        ([*SPECS[:3], SAESpec("b", A, SPECS[3].config), SPECS[4]], r"b: tensors\['W_enc'\]: expected float32 \[24, 8\]"),
+        (
+            [*SPECS[:3], SAESpec("b", A, SPECS[3].config), SPECS[4]],
+            r"b: tensors\['W_enc'\]: expected float32 \[24, 8\]",
+        ),
     ],
     ids=["fewer", "more", "seed", "width", "site"],
 )

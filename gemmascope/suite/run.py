@@ -1,0 +1,229 @@
+"""`train_suite`: all of `gemmascope train`, in the folder of the run, from where it was left.
+
+    text → tokens → (superblocks → batches → steps, checkpoints) → SAEs folded and saved → judged → results.json
+
+Each arrow is a stage of the run (`runs.Run`); the training has checkpoints within.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..activations import sample_rows
+from ..checks import check_choice, check_type
+from ..errors import TrainingFailedError
+from ..evaluation import judge_suite, language_model_loss
+from ..formats.files import atomic_write, read_json, write_json
+from ..reporting.progress import StageProgress
+from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG
+from ..runs import Run, Stage
+from ..sites.decoder import find_decoder
+from ..training.checkpoint import differences
+from .config import SuiteConfig
+from .finish import SAES_FOLDER, held_out_l0, save_suite
+from .plan import Plan
+from .prepare import Prepared, prepare, say
+from .stopping import Stop, Stopped, stopping
+from .training import CHECKPOINTS, Trained, restored, train
+
+IDENTITY = "identity.json"
+# What may differ from the run that is gone on with, when that is asked for; anything else is another run.
+ALLOWABLE = ("environment", "model")
+
+
+def train_suite(
+    config: SuiteConfig,
+    *,
+    fresh: bool = False,
+    allow: Collection[str] = (),
+    store: str | os.PathLike | None = None,
+    before: Callable[[Plan], Any] = lambda plan: None,
+) -> dict[str, Any] | None:
+    """Do what is missing of the run in ``config.run.out``, and return its results, also written to results.json there.
+
+    fresh: start over instead of going on. store: an `ActivationStore` to read activations from, with the same bits as
+    if the model ran. ``before(plan)`` is called before the training starts. allow: of `ALLOWABLE`, what may differ from
+    the run that is gone on with.
+
+    The first SIGINT, SIGTERM or SIGHUP saves a checkpoint and returns None; the same call goes on from there, to the
+    same bits. The second ends the process.
+
+    Raises ValueError for a config, text, model or environment that changed since the run began, and for what is wrong
+    in them; BadFileError for a file of the run that was damaged since, and when no checkpoint can be read;
+    EnvironmentProblemError as `Run`, for what does not fit into memory or on the disk and for files that cannot be
+    written; TrainingFailedError when every SAE gave up.
+    """
+    check_type("config", config, SuiteConfig)
+    check_type("fresh", fresh, bool)
+    for name in allow:
+        check_choice("allow", name, ALLOWABLE)
+    started = time.monotonic()
+    with Run(config.run.out, fresh, kind="training") as work, stopping() as stop:
+        try:
+            if fresh:
+                _forget(work.folder)
+            return _run(config, work, stop, allow, store, before, started)
+        except Stopped:
+            say(f"{config.run.out}: stopped; the same command goes on from there")
+            return None
+
+
+def _forget(folder: Path) -> None:
+    for name in (CHECKPOINTS, SAES_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (IDENTITY, TRAIN_LOG):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _run(
+    config: SuiteConfig,
+    work: Run,
+    stop: Stop,
+    allow: Collection[str],
+    store: str | os.PathLike | None,
+    before: Callable[[Plan], Any],
+    started: float,
+) -> dict[str, Any]:
+    begun = read_json(work.folder / IDENTITY) if (work.folder / IDENTITY).exists() else None
+    prepared = prepare(config, work.folder)
+    if begun is not None:
+        _check_unchanged(work.folder, begun, prepared.identity, allow)
+    write_json(work.folder / IDENTITY, prepared.identity)
+
+    training = work.stage("training", {name: prepared.identity[name] for name in ("config", "text")})
+    trained: Trained | None = None
+    if training.done():
+        say(f"training: finished before, {training.facts['steps']:,} steps")
+    else:
+        plan = prepared.plan()
+        before(plan)
+        plan.refuse()
+        with training.doing():
+            trained = train(prepared, plan, work.folder, stop, store)
+            training.facts |= trained.facts
+            training.keep(work.folder / TRAIN_LOG)
+
+    rows = prepared.rows
+    held_out = rows.held_out(_spread(rows.n_held_out, config.evaluate.rows))
+    train_tokens = rows.train(_spread(rows.n_train, config.evaluate.train_rows))
+    saved = work.stage("saes", held_out, after=[training])
+    if not saved.done():
+        with saved.doing():
+            trained = trained or restored(prepared, work.folder)
+            saved.facts["paths"] = _save(prepared, trained, work.folder, held_out)
+            paths = [work.folder / path for path in saved.facts["paths"].values()]
+            saved.keep(*paths, *(path.with_name("config.json") for path in paths))
+    del trained
+
+    judged = work.stage(FINISHED, train_tokens, held_out, config.run.impl, after=[training, saved])
+    if judged.done():
+        say(f"{config.run.out}: finished before; start over with --fresh")
+        return read_json(work.folder / RESULTS)
+    with judged.doing():
+        saes, frequencies, model_facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out)
+        with atomic_write(work.folder / FREQUENCIES) as temporary, open(temporary, "wb") as file:
+            arrays: dict[str, Any] = {name: values.numpy() for name, values in frequencies.items()}
+            np.savez(file, **arrays)
+        stages = {stage.name: stage.seconds for stage in (training, saved, judged)}
+        results = {
+            "model": model_facts,
+            "saes": saes,
+            "training": config.to_dict(),
+            "statistics": training.facts["statistics"],
+            "counts": training.facts["counts"],
+            "parked": training.facts["parked"],
+            "warnings": training.facts["warnings"],
+            "environment": prepared.identity["environment"],
+            "seconds": stages | training.facts["seconds"] | {"this_run": round(time.monotonic() - started, 1)},
+        }
+        write_json(work.folder / RESULTS, results)
+        judged.keep(work.folder / RESULTS, work.folder / FREQUENCIES, work.folder / TRAIN_LOG)
+    return results
+
+
+def _spread(n: int, rows: int) -> Tensor:
+    """Which of n rows stand for all of them."""
+    return sample_rows(torch.arange(n, dtype=torch.int64, device="cpu"), rows)
+
+
+def _check_unchanged(folder: Path, found: dict[str, Any], now: dict[str, Any], allow: Collection[str]) -> None:
+    """Raise ValueError unless the run goes on from what it began with, up to what is allowed to differ."""
+    for part in now:
+        lines = "; ".join(differences(found.get(part, {}), now[part])).replace("the checkpoint", "the run")
+        if not lines:
+            continue
+        if part not in allow:
+            hint = f"; --allow-{part}-change goes on all the same" if part in ALLOWABLE else ""
+            raise ValueError(
+                f"{part}: expected that of the run in {folder}, found a change: {lines.replace('this run', 'now')}; "
+                f"take another folder, or start over with --fresh{hint}"
+            )
+        say(f"goes on with another {part}: {lines}")
+
+
+def _save(prepared: Prepared, trained: Trained, folder: Path, held_out: Tensor) -> dict[str, str]:
+    """The SAEs that did not give up, {name: path in the run's folder}."""
+    suite = trained.suite
+    specs = [spec for spec in prepared.specs if spec.name not in suite.parked]
+    if not specs:
+        raise TrainingFailedError("; ".join(suite.parked.values()))
+    saes = {spec.name: (spec.site, suite.trainers[spec.name].sae.fold()) for spec in specs}
+    say(f"SAEs: L0 of {len(saes)} on {len(held_out)} held-out rows")
+    average_l0, tokens = held_out_l0(
+        prepared.model,
+        held_out,
+        saes,
+        max_norm_ratio=prepared.config.activations.drop_norm,
+        median_norms=trained.median_norms,
+    )
+    folded = {name: sae for name, (_, sae) in saes.items()}
+    facts = {"model": prepared.name, "tokens": prepared.config.suite.tokens}
+    paths = save_suite(folder / SAES_FOLDER, specs, folded, average_l0, tokens, facts)
+    return {name: path.relative_to(folder).as_posix() for name, path in paths.items()}
+
+
+def _judge(
+    prepared: Prepared, training: Stage, saved: Stage, folder: Path, train_tokens: Tensor, held_out: Tensor
+) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Any]]:
+    """Every metric of every SAE, as read back from its file, and what is known of the model."""
+    sites = {spec.name: spec.site for spec in prepared.specs}
+    paths: dict[str, str] = saved.facts["paths"]
+    config, model, rows = prepared.config, prepared.model, prepared.rows
+    architecture = find_decoder(model).config
+    medians = {site: training.facts["statistics"][str(site)]["median_norm"] for site in set(sites.values())}
+    with StageProgress("Evaluation", len(paths), "SAE") as bar:
+        loss = language_model_loss(model, held_out)
+        saes, frequencies = judge_suite(
+            model,
+            {name: (sites[name], folder / path) for name, path in paths.items()},
+            train_tokens,
+            held_out,
+            max_norm_ratio=config.activations.drop_norm,
+            median_norms=medians,
+            impl=config.run.impl,
+            clean_loss=loss,
+            on_done=lambda done, name: bar.update(done, str(name)),
+        )
+    facts = {
+        "name": prepared.name,
+        "layers": architecture.num_hidden_layers,
+        "d_model": architecture.hidden_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "text": ", ".join(config.text.files) or config.text.dataset,
+        "context": config.text.context,
+        "tokens": config.steps * config.suite.batch_size,
+        "loss": loss,
+        "held_out_rows": len(held_out),
+        "held_out_tokens": held_out.numel(),
+        "held_out": f"{len(held_out):,} of {rows.n_held_out:,} rows of held-out documents, spread over all; held out "
+        f"is one document of {config.text.held_out_every}, by the hash of its name",
+        "seed": config.suite.seed,
+    }
+    return [row | {"path": paths[row["name"]]} for row in saes], frequencies, facts

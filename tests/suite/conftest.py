@@ -1,0 +1,17 @@
+"""One model and one text for all tests of whole runs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.suite.small_runs import write_model, write_text
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny-gemma")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "documents.jsonl")
