@@ -1,6 +1,7 @@
 """The commands. Each gathers its options and calls one function of the library; `__main__` handles failures."""
 
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -72,6 +73,83 @@ def demo(
 
     results = job.run(job.DemoConfig(out=out, text=tuple(text or ()), fast=fast, seed=seed, fresh=fresh))
     present(out, results)
+
+
+ConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="[CONFIG.toml]", help="What to train; not needed with --preset.", show_default=False)
+]
+Preset = Annotated[str | None, typer.Option(help="Start from a recipe: small, gemma-scope-2b-16k, … (see docs).")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: suite.sae.d_sae=4096. Repeat.")
+]
+
+
+@app.command()
+def train(
+    config: ConfigFile = None,
+    preset: Preset = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: run.out of the config]")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what it would take, and train nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    from_store: Annotated[Path | None, typer.Option(help="Read activations from a store of `harvest`.")] = None,
+    allow_environment_change: Annotated[
+        bool, typer.Option("--allow-environment-change", help="Go on with other versions or another device.")
+    ] = False,
+    allow_model_change: Annotated[
+        bool, typer.Option("--allow-model-change", help="Go on with another model.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train SAEs at many sites of a Gemma at once; the same command goes on where it was stopped."""
+    with ending_when_interrupted(["train"]):
+        from .suite import SuiteConfig, plan_suite, train_suite
+
+    settings = suite_config(SuiteConfig, config, preset, overrides, out)
+    console = Console()
+    if plan:
+        found = plan_suite(settings)
+        console.print(found.text(), markup=False, soft_wrap=True, end="")
+        found.refuse()
+        return
+    allow = [name for name, allowed in (("environment", allow_environment_change), ("model", allow_model_change)) if allowed]
+    results = train_suite(
+        settings,
+        fresh=fresh,
+        allow=allow,
+        store=from_store,
+        before=lambda found: console.print(found.text(), markup=False, soft_wrap=True),
+    )
+    if results is not None:
+        present(Path(settings.run.out), results)
+
+
+@app.command()
+def harvest(
+    config: ConfigFile = None,
+    out: Annotated[Path, typer.Option(help="Folder of the store.", show_default=False)] = ...,  # type: ignore[assignment]
+    preset: Preset = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Write the activations that `train` would see to a store, for `train --from-store`; goes on where it was stopped."""
+    with ending_when_interrupted(["harvest"]):
+        from .suite import SuiteConfig, harvest_suite
+
+    store = harvest_suite(suite_config(SuiteConfig, config, preset, overrides, None), out)
+    Console().print(
+        f"{store.blocks} superblocks at {len(store.sites)} sites in {store.folder}", markup=False, soft_wrap=True
+    )
+
+
+def suite_config(kind: Any, file: Path | None, preset: str | None, overrides: list[str] | None, out: Path | None) -> Any:
+    """The config of a command: a file, a preset or both, and what its options say."""
+    if file is None and preset is None:
+        raise ValueError("config: expected a file or --preset, got neither")
+    changed = list(overrides or ())
+    if out is not None:
+        changed.append(f"run.out={json.dumps(str(out), ensure_ascii=False)}")
+    return kind.read(file, changed, preset=preset)
 
 
 @app.command(name="report")

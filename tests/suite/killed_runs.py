@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gemmascope.activations import Harvester
+from gemmascope.suite import measure
 from gemmascope.suite.config import SuiteConfig
 from gemmascope.suite.run import train_suite
 from gemmascope.training import SAETrainer, checkpoint
@@ -50,6 +51,7 @@ def run(job: dict[str, Any]) -> None:
         timer = threading.Timer(job["after"], os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
+    measure.BUDGET = 0.0
     train_suite(SuiteConfig.from_dict(job["tables"]))
 
 
