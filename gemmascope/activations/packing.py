@@ -4,6 +4,7 @@ A shard is a safetensors file whose head is known beforehand, so that reading it
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,12 +43,9 @@ class Encoder:
     pad: int
     size: int
 
-    @property
-    def special(self) -> tuple[int, ...]:
-        return tuple(sorted({self.bos, self.pad} | ({self.eos} if self.eos is not None else set())))
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, int64, none of them special: its text may name special tokens, but contains none."""
+    def encode(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
+        """The ids of each text, int64, and how many were left out since they are special: a text may name special
+        tokens, but contains none."""
         found = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -58,12 +56,16 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        arrays = [np.asarray(ids, dtype=np.int64) for ids in found]
-        for ids in arrays:
-            if len(ids) and not (ids.min() >= 0 and ids.max() < self.size):
-                wrong = ids.min() if ids.min() < 0 else ids.max()
-                raise ValueError(f"tokenizer: expected ids from 0 to {self.size - 1}, the largest it has, got {wrong}")
-        return arrays
+        ends = np.cumsum([len(ids) for ids in found])
+        whole = np.fromiter(itertools.chain.from_iterable(found), dtype=np.int64, count=int(ends[-1]))
+        if len(whole) and not (whole.min() >= 0 and whole.max() < self.size):
+            wrong = whole.min() if whole.min() < 0 else whole.max()
+            raise ValueError(f"tokenizer: expected ids from 0 to {self.size - 1}, the largest it has, got {wrong}")
+        special = (whole == self.bos) | (whole == self.eos) | (whole == self.pad)
+        if not special.any():
+            return [(ids, 0) for ids in np.split(whole, ends[:-1])]
+        pieces = zip(np.split(whole, ends[:-1]), np.split(special, ends[:-1]), strict=True)
+        return [(ids[~mask], int(mask.sum())) for ids, mask in pieces]
 
 
 def as_encoder(tokenizer: Any) -> Encoder:
@@ -109,6 +111,8 @@ def is_held_out(document: Document, every: int) -> bool:
 
 def _plain(text: str) -> tuple[str, int]:
     """The text with U+FFFD for lone surrogates, which no tokenizer takes, and its bytes in UTF-8."""
+    if text.isascii():
+        return text, len(text)
     try:
         return text, len(text.encode())
     except UnicodeEncodeError:
@@ -201,26 +205,25 @@ class RowsWriter:
         queue, self._queue, self._queued = self._queue, [], 0
         texts = [piece for _, piece, _ in queue]
         encoded = self._tokenizer.encode(texts) if texts else []
-        for (opened, _, is_last), ids in zip(queue, encoded, strict=True):
+        for (opened, _, is_last), (ids, dropped) in zip(queue, encoded, strict=True):
             if not self._complete or opened.tokens:
                 self._append(opened, ids)
+                self._counts["special_ids_dropped"] += dropped
                 if is_last:
                     self._close(opened)
         if self._progress is not None:
             self._progress(self._names.documents, sum(part.tokens for part in self._parts.values()))
 
     def _append(self, opened: "_Open", ids: np.ndarray) -> None:
-        text = ids[~np.isin(ids, self._tokenizer.special)]
-        self._counts["special_ids_dropped"] += len(ids) - len(text)
         room = self._room(opened)
-        opened.lost |= len(text) > room
-        text = text[:room]
-        if len(text):
+        opened.lost |= len(ids) > room
+        ids = ids[:room]
+        if len(ids):
             counts = self._sources.setdefault(opened.source, [0, 0])
             counts[0] += opened.tokens == 0
-            counts[1] += len(text)
-            self._parts[opened.part].append(self._names.documents, text, begins=opened.tokens == 0)
-            opened.tokens += len(text)
+            counts[1] += len(ids)
+            self._parts[opened.part].append(self._names.documents, ids, begins=opened.tokens == 0)
+            opened.tokens += len(ids)
 
     def _close(self, opened: "_Open") -> None:
         if opened.tokens:
@@ -295,7 +298,7 @@ class _PartWriter:
         self.shards: list[dict[str, Any]] = []
         self.documents = self.tokens = 0
         self._stage, self._part, self._context = stage, part, context
-        self._bos, self._pad = tokenizer.bos, tokenizer.pad
+        self._bos, self._pad = np.array([tokenizer.bos]), tokenizer.pad
         self._rows = np.empty((max(1, SHARD_BYTES // (4 * context)), context), dtype="<u4")
         self._row = self._column = 0
         self._numbers: list[int] = []
@@ -307,13 +310,13 @@ class _PartWriter:
         if begins:
             self.documents += 1
             self._mark(number, self._row * self._context + self._column)
-            self._put(np.array([self._bos]))
+            self._put(self._bos)
         at = 0
         while at < len(ids):
             if not self._starts:
                 self._mark(number, -1)
             if self._column == 0:
-                self._put(np.array([self._bos]))
+                self._put(self._bos)
             n = min(self._context - self._column, len(ids) - at)
             self._put(ids[at : at + n])
             at += n

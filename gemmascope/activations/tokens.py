@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_type, is_integer
+from ..checks import check_int, check_type, found, is_integer
 from ..errors import BadFileError, EnvironmentProblemError
 from ..formats.arrays import printable
 from ..formats.files import (
@@ -334,7 +334,7 @@ class TokenRows:
 
     def _numbers(self, part: Part, rows: Tensor) -> np.ndarray:
         if not is_integer(rows):
-            raise TypeError(f"rows: expected a torch.Tensor of integers, got {type(rows).__name__}")
+            raise TypeError(f"rows: expected a torch.Tensor of integers, got {found(rows)}")
         if rows.ndim != 1:
             raise ValueError(f"rows: expected shape [n], got {list(rows.shape)}")
         numbers, n = rows.detach().cpu().long().numpy(), int(self._firsts[part][-1])

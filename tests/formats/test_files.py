@@ -20,6 +20,7 @@ from gemmascope.errors import BadFileError, EnvironmentProblemError
 from gemmascope.formats.files import (
     LOCK,
     atomic_write,
+    is_being_written,
     json_text,
     open_file,
     read_json,
@@ -74,6 +75,18 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
             write_half(target)
     assert old.read_text() == "old"
     assert os.listdir(tmp_path) == ["old"]
+
+
+def test_a_living_writer_is_seen_and_a_dead_one_is_not(tmp_path):
+    assert not is_being_written(tmp_path)
+    assert not is_being_written(tmp_path / "missing")
+    with atomic_write(tmp_path / "a"):
+        assert is_being_written(tmp_path)
+    assert not is_being_written(tmp_path)
+    (tmp_path / ".tmp-0123456789abcdef").mkdir()
+    assert not is_being_written(tmp_path)
+    (tmp_path / ".tmp-0123456789abcdef" / LOCK).touch()
+    assert not is_being_written(tmp_path)
 
 
 def test_killed_writer_leaves_the_old_file(tmp_path):
