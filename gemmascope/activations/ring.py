@@ -21,7 +21,8 @@ class Ring:
     It holds every token of a superblock that is not BOS, EOS or PAD. A `Source` fills it anew for each superblock;
     the tensors stay the same ones. On the CPU with ``pinned`` a GPU copies to and from it directly.
 
-    Raises ValueError for a dtype other than bfloat16 and float32 and for a device that is neither, and EnvironmentProblemError when there is no room.
+    Raises ValueError for a dtype other than bfloat16 and float32 and a device that is neither the CPU nor a GPU, and
+    EnvironmentProblemError when there is no room.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ class FakeRows:
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(3, VOCAB - 1, (n_train, context), generator=generator)
         self.ids[:, 0] = BOS
-        self.ids[1::3, 4] = BOS
+        self.ids[1::3, 4:5] = BOS
         self.ids[-1, 5:] = PAD
         self.context, self.n_train, self.content = context, n_train, content
         self.read: list[int] = []
