@@ -18,7 +18,7 @@ import torch
 
 from gemmascope.errors import BadFileError
 from gemmascope.formats import arrays
-from gemmascope.formats.arrays import MAX_HEADER_BYTES, MAX_INFLATION, read_npz, read_safetensors
+from gemmascope.formats.arrays import MAX_HEADER_BYTES, MAX_INFLATION, STORED_DTYPES, read_npz, read_safetensors
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -265,6 +265,17 @@ def test_safetensors_tensors_outlive_the_file(tmp_path):
 def test_safetensors_refuses(tmp_path, header, payload, message):
     path = write_safetensors(tmp_path / "a.safetensors", header, bytes(payload))
     assert refusal(read_safetensors, path) == message
+
+
+def test_safetensors_under_other_limits(tmp_path):
+    path, tensors = tmp_path / "a.safetensors", {str(i): torch.tensor([i], dtype=torch.int64) for i in range(65)}
+    safetensors.torch.save_file(tensors, path)
+    read = read_safetensors(path, dtypes=STORED_DTYPES, max_arrays=65)
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {str(i): [i] for i in range(65)}
+    with pytest.raises(BadFileError, match="expected at most 64 tensors, found 65"):
+        read_safetensors(path, dtypes=STORED_DTYPES)
+    with pytest.raises(BadFileError, match="expected dtype I8, found 'I64'"):
+        read_safetensors(path, dtypes={"I8": torch.int8}, max_arrays=65)
 
 
 @pytest.mark.parametrize(("content", "found"), [(b"", 0), (b"\x02\x00\x00", 0), (b"\xff" * 8 + b"{}", 2)])

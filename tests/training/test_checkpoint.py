@@ -5,6 +5,7 @@ import json
 import math
 import os
 import threading
+import weakref
 
 import pytest
 import safetensors.torch
@@ -186,9 +187,9 @@ def test_an_unknown_part(tmp_path):
 # ---- in the background, one at a time
 
 
-def test_what_changes_after_the_call_is_not_saved(tmp_path, gate):
+def test_what_changes_after_the_call_is_not_saved(tmp_path, gate, device):
     checkpoints = checkpoints_in(tmp_path)
-    parts = parts_of(1)
+    parts = {part: {name: t.to(device) for name, t in tensors.items()} for part, tensors in parts_of(1).items()}
     checkpoints.save(1, parts, {"tokens": 10})
     assert gate.reached.wait(60)
     for tensors in parts.values():
@@ -265,6 +266,51 @@ def test_a_step_before_one_that_is_there(tmp_path):
     checkpoints.clear()
     save(checkpoints, 4)
     assert steps_in(tmp_path) == [4]
+
+
+def test_copies_are_freed_as_they_are_written(tmp_path, monkeypatch):
+    alive, copied, write = [], module._copied, os.write
+    copies = []
+
+    def copied_and_watched(tensor):
+        found = copied(tensor)
+        copies.extend(map(weakref.ref, found))
+        return found
+
+    def write_and_count(descriptor, data):
+        alive.append(sum(copy() is not None for copy in copies))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(module, "_copied", copied_and_watched)
+    monkeypatch.setattr(os, "write", write_and_count)
+    checkpoints = checkpoints_in(tmp_path)
+    checkpoints.save(1, {"a": {name: torch.ones(9, dtype=torch.float32) for name in "xyz"}}, {}, wait=True)
+    assert alive[0] == 3
+    assert alive == sorted(alive, reverse=True)
+    assert alive[-1] == 0
+
+
+def test_all_is_flushed_before_it_is_named(tmp_path, monkeypatch):
+    """Files, then their folder, then the name, then the folder of the names."""
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    checkpoints, done, rename = checkpoints_in(tmp_path), [], os.rename
+
+    def watched(source, target):
+        done.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(os, "rename", watched)
+    save(checkpoints, 1)
+    assert [os.path.basename(path) for path in done] == [
+        "0000-sae.safetensors",
+        "0001-suite_other.safetensors",
+        "manifest.json",
+        "step-000000001",
+        "rename",
+        tmp_path.name,
+    ]
 
 
 def test_memory_does_not_grow(tmp_path):

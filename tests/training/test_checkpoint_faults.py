@@ -118,6 +118,8 @@ def at_every_operation(tmp_path: Path, act: Callable[[Path, int], bool]) -> Iter
 def found_after(folder: Path) -> int:
     """The step of the checkpoint that the next run goes on from; it then runs to its end."""
     checkpoints = checkpoints_in(folder)
+    for path in folder.glob("step-*"):  # the older ones too, of which one was about to be removed
+        assert_is(module._verify(path), int(path.name[5:]))
     found = checkpoints.latest()
     assert_is(found, found.step)
     assert [name for name in names_in(folder) if not name.startswith("step-")] == ["notes"]
@@ -291,20 +293,19 @@ def test_no_memory_for_the_writer(tmp_path, monkeypatch):
 
 
 def test_every_flipped_byte_is_found(tmp_path):
-    """Of the manifest and of each part, in two ways each."""
+    """Of the manifest and of each part."""
     checkpoints = checkpoints_in(tmp_path)
     save(checkpoints, 1)
     flips = 0
     for path in sorted((tmp_path / STEP_1).iterdir()):
         whole = path.read_bytes()
         for place in range(len(whole)):
-            for mask in (1 << place % 8, 0xFF):
-                flips += 1
-                path.write_bytes(whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :])
-                with pytest.raises(BadFileError, match=rf"{path.name}: expected"):
-                    module._verify(tmp_path / STEP_1)
+            flips += 1
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+            with pytest.raises(BadFileError, match=rf"{path.name}: expected"):
+                module._verify(tmp_path / STEP_1)
         path.write_bytes(whole)
-    assert flips > 1500
+    assert flips > 800
     assert_is(checkpoints.latest(), 1)
 
 
