@@ -169,9 +169,18 @@ def test_one_that_raises_is_parked_and_leaves_the_others(n, threads, monkeypatch
     assert_equal(suite, without, without.trainers)
 
 
+def look_now_and_then(suite, look_every):
+    for i in range(25):
+        if i == 9:
+            suite.trainers["b"].sae.W_dec.data[0, 0] = math.nan
+        suite.update(batch(i))
+        if i % look_every == 0:
+            suite.report()
+
+
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("run_ahead", [0, 4])
-def test_one_whose_updates_are_withheld_is_parked(n, run_ahead, threads, monkeypatch):
+def test_one_whose_updates_are_withheld_is_parked(n, run_ahead, threads):
     """On a GPU, too, at one and the same step, however often the figures were looked at."""
     threads(n)
     found = []
@@ -180,13 +189,7 @@ def test_one_whose_updates_are_withheld_is_parked(n, run_ahead, threads, monkeyp
             for trainer in suite.trainers.values():
                 trainer.run_ahead = run_ahead
             with pytest.warns(RuntimeWarning, match=r"^b: the loss or .* last 10 updates, up to step .*: it gave up$"):
-                for i in range(25):
-                    suite.trainers["b"].check_batch(batch(i)[B])
-                    if i == 9:
-                        suite.trainers["b"].sae.W_dec.data[0, 0] = math.nan
-                    suite.update(batch(i))
-                    if i % look_every == 0:
-                        suite.report()
+                look_now_and_then(suite, look_every)
             assert suite.trainers["b"].step == 9 + GIVE_UP_AFTER + run_ahead
             found.append((state_of(suite), suite.parked, suite.active))
     states, parked, active = zip(*found, strict=True)
@@ -228,12 +231,14 @@ def test_all_that_are_parked_are_a_training_that_failed():
 
 def test_the_rest_of_a_short_recipe_that_was_withheld_is_said():
     with closing(a_suite(SPECS[4:])) as suite:
-        with pytest.warns(RuntimeWarning, match=r"^b/short: the loss .* in the last 3 updates, up to step 9; .*finite$"):
+        with pytest.warns(
+            RuntimeWarning, match=r"^b/short: the loss .* in the last 3 updates, up to step 9; .*finite$"
+        ):
             run(suite, 9, lambda i, x: x if i < 6 else NAN)
         assert suite.finished == {"b/short"}
-    with closing(a_suite(SPECS[4:])) as suite:
-        with pytest.raises(TrainingFailedError, match=r"^b/short: .* last 9 updates"):
-            run(suite, 9, lambda i, x: NAN)
+    expected = pytest.raises(TrainingFailedError, match=r"^b/short: .* last 9 updates")
+    with closing(a_suite(SPECS[4:])) as suite, expected:
+        run(suite, 9, lambda i, x: NAN)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -261,15 +266,19 @@ def test_a_suite_goes_on_with_the_same_bits(k):
         for i in range(start, stop):
             suite.update({A: batch(i)[A], B: NAN[B] if 9 <= i < 19 else batch(i)[B]})
 
+    def stopped_and_gone_on(first, second):
+        steps(first, 0, k)
+        parts, facts = first.snapshot()
+        parts = {name: {key: t.clone() for key, t in part.items()} for name, part in parts.items()}
+        second.restore(parts, json.loads(json.dumps(facts, allow_nan=False)))
+        steps(second, k, 25)
+        return parts
+
     with closing(a_suite()) as whole, closing(a_suite()) as first, closing(a_suite()) as second:
         with pytest.warns(RuntimeWarning, match="it gave up"):
             steps(whole, 0, 25)
         with pytest.warns(RuntimeWarning, match="it gave up"):
-            steps(first, 0, k)
-            parts, facts = first.snapshot()
-            parts = {name: {key: t.clone() for key, t in part.items()} for name, part in parts.items()}
-            second.restore(parts, json.loads(json.dumps(facts, allow_nan=False)))
-            steps(second, k, 25)
+            parts = stopped_and_gone_on(first, second)
         assert second.parked == whole.parked
         assert second.finished == whole.finished
         assert second.active == whole.active == ["a/small", "a/large", "a/variance"]
@@ -290,7 +299,10 @@ def other(**changes):
         ([*SPECS, SAESpec("c", A, config())], r"facts: SAEs: expected the keys .*; 'c' is missing"),
         (other(seed=3), "b: config.seed: expected 3, got 0"),
         (other(d_sae=25), "b: config.d_sae: expected 25, got 24"),
-        ([*SPECS[:3], SAESpec("b", A, SPECS[3].config), SPECS[4]], r"b: tensors\['W_enc'\]: expected float32 \[24, 8\]"),
+        (
+            [*SPECS[:3], SAESpec("b", A, SPECS[3].config), SPECS[4]],
+            r"b: tensors\['W_enc'\]: expected float32 \[24, 8\]",
+        ),
     ],
     ids=["fewer", "more", "seed", "width", "site"],
 )
@@ -364,7 +376,7 @@ def test_messages(call, error, message):
 
 def test_a_batch_that_is_refused_steps_nobody():
     with closing(a_suite()) as suite:
-        with pytest.raises(ValueError, match="^batch"):
+        with pytest.raises(ValueError, match=r"^batch\["):
             suite.update({A: ROWS[A], B: ROWS[A]})
         assert suite.step == 0
 
