@@ -8,7 +8,6 @@ from contextlib import closing
 import pytest
 import torch
 
-from gemmascope.activations.statistics import SiteStatistics
 from gemmascope.errors import BadFileError, TrainingFailedError
 from gemmascope.sites import Site
 from gemmascope.training import SAESpec, Suite
@@ -16,24 +15,11 @@ from gemmascope.training import company as company_module
 from gemmascope.training.company import GIVE_UP_AFTER
 from gemmascope.training.trainer import SAETrainer
 from tests.training.changes import assert_same, values
-from tests.training.test_trainer import config, sample
+from tests.training.test_trainer import config, sample, statistics_of
 
 A, B = Site(0, "resid"), Site(1, "att")
 ROWS = {A: sample(2000, seed=1), B: sample(2000, d=6, seed=2)}
 NAN = {A: torch.full((64, 8), math.nan), B: torch.full((64, 6), math.nan)}
-
-
-def statistics_of(rows):
-    mean = rows.double().mean(0)
-    return SiteStatistics(
-        tokens=len(rows),
-        mean=mean,
-        variance=(rows.double() - mean).square().sum(1).mean().item(),
-        median_norm=rows.norm(dim=1).median().item(),
-        outlier_ratio=3.0,
-        outliers=0,
-        top_variance_share=0.01,
-    )
 
 
 STATISTICS = {site: statistics_of(rows) for site, rows in ROWS.items()}

@@ -13,7 +13,7 @@ from gemmascope.saes import JumpReLUSAE
 from gemmascope.training import SAESpec, Suite
 from gemmascope.training.trainer import SAETrainer
 from gemmascope.training.unfold import load, unfolded
-from tests.training.test_company import A, STATISTICS
+from tests.training.test_company import STATISTICS, A
 from tests.training.test_trainer import config, sample
 
 D, F = 8, 24
