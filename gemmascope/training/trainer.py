@@ -331,7 +331,7 @@ class SAETrainer:
         if not figures:
             raise ValueError("report: expected at least one update before it, got none")
         n_entries = figures["n_entries"]
-        row = {name: figures[name] for name in ("loss", "l0", "fvu", "median_fvu")}
+        row = {"step": self.step} | {name: figures[name] for name in ("loss", "l0", "fvu", "median_fvu")}
         row |= {
             "dead": (self.state.tokens_since_fired >= config.dead_after_tokens).double().mean().item(),
             "skipped": int(figures["skipped"]),

@@ -14,7 +14,9 @@ from gemmascope.saes import JumpReLUSAE
 from gemmascope.sites import Site
 from gemmascope.training import (
     Loss,
+    SAESpec,
     SAETrainer,
+    Suite,
     TrainConfig,
     loss_and_gradients,
     sparse_loss,
@@ -22,7 +24,7 @@ from gemmascope.training import (
     train,
     train_suite,
 )
-from tests.training.test_trainer import config, sample
+from tests.training.test_trainer import config, sample, statistics_of
 
 A = Site(0, "resid")
 D, F = 8, 24
@@ -60,6 +62,12 @@ def report_after(x_raw):
     return trainer.report()
 
 
+def make_suite(specs, statistics=None, **others):
+    statistics = {A: statistics_of(sample())} if statistics is None else statistics
+    Suite(specs, statistics, **{"model_name": "a model"} | others).close()
+
+
+make_suite.__name__ = "Suite"
 X = torch.ones(4, D) / 3
 FRESH = object()  # a trainer of its own for every call
 WHOLE = {
@@ -85,6 +93,12 @@ WHOLE = {
     "SAETrainer": (
         SAETrainer,
         {"config": config(), "sample": sample()} | dict.fromkeys(("impl", "metadata", "device", "dtype")),
+    ),
+    "SAESpec": (SAESpec, {"name": "a", "site": A, "config": config(), "init_from": "nowhere"}),
+    "Suite": (
+        make_suite,
+        {"specs": [SAESpec("a", A, config())], "threads": 1}
+        | dict.fromkeys(("statistics", "model_name", "impl", "device")),
     ),
     "update": (report_after, {"x_raw": X}),
     "memory": (SAETrainer.memory, {"config": config(), "d_model": D}),

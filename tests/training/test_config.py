@@ -203,3 +203,15 @@ def test_the_loss_is_nested_and_changed_by_its_own_names():
 
 def test_raw_threshold_may_start_at_zero():
     assert TrainConfig(threshold_parametrisation="raw", threshold_init=0.0).threshold_init == 0
+
+
+def test_units_of_variance_leave_the_mean_to_b_dec():
+    message = (
+        r"^b_dec_init: expected 'mean' with scale_by='variance', got 'zeros': else the latents have to learn the mean"
+    )
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(scale_by="variance")
+    assert TrainConfig(scale_by="variance", b_dec_init="mean").changed(seed=1).scale_by == "variance"
+    assert TrainConfig.short(scale_by="variance").to_dict()["scale_by"] == "variance"
+    with pytest.raises(ValueError, match=r"^scale_by: expected 'mean_square' or 'variance', got 'norm'$"):
+        TrainConfig(scale_by="norm")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gemmascope.saes import JumpReLUSAE
-from gemmascope.training import TrainConfig, suite_memory
+from gemmascope.sites import Site
+from gemmascope.training import SAESpec, Suite, TrainConfig, suite_memory
 from gemmascope.training.memory import GIB, training_memory
 from gemmascope.training.state import TrainState
 from gemmascope.training.trainer import RUN_AHEAD, SAETrainer
@@ -34,6 +35,31 @@ def test_batches_of_steps_under_way_are_counted():
     size = int(there.advice(available).split("a batch_size of ")[1].split(" ")[0])
     assert SAETrainer.memory(replace(config, batch_size=size), 2304, "cuda").total < 0.9 * available
     assert suite_memory(config, (2304, 2304), "cuda") == 2 * there.total
+
+
+SPECS = [
+    SAESpec("a", Site(3, "resid"), TrainConfig(d_sae=16384, compute_dtype="bf16")),
+    SAESpec("b", Site(3, "resid"), TrainConfig(d_sae=32768)),
+    SAESpec("c", Site(3, "att"), TrainConfig(d_sae=16384, batch_size=1024)),
+]
+WIDTHS = {Site(3, "resid"): 2304, Site(3, "att"): 2048}
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "at_once"), [("cpu", 1, 1), ("cpu", 2, 2), ("cpu", 8, 3), ("cuda", 8, 1)]
+)
+def test_a_suite_holds_every_state_and_as_many_steps_as_are_computed_at_a_time(device, threads, at_once, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    alone = [SAETrainer.memory(spec.config, WIDTHS[spec.site], device) for spec in SPECS]
+    found = Suite.memory(SPECS, WIDTHS, device)
+    steps = sorted((each.activations + each.entries + each.scratch for each in alone), reverse=True)
+    assert (found.saes, found.at_once, found.steps) == (3, at_once, sum(steps[:at_once]))
+    for name in ("weights", "second_moments", "copies", "pending"):
+        assert getattr(found, name) == sum(getattr(each, name) for each in alone), name
+    assert found.lasting == sum(each.total - each.pending for each in alone) - sum(steps)
+    assert found.total == sum(found.rows().values())
+    assert f"{found.total / GIB:8.2f} GiB" in found.table()
+    assert Suite.memory(SPECS[:1], WIDTHS, device).total == alone[0].total
 
 
 def test_a_million_latents_fit_sixty_gigabytes():

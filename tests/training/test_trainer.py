@@ -1,11 +1,14 @@
 """One SAE's update against formulas in fp64, and the training of several against what they must achieve."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gemmascope.activations import batches
+from gemmascope.activations.moments import moments
+from gemmascope.activations.statistics import SiteStatistics
 from gemmascope.errors import EnvironmentProblemError
 from gemmascope.evaluation import evaluate_sae
 from gemmascope.kernels import reference
@@ -95,6 +98,82 @@ def test_start_follows_the_recipe():
     torch.testing.assert_close(sae.threshold, torch.full((24,), 0.07))
     centred = SAETrainer(config(b_dec_init="mean"), rows)
     torch.testing.assert_close(centred.sae.b_dec * centred.sae.input_scale, rows.mean(0))
+
+
+def statistics_of(rows):
+    mean, variance = moments("rows", rows)
+    return SiteStatistics(len(rows), mean, variance, 1.0, 3.0, 0, 0.01)
+
+
+def test_units_of_variance():
+    """λ, θ and ε as if the mean had been subtracted first, which is another run from the same start."""
+    rows = sample() + torch.arange(8.0)
+    centred = rows - rows.mean(0)
+    trainers = [SAETrainer(config(scale_by=unit), x) for unit, x in (("variance", rows), ("mean_square", centred))]
+    assert trainers[0].sae.input_scale == pytest.approx(trainers[1].sae.input_scale, rel=1e-6)
+    assert trainers[0].sae.input_scale == pytest.approx(centred.double().square().sum(1).mean().sqrt().item(), rel=1e-6)
+    assert trainers[0].sae.input_scale < 0.5 * SAETrainer(config(), rows).sae.input_scale
+    for start in range(0, 256, 64):
+        trainers[0].update(rows[start : start + 64])
+        trainers[1].update(centred[start : start + 64])
+    for name, figure in trainers[1].report().items():
+        assert trainers[0].report()[name] == pytest.approx(figure, rel=1e-4), name
+
+
+@pytest.mark.parametrize("scale_by", ["mean_square", "variance"])
+@pytest.mark.parametrize("b_dec_init", ["zeros", "mean"])
+def test_statistics_in_place_of_a_sample(scale_by, b_dec_init):
+    if (scale_by, b_dec_init) == ("variance", "zeros"):
+        return
+    settings, rows = config(scale_by=scale_by, b_dec_init=b_dec_init), sample()
+    given, sampled = (SAETrainer(settings, each) for each in (statistics_of(rows), rows))
+    assert given.sae.input_scale == sampled.sae.input_scale
+    for name, tensor in sampled.state.tensors().items():
+        assert torch.equal(given.state.tensors()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"variance": 0.0}, ValueError, "sample: expected activations that vary, got a variance of 0 and a mean"),
+        ({"variance": math.nan}, ValueError, "sample: expected a finite mean and variance, found NaN or Inf"),
+        ({"mean": torch.tensor([1.0, math.inf])}, ValueError, "sample: expected a finite mean and variance, found"),
+        ({"mean": torch.ones(1, 8)}, ValueError, r"sample.mean: expected shape \[d_model ≥ 1\], got \[1, 8\]"),
+        ({"mean": torch.ones(0)}, ValueError, r"sample.mean: expected shape \[d_model ≥ 1\], got \[0\]"),
+        ({"mean": [1.0]}, TypeError, "sample.mean: expected a torch.Tensor, got list"),
+        ({"mean": torch.ones(3, dtype=torch.int64)}, TypeError, "sample.mean: expected a floating dtype, got int64"),
+    ],
+)
+def test_statistics_that_set_no_scale(changes, error, message):
+    with pytest.raises(error, match="^" + message):
+        SAETrainer(config(), replace(statistics_of(sample()), **changes))
+
+
+@pytest.mark.parametrize("route", ["dense", "sparse", "reference"])
+def test_a_report_says_what_lies_in_the_window_and_where_the_thresholds_are(route):
+    trainer = SAETrainer(config(route=route, bandwidth=0.2, sparsity="target_l0", target_l0=3), sample())
+    trainer.update(sample(64, seed=3))
+    x, sae = sample(300, seed=4), trainer.sae
+    z = (x / sae.input_scale - sae.b_dec) @ sae.W_enc + sae.b_enc
+    active, below = z > sae.threshold, (z <= sae.threshold) & (z > sae.threshold - 0.1)
+    expected = (below.sum() / (below | active).sum()).item()
+    trainer.update(x)
+    row = trainer.report()
+    assert 0.05 < expected < 0.95
+    assert row["window"] == pytest.approx(expected, rel=1e-5)
+    assert row["threshold"] == pytest.approx(trainer.sae.threshold.mean().item(), rel=1e-6)
+    assert (row["target_l0"], row["step"]) == (3, 2)
+    assert "target_l0" not in after_one_step(config(route=route))
+
+
+def after_one_step(settings):
+    trainer = SAETrainer(settings, sample())
+    trainer.update(sample(64))
+    return trainer.report()
+
+
+def test_nothing_that_fires_is_an_empty_window():
+    assert after_one_step(config(threshold_init=1e3))["window"] == 0
 
 
 def test_decoder_stays_unit_norm_and_threshold_non_negative():
@@ -205,12 +284,16 @@ def test_bad_batches(route, x, error, message):
     assert trainer.step == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_activations_of_any_precision(dtype):
-    rows = sample().to(dtype)
-    trainers = [SAETrainer(config(), x) for x in (rows, rows.float())]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("grad", [False, True])
+def test_activations_of_any_precision(dtype, grad):
+    """They are left as they are, also where a batch needs no other precision."""
+    rows = sample().to(dtype).requires_grad_(grad)
+    before, given = rows.detach().clone(), rows.detach().float()
+    trainers = [SAETrainer(config(), x) for x in (rows.detach(), given)]
     trainers[0].update(rows[:64])
-    trainers[1].update(rows[:64].float())
+    assert torch.equal(rows, before)
+    trainers[1].update(given[:64])
     assert trainers[0].report() == trainers[1].report()
     assert torch.equal(trainers[0].sae.W_dec, trainers[1].sae.W_dec)
 
