@@ -195,7 +195,7 @@ class SAEBlock(_Section):
 
     d_sae: int
     sites: tuple[str, ...] = ()
-    """Patterns as in ``suite.sites``; by default those."""
+    """Patterns of sites among those of ``suite.sites``, where that is given; by default all of those."""
     target_l0: tuple[float, ...] = ()
     l0_coefficient: tuple[float, ...] = ()
     seed: tuple[int, ...] = ()
@@ -262,7 +262,7 @@ class SuiteSection(_Section):
     tokens: int
     """That every SAE is trained on, repeating the text if need be; such as "500M"."""
     sites: tuple[str, ...] = ()
-    """Patterns of sites for blocks that have none: ``resid``, ``layer_12/*``, ``layer_5-9/mlp``."""
+    """Patterns such as ``resid``, ``layer_12/*``, ``layer_5-9/mlp``. Without them every block has its own."""
     batch_size: int = cast(int, None)
     """Tokens of a step. None: 4,096 by the recipe gemma-scope, 1,024 by small."""
     recipe: str = "small"

@@ -25,6 +25,7 @@ from .config import ModelSection
 
 # Of config.json. A multimodal Gemma 3 is one of "gemma3", whose text model has the sites.
 MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _HASHED_AT_ONCE = 16 << 20
@@ -250,6 +251,9 @@ def _moved(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make an empty one.
+        raise BadFileError(f"{shown(folder)}: expected a tokenizer, {' or '.join(TOKENIZER_FILES)}, found neither")
     try:
         return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of as many kinds as there are kinds of tokenizers

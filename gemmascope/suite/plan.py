@@ -5,7 +5,7 @@ import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ..errors import EnvironmentProblemError
 from ..sites import Site
@@ -65,7 +65,9 @@ class Plan:
     """None where nothing was measured: without weights, and where something does not fit."""
     rows: Rows | None
     problems: tuple[str, ...]
-    """What cannot be, each with its arithmetic and what would fit."""
+    """What does not fit, each with its arithmetic."""
+    advice: tuple[str, ...]
+    """Changes of one setting each after which everything would fit; where there are problems."""
 
     @property
     def parameters(self) -> int:
@@ -91,7 +93,10 @@ class Plan:
     def refuse(self) -> None:
         """Raise EnvironmentProblemError where there are problems."""
         if self.problems:
-            raise EnvironmentProblemError("; ".join(self.problems))
+            raise EnvironmentProblemError("; ".join([*self.problems, self._remedy()]))
+
+    def _remedy(self) -> str:
+        return f"what would fit: {', or '.join(self.advice)}" if self.advice else "nothing like it would fit here"
 
     def text(self) -> str:
         """All of it for people, in lines of plain text."""
@@ -101,8 +106,10 @@ class Plan:
             *(_memory(self, where) for where in (DEVICE, HOST, DISK) if self.needs.at(where)),
             self._time(),
         ]
-        notes = [f"note: {note}" for note in self.notes()] + [f"cannot be: {problem}" for problem in self.problems]
-        return "\n\n".join("\n".join(block) for block in [*blocks, notes] if block) + "\n"
+        notes = [f"note: {note}" for note in self.notes()]
+        refusal = [f"does not fit: {problem}" for problem in self.problems]
+        blocks += [notes, [*refusal, self._remedy()] if refusal else []]
+        return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
     def _facts(self) -> list[str]:
         config, identity = self.config, self.identity
@@ -183,10 +190,6 @@ class Plan:
             yield "the ring is on the host, since the device has no room for it besides the rest"
         if self.epochs is not None and self.epochs > 1:
             yield f"the text is read {self.epochs:.3g} times"
-        where = DEVICE if gpu else HOST
-        limit = self.machine.device_bytes if gpu else self.machine.host_bytes
-        if limit is not None and self.needs.evaluation > max(USABLE * limit, self.needs.total(where)):
-            yield f"the evaluation takes {_bytes(self.needs.evaluation)} at most, of {_bytes(limit)}"
 
 
 def make_plan(
@@ -214,8 +217,20 @@ def make_plan(
     seconds = None
     if not (loaded.is_meta or problems):
         seconds = _measured(config, loaded, specs, model, machine, measure or Stopwatch())
-    held = budget.needs(ring)
-    return Plan(config, loaded.name, loaded.identity, model, specs, machine, ring, held, seconds, rows, problems)
+    return Plan(
+        config=config,
+        name=loaded.name,
+        identity=loaded.identity,
+        model=model,
+        specs=specs,
+        machine=machine,
+        ring=ring,
+        needs=budget.needs(ring),
+        seconds=seconds,
+        rows=rows,
+        problems=problems,
+        advice=tuple(budget.alternatives(ring)) if problems else (),
+    )
 
 
 def _measured(
@@ -226,21 +241,21 @@ def _measured(
     machine: Machine,
     measure: Measure,
 ) -> Seconds:
-    """One measurement for each shape of SAE; a CPU trains as many side by side as it has threads."""
+    """One measurement for each shape of SAE; a CPU trains as many side by side as it has threads,
+    each by one of them."""
     rows, context = config.activations.forward_rows, config.text.context
     sites = sorted({spec.site for spec in specs})
     forward = measure.forward(loaded.model, sites, rows, context)
     tokens = config.steps * config.suite.batch_size / _trained_share(config)
     on_gpu = machine.device.type == "cuda"
     side_by_side = 1 if on_gpu else min(machine.threads, len(specs))
-    threads = machine.threads if side_by_side == 1 else 1
     found: dict[tuple[Any, ...], float] = {}
     total = 0.0
     for spec in specs:
         width, recipe = model.widths[spec.site], spec.config
         shape = (width, recipe.d_sae, recipe.compute_dtype, recipe.route, recipe.loss.target_l0)
         if shape not in found:
-            found[shape] = measure.step(recipe, width, machine.device, config.run.impl, threads)
+            found[shape] = measure.step(recipe, width, machine.device, config.run.impl, threads=1)
         total += found[shape] * recipe.steps
     return Seconds(forward * tokens / (rows * context), total / side_by_side)
 
@@ -285,7 +300,13 @@ class _Budget:
 
     def fits(self, where: str, ring: str) -> bool:
         limit = self.limit(where)
-        return limit is None or self.needs(ring).total(where) <= limit
+        return limit is None or self._most_held(where, ring) <= limit
+
+    def _most_held(self, where: str, ring: str) -> int:
+        """In training, or when the SAEs are judged afterwards."""
+        held = self.needs(ring)
+        judging = held.evaluation if where == (DEVICE if self.machine.device.type == "cuda" else HOST) else 0
+        return max(held.total(where), judging)
 
     def ring(self) -> str:
         """Where it will be. ``auto`` is the device if it fits there, else the host."""
@@ -297,47 +318,43 @@ class _Budget:
         return DEVICE if self.fits(DEVICE, DEVICE) else HOST
 
     def problems(self, ring: str) -> Iterator[str]:
-        for where in (DEVICE, HOST, DISK):
+        places = {
+            DEVICE: str(self.machine.device),
+            HOST: "memory of the host",
+            DISK: f"the disk of {self.config.run.out}",
+        }
+        for where, place in places.items():
             if self.fits(where, ring):
                 continue
-            held, limit = self.needs(ring), self.limit(where)
-            assert limit is not None
-            items = sorted(held.at(where), key=lambda item: -item.nbytes)
-            sums = " + ".join(f"{_bytes(item.nbytes)} {item.what}" for item in items)
-            place = {DEVICE: str(self.machine.device), HOST: "the host", DISK: f"the disk of {self.config.run.out}"}
-            yield (
-                f"{place[where]}: expected at most {_bytes(limit)}, {USABLE:.0%} of what is free, got "
-                f"{_bytes(held.total(where))} = {sums}; {self._advice(where, ring)}"
-            )
+            held, limit = self.needs(ring), cast(int, self.limit(where))
+            got = f"{_bytes(self._most_held(where, ring))}"
+            if held.total(where) > limit:
+                items = sorted(held.at(where), key=lambda item: -item.nbytes)
+                got += " = " + " + ".join(f"{_bytes(item.nbytes)} {item.what}" for item in items)
+            else:
+                got += " when the SAEs are judged, most of it logits of the model"
+            yield f"{place}: expected at most {_bytes(limit)}, {USABLE:.0%} of what is free, got {got}"
 
-    def _advice(self, where: str, ring: str) -> str:
-        found = list(self._alternatives(where, ring))
-        return f"what would fit: {', or '.join(found)}" if found else "nothing smaller of this would fit"
-
-    def _alternatives(self, where: str, ring: str) -> Iterator[str]:
+    def alternatives(self, ring: str) -> Iterator[str]:
         """Changes of one setting each, after which everything fits."""
-        if where == DEVICE and ring == DEVICE and self._all_fit(HOST):
+        context = self.config.text.context
+        if ring == DEVICE and self._all_fit(HOST):
             yield 'activations.ring = "host"'
-        if where != DISK:
-            context = self.config.text.context
-            for rows in _halves(self.config.rows_per_block):
-                if rows * (context - 1) < self.config.suite.batch_size:
-                    break
-                if self._with(activations={"ring_tokens": rows * context})._all_fit(ring):
-                    yield f"activations.ring_tokens = {rows * context}"
-                    break
-            if where == (DEVICE if self.machine.device.type == "cuda" else HOST):
-                for rows in _halves(self.config.activations.forward_rows):
-                    if self._with(activations={"forward_rows": rows})._all_fit(ring):
-                        yield f"activations.forward_rows = {rows}"
-                        break
-        widest = max(spec.config.d_sae for spec in self.specs)
-        for d_sae in _halves(widest):
-            smaller = self._narrowed(d_sae)
-            if smaller is None:
+        for rows in _halves(self.config.rows_per_block):
+            if rows * (context - 1) < self.config.suite.batch_size:
                 break
-            if smaller._all_fit(ring):
-                yield f"d_sae of at most {d_sae}"
+            if self._with(activations={"ring_tokens": rows * context})._all_fit(ring):
+                yield f"activations.ring_tokens = {rows * context}"
+                break
+        for rows in _halves(self.config.activations.forward_rows):
+            if self._with(activations={"forward_rows": rows})._all_fit(ring):
+                yield f"activations.forward_rows = {rows}"
+                break
+        for d_sae in _halves(max(spec.config.d_sae for spec in self.specs)):
+            smaller = self._narrowed(d_sae)
+            if smaller is None or smaller._all_fit(ring):
+                if smaller is not None:
+                    yield f"d_sae of at most {d_sae}"
                 break
         if count := self._most(ring):
             sites = len({spec.site for spec in self.specs[:count]})
