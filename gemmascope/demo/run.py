@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +26,7 @@ from ..formats.arrays import read_safetensors
 from ..formats.files import as_path, atomic_write, read_json, write_json
 from ..kernels import choose
 from ..reporting.progress import ErrorConsole, StageProgress, SuiteProgress
-from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG
+from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write_frequencies
 from ..runs import Run, Stage
 from ..sites import Site, all_sites
 from ..training import TrainConfig, suite_memory, train_suite
@@ -244,7 +243,5 @@ def judge(
             activations=activations,
             held_out_activations=held_out_activations,
         )
-    with atomic_write(out / FREQUENCIES) as temporary, open(temporary, "wb") as file:
-        arrays: dict[str, Any] = {name: frequency.numpy() for name, frequency in frequencies.items()}
-        np.savez(file, **arrays)
+    write_frequencies(out, frequencies)
     return [row | {"path": path.relative_to(out).as_posix()} for row, path in zip(saes, paths.values(), strict=True)]

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from .language_model import (
 
 # Activations that are held at once.
 MAX_BYTES = 2 << 30
+# Of one forward. Eager attention holds several [rows, heads, context, context] tensors.
+FORWARD_TOKENS = 4096
 # Where the metadata of an SAE may say how it was trained.
 RECIPE = ("seed", "target_l0", "l0_coefficient")
 
@@ -83,7 +85,9 @@ def judge_suite(
     if median_norms is not None:
         check_type("median_norms", median_norms, Mapping)
         for site in sites:
-            check_number(f"median_norms[{site}]", median_norms.get(site), 0, open_low=True)
+            if site not in median_norms:
+                raise ValueError(f"median_norms: expected one for each site of saes, found none for {site}")
+            check_number(f"median_norms[{site}]", median_norms[site], 0, open_low=True)
     pairs = [
         token_pairs(model, tokens, name) for name, tokens in (("train_tokens", train_tokens), ("held_out", held_out))
     ]
@@ -97,26 +101,30 @@ def judge_suite(
         check_number("clean_loss", clean_loss)
     text = _Text(model, held_out, clean_loss)
 
-    rows: dict[str, dict[str, Any]] = {}
+    judged: dict[str, dict[str, Any]] = {}
     frequencies: dict[str, Tensor] = {}
     sizes = {site: sum(map(len, pairs)) * site_width(model, site) * dtype.itemsize for site in sites}
     for group in _groups(sizes, max_bytes):
-        by_site = [
-            harvest(model, tokens, group, dtype=dtype) if known is None else {site: known[site] for site in group}
+        train_by_site, held_out_by_site = (
+            {site: known[site] for site in group} if known is not None else _harvest(model, tokens, group, dtype)
             for _, known, tokens in given
-        ]
+        )
         for site in group:
-            train_rows, held_out_rows = (each.pop(site).to(text.device) for each in by_site)
-            median = None if median_norms is None else median_norms[site]
-            judge = _Judge(text, site, train_rows, held_out_rows, *pairs, max_norm_ratio, median)
+            train_rows, rows = (by_site.pop(site).to(text.device) for by_site in (train_by_site, held_out_by_site))
+            tokens = _Tokens(train_rows, pairs[0], rows, pairs[1])
+            at_site = _AtSite(text, site, tokens, max_norm_ratio, median_norms[site] if median_norms else None)
             for name in sites[site]:
                 sae = JumpReLUSAE.load(saes[name][1]).to(text.device)
                 sae.impl = impl
-                row, frequencies[name] = judge(sae)
-                row = {"name": name, "site": site.kind, "layer": site.layer, "width": sae.d_sae} | recipe_of(sae) | row
-                rows[name] = {key: _defined(value) for key, value in row.items()}
-                on_done(len(rows), name)
-    return [rows[name] for name in saes], {name: frequencies[name] for name in saes}
+                figures, frequencies[name] = at_site.judge(sae)
+                facts = {"name": name, "site": site.kind, "layer": site.layer, "width": sae.d_sae, **recipe_of(sae)}
+                judged[name] = {key: _defined(value) for key, value in (facts | figures).items()}
+                on_done(len(judged), name)
+    return [judged[name] for name in saes], {name: frequencies[name] for name in saes}
+
+
+def _harvest(model: nn.Module, tokens: Tensor, sites: list[Site], dtype: torch.dtype) -> dict[Site, Tensor]:
+    return harvest(model, tokens, sites, dtype=dtype, batch_size=max(1, FORWARD_TOKENS // max(1, tokens.shape[1])))
 
 
 def _sites_of(saes: Any) -> dict[Site, list[str]]:
@@ -160,38 +168,47 @@ class _Text:
         return mean_ablation_loss(self.model, self.held_out, site, mean, max_norm=max_norm) - self.clean_loss
 
 
+class _Tokens(NamedTuple):
+    """Activations of a site, and the pairs of ids that the tokens are of."""
+
+    train: Tensor
+    train_pairs: Tensor
+    rows: Tensor
+    """Of the held-out text."""
+    pairs: Tensor
+
+    def where(self, kept_in_train: Tensor, kept: Tensor) -> "_Tokens":
+        train_pairs = self.train_pairs[kept_in_train.to(self.train_pairs.device)]
+        return _Tokens(self.train[kept_in_train], train_pairs, self.rows[kept], self.pairs[kept.to(self.pairs.device)])
+
+
 class _OnTokens:
-    """The controls of a site on a set of its tokens, and how an SAE does there.
+    """The controls of a site on some of its tokens, and how an SAE does there.
 
-    max_norm: of the tokens of the set, where it leaves others out."""
+    max_norm: the largest norm among them, where others are left out.
+    """
 
-    def __init__(
-        self, text: _Text, site: Site, train: Tensor, train_pairs: Tensor, rows: Tensor, pairs: Tensor,
-        max_norm: float | None,
-    ):  # fmt: skip
-        self.text, self.site, self.train, self.rows, self.max_norm = text, site, train, rows, max_norm
-        self.mean, self.variance = moments("held_out_activations", rows)
-        self.pca = fit_pca(train)
-        self.pair_table_fvu = pair_table_fvu(train, train_pairs, rows, pairs)
-        self.ablation = text.ablate(site, self.mean, max_norm)
+    def __init__(self, text: _Text, site: Site, tokens: _Tokens, max_norm: float | None):
+        self.text, self.site, self.tokens, self.max_norm = text, site, tokens, max_norm
+        mean, variance = moments("held_out_activations", tokens.rows)
+        norm = torch.linalg.vector_norm(mean).item()
+        self.gamma = norm / math.sqrt(variance) if variance > 0 else math.inf
+        self.pca = fit_pca(tokens.train)
+        self.pair_table_fvu = pair_table_fvu(*tokens)
+        self.ablation = text.ablate(site, mean, max_norm)
 
-    @property
-    def gamma(self) -> float:
-        """‖mean‖/‖std‖ of the tokens held out."""
-        norm = torch.linalg.vector_norm(self.mean).item()
-        return norm / math.sqrt(self.variance) if self.variance > 0 else math.inf
-
-    def __call__(self, sae: JumpReLUSAE) -> tuple[dict[str, Any], Tensor]:
-        metrics = evaluate_sae(sae, self.rows)
+    def judge(self, sae: JumpReLUSAE) -> tuple[dict[str, Any], Tensor]:
+        train, _, rows, _ = self.tokens
+        metrics = evaluate_sae(sae, rows)
         rank = round(metrics.l0)
-        pca = self.pca.fidelity(self.rows, rank)
+        pca = self.pca.fidelity(rows, rank)
         delta = self.text.splice(self.site, sae, self.max_norm)
         figures = {
             "tokens": metrics.tokens,
             "l0": metrics.l0,
             "fvu": metrics.fvu,
             "pca_fvu": pca.fvu,
-            "random_fvu": random_dictionary_fvu(self.train, self.rows, rank, sae.d_sae),
+            "random_fvu": random_dictionary_fvu(train, rows, rank, sae.d_sae),
             "pair_table_fvu": self.pair_table_fvu,
             "median_fvu": metrics.median_fvu,
             "pca_median_fvu": pca.median_fvu,
@@ -206,53 +223,36 @@ class _OnTokens:
         return figures, metrics.firing_frequency
 
 
-class _Judge:
-    """Judges the SAEs of one site."""
+class _AtSite:
+    """What the SAEs of one site have in common."""
 
     def __init__(
-        self, text: _Text, site: Site, train: Tensor, rows: Tensor, train_pairs: Tensor, pairs: Tensor,
-        max_norm_ratio: float | None, median_norm: float | None,
-    ):  # fmt: skip
+        self, text: _Text, site: Site, tokens: _Tokens, max_norm_ratio: float | None, median_norm: float | None
+    ):
         ratio = OUTLIER_RATIO if max_norm_ratio is None else float(max_norm_ratio)
-        train_norms = _norms(train)
+        norms, train_norms = _norms(tokens.rows), _norms(tokens.train)
         max_norm = ratio * (train_norms.median().item() if median_norm is None else median_norm)
-        is_kept, is_kept_in_train = ~(_norms(rows) > max_norm), ~(train_norms > max_norm)
-        self.outliers = int((~is_kept).sum())
-        self.facts = {"outliers": self.outliers, "outlier_ratio": ratio, "predictions": text.predictions}
-        self.on_kept = self.on_all = None
-        leaves_out = max_norm_ratio is not None and not (is_kept.all() and is_kept_in_train.all())
-        if leaves_out:
-            for name, kept in (("held_out", is_kept), ("train_tokens", is_kept_in_train)):
-                if not kept.any():
+        kept, kept_in_train = ~(norms > max_norm), ~(train_norms > max_norm)
+        self.facts = {"outliers": int((~kept).sum()), "outlier_ratio": ratio, "predictions": text.predictions}
+        self.filters = max_norm_ratio is not None
+        self.on_all = self.on_kept = _OnTokens(text, site, tokens, None)
+        if self.filters and not (kept.all() and kept_in_train.all()):
+            for name, each in (("held_out", kept), ("train_tokens", kept_in_train)):
+                if not each.any():
                     raise ValueError(f"median_norms: expected that of {site}, got one that leaves none of {name}")
-        whole = (train, train_pairs, rows, pairs)
-        if leaves_out:
-            kept = (
-                train[is_kept_in_train],
-                _where(train_pairs, is_kept_in_train),
-                rows[is_kept],
-                _where(pairs, is_kept),
-            )
-            self.on_kept = _OnTokens(text, site, *kept, max_norm)
-        self.on_all = _OnTokens(text, site, *whole, None)
-        self.reports_all = max_norm_ratio is not None
+            self.on_kept = _OnTokens(text, site, tokens.where(kept_in_train, kept), max_norm)
 
-    def __call__(self, sae: JumpReLUSAE) -> tuple[dict[str, Any], Tensor]:
-        on_all, frequency = self.on_all(sae)
-        kept = on_all
-        if self.on_kept is not None:
-            kept, frequency = self.on_kept(sae)
-        gamma = (self.on_kept or self.on_all).gamma
-        beside = {f"{name}_all": value for name, value in on_all.items()} if self.reports_all else {}
-        return kept | {"gamma": gamma} | self.facts | beside, frequency
+    def judge(self, sae: JumpReLUSAE) -> tuple[dict[str, Any], Tensor]:
+        figures, frequency = self.on_kept.judge(sae)
+        beside = {}
+        if self.filters:
+            on_all = figures if self.on_all is self.on_kept else self.on_all.judge(sae)[0]
+            beside = {f"{name}_all": value for name, value in on_all.items()}
+        return figures | {"gamma": self.on_kept.gamma} | self.facts | beside, frequency
 
 
 def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _where(pairs: Tensor, kept: Tensor) -> Tensor:
-    return pairs[kept.to(pairs.device)]
 
 
 def recipe_of(sae: JumpReLUSAE) -> dict[str, float | None]:
@@ -262,7 +262,7 @@ def recipe_of(sae: JumpReLUSAE) -> dict[str, float | None]:
     training = training if isinstance(training, dict) else {}
     loss = training.get("loss")
     places: Sequence[dict[str, Any]] = (sae.metadata, training, loss if isinstance(loss, dict) else {})
-    recipe = dict.fromkeys(RECIPE)
+    recipe: dict[str, float | None] = {}
     for name in RECIPE:
         values = (place.get(name) for place in places)
         recipe[name] = next((value for value in values if type(value) in (int, float)), None)

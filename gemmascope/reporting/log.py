@@ -7,6 +7,7 @@ rows after the step that the run resumes from, so that a run that was interrupte
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -113,18 +114,26 @@ class TrainLog:
 
 
 def _end_of(path: os.PathLike, step: int) -> int:
-    """Bytes of the log that stay: those before its first row after ``step``, or before a last line cut short."""
-    end = 0
+    """Bytes of the log that stay: those before its first row after ``step``, and before a damaged end.
+
+    A power failure may leave more than a line cut short there, of which a RuntimeWarning says."""
+    end, stays, first_bad = 0, True, 0
     with open_file(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
-            row = row_of(line)
-            if row is None and (line.endswith(b"\n") or len(line) == MAX_LINE_BYTES):
-                raise not_a_row(path, number)
-            if row is None or not line.endswith(b"\n") or row["step"] > step:
-                break
-            end += len(line)
+            row = row_of(line) if line.endswith(b"\n") else None
+            if row is None:
+                stays, first_bad = False, first_bad or number
+            elif first_bad:
+                raise not_a_row(path, first_bad)
+            elif not stays or row["step"] > step:
+                stays = False
+            else:
+                end += len(line)
+    if number > first_bad > 0:
+        message = f"{shown(path)}: {number - first_bad + 1} damaged lines at its end are dropped"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
     return end
 
 

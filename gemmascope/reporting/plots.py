@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from matplotlib import colormaps
@@ -34,7 +34,7 @@ MOST_CURVES = 32
 MOST_ROWS = 40
 MOST_LABELLED = 24
 # Those of the SAEs of one site, in the order of `variants`.
-LINES = ("-", "--", ":", "-.")
+LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 
 def literal(text: str) -> str:
@@ -128,8 +128,11 @@ def layer_handles(colours: Mapping[int, str]) -> list[Line2D]:
 
 
 def variant_handles(labels: Iterable[str]) -> list[Line2D]:
-    named = [(label, line) for label, line in zip(labels, LINES, strict=False) if label]
-    return [Line2D([], [], color=GREY, linestyle=line, label=label) for label, line in named]
+    return [
+        Line2D([], [], color=GREY, linestyle=line, label=label)
+        for label, line in zip(labels, LINES, strict=False)
+        if label
+    ]
 
 
 def new_figure(width: float, height: float) -> Figure:

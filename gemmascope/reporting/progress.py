@@ -214,6 +214,7 @@ class SuiteProgress(StageProgress):
     missing measures show as "-", those of `OPTIONAL_MEASURES` that no SAE has not at all. ``dead`` and ``window``, the
     share of the entries that lie below θ in its window, are fractions. Where not all fit, the SAEs whose L0 is farthest
     from its target come first (without targets those of the largest FVU), and the last line says what the others do.
+    A ✗ marks those that are parked.
     """
 
     def __init__(
@@ -290,16 +291,15 @@ class SuiteProgress(StageProgress):
         present = {key for row in self.rows.values() for key, value in row.items() if value is not None}
         measures = [each for each in MEASURES if each[0] not in OPTIONAL_MEASURES or each[0] in present]
         table = rich.table.Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("SAE", no_wrap=True, overflow="ellipsis")
+        table.add_column("SAE", overflow="ellipsis")  # the one that gives way where it is narrow
         for _, heading, _ in measures:
             table.add_column(heading, justify="right", no_wrap=True)
         for name in shown:
             row = self.rows[name]
             cells = [_number(row.get(key), form) for key, _, form in measures]
-            if name in self.parked:
-                table.add_row(rich.text.Text(f"{name} (parked)"), *cells, style="red")
-            else:
-                table.add_row(rich.text.Text(name), *cells)
+            label = f"✗ {name}" if name in self.parked else name
+            style = "red" if name in self.parked else ""
+            table.add_row(rich.text.Text(label, no_wrap=True, overflow="ellipsis"), *cells, style=style)
         if len(shown) == len(names):
             return rich.console.Group(*head, table)
         rest = [self.rows[name] for name in names if name not in set(shown)]

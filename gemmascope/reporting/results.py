@@ -6,7 +6,9 @@ all files they may be damaged or hostile, and what comes out of here can be draw
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from ..checks import dtype_name
 from ..errors import BadFileError
 from ..formats.arrays import Header, printable, read_npz
-from ..formats.files import as_path, read_json, shown
+from ..formats.files import as_path, atomic_write, read_json, shown
 from ..runs import check_finished
 from .log import TRAIN_LOG, is_figure, read_rows
 
@@ -166,6 +168,16 @@ def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
         if not ((values >= 0) & (values <= 1)).all():
             raise BadFileError(f"{name}: {printable(key)}: expected frequencies from 0 to 1, found others")
     return frequencies
+
+
+def write_frequencies(run_dir: str | os.PathLike, frequencies: Mapping[str, torch.Tensor]) -> Path:
+    """Write the firing frequencies {SAE name: [width]} as ``run_dir``/frequencies.npz, atomically; its path."""
+    path = as_path("run_dir", run_dir) / FREQUENCIES
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, values in frequencies.items():  # as `numpy.savez`, which takes no array of the name "file"
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values.float().cpu().numpy(), allow_pickle=False)
+    return path
 
 
 def site_of(sae: Mapping[str, Any]) -> str:

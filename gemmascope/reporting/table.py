@@ -40,7 +40,7 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
     for heading in ("layer", "width"):
         table.add_column(heading, justify="right", no_wrap=True)
     for column in columns:
-        table.add_column(column.short, justify="right", no_wrap=True)
+        table.add_column(column.short or "", justify="right", no_wrap=True)
         if column.key == "pca_fvu":
             table.add_column("✓", no_wrap=True)
     for index, sae in enumerate(saes):

@@ -103,7 +103,8 @@ class _Worker:
         try:
             tracker = start()
             while (item := self._queue.get()) is not _END:
-                tracker.log(*item)
+                step, metrics = item
+                tracker.log(int(step), {key: float(value) for key, value in metrics.items() if value is not None})
             tracker.finish()
         except BaseException as error:  # SystemExit too: nothing of it may reach the training
             text = " ".join(str(error).split())[:300]
@@ -137,10 +138,8 @@ class Trackers:
 
         A RuntimeWarning says which tracker failed since the last call, and why; it gets nothing more.
         """
-        if self._workers:
-            known = {key: float(value) for key, value in metrics.items() if value is not None}
-            for worker in self._workers:
-                worker.put((int(step), dict(known)))
+        for worker in self._workers:
+            worker.put((step, dict(metrics)))
         self._let_go()
 
     def finish(self, seconds: float = FINISH_SECONDS) -> None:

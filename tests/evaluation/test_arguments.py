@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gemmascope import JumpReLUSAE
 from gemmascope.errors import EnvironmentProblemError
-from gemmascope.evaluation import evaluate_sae, loss_recovered, pair_table_fvu, pca_fvu
+from gemmascope.evaluation import evaluate_sae, loss_recovered, pair_table_fvu, pca_fvu, random_dictionary_fvu
 
 N, D = 6, 3
 DTYPES = (
@@ -44,6 +44,7 @@ def base():
     return {
         evaluate_sae: {"sae": sae, "activations": x, "train_activations": x, "keep": keep},
         pca_fvu: {"train_activations": x, "heldout_activations": x, "rank": 2},
+        random_dictionary_fvu: {"train_activations": x, "heldout_activations": x, "k": 2, "d_sae": 7, "seed": 1},
         pair_table_fvu: {
             "train_activations": x,
             "train_pairs": pairs,

@@ -15,6 +15,7 @@ from torch import nn
 from gemmascope import JumpReLUSAE
 from gemmascope.activations import moments
 from gemmascope.evaluation import (
+    baselines,
     delta_loss,
     evaluate_sae,
     evaluate_splice,
@@ -24,6 +25,7 @@ from gemmascope.evaluation import (
     mean_ablation_loss,
     pair_table_fvu,
     pca_fvu,
+    random_dictionary_fvu,
 )
 from gemmascope.sites import Site, all_sites
 from tests import tiny_models as tiny
@@ -297,6 +299,78 @@ class TestPCA:
                 pca_fvu(X, X, rank)
 
 
+class TestRandomDictionary:
+    def test_an_orthonormal_basis_keeps_the_largest_coordinates(self):
+        """Of (3, −4, 1) about 0: none, −4, then 3 too, then all."""
+        x = torch.tensor([[3.0, -4.0, 1.0]], dtype=torch.float64)
+        basis = torch.eye(3, dtype=torch.float32)
+        for k, expected in enumerate(([0, 0, 0], [0, -4, 0], [3, -4, 0], [3, -4, 1])):
+            projected = baselines.span_of_largest(x, basis, k)
+            torch.testing.assert_close(projected, torch.tensor([expected], dtype=torch.float64), rtol=1e-10, atol=1e-10)
+
+    def test_coefficients_are_those_of_least_squares(self):
+        """x = (1, 1): of (1, 0) and (.6, .8) alone the latter, 1.4 of it; of both together x itself."""
+        x, directions = torch.ones(1, 2, dtype=torch.float64), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+        one, both = (baselines.span_of_largest(x, directions, k) for k in (1, 2))
+        torch.testing.assert_close(one, 1.4 * directions[1:].double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(both, x, rtol=1e-6, atol=0)
+
+    def test_no_direction_predicts_the_mean_and_as_many_as_d_model_are_exact(self):
+        train = normal(50, 6, seed=1) + 7
+        assert random_dictionary_fvu(train, train, 0, 20) == pytest.approx(1, rel=1e-12)
+        assert random_dictionary_fvu(train, train, 6, 20) < 1e-12
+        assert random_dictionary_fvu(train, train, 99, 20) == random_dictionary_fvu(train, train, 6, 20)
+        assert random_dictionary_fvu(train, train, 99, 3) == random_dictionary_fvu(train, train, 3, 3) > 0.01
+
+    @settings(deadline=None, max_examples=30)
+    @given(n=st.integers(2, 20), d=st.integers(2, 8), k=st.integers(1, 6), d_sae=st.integers(1, 30))
+    def test_against_a_loop_over_tokens(self, n, d, k, d_sae):
+        seed = n
+        train, heldout = normal(n, d, seed=seed), normal(n, d, seed=seed + 100)
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(d_sae, d, generator=generator, dtype=torch.float32)
+        directions /= directions.norm(dim=1, keepdim=True)
+        mean, errors = train.double().mean(0), 0.0
+        for x in heldout.double() - mean:
+            largest = (directions @ x.float()).abs().topk(min(k, d_sae, d)).indices
+            chosen = directions[largest].double().numpy()
+            solution = np.linalg.lstsq(chosen.T, x.numpy(), rcond=None)[0]
+            errors += ((x.numpy() - solution @ chosen) ** 2).sum()
+        variance = (heldout.double() - heldout.double().mean(0)).square().sum().item()
+        found = random_dictionary_fvu(train, heldout, k, d_sae, seed)
+        assert found == pytest.approx(errors / variance, rel=1e-6, abs=1e-9)
+
+    def test_more_directions_to_choose_from_are_better_and_training_beats_chance(self):
+        train, heldout = (normal(300, 16, seed=seed) @ torch.diag(torch.arange(16.0)) for seed in (1, 2))
+        few, many = (random_dictionary_fvu(train, heldout, 4, d_sae) for d_sae in (16, 256))
+        assert many < few < 1
+
+    @pytest.mark.parametrize("chunk_elements", [1, 100])
+    def test_chunks(self, monkeypatch, chunk_elements):
+        train, heldout = normal(30, 4, seed=1), normal(30, 4, seed=2)
+        whole = random_dictionary_fvu(train, heldout, 2, 9)
+        monkeypatch.setattr(moments, "CHUNK_ELEMENTS", chunk_elements)
+        assert random_dictionary_fvu(train, heldout, 2, 9) == pytest.approx(whole, rel=1e-9)
+
+    def test_of_many_tokens_an_even_sample_counts(self, monkeypatch):
+        train, heldout = normal(30, 4, seed=1), normal(30, 4, seed=2)
+        monkeypatch.setattr(baselines, "RANDOM_TOKENS", 10)
+        assert random_dictionary_fvu(train, heldout, 2, 9) == random_dictionary_fvu(train, heldout[::3], 2, 9)
+
+    def test_refusals(self):
+        for arguments, error, message in (
+            ((X, X[:, :1], 1, 4), ValueError, r"^heldout_activations: expected shape \[n, 2\], got \[4, 1\]$"),
+            ((X, X / 0, 1, 4), ValueError, r"^heldout_activations: expected finite values"),
+            ((X, X, -1, 4), ValueError, r"^k: expected at least 0, got -1$"),
+            ((X, X, 1.0, 4), TypeError, r"^k: expected an int, got float$"),
+            ((X, X, 1, 0), ValueError, r"^d_sae: expected at least 1, got 0$"),
+            ((X, X, 1, 2**31), ValueError, r"^d_sae: expected at most 2147483647, got 2147483648$"),
+            ((X, X, 1, 4, 2**63), ValueError, r"^seed: expected at most "),
+        ):
+            with pytest.raises(error, match=message):
+                random_dictionary_fvu(*arguments)
+
+
 class TestPairTable:
     PAIRS = torch.tensor([[1, 2], [1, 2], [3, 2], [1, 4]])
     TRAIN = torch.tensor([[1.0], [3.0], [8.0], [0.0]])
@@ -345,6 +419,10 @@ class TestPairTable:
     def test_a_table_of_one_pair_predicts_the_mean(self):
         x, pairs = normal(20, 3), torch.ones(20, 2, dtype=torch.int64)
         assert pair_table_fvu(x, pairs, x, pairs) == pytest.approx(1, rel=1e-12)
+
+    def test_nothing_seen_in_training_predicts_the_mean_of_all(self):
+        pairs, heldout = torch.tensor([[7, 8], [8, 9]]), torch.tensor([[1.0], [5.0]])
+        assert pair_table_fvu(self.TRAIN, self.PAIRS, heldout, pairs) == pytest.approx((4 + 4) / 8, rel=1e-12)
 
     @pytest.mark.parametrize("chunk_elements", [1, 40])
     def test_chunks(self, monkeypatch, chunk_elements):

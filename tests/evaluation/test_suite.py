@@ -241,7 +241,7 @@ def test_what_is_undefined_is_none(tmp_path):
         ),
         ({"held_out_activations": 3}, TypeError, "held_out_activations: expected a Mapping, got int"),
         ({"max_norm_ratio": 0.5}, ValueError, "max_norm_ratio: expected a"),
-        ({"max_norm_ratio": 3, "median_norms": {}}, TypeError, r"median_norms\[layer_0/att\]: expected a number"),
+        ({"median_norms": {}}, ValueError, "median_norms: expected one for each site of saes, found none for layer_0"),
         ({"median_norms": 3}, TypeError, "median_norms: expected a Mapping, got int"),
         (
             {"max_norm_ratio": 3, "median_norms": {SITES[0]: 1e-9}},

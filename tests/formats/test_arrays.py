@@ -346,3 +346,12 @@ def test_refusals_take_little_memory(tmp_path):
         f"a: expected {4 * 2**40} bytes of data for shape [{2**40}], found 0",
         f"expected a safetensors header of {2**62} bytes, found 2 bytes",
     ], done.stderr
+
+
+def test_more_arrays_only_where_the_reader_asks_for_them(tmp_path):
+    np.savez(tmp_path / "a.npz", **{f"a{i}": np.ones(2, np.float32) for i in range(70)})
+    assert len(read_npz(tmp_path / "a.npz", max_arrays=70)) == 70
+    with pytest.raises(BadFileError, match="expected at most 69 arrays, found 70"):
+        read_npz(tmp_path / "a.npz", max_arrays=69)
+    with pytest.raises(BadFileError, match="expected at most 64 arrays, found 70"):
+        read_npz(tmp_path / "a.npz")
