@@ -3,13 +3,16 @@
 from .config import Loss, TrainConfig
 from .losses import LossAndGradients, loss_and_gradients
 from .sparse_loss import sparse_loss
-from .suite import suite_memory, train, train_suite
+from .spec import SAESpec
+from .suite import Suite, suite_memory, train, train_suite
 from .trainer import SAETrainer
 
 __all__ = [
     "Loss",
     "LossAndGradients",
+    "SAESpec",
     "SAETrainer",
+    "Suite",
     "TrainConfig",
     "loss_and_gradients",
     "sparse_loss",

@@ -14,6 +14,7 @@ L0_OF = ("token", "batch")
 COMPUTE_DTYPES = ("fp32", "tf32", "bf16")
 PARAMETRISATIONS = ("log", "raw")
 B_DEC_INITS = ("zeros", "mean")
+SCALES = ("mean_square", "variance")
 ROUTES = ("auto", "reference", "dense", "sparse")
 TARGETED = ("target_l0", "quadratic_l0")
 # λ where none is given; its unit is another in each kind of penalty. That of `l0` is Gemma Scope's. With those of the
@@ -97,8 +98,8 @@ LOSS_FIELDS = frozenset(field.name for field in dataclasses.fields(Loss))
 class TrainConfig:
     """The recipe of Gemma Scope (arXiv 2408.05147 §3.2) by default; `short` for runs of under a million tokens.
 
-    Inputs are divided by one scalar so that their mean squared norm is 1; losses, thresholds and the bandwidth are in
-    those units.
+    Inputs are divided by one scalar C so that their mean squared norm is 1, or their variance, by ``scale_by``; losses,
+    thresholds and the bandwidth are in those units.
 
     Schedules count ``steps``; past the last of them they hold what they gave it. Raises ValueError or TypeError on bad
     values, those together that cannot be met and schedules that do not end within ``steps``.
@@ -129,6 +130,10 @@ class TrainConfig:
     rate a step, too slowly for short runs."""
     b_dec_init: str = "zeros"
     """`zeros` (the paper), or the `mean` of the activations."""
+    scale_by: str = "mean_square"
+    """C² is the mean squared norm E‖x‖² (the paper), or the `variance` E‖x − mean‖². λ, θ and ε then mean the same at
+    every site, however far its mean outweighs what varies: 3 to 9 parts of E‖x‖² in 10 in a real residual stream. That
+    unit leaves the mean to b_dec, which must begin there: ``b_dec_init="mean"``."""
     compute_dtype: str = "fp32"
     """Of the operands of matrix products: `fp32`, `tf32` (GPU) or `bf16`. Weights, second moments, sums and the gate
     are fp32 always."""
@@ -156,6 +161,12 @@ class TrainConfig:
         self.loss.check_width(self.d_sae)
         check_choice("threshold_parametrisation", self.threshold_parametrisation, PARAMETRISATIONS)
         check_choice("b_dec_init", self.b_dec_init, B_DEC_INITS)
+        check_choice("scale_by", self.scale_by, SCALES)
+        if self.scale_by == "variance" and self.b_dec_init != "mean":
+            raise ValueError(
+                f"b_dec_init: expected 'mean' with scale_by='variance', got {self.b_dec_init!r}: else the "
+                "latents have to learn the mean, which that unit leaves out"
+            )
         check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         check_choice("route", self.route, ROUTES)
         if self.loss.pre_act_coefficient and self.route != "reference":

@@ -1,7 +1,8 @@
 """How much memory training an SAE takes, counted before it is asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from heapq import nlargest
 
 import torch
 
@@ -46,8 +47,7 @@ class TrainingMemory:
             "scratch": self.scratch,
             "total": self.total,
         }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {size / GIB:8.2f} GiB" for name, size in rows.items())
+        return _table(rows)
 
     def advice(self, available: int) -> str:
         """The message for memory that ran out: the sizes, and what would fit into ``available`` bytes."""
@@ -75,6 +75,63 @@ class TrainingMemory:
             batches = self.pending // (4 * self.batch_size * self.d_model)
             yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0, pending=batches).total
             sizes[name] //= 2
+
+
+@dataclass(frozen=True)
+class SuiteMemory:
+    """Bytes that several SAEs in training hold on their device, by what they hold."""
+
+    saes: int
+    at_once: int
+    """Steps that are computed at a time."""
+    weights: int
+    second_moments: int
+    copies: int
+    pending: int
+    steps: int
+    """Activations, entries and scratch of the ``at_once`` largest steps."""
+
+    @classmethod
+    def of(cls, memories: Iterable[TrainingMemory], at_once: int) -> "SuiteMemory":
+        """What those SAEs take together when ``at_once`` of their steps are computed at a time."""
+        found = list(memories)
+        steps = (each.activations + each.entries + each.scratch for each in found)
+        return cls(
+            saes=len(found),
+            at_once=min(at_once, len(found)),
+            weights=sum(each.weights for each in found),
+            second_moments=sum(each.second_moments for each in found),
+            copies=sum(each.copies for each in found),
+            pending=sum(each.pending for each in found),
+            steps=sum(nlargest(at_once, steps)),
+        )
+
+    @property
+    def lasting(self) -> int:
+        """What a checkpoint holds, up to counters."""
+        return self.weights + self.second_moments + self.copies
+
+    @property
+    def total(self) -> int:
+        return self.lasting + self.pending + self.steps
+
+    def rows(self) -> dict[str, int]:
+        """Bytes by what they hold, in words."""
+        return {
+            f"weights of {self.saes:,} SAEs, fp32": self.weights,
+            "second moments, fp32": self.second_moments,
+            "bf16 copies of the weights": self.copies,
+            "batches of steps under way": self.pending,
+            f"entries and scratch of {self.at_once:,} steps at a time": self.steps,
+        }
+
+    def table(self) -> str:
+        return _table(self.rows() | {"total": self.total})
+
+
+def _table(rows: dict[str, int]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {size / GIB:8.2f} GiB" for name, size in rows.items())
 
 
 def dense_tile(n_tokens: int, d_sae: int) -> int:

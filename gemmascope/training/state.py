@@ -5,6 +5,7 @@ whatever was loaded, put in their place, copied or changed in place, and what it
 """
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -143,6 +144,19 @@ class TrainState:
         }
         others = {item.name: getattr(self, item.name) for item in fields(self)}
         return weights | {name: value for name, value in others.items() if isinstance(value, Tensor)}
+
+    @property
+    def copies_seen(self) -> bool:
+        """Whether the next `ready` makes no new copies, as far as it can see."""
+        return self._seen == (_look(self.sae.W_enc), _look(self.sae.W_dec))
+
+    def put(self, tensors: Mapping[str, Tensor], turn: int, copies_seen: bool) -> None:
+        """Take the values of `tensors` of another time. copies_seen: as it was then."""
+        self.ready()
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        self.turn = turn
+        self._seen = (_look(self.sae.W_enc), _look(self.sae.W_dec)) if copies_seen else None
 
     @cached_property
     def _began_with(self) -> dict[str, tuple]:

@@ -5,9 +5,8 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,189 @@ from torch import Tensor
 
 from ..activations import batches
 from ..activations.moments import check_activations, chunks
+from ..activations.statistics import SiteStatistics
 from ..checks import check_int, check_type
-from ..errors import TrainingFailedError
 from ..formats.files import as_path, atomic_write
 from ..formats.release import gemma_scope_path
 from ..saes import JumpReLUSAE
 from ..sites import Site
+from .company import GIVE_UP_AFTER, Company
 from .config import TrainConfig
+from .memory import SuiteMemory
+from .snapshot import check_keys
+from .spec import SAESpec
 from .trainer import SAETrainer
+from .unfold import check_fits, load
 
 LOG_EVERY = 10
-# Updates withheld one after another before an SAE gives up.
-GIVE_UP_AFTER = 10
 LOG_FILE, SAES_FOLDER = "train_log.jsonl", "saes"
 # Of the training activations, so many are the rows that the L0 in a file's name is measured on without others.
 L0_ROWS = 20_000
 
 Log = Callable[[int, dict[str, dict[str, float]] | None], None]
+
+
+class Suite(Company[str]):
+    """The SAEs of ``specs`` in training, several at a site if need be, with the `SiteStatistics` of every site.
+
+    ``trainers`` {name: SAETrainer}, ``parked`` {name: why it gave up}, ``finished``, the names of those that have taken
+    the steps of their recipe, and ``active``, the others, in the order of the specs. What one of them becomes does not
+    depend on which others there are, bit for bit: on a CPU each step is computed by ``threads`` threads, side by side
+    on as many as PyTorch has when the suite is made.
+
+    model_name: for the metadata of the SAEs. Raises ValueError for no spec, two of one name, a site without statistics
+    and an ``init_from`` of another width, ValueError or TypeError on other bad arguments, BadFileError for an
+    ``init_from`` that cannot be read, and EnvironmentProblemError as `SAETrainer`.
+
+        with closing(Suite(specs, statistics, model_name="google/gemma-2-2b")) as suite:
+            for batch in feed.batches():
+                suite.update(batch)
+                if not suite.active:
+                    break
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[SAESpec],
+        statistics: Mapping[Site, SiteStatistics],
+        *,
+        model_name: str,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        threads: int = 1,
+    ):
+        self.specs = _checked(specs)
+        check_type("statistics", statistics, Mapping)
+        check_type("model_name", model_name, str)
+        check_int("threads", threads, 1)
+        for spec in self.specs.values():
+            if spec.site not in statistics:
+                raise ValueError(f"statistics: expected those of every SAE's site, {spec.site} is missing")
+            check_type(f"statistics[{spec.site}]", statistics[spec.site], SiteStatistics)
+        trainers = {}
+        for name, spec in self.specs.items():
+            metadata = site_metadata(model_name, spec.site)
+            options = {"impl": impl, "device": device, "metadata": metadata}
+            if spec.init_from is not None:
+                metadata["init_from"] = spec.init_from
+                options["init_from"] = load(spec.init_from)
+                sizes = len(statistics[spec.site].mean), spec.config.d_sae
+                check_fits(f"init_from of {name}, {spec.init_from!r}", options["init_from"], *sizes)
+            trainers[name] = SAETrainer(spec.config, statistics[spec.site], **options)
+        super().__init__(trainers, {name: spec.site for name, spec in self.specs.items()}, threads)
+        self.finished = {name for name, spec in self.specs.items() if not spec.config.steps}
+        self._last = self.active
+
+    @property
+    def step(self) -> int:
+        """Batches so far."""
+        return max(trainer.step for trainer in self.trainers.values())
+
+    def update(self, batch: Mapping[Site, Tensor]) -> None:
+        """Give a batch {site: [N ≥ 1, width]} to every active SAE, floats of any precision on any device.
+
+        An SAE whose step raises an Exception, or whose last `GIVE_UP_AFTER` updates were withheld, is parked, with a
+        RuntimeWarning, and gets no more batches; so does one that has taken the steps of its recipe. The others go on
+        as they would without it. Raises ValueError or TypeError, before any step, for a batch that lacks a site or is
+        not of its width and when no SAE is active; TrainingFailedError when all are parked.
+        """
+        names = self.active
+        if not names:
+            raise ValueError("update: expected an active SAE, found none: all have taken their steps or gave up")
+        rows = self.rows("batch", batch, names)
+        for name, x in zip(names, rows, strict=True):
+            self.trainers[name].check_batch(x, f"batch[{self.specs[name].site}]")
+        errors = self.take(names, rows)
+        gone = {name: _what(name, error, self.trainers[name].step) for name, error in errors.items()}
+        for name in names:
+            if name in gone:
+                continue
+            trainer, steps = self.trainers[name], self.specs[name].config.steps
+            skipped, patience = trainer.withheld_in_a_row, GIVE_UP_AFTER
+            if trainer.step >= steps:
+                trainer.flush()
+                skipped, patience = trainer.skipped_in_a_row, min(GIVE_UP_AFTER, steps)
+            if skipped >= patience:
+                gone[name] = self.why(name, skipped) + ": it gave up"
+            elif trainer.step >= steps:
+                self.finished.add(name)
+                if skipped:
+                    warnings.warn(self.why(name, skipped), RuntimeWarning, stacklevel=2)
+        self._last = [name for name in names if name not in gone]
+        self.park(gone)
+        for message in gone.values():
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """{name: `SAETrainer.report`} of the SAEs that took part in the last update, but for those parked in it."""
+        return {name: self.trainers[name].report() for name in self._last}
+
+    def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """{name: tensors} of all but those parked, in their own memory, and facts of JSON: what `restore` takes."""
+        parts, facts = {}, {}
+        for name, trainer in self.trainers.items():
+            if name not in self.parked:
+                parts[name], facts[name] = trainer.snapshot()
+        return parts, {"saes": facts, "parked": dict(self.parked), "finished": sorted(self.finished)}
+
+    def restore(self, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+        """Become what the suite of `snapshot` was; those that were parked stay as they are here.
+
+        Raises ValueError or TypeError, saying the difference, for a snapshot of other SAEs, recipes or sizes; then
+        nothing is changed.
+        """
+        check_keys("facts", facts, ("saes", "parked", "finished"))
+        parked, finished = facts["parked"], facts["finished"]
+        check_type("facts.parked", parked, Mapping)
+        check_type("facts.finished", finished, list)
+        check_keys("facts: SAEs", {**facts["saes"], **parked}, self.trainers)
+        check_keys("parts", parts, facts["saes"])
+        for name in parts:
+            try:
+                self.trainers[name].check_snapshot(parts[name], facts["saes"][name])
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{name}: {error}") from error
+        for name in parts:
+            self.trainers[name].restore(parts[name], facts["saes"][name])
+        self.parked, self.finished = dict(parked), set(finished)
+        self._last = self.active
+
+    @staticmethod
+    def memory(specs: Sequence[SAESpec], widths: Mapping[Site, int], device: torch.device | str = "cpu") -> SuiteMemory:
+        """What training the SAEs of ``specs`` takes on that device, widths {site: d_model}; as many of their steps at a
+        time as PyTorch has threads on a CPU, and one on a GPU."""
+        found = _checked(specs).values()
+        check_type("widths", widths, Mapping)
+        for spec in found:
+            if spec.site not in widths:
+                raise ValueError(f"widths: expected that of every SAE's site, {spec.site} is missing")
+        at_once = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+        return SuiteMemory.of((SAETrainer.memory(spec.config, widths[spec.site], device) for spec in found), at_once)
+
+
+def _checked(specs: Any) -> dict[str, SAESpec]:
+    """The specs by name."""
+    if not isinstance(specs, Sequence):
+        raise TypeError(f"specs: expected a sequence of SAESpec, got {type(specs).__name__}")
+    if not specs:
+        raise ValueError("specs: expected at least one SAE, got none")
+    by_name: dict[str, SAESpec] = {}
+    for spec in specs:
+        check_type("specs", spec, SAESpec)
+        if spec.name in by_name:
+            raise ValueError(f"specs: expected a name of its own for each SAE, got two of {spec.name!r}")
+        by_name[spec.name] = spec
+    return by_name
+
+
+def _what(name: str, error: Exception, step: int) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{name}: {type(error).__name__} in its update after step {step}: {reason}: it gave up"
+
+
+def site_metadata(model_name: str, site: Site) -> dict[str, Any]:
+    """What an SAE's metadata says of what it was trained on."""
+    return {"model": model_name, "site": site.name, "layer": site.layer}
 
 
 def train_suite(
@@ -116,7 +281,7 @@ def make_trainers(
             config,
             rows,
             impl=impl,
-            metadata={"model": model_name, "site": site.name, "layer": site.layer},
+            metadata=site_metadata(model_name, site),
             device=device,
         )
         for site, rows in samples.items()
@@ -189,66 +354,30 @@ def train(
     if not isinstance(stream, Iterable) or isinstance(stream, Tensor):
         raise TypeError(f"stream: expected an iterable of batches, got {type(stream).__name__}")
     _check_log(log_every, log)
-    training, gave_up, steps = dict(trainers), dict[Site, str](), 0
+    steps, company = 0, Company(trainers, {site: site for site in trainers}, None)
 
-    def part(patience: int) -> None:
-        """From those that made none of their last ``patience`` updates."""
-        for site, trainer in list(training.items()):
-            if trainer.skipped_in_a_row >= patience:
-                gave_up[site] = _why(site, training.pop(site)) + ": it gave up"
-        if not training:
-            raise TrainingFailedError("; ".join(gave_up.values()))
+    def part(skipped: Mapping[Site, int], patience: int) -> None:
+        gone = {site: company.why(site, n) + ": it gave up" for site, n in skipped.items() if n >= patience}
+        company.park(gone)
 
-    with _updating(training) as update:
+    with closing(company):
         for batch in stream:
-            update(batch)
+            active = company.active
+            for error in company.take(active, company.rows("stream", batch, active)).values():
+                raise error
             steps += 1
-            step = next(iter(training.values())).step
-            log(step, None if step % log_every else {str(site): each.report() for site, each in training.items()})
-            part(GIVE_UP_AFTER)
-    for trainer in training.values():
-        trainer.flush()
+            step = trainers[active[0]].step
+            log(step, None if step % log_every else {str(site): trainers[site].report() for site in active})
+            part({site: trainers[site].withheld_in_a_row for site in active}, GIVE_UP_AFTER)
+    left = company.active
+    for site in left:
+        trainers[site].flush()
+    skipped = {site: trainers[site].skipped_in_a_row for site in left}
     if steps:
-        part(min(GIVE_UP_AFTER, steps))
-    for message in gave_up.values():
+        part(skipped, min(GIVE_UP_AFTER, steps))
+    for message in company.parked.values():
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    for site, trainer in training.items():
-        if trainer.skipped_in_a_row:
-            warnings.warn(_why(site, trainer), RuntimeWarning, stacklevel=2)
-    return gave_up
-
-
-def _why(site: Site, trainer: SAETrainer) -> str:
-    n = trainer.skipped_in_a_row
-    return (
-        f"{site}: the loss or the gradients were not finite in the last {n} updates, up to step {trainer.step}; "
-        "lower the learning rate, or look for activations that are not finite"
-    )
-
-
-@contextmanager
-def _updating(trainers: Mapping[Site, SAETrainer]) -> Iterator[Callable[[Mapping[Site, Tensor]], object]]:
-    """Gives every trainer its batch. On a CPU as many SAEs are trained side by side as PyTorch has threads, each by one
-    of them: small operations keep a second thread waiting more than working."""
-    threads = torch.get_num_threads()
-
-    def rows(batch: Mapping[Site, Tensor], site: Site) -> Tensor:
-        if not isinstance(batch, Mapping):
-            raise TypeError(f"stream: expected batches {{site: activations}}, got {type(batch).__name__}")
-        if site not in batch:
-            raise ValueError(f"stream: expected batches of every trainer's site, {site} is missing")
-        return batch[site]
-
-    if min(threads, len(trainers)) == 1 or any(trainer.sae.W_dec.is_cuda for trainer in trainers.values()):
-
-        def update(batch: Mapping[Site, Tensor]) -> None:
-            for site, trainer in trainers.items():
-                trainer.update(rows(batch, site))
-
-        yield update
-        return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield lambda batch: list(pool.map(lambda site: trainers[site].update(rows(batch, site)), trainers))
-        finally:
-            torch.set_num_threads(threads)  # for threads that start later
+    for site in company.active:
+        if skipped[site]:
+            warnings.warn(company.why(site, skipped[site]), RuntimeWarning, stacklevel=2)
+    return company.parked

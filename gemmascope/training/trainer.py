@@ -2,13 +2,15 @@
 
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activations.moments import moments
+from ..activations.statistics import SiteStatistics
 from ..checks import check_device, check_floating, check_int, check_type, dtype_name
 from ..errors import EnvironmentProblemError
 from ..kernels import Rule, implementations
@@ -16,14 +18,20 @@ from ..kernels import density as densities
 from ..saes import JumpReLUSAE
 from .config import TrainConfig
 from .memory import TrainingMemory, available_memory, training_memory
+from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
+from .unfold import check_fits, unfolded
 
 # Steps that a GPU is given before the host looks at the figures of the first of them.
 RUN_AHEAD = 4
 # Room for entries is made in these units, half as much again as were seen.
 CAPACITY_UNIT = 4096
 CAPACITY_MARGIN = 1.5
+FACTS = (
+    *("config", "input_scale", "pre_encoder_bias", "step", "route", "capacity", "turn", "copies_seen", "figures"),
+    *("skipped_in_a_row", "decided", "due"),
+)
 # Of the mean squared norm: less than that the rounding of fp32 hides, in which the SAE is trained.
 LEAST_VARIANCE = 1e-9
 
@@ -46,6 +54,18 @@ def _to_host(packed: Tensor) -> "tuple[Tensor, torch.cuda.Event | None]":
     return copy, copied
 
 
+@dataclass(frozen=True)
+class _Decision:
+    """What the figures of a step decide on, once `run_ahead` steps more were given to the device: no sooner, whenever
+    the host looked at them, so that looking changes nothing."""
+
+    step: int
+    density: float
+    """Entries of each pair of token and latent; that, and the next, of the last update that was made."""
+    n_entries: float
+    skipped_in_a_row: int
+
+
 @dataclass
 class _Job:
     """A step the device has been given, with what it takes to give it again."""
@@ -57,7 +77,7 @@ class _Job:
     copied: "torch.cuda.Event | None"
 
 
-def _check_activations(name: str, x: Tensor, width: int | None = None) -> None:
+def check_rows(name: str, x: Tensor, width: int | None = None) -> None:
     """Raise ValueError or TypeError unless x is [N, width] floats; any precision and any device will do."""
     check_floating(name, x)
     if x.ndim != 2 or (width is not None and x.shape[1] != width):
@@ -66,13 +86,40 @@ def _check_activations(name: str, x: Tensor, width: int | None = None) -> None:
         raise ValueError(f"{name}: expected activations, got a tensor on meta, which holds none")
 
 
+def _moments(sample: "Tensor | SiteStatistics") -> tuple[Tensor, float]:
+    """Mean [d_model] and variance of a sample, or as they were measured; ValueError for what sets no scale."""
+    if isinstance(sample, SiteStatistics):
+        mean, variance = sample.mean, sample.variance
+        check_floating("sample.mean", mean)
+        if mean.ndim != 1 or not len(mean):
+            raise ValueError(f"sample.mean: expected shape [d_model ≥ 1], got {list(mean.shape)}")
+        if not (mean.isfinite().all() and math.isfinite(variance)):
+            raise ValueError("sample: expected a finite mean and variance, found NaN or Inf")
+    else:
+        check_rows("sample", sample)
+        if 0 in sample.shape:
+            raise ValueError(f"sample: expected shape [N ≥ 1, d_model ≥ 1], got {list(sample.shape)}")
+        mean, variance = moments("sample", sample)
+    mean_square = variance + mean.square().sum().item()
+    if not variance > LEAST_VARIANCE * mean_square:
+        raise ValueError(
+            f"sample: expected activations that vary, got a variance of {variance:.3g} "
+            f"and a mean squared norm of {mean_square:.3g}"
+        )
+    return mean, variance
+
+
 class SAETrainer:
     """One SAE, its optimiser state and its counters.
 
-    sample: [n ≥ 1, d_model] floats, the activations that set the input scale C (mean squared norm 1 after division),
-    and, with ``b_dec_init="mean"``, b_dec. Raises ValueError when they are
-    not finite, are all zero or do not vary, ValueError or TypeError on other bad arguments, and EnvironmentProblemError
-    when there is no such device or too little free memory on it.
+    sample: [n ≥ 1, d_model] floats, or the `SiteStatistics` of such: the activations that set the input scale C (mean
+    squared norm or variance 1 after division, by ``scale_by``), and, with ``b_dec_init="mean"``, b_dec. Raises
+    ValueError when they are not finite, are all zero or do not vary, ValueError or TypeError on other bad arguments,
+    and EnvironmentProblemError when there is no such device or too little free memory on it.
+
+    init_from: an SAE to go on from, folded or not, instead of random weights: in the units of this run it computes the
+    same at first, up to rounding, its decoder rows scaled to unit norm (`unfold.unfolded`). It is left as it is. Raises
+    ValueError for one of another ``d_model`` or ``d_sae``.
 
     dtype: fp64 is for comparisons, on a CPU.
 
@@ -87,35 +134,31 @@ class SAETrainer:
     def __init__(
         self,
         config: TrainConfig,
-        sample: Tensor,
+        sample: Tensor | SiteStatistics,
         *,
+        init_from: JumpReLUSAE | None = None,
         impl: str = "auto",
         metadata: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         check_type("config", config, TrainConfig)
-        _check_activations("sample", sample)
-        if 0 in sample.shape:
-            raise ValueError(f"sample: expected shape [N ≥ 1, d_model ≥ 1], got {list(sample.shape)}")
         if dtype not in MASTER_DTYPES:
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
             raise TypeError(f"dtype: expected float32 or float64, got {found}")
         device = check_device("device", "cpu" if device is None else device)
-        mean, variance = moments("sample", sample)
-        mean_square = variance + mean.square().sum().item()
-        if variance <= LEAST_VARIANCE * mean_square:
-            raise ValueError(
-                f"sample: expected activations that vary, got a variance of {variance:.3g} "
-                f"and a mean squared norm of {mean_square:.3g}"
-            )
-        scale = math.sqrt(mean_square)
+        mean, variance = _moments(sample)
+        d_model = len(mean)
+        if init_from is not None:
+            check_fits("init_from", init_from, d_model, config.d_sae)
+        of_mean = 0.0 if config.scale_by == "variance" else mean.square().sum().item()
+        scale = math.sqrt(variance + of_mean)
         self.config = config
-        memory, self._available = self.memory(config, sample.shape[1], device), available_memory(device)
+        memory, self._available = self.memory(config, d_model, device), available_memory(device)
         if self._available and memory.total > self._available:
             raise EnvironmentProblemError(memory.advice(self._available))
         sae = JumpReLUSAE(
-            sample.shape[1],
+            d_model,
             config.d_sae,
             input_scale=scale,
             threshold_init=config.threshold_init,
@@ -125,18 +168,22 @@ class SAETrainer:
             device=device,
             dtype=dtype,
         )
-        if config.b_dec_init == "mean":
-            with torch.no_grad():
+        with torch.no_grad():
+            if init_from is not None:
+                for name, value in unfolded(init_from, scale).items():
+                    getattr(sae, name).copy_(value)
+            elif config.b_dec_init == "mean":
                 sae.b_dec.copy_(mean / scale)
         self.state = TrainState.start(sae, config.compute_dtype)
         self.step = 0
         self.route = "dense" if config.route == "auto" else config.route
         self.capacity: int | None = None
-        self._n_entries = 0.0  # of the last update that was made
         self.figures: dict[str, float] = {}
         self.skipped_in_a_row = 0
         self.run_ahead = steps_ahead(sae.W_dec.device)
         self._pending: deque[_Job] = deque()
+        self._due: deque[_Decision] = deque()
+        self._decided = _Decision(-1, 0.0, 0.0, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which hold every step given so far and none in flight."""
@@ -162,19 +209,33 @@ class SAETrainer:
         On a GPU it returns before the step is made. Raises ValueError or TypeError for another batch, ValueError for an
         SAE that is not what it was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
         """
-        _check_activations("x", x_raw, len(self.state.b_dec_v))
-        if x_raw.shape[0] == 0:
-            raise ValueError("x: expected at least one token, got an empty batch")
-        x = x_raw.to(self.state.b_dec_v) / self.sae.input_scale
+        self.check_batch(x_raw)
+        given = x_raw.detach()
+        x = given.to(self.state.b_dec_v)
+        x = x / self.sae.input_scale if x is given else x.div_(self.sae.input_scale)
         self._launch(x, self.step, self.route)
         self.step += 1
         while len(self._pending) > self.run_ahead:
             self._retire()
+        self._decide()
+
+    def check_batch(self, x_raw: Tensor, name: str = "x") -> None:
+        """Raise ValueError or TypeError naming ``name`` for a batch that `update` would not take."""
+        check_rows(name, x_raw, len(self.state.b_dec_v))
+        if x_raw.shape[0] == 0:
+            raise ValueError(f"{name}: expected at least one token, got an empty batch")
 
     def flush(self) -> None:
         """Wait for every step that was given to the device."""
         while self._pending:
             self._retire()
+
+    def stop(self) -> None:
+        """Make the steps under way, or forget them where that is an error."""
+        try:
+            self.flush()
+        except Exception:  # that for which it is stopped
+            self._pending.clear()
 
     def _launch(self, x: Tensor, step: int, route: str) -> None:
         config, state, sae = self.config, self.state, self.sae
@@ -203,7 +264,7 @@ class SAETrainer:
         if self.state.impl not in implementations.NEED_CAPACITY:
             return None
         if self.capacity is None:
-            self._make_room(self._n_entries or 64 * n_tokens)
+            self._make_room(self._decided.n_entries or 64 * n_tokens)
         return self.capacity
 
     def _make_room(self, n_entries: float) -> None:
@@ -221,13 +282,26 @@ class SAETrainer:
                 self._make_room(figures["n_entries"])
             self._repeat(deque([job, *self._pending]))
             return
-        self.figures = figures
+        self.figures = figures | {"n_tokens": float(len(job.x))}
         self.skipped_in_a_row = 0 if figures["made"] else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row:
-            return
-        self._n_entries = figures["n_entries"]
-        if self.config.route == "auto":
-            self._choose_route(self._n_entries / (len(job.x) * self.sae.d_sae))
+        last = self._due[-1] if self._due else self._decided
+        if figures["made"]:
+            n_pairs = len(job.x) * self.sae.d_sae
+            last = replace(last, density=figures["n_entries"] / n_pairs, n_entries=figures["n_entries"])
+        self._due.append(replace(last, step=job.step, skipped_in_a_row=self.skipped_in_a_row))
+
+    def _decide(self) -> None:
+        """Take the decisions that are due."""
+        while self._due and self._due[0].step + self.run_ahead < self.step:
+            self._decided = self._due.popleft()
+            if self.config.route == "auto" and not self._decided.skipped_in_a_row:
+                self._choose_route(self._decided.density)
+
+    @property
+    def withheld_in_a_row(self) -> int:
+        """`skipped_in_a_row` as of ``run_ahead`` steps ago, whatever the host has seen since: for what must not depend
+        on when it looked."""
+        return self._decided.skipped_in_a_row
 
     def _repeat(self, jobs: deque[_Job]) -> None:
         self._pending.clear()
@@ -249,17 +323,65 @@ class SAETrainer:
 
     def report(self) -> dict[str, float]:
         """The figures of the last step, measured on its batch before its update. ``fvu`` and ``median_fvu`` are what
-        `evaluation.evaluate_sae` gives of those rows, up to rounding. Raises ValueError when there was none."""
+        `evaluation.evaluate_sae` gives of those rows, up to rounding; ``window`` is the share of the batch's entries
+        that lie below θ, through which L0 answers to λ, and ``threshold`` the mean θ, after the update, in units of C.
+        ``target_l0`` is there where the loss has one. Raises ValueError when there was no step."""
         self.flush()
-        if not self.figures:
+        figures, config = self.figures, self.config
+        if not figures:
             raise ValueError("report: expected at least one update before it, got none")
-        return {
-            "loss": self.figures["loss"],
-            "l0": self.figures["l0"],
-            "fvu": self.figures["fvu"],
-            "median_fvu": self.figures["median_fvu"],
-            "dead": (self.state.tokens_since_fired >= self.config.dead_after_tokens).double().mean().item(),
-            "skipped": int(self.figures["skipped"]),
-            "lr": self.config.learning_rate_at(self.step - 1),
-            "l0_coefficient": self.config.l0_coefficient_at(self.step - 1),
+        n_entries = figures["n_entries"]
+        row = {name: figures[name] for name in ("loss", "l0", "fvu", "median_fvu")}
+        row |= {
+            "dead": (self.state.tokens_since_fired >= config.dead_after_tokens).double().mean().item(),
+            "skipped": int(figures["skipped"]),
+            "lr": config.learning_rate_at(self.step - 1),
+            "l0_coefficient": config.l0_coefficient_at(self.step - 1),
+            "window": max(0.0, 1 - figures["l0"] * figures["n_tokens"] / n_entries) if n_entries else 0.0,
+            "threshold": self.sae.threshold.detach().double().mean().item(),
         }
+        return row if config.loss.target_l0 is None else row | {"target_l0": config.loss.target_l0}
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that `restore` needs to go on with the same bits, every step so far made: the tensors of the state, in
+        their own memory, to be copied before the next step, and facts of JSON without NaN."""
+        self.flush()
+        facts = {
+            "config": self.config.to_dict(),
+            "input_scale": self.sae.input_scale,
+            "pre_encoder_bias": self.sae.pre_encoder_bias,
+            "step": self.step,
+            "route": self.route,
+            "capacity": self.capacity,
+            "turn": self.state.turn,
+            "copies_seen": self.state.copies_seen,
+            "figures": packed(self.figures),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "decided": asdict(self._decided),
+            "due": [asdict(decision) for decision in self._due],
+        }
+        return self.state.tensors(), facts
+
+    def check_snapshot(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checked:
+        """The facts as `restore` sets them. Raises as that does."""
+        check_keys("facts", facts, FACTS)
+        check_same("config", facts["config"], self.config.to_dict())
+        chosen = self.config.route
+        found = check_facts(facts, ("dense", "sparse") if chosen == "auto" else (chosen,))
+        check_tensors(tensors, self.state.tensors())
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Become what the trainer of `snapshot` was, steps in flight forgotten.
+
+        Raises ValueError or TypeError, saying the difference, for a snapshot of another recipe, of other tensors,
+        shapes or dtypes, or of other facts; then nothing is changed.
+        """
+        found = self.check_snapshot(tensors, facts)
+        self._pending.clear()
+        self.state.put(tensors, found["turn"], found["copies_seen"])
+        self.sae.input_scale, self.sae.pre_encoder_bias = found["input_scale"], found["pre_encoder_bias"]
+        for name in ("step", "route", "capacity", "figures", "skipped_in_a_row"):
+            setattr(self, name, found[name])
+        self._decided = _Decision(**found["decided"])
+        self._due = deque(_Decision(**decision) for decision in found["due"])
