@@ -7,6 +7,7 @@ import pytest
 from gemmascope.training.config import (
     L0_COEFFICIENTS,
     SHORT_L0_COEFFICIENTS,
+    SMALL_L0_COEFFICIENTS,
     SPARSITIES,
     TARGETED,
     Loss,
@@ -56,6 +57,23 @@ def test_the_schedules_of_a_short_run_take_their_share_of_it():
     assert schedules(TrainConfig.short(steps=200, lr_warmup_steps=7)) == (7, 75, 85)
 
 
+def test_small_aims_at_an_l0_of_the_batch_in_units_of_variance():
+    config = TrainConfig.small(steps=200, target_l0=10, seed=3)
+    assert (config.scale_by, config.b_dec_init, config.seed) == ("variance", "mean", 3)
+    assert (config.loss.sparsity, config.loss.l0_of, config.loss.target_l0) == ("quadratic_l0", "batch", 10)
+    assert TrainConfig.small().loss.target_l0 == 40
+    assert TrainConfig.small(sparsity="l0").loss.target_l0 is None
+    assert TrainConfig.small(loss=Loss(0.25)).loss == Loss(0.25)
+
+
+def test_lambda_of_small_rises_to_the_last_update():
+    config = TrainConfig.small(steps=200)
+    rising = [config.l0_coefficient_at(step) for step in range(200)]
+    assert rising == sorted(set(rising))
+    assert rising[0] == 0
+    assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.01)
+
+
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_each_kind_of_penalty_has_its_own_coefficient(sparsity):
     target = {"target_l0": 5} if sparsity in TARGETED else {}
@@ -65,6 +83,7 @@ def test_each_kind_of_penalty_has_its_own_coefficient(sparsity):
     for recipe, coefficients in (
         (TrainConfig.gemma_scope, L0_COEFFICIENTS),
         (TrainConfig.short, SHORT_L0_COEFFICIENTS),
+        (TrainConfig.small, SMALL_L0_COEFFICIENTS),
     ):
         assert recipe(**changes).loss.l0_coefficient == coefficients[sparsity]
         assert recipe(**changes, l0_coefficient=0.25).loss.l0_coefficient == 0.25
