@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import rich.console
 import rich.table
@@ -76,7 +76,8 @@ def demo(
 
 
 ConfigFile = Annotated[
-    Path | None, typer.Argument(metavar="[CONFIG.toml]", help="What to train; not needed with --preset.", show_default=False)
+    Path | None,
+    typer.Argument(metavar="[CONFIG.toml]", help="What to train; not needed with --preset.", show_default=False),
 ]
 Preset = Annotated[str | None, typer.Option(help="Start from a recipe: small, gemma-scope-2b-16k, … (see docs).")]
 Overrides = Annotated[
@@ -96,9 +97,7 @@ def train(
     allow_environment_change: Annotated[
         bool, typer.Option("--allow-environment-change", help="Go on with other versions or another device.")
     ] = False,
-    allow_model_change: Annotated[
-        bool, typer.Option("--allow-model-change", help="Go on with another model.")
-    ] = False,
+    allow_model_change: Annotated[bool, typer.Option("--allow-model-change", help="Go on with another model.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train SAEs at many sites of a Gemma at once; the same command goes on where it was stopped."""
@@ -112,7 +111,9 @@ def train(
         console.print(found.text(), markup=False, soft_wrap=True, end="")
         found.refuse()
         return
-    allow = [name for name, allowed in (("environment", allow_environment_change), ("model", allow_model_change)) if allowed]
+    allow = [
+        name for name, allowed in (("environment", allow_environment_change), ("model", allow_model_change)) if allowed
+    ]
     results = train_suite(
         settings,
         fresh=fresh,
@@ -126,8 +127,8 @@ def train(
 
 @app.command()
 def harvest(
+    out: Annotated[Path, typer.Option(help="Folder of the store.", show_default=False)],
     config: ConfigFile = None,
-    out: Annotated[Path, typer.Option(help="Folder of the store.", show_default=False)] = ...,  # type: ignore[assignment]
     preset: Preset = None,
     overrides: Overrides = None,
     debug: Debug = False,
@@ -142,7 +143,9 @@ def harvest(
     )
 
 
-def suite_config(kind: Any, file: Path | None, preset: str | None, overrides: list[str] | None, out: Path | None) -> Any:
+def suite_config(
+    kind: Any, file: Path | None, preset: str | None, overrides: list[str] | None, out: Path | None
+) -> Any:
     """The config of a command: a file, a preset or both, and what its options say."""
     if file is None and preset is None:
         raise ValueError("config: expected a file or --preset, got neither")

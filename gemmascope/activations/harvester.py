@@ -107,6 +107,12 @@ class Harvester:
         """The most tokens that a superblock can have."""
         return self._rows_per_block * self._rows.context
 
+    def tokens(self, block: int) -> int:
+        """How many tokens superblock ``block`` has; the model does not run."""
+        check_int("block", block, 0)
+        rows = self._order.block(block, self._rows_per_block)
+        return int(self._input.counted(self._rows.train(rows), None).sum())
+
     @without_autocast
     @torch.no_grad()
     def fill(self, block: int, ring: Ring) -> None:

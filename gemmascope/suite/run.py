@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..activations import sample_rows
+from ..activations import ActivationStore, TokenRows, harvest_to_store, sample_rows
 from ..checks import check_choice, check_type
 from ..errors import TrainingFailedError
 from ..evaluation import judge_suite, language_model_loss
@@ -28,8 +28,9 @@ from ..sites.decoder import find_decoder
 from ..training.checkpoint import differences
 from .config import SuiteConfig
 from .finish import SAES_FOLDER, held_out_l0, save_suite
-from .plan import Plan
-from .prepare import Prepared, prepare, say
+from .model import load_architecture, load_model
+from .plan import Plan, make_plan
+from .prepare import TOKENS, Prepared, prepare, say
 from .stopping import Stop, Stopped, stopping
 from .training import CHECKPOINTS, Trained, restored, train
 
@@ -73,6 +74,46 @@ def train_suite(
         except Stopped:
             say(f"{config.run.out}: stopped; the same command goes on from there")
             return None
+
+
+def plan_suite(config: SuiteConfig) -> Plan:
+    """What a run of ``config`` would take. Nothing is written, tokenised or fetched but the model's config.json.
+
+    A model in a folder is run for a second or two to measure it; of one on the hub the sizes alone are told. Raises as
+    `make_plan`, and as `load_model` or `load_architecture`.
+    """
+    check_type("config", config, SuiteConfig)
+    local = os.path.isdir(config.model.name)
+    loaded = (load_model if local else load_architecture)(config.model, config.run.device)
+    tokens = Path(config.run.out) / TOKENS
+    rows = TokenRows.open(tokens) if (tokens / "manifest.json").exists() else None
+    return make_plan(config, loaded, rows)
+
+
+def harvest_suite(config: SuiteConfig, out: str | os.PathLike) -> ActivationStore:
+    """Write to the folder ``out`` the activations that `train_suite` of ``config`` would see, as it takes ``store``.
+
+    The text is tokenised into the folder of the run, where the training finds it. The same call goes on where it was
+    stopped. Raises as `train_suite` and `harvest_to_store`.
+    """
+    check_type("config", config, SuiteConfig)
+    with Run(config.run.out, kind="training") as work:
+        prepared = prepare(config, work.folder)
+        harvester = prepared.harvester()
+        blocks, steps = 0, 0
+        while steps < config.steps:
+            # As if a hundredth of the tokens were outliers, of which there are far fewer.
+            kept = int(harvester.tokens(blocks) * (1 if config.activations.drop_norm is None else 0.99))
+            if kept < config.suite.batch_size:
+                raise ValueError(
+                    f"activations.ring_tokens: expected at least one batch of {config.suite.batch_size} tokens in "
+                    f"every superblock, found {kept} in superblock {blocks}"
+                )
+            steps, blocks = steps + kept // config.suite.batch_size, blocks + 1
+        with StageProgress("Activations", blocks, "superblock") as bar:
+            return harvest_to_store(
+                harvester, out, blocks=blocks, dtype=getattr(torch, config.activations.dtype), progress=bar.update
+            )
 
 
 def _forget(folder: Path) -> None:

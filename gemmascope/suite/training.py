@@ -3,7 +3,6 @@
 import contextlib
 import os
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..reporting.trackers import open_trackers
 from ..sites import Site
 from ..training import Suite
 from ..training.checkpoint import Checkpoint, Checkpoints
-from ..training.saturation import HISTORY, saturated
+from ..training.saturation import History, saturated
 from .memory import DEVICE
 from .plan import Plan
 from .prepare import Prepared, say
@@ -168,7 +167,7 @@ class _Loop:
         self.config, self.trained, self.feed, self.checkpoints = prepared.config, trained, feed, checkpoints
         self.seconds = {"steps": 0.0}
         self._before = dict(trained.seconds)
-        self._history: dict[str, deque[dict[str, float]]] = {}
+        self._history = {spec.name: History() for spec in prepared.specs}
         self._told: set[str] = set()
         self.sites = {spec.name: spec.site for spec in prepared.specs}
         self.log = TrainLog(folder / TRAIN_LOG, self.sites, step=trained.step)
@@ -227,9 +226,9 @@ class _Loop:
         self.log.append(step, rows)
         self.trackers.log(step, {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()})
         for name, row in rows.items():
-            history = self._history.setdefault(name, deque(maxlen=HISTORY))
-            history.append({"step": step, **row})
-            if name not in self._told and (why := saturated(list(history))):
+            history = self._history[name]
+            history.add({"step": step, **row})
+            if name not in self._told and (why := saturated(history.rows)):
                 self._told.add(name)
                 self.warn(f"{name}: {why}")
 

@@ -10,8 +10,8 @@ from gemmascope.errors import BadFileError
 from gemmascope.formats.files import read_json, write_json
 from gemmascope.reporting import read_results
 from gemmascope.reporting.results import read_log
-from gemmascope.suite.run import train_suite
 from gemmascope.sites import Site
+from gemmascope.suite.run import train_suite
 from gemmascope.training import SAETrainer, Suite
 from tests.suite.small_runs import config, hash_of, write_model, write_text
 
