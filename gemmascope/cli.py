@@ -111,13 +111,11 @@ def train(
         console.print(found.text(), markup=False, soft_wrap=True, end="")
         found.refuse()
         return
-    allow = [
-        name for name, allowed in (("environment", allow_environment_change), ("model", allow_model_change)) if allowed
-    ]
+    may_change = {"environment": allow_environment_change, "model": allow_model_change}
     results = train_suite(
         settings,
         fresh=fresh,
-        allow=allow,
+        allow=[name for name, allowed in may_change.items() if allowed],
         store=from_store,
         before=lambda found: console.print(found.text(), markup=False, soft_wrap=True),
     )
@@ -133,7 +131,7 @@ def harvest(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Write the activations that `train` would see to a store, for `train --from-store`; goes on where it was stopped."""
+    """Write the activations that `train` would see to a store, for `train --from-store`; run again, it goes on."""
     with ending_when_interrupted(["harvest"]):
         from .suite import SuiteConfig, harvest_suite
 

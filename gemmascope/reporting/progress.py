@@ -93,7 +93,8 @@ def duration(seconds: float | None) -> str:
 class StageProgress:
     """One bar: ``with StageProgress("Training the model", 500) as bar: bar.update(step, "loss 2.3")``.
 
-    total: steps in all, 0 where that is not known. unit: what a rate counts, ``unit_per_step`` of them a step. console, clock: for tests.
+    total: steps in all, 0 where that is not known. unit: what a rate counts, ``unit_per_step`` of them a step. console,
+    clock: for tests.
     """
 
     def __init__(
