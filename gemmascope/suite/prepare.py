@@ -57,8 +57,8 @@ class Prepared:
             identity=self.loaded.identity,
         )
 
-    def plan(self) -> Plan:
-        return make_plan(self.config, self.loaded, self.rows)
+    def plan(self, measured: bool = True) -> Plan:
+        return make_plan(self.config, self.loaded, self.rows, measured=measured)
 
 
 def prepare(config: SuiteConfig, folder: Path) -> Prepared:
@@ -74,6 +74,7 @@ def prepare(config: SuiteConfig, folder: Path) -> Prepared:
     specs = config.specs(loaded.sites)
     rows = tokens(config.text, loaded.tokenizer, folder / TOKENS)
     tables = config.identity()
+    tables["text"].pop("files", None)  # their content tells; folders may be moved
     impl = choose(config.run.impl, device, torch.float32).impl
     identity = {
         "model": loaded.identity,

@@ -8,8 +8,9 @@ Each arrow is a stage of the run (`runs.Run`); the training has checkpoints with
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,14 +64,39 @@ def train_suite(
     """
     check_type("config", config, SuiteConfig)
     check_type("fresh", fresh, bool)
+    with Run(config.run.out, fresh, kind="training") as work:
+        if fresh:
+            forget(work.folder)
+        return run_suite(config, work, allow=allow, store=store, before=before)
+
+
+def run_suite(
+    config: SuiteConfig,
+    work: Run,
+    *,
+    allow: Collection[str] = (),
+    store: str | os.PathLike | None = None,
+    before: Callable[[Plan], Any] = lambda plan: None,
+    measured: bool = True,
+    after: Sequence[Stage] = (),
+    restart: bool = False,
+    model_facts: Mapping[str, Any] = MappingProxyType({}),
+    started: float | None = None,
+) -> dict[str, Any] | None:
+    """`train_suite` in a run that the caller has opened, whose folder ``config.run.out`` is.
+
+    measured: whether the plan has times. after: stages that made the text or the model. restart: what changed, but for
+    what ``allow`` names, begins another training in the place of the one before, instead of being refused. model_facts:
+    go into ``model`` of the results. started: by `time.monotonic`, when the caller's run began.
+    """
     for name in allow:
         check_choice("allow", name, ALLOWABLE)
-    started = time.monotonic()
-    with Run(config.run.out, fresh, kind="training") as work, stopping() as stop:
+    started = time.monotonic() if started is None else started
+    with stopping() as stop:
         try:
-            if fresh:
-                _forget(work.folder)
-            return _run(config, work, stop, allow, store, before, started)
+            prepared = prepare(config, work.folder)
+            _begin(work.folder, prepared.identity, allow, restart)
+            return _run(prepared, work, stop, store, before, measured, after, model_facts, started)
         except Stopped:
             say(f"{config.run.out}: stopped; the same command goes on from there")
             return None
@@ -116,34 +142,44 @@ def harvest_suite(config: SuiteConfig, out: str | os.PathLike) -> ActivationStor
             )
 
 
-def _forget(folder: Path) -> None:
+def forget(folder: Path) -> None:
+    """Remove what a run goes on from; what it ends with is made again."""
     for name in (CHECKPOINTS, SAES_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (IDENTITY, TRAIN_LOG):
         (folder / name).unlink(missing_ok=True)
 
 
+def _begin(folder: Path, identity: dict[str, Any], allow: Collection[str], restart: bool) -> None:
+    """Go on with the run in ``folder``, if there is one and it is that of ``identity``."""
+    if (folder / IDENTITY).exists():
+        begun = read_json(folder / IDENTITY)
+        if restart and any(differences(begun.get(part, {}), identity[part]) for part in identity if part not in allow):
+            forget(folder)
+        else:
+            _check_unchanged(folder, begun, identity, allow)
+    write_json(folder / IDENTITY, identity)
+
+
 def _run(
-    config: SuiteConfig,
+    prepared: Prepared,
     work: Run,
     stop: Stop,
-    allow: Collection[str],
     store: str | os.PathLike | None,
     before: Callable[[Plan], Any],
+    measured: bool,
+    after: Sequence[Stage],
+    model_facts: Mapping[str, Any],
     started: float,
 ) -> dict[str, Any]:
-    begun = read_json(work.folder / IDENTITY) if (work.folder / IDENTITY).exists() else None
-    prepared = prepare(config, work.folder)
-    if begun is not None:
-        _check_unchanged(work.folder, begun, prepared.identity, allow)
-    write_json(work.folder / IDENTITY, prepared.identity)
-
-    training = work.stage("training", {name: prepared.identity[name] for name in ("config", "text")})
+    config = prepared.config
+    identity = {name: prepared.identity[name] for name in ("config", "text")}
+    training = work.stage("training", identity, after=after)
     trained: Trained | None = None
     if training.done():
         say(f"training: finished before, {training.facts['steps']:,} steps")
     else:
-        plan = prepared.plan()
+        plan = prepared.plan(measured)
         before(plan)
         plan.refuse()
         with training.doing():
@@ -152,8 +188,8 @@ def _run(
             training.keep(work.folder / TRAIN_LOG)
 
     rows = prepared.rows
-    held_out = rows.held_out(_spread(rows.n_held_out, config.evaluate.rows))
-    train_tokens = rows.train(_spread(rows.n_train, config.evaluate.train_rows))
+    held_out = rows.held_out(spread(rows.n_held_out, config.evaluate.rows))
+    train_tokens = rows.train(spread(rows.n_train, config.evaluate.train_rows))
     saved = work.stage("saes", held_out, after=[training])
     if not saved.done():
         with saved.doing():
@@ -168,13 +204,13 @@ def _run(
         say(f"{config.run.out}: finished before; start over with --fresh")
         return read_json(work.folder / RESULTS)
     with judged.doing():
-        saes, frequencies, model_facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out)
+        saes, frequencies, facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out)
         with atomic_write(work.folder / FREQUENCIES) as temporary, open(temporary, "wb") as file:
             arrays: dict[str, Any] = {name: values.numpy() for name, values in frequencies.items()}
             np.savez(file, **arrays)
-        stages = {stage.name: stage.seconds for stage in (training, saved, judged)}
+        stages = {stage.name: stage.seconds for stage in (*after, training, saved, judged)}
         results = {
-            "model": model_facts,
+            "model": facts | dict(model_facts),
             "saes": saes,
             "training": config.to_dict(),
             "statistics": training.facts["statistics"],
@@ -189,8 +225,8 @@ def _run(
     return results
 
 
-def _spread(n: int, rows: int) -> Tensor:
-    """Which of n rows stand for all of them."""
+def spread(n: int, rows: int) -> Tensor:
+    """Which of n rows stand for all of them, int64."""
     return sample_rows(torch.arange(n, dtype=torch.int64, device="cpu"), rows)
 
 
