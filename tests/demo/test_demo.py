@@ -179,7 +179,7 @@ def test_another_environment_is_no_reason_to_begin_again(finished, tmp_path, mon
     identity["environment"]["torch"] = "2.0.0"
     write_json(config.out / "identity.json", identity)
     monkeypatch.setattr(suite, "train", None)
-    assert demo.run(config) == finished[0][1]
+    assert demo.run(config)["saes"] == finished[0][1]["saes"]
     assert "goes on with another environment: torch: the run has '2.0.0'" in " ".join(capsys.readouterr().err.split())
 
 
@@ -268,14 +268,16 @@ def test_damage_is_named_and_deleting_the_file_mends_it(finished, file, damage):
     assert path.read_bytes() == whole
 
 
-def test_damaged_tokens_are_named(finished, tmp_path):
-    config = dataclasses.replace(finished[0][0], out=shutil.copytree(finished[0][0].out, tmp_path / "run"))
+def test_damaged_tokens_are_named(finished):
+    config, _ = finished[0]
     (shard,) = (config.out / "tokens").glob("train-*")
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(BadFileError, match=r"train-00000\.safetensors: "):
-        demo.run(config)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(BadFileError, match=r"train-00000\.safetensors: "):
+            demo.run(config)
+    finally:
+        shard.write_bytes(whole)
 
 
 @pytest.mark.parametrize("owner", [small_gemma, suite], ids=["language model", "suite"])
@@ -303,16 +305,17 @@ def test_a_run_that_was_moved_is_finished_still(finished, tmp_path, monkeypatch)
     monkeypatch.setattr(suite, "train", None)
     monkeypatch.setattr(small_gemma, "train", None)
     monkeypatch.chdir(tmp_path)
-    assert demo.run(dataclasses.replace(config, out=Path("elsewhere"))) == results
+    assert demo.run(dataclasses.replace(config, out=Path("elsewhere")))["saes"] == results["saes"]
 
 
-def test_a_disk_that_is_full_for_the_model(config):
+def test_a_disk_that_is_full_for_the_model(config, corpus):
     """The limit on a file's size stands in for the disk: safetensors fails to write in words of its own."""
+    corpus.write_bytes(corpus.read_bytes()[:20_000])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # the model has 0.2 MB
-        with pytest.raises(EnvironmentProblemError, match=r"text.jsonl|model.safetensors: cannot be written: "):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, before[1]))  # the model has 0.16 MB, the tokens 0.08
+        with pytest.raises(EnvironmentProblemError, match=r"model\.safetensors: cannot be written: "):
             demo.run(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
