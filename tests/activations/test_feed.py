@@ -342,6 +342,29 @@ def test_seconds(monkeypatch):
     assert plain.seconds["waiting"] == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("ring_device", ["cuda", "cpu"])
+@pytest.mark.parametrize("prefetch", [None, False])
+def test_batches_on_a_gpu(ring_device, prefetch):
+    expected = first(feed_of(FakeSource(4000), batch_size=300, drop_norm=3.0), 30)
+    feed = feed_of(
+        FakeSource(4000), batch_size=300, drop_norm=3.0, device="cuda", ring_device=ring_device, prefetch=prefetch
+    )
+    taken = first(feed, 30)
+    assert all(x.is_cuda for batch in taken for x in batch.values())
+    assert_same([{site: x.cpu() for site, x in batch.items()} for batch in taken], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ring_device", ["cuda", "cpu"])
+def test_a_model_on_a_gpu(ring_device):
+    model, rows = gemma2().cuda(), FakeRows()
+    settings = {"seed": 3, "rows_per_block": 4, "forward_rows": 3}
+    feed = feed_of(Harvester(model, rows, SITES, **settings), device="cuda", ring_device=ring_device)
+    again = feed_of(Harvester(model, rows, SITES, **settings), device="cuda")
+    assert_same(first(feed, 9), first(again, 9))
+
+
 # ---- arguments
 
 
@@ -355,7 +378,7 @@ def test_seconds(monkeypatch):
         ({"drop_norm": 0.9}, ValueError, "drop_norm: expected a finite number ≥ 1, got 0.9"),
         ({"drop_norm": math.nan}, ValueError, "drop_norm: expected a finite number ≥ 1, got nan"),
         ({"device": "meta"}, ValueError, "device: expected the CPU or a GPU, got meta"),
-        ({"ring_device": "meta"}, ValueError, "ring_device: expected cpu or cpu, got meta"),
+        ({"ring_device": "meta"}, ValueError, "ring_device: expected the CPU or a GPU, got meta"),
         ({"cursor": (0, -1)}, ValueError, "cursor: batch: expected at least 0, got -1"),
         ({"cursor": (True, 0)}, TypeError, "cursor: superblock: expected an int, got bool"),
         ({"cursor": 3}, TypeError, r"cursor: expected \(superblock, batch\), got 3"),
