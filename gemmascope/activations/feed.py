@@ -78,7 +78,7 @@ class Feed:
         self._block: int | None = None
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
         self.seconds = {"forward": 0.0, "gather": 0.0, "waiting": 0.0}
-        """So far: filling the ring; gathering batches; waiting for a batch that a thread gathers."""
+        """Of the caller's time so far: filling the ring; gathering batches; waiting for one that the thread gathers."""
         self.counts = _checked_counts(counts)
         """Tokens of the superblocks up to the latest batch: harvested, kept, outliers among them, left over."""
         self.outliers_at = dict.fromkeys(source.sites, 0) | dict(outliers_at or {})
@@ -209,7 +209,12 @@ class Feed:
 
     def _gathered(self, pool: ThreadPoolExecutor | None, batches: Tensor) -> Iterator[Batch]:
         if pool is None:
-            yield from map(self._gather, batches)
+            for index in batches:
+                began = time.monotonic()
+                batch = self._gather(index)
+                self.seconds["gather"] += time.monotonic() - began
+                yield batch
+                del batch
             return
         ahead: Future[Batch] | None = pool.submit(self._gather, batches[0])
         for following in (*batches[1:], None):
@@ -222,13 +227,9 @@ class Feed:
             del batch
 
     def _gather(self, index: Tensor) -> Batch:
-        began = time.monotonic()
         if self._copies is not None:
-            batch = self._copies.gather(index)
-        else:
-            batch = {site: x.index_select(0, index) for site, x in self._ring.activations.items()}
-        self.seconds["gather"] += time.monotonic() - began
-        return batch
+            return self._copies.gather(index)
+        return {site: x.index_select(0, index) for site, x in self._ring.activations.items()}
 
     def _count(self, counts: Mapping[str, int], outliers_at: Mapping[Site, int]) -> None:
         for name, count in counts.items():

@@ -152,7 +152,7 @@ class _Pin:
         if code != 0:
             raise EnvironmentProblemError(
                 f"ring: expected to pin {tensor.nbytes} bytes of host memory for the GPU, found CUDA error {code}; "
-                "raise the limit on locked memory (ulimit -l), or take fewer tokens"
+                "take fewer tokens or fewer sites"
             )
         self._tensor, self._unregister = tensor, runtime.cudaHostUnregister  # the memory outlives its pin
 

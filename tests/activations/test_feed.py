@@ -329,17 +329,17 @@ def test_the_thread_ends_with_the_iterator(how):
     assert gather_threads() == []
 
 
-def test_seconds(monkeypatch):
-    feed = feed_of(FakeSource(), prefetch=True)
+@pytest.mark.parametrize(
+    ("prefetch", "spent", "not_spent"), [(True, "waiting", "gather"), (False, "gather", "waiting")]
+)
+def test_seconds(prefetch, spent, not_spent, monkeypatch):
+    feed = feed_of(FakeSource(), prefetch=prefetch)
     gather = feed._gather
-    monkeypatch.setattr(feed, "_gather", lambda index: (time.sleep(0.05), gather(index))[1])
+    monkeypatch.setattr(feed, "_gather", lambda index: (time.sleep(0.02), gather(index))[1])
     assert feed.seconds["forward"] > 0
     first(feed, 3)
-    assert feed.seconds["waiting"] > 0
-    assert feed.seconds["gather"] > 0
-    plain = feed_of(FakeSource())
-    first(plain, 3)
-    assert plain.seconds["waiting"] == 0
+    assert feed.seconds[spent] > 0
+    assert feed.seconds[not_spent] == 0
 
 
 @pytest.mark.gpu
