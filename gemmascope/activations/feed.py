@@ -35,7 +35,7 @@ class Feed:
     ring_device: where the ring is, ``device`` or the CPU; by default ``device``. From a ring on the host a thread
     gathers the next batch into pinned memory and copies it on a stream of its own while a GPU works on the latest.
     prefetch: whether there is that thread, by default where it is of use; the batches are the same either way. With it
-    up to three batches are in memory, without it two.
+    one batch more is in memory than the caller holds.
 
     Raises ValueError and TypeError naming the argument; EnvironmentProblemError when the ring does not fit, for
     activations that are not finite, which are never trained on, and as the source does. The ring is filled with
@@ -198,12 +198,13 @@ class Feed:
                     raise ValueError(
                         f"cursor: expected a batch from 0 to {len(batches) - 1} of superblock {block}, got {first}"
                     )
-                for number, batch in enumerate(self._gathered(pool, batches[first:]), first):
+                for batch in self._gathered(pool, batches[first:]):
                     if self._copies is not None:
                         self._copies.hand_over(batch)
-                    if number == 0:
+                    if self.cursor == (block, 0):
                         self._count(counts, outliers_at)
-                    self.cursor = (block, number + 1) if number + 1 < len(batches) else (block + 1, 0)
+                    number = self.cursor[1] + 1
+                    self.cursor = (block, number) if number < len(batches) else (block + 1, 0)
                     yield batch
                     del batch  # it would live until the next is there
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -329,10 +330,29 @@ def test_the_thread_ends_with_the_iterator(how):
     assert gather_threads() == []
 
 
-@pytest.mark.parametrize(
-    ("prefetch", "spent", "not_spent"), [(True, "waiting", "gather"), (False, "gather", "waiting")]
-)
-def test_seconds(prefetch, spent, not_spent, monkeypatch):
+@pytest.mark.parametrize(("prefetch", "ahead"), [(False, 0), (True, 1)])
+def test_no_batch_is_kept(prefetch, ahead, monkeypatch):
+    feed = feed_of(FakeSource(), prefetch=prefetch)
+    gather, references, alive = feed._gather, [], []
+
+    def counting(index):
+        alive.append(sum(reference() is not None for reference in references))
+        batch = gather(index)
+        references.extend(weakref.ref(x) for x in batch.values())
+        return batch
+
+    monkeypatch.setattr(feed, "_gather", counting)
+    batches = feed.batches()
+    for _ in range(12):
+        next(batches)
+    assert max(alive) <= ahead * len(feed.sites)
+    assert len(references) >= 24
+    feed.close()
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_seconds(prefetch, monkeypatch):
+    spent, not_spent = ("waiting", "gather") if prefetch else ("gather", "waiting")
     feed = feed_of(FakeSource(), prefetch=prefetch)
     gather = feed._gather
     monkeypatch.setattr(feed, "_gather", lambda index: (time.sleep(0.02), gather(index))[1])
