@@ -21,9 +21,8 @@ def columns_that_fit(saes: Sequence[Mapping[str, Any]]) -> tuple[list[Column], l
     def width(column: Column) -> int:
         return GAP + max(len(column.short or ""), *(len(formatted(sae.get(column.key), column.form)) for sae in saes))
 
-    names = (
-        GAP + 1 + sum(GAP + max(len(key), *(len(str(sae[key])) for sae in saes)) for key in ("site", "layer", "width"))
-    )
+    fixed = {key: max(len(key), *(len(str(sae[key])) for sae in saes)) for key in ("site", "layer", "width")}
+    names = sum(GAP + size for size in fixed.values()) + GAP + 1  # with that of the ✓
     left_out = []
     for key in LEAVES_OUT:
         if names + sum(map(width, columns)) <= WIDTH:
@@ -50,7 +49,7 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
         title.append(f"bigram baseline {model['bigram_loss']:.3f}")
     columns, left_out = columns_that_fit(saes)
     sentences = [summary(saes), furthest_from_target(saes), judged_on(model)]
-    sentences += [f"In the report alone: {', '.join(left_out)}"] if left_out else []
+    sentences += [f"In the report alone: {'; '.join(left_out)}"] if left_out else []
     sentences += [f"Parked: {', '.join(results['parked'])}"] if results.get("parked") else []
     table = rich.table.Table(
         title=rich.text.Text(", ".join(title)),
