@@ -13,6 +13,7 @@ import warnings
 
 import pytest
 import torch
+from torch import overrides
 from torch.utils import _device
 
 ORDINARY_DTYPE = torch.get_default_dtype()
@@ -57,10 +58,16 @@ def _ordinary():
         torch.set_default_dtype(dtype)
 
 
-def _for_the_package_alone(factory):
+def _depth() -> int:
+    """How many ``with torch.device(...)`` there are around the caller."""
+    return len(overrides._get_current_function_mode_stack())
+
+
+def _for_the_package_alone(factory, depth: int):
     @functools.wraps(factory)
     def wrapped(*args, **kwargs):
-        if _package_asks():
+        # Within a device that somebody chose since, as transformers chooses meta to load a model, the defaults are his.
+        if _depth() > depth or _package_asks():
             return factory(*args, **kwargs)
         with _ordinary():
             return factory(*args, **kwargs)
@@ -79,8 +86,9 @@ def changed_defaults(request, monkeypatch):
         warnings.simplefilter("ignore")
         # Scripts its own calls of factories, which it must find unchanged.
         importlib.import_module("torch._decomp.decompositions_for_jvp")
+    depth = _depth() + 1
     for factory in FACTORIES:
-        monkeypatch.setattr(torch, factory.__name__, _for_the_package_alone(factory))
+        monkeypatch.setattr(torch, factory.__name__, _for_the_package_alone(factory, depth))
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype or "float32"))
     try:

@@ -59,7 +59,9 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_files(path):
     """Each of the commands that a file's comments name."""
-    commands = [shlex.split(line, comments=True) for line in re.findall(r"gemmascope train ([^`\n]*)", path.read_text())]
+    commands = [
+        shlex.split(line, comments=True) for line in re.findall(r"gemmascope train ([^`\n]*)", path.read_text())
+    ]
     assert commands
     for words in commands:
         options = [words[index : index + 2] for index, word in enumerate(words) if word in ("--set", "--preset")]
