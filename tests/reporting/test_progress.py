@@ -217,6 +217,14 @@ def test_plain_lines_of_a_suite_say_the_same():
     )
 
 
+def test_an_l0_that_is_not_a_number_is_the_worst():
+    bar = SuiteProgress("SAEs", 600, NAMES[:3], console=plain())
+    bar.update(1, {NAMES[0]: measured(90.0), NAMES[1]: measured(float("nan")), NAMES[2]: measured(1.0)})
+    assert f"worst L0/target {NAMES[1]} nan/40" in bar.summary()
+    assert "L0 1.0…90.0" in bar.summary()
+    assert bar.worst_first()[0] == NAMES[1]
+
+
 def test_frames_are_not_drawn_for_every_step():
     clock, console = Clock(), terminal()
     with StageProgress("stage", 10_000, console=console, clock=clock) as bar:
