@@ -23,9 +23,9 @@ TARGETED = ("target_l0", "quadratic_l0")
 L0_COEFFICIENTS = {"l0": 6e-4, "target_l0": 0.3, "quadratic_l0": 0.02, "tanh": 6e-4}
 # For hundreds of updates, where these two differ.
 SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3}
-# In units of variance. A larger one for `quadratic_l0` comes no closer to the target and drowns in the noise of a
-# batch's L0 what tells the latents apart.
-SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "quadratic_l0": 2e-2}
+# In units of variance. The L0 rests above its target by about s·FVU/(2λ) of it with `target_l0`, s ≈ 0.3 the slope of
+# log FVU over log L0: a percent or two, whatever the target. A larger λ lets latents die and reconstructs worse.
+SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "target_l0": 1.6}
 SMALLEST_EPS = torch.finfo(torch.float32).tiny
 # Adam moves by at most lr/√(1 − β2), by which factor of e a θ may grow in one update.
 LARGEST_LOG_STEP = 40.0
@@ -247,18 +247,20 @@ class TrainConfig:
         """A recipe for real models and hundreds or thousands of updates, whose L0 comes out near ``target_l0``, by
         default 40, at every site with the same numbers; ``changes`` as of `changed`.
 
-        Units are those of the variance and the target is the batch's, so that tokens may differ. The window is wide,
-        which keeps latents alive, and λ rises to the last update: the L0 rests above its target by a share that falls
-        with λ. Schedules take a share of the ``steps``. With another ``sparsity``, `l0` for one, no target is set.
+        Units are those of the variance, and the target is the batch's, so that tokens may differ. λ rises to the last
+        update: from the start, while L0 is far above the target, it would push latents out of reach. Many fire at
+        first, and the window is wide, for the same reason. Schedules take a share of the ``steps``. With another
+        ``sparsity``, `l0` for one, no target is set.
         """
-        steps, sparsity = changes.get("steps", 500), changes.get("sparsity", "quadratic_l0")
+        steps, sparsity = changes.get("steps", 500), changes.get("sparsity", "target_l0")
         check_int("steps", steps, 0)
         check_choice("sparsity", sparsity, SPARSITIES)
         recipe = cls.short(
             d_sae=4096,
             steps=steps,
-            loss=Loss(sparsity="quadratic_l0", target_l0=40, l0_of="batch", bandwidth=5e-2),
+            loss=Loss(sparsity="target_l0", target_l0=40, l0_of="batch", bandwidth=5e-2),
             l0_warmup_steps=steps,
+            threshold_init=0.01,
             scale_by="variance",
         )
         if "loss" not in changes:

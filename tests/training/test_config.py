@@ -60,7 +60,7 @@ def test_the_schedules_of_a_short_run_take_their_share_of_it():
 def test_small_aims_at_an_l0_of_the_batch_in_units_of_variance():
     config = TrainConfig.small(steps=200, target_l0=10, seed=3)
     assert (config.scale_by, config.b_dec_init, config.seed) == ("variance", "mean", 3)
-    assert (config.loss.sparsity, config.loss.l0_of, config.loss.target_l0) == ("quadratic_l0", "batch", 10)
+    assert (config.loss.sparsity, config.loss.l0_of, config.loss.target_l0) == ("target_l0", "batch", 10)
     assert TrainConfig.small().loss.target_l0 == 40
     assert TrainConfig.small(sparsity="l0").loss.target_l0 is None
     assert TrainConfig.small(loss=Loss(0.25)).loss == Loss(0.25)
