@@ -71,7 +71,8 @@ def test_lambda_of_small_rises_to_the_last_update():
     rising = [config.l0_coefficient_at(step) for step in range(200)]
     assert rising == sorted(set(rising))
     assert rising[0] == 0
-    assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.01)
+    assert rising[100] == pytest.approx(config.loss.l0_coefficient / 8)
+    assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.02)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -131,6 +132,9 @@ def test_short_takes_changes():
         pytest.param({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str", id="lr-type"),
         pytest.param({"lr_warmup_start": 1.5}, ValueError, "lr_warmup_start: .*≥ 0 and ≤ 1, got 1.5", id="lr-start"),
         pytest.param({"adam_beta2": 1.0}, ValueError, "adam_beta2: expected a finite number > 0 and ≤ 1", id="beta2"),
+        pytest.param(
+            {"l0_warmup_power": 0}, ValueError, "l0_warmup_power: expected a finite number > 0, got 0", id="power"
+        ),
         pytest.param({"adam_eps": 0}, ValueError, "adam_eps: expected a finite number ≥ 1.17549e-38, got 0", id="eps"),
         pytest.param({"l0_coefficient": math.nan}, ValueError, "l0_coefficient: .* got nan", id="l0-nan"),
         pytest.param(
