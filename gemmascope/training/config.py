@@ -263,7 +263,7 @@ class TrainConfig:
             steps=steps,
             loss=Loss(sparsity="target_l0", target_l0=40, l0_of="batch", bandwidth=5e-2),
             l0_warmup_steps=steps,
-            l0_warmup_power=3.0,
+            l0_warmup_power=4.0,
             threshold_init=0.01,
             scale_by="variance",
         )

@@ -71,8 +71,8 @@ def test_lambda_of_small_rises_to_the_last_update():
     rising = [config.l0_coefficient_at(step) for step in range(200)]
     assert rising == sorted(set(rising))
     assert rising[0] == 0
-    assert rising[100] == pytest.approx(config.loss.l0_coefficient / 8)
-    assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.02)
+    assert rising[100] == pytest.approx(config.loss.l0_coefficient / 16)
+    assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.03)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
