@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..activations import ActivationStore, TokenRows, harvest_to_store, sample_rows
 from ..checks import check_choice, check_type
-from ..errors import TrainingFailedError
+from ..errors import EnvironmentProblemError, TrainingFailedError
 from ..evaluation import judge_suite, language_model_loss
-from ..formats.files import atomic_write, read_json, write_json
+from ..formats.files import atomic_write, read_json, shown, write_json
 from ..reporting.progress import StageProgress
 from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG
 from ..runs import Run, Stage
@@ -30,7 +30,7 @@ from .config import SuiteConfig
 from .finish import SAES_FOLDER, held_out_l0, save_suite
 from .model import load_architecture, load_model
 from .plan import Plan, make_plan
-from .prepare import TOKENS, Prepared, prepare, say
+from .prepare import TOKENS, Prepared, prepare, say, settings
 from .stopping import Stop, Stopped, stopping
 from .training import CHECKPOINTS, Trained, restored, train
 
@@ -98,7 +98,7 @@ def harvest_suite(config: SuiteConfig, out: str | os.PathLike) -> ActivationStor
     """
     check_type("config", config, SuiteConfig)
     with Run(config.run.out, kind="training") as work:
-        prepared = prepare(config, work.folder)
+        prepared = prepare(config, work.folder, (work.folder / IDENTITY).exists())
         harvester = prepared.harvester()
         blocks, steps = 0, 0
         while steps < config.steps:
@@ -117,10 +117,17 @@ def harvest_suite(config: SuiteConfig, out: str | os.PathLike) -> ActivationStor
 
 
 def _forget(folder: Path) -> None:
-    for name in (CHECKPOINTS, SAES_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (IDENTITY, TRAIN_LOG):
-        (folder / name).unlink(missing_ok=True)
+    """The tokens stay, which `tokenise` makes again if need be."""
+    try:
+        for name in (CHECKPOINTS, SAES_FOLDER):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+        for name in (IDENTITY, TRAIN_LOG):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:  # what is left would be gone on from
+        raise EnvironmentProblemError(
+            f"{shown(error.filename or folder)}: cannot be removed: {error.strerror or error}"
+        ) from error
 
 
 def _run(
@@ -132,11 +139,8 @@ def _run(
     before: Callable[[Plan], Any],
     started: float,
 ) -> dict[str, Any]:
-    begun = read_json(work.folder / IDENTITY) if (work.folder / IDENTITY).exists() else None
-    prepared = prepare(config, work.folder)
-    if begun is not None:
-        _check_unchanged(work.folder, begun, prepared.identity, allow)
-    write_json(work.folder / IDENTITY, prepared.identity)
+    prepared = _prepared(config, work, allow)
+    stop.check()
 
     training = work.stage("training", {name: prepared.identity[name] for name in ("config", "text")})
     trained: Trained | None = None
@@ -151,6 +155,7 @@ def _run(
             training.facts |= trained.facts
             training.keep(work.folder / TRAIN_LOG)
 
+    stop.check()
     rows = prepared.rows
     held_out = rows.held_out(_spread(rows.n_held_out, config.evaluate.rows))
     train_tokens = rows.train(_spread(rows.n_train, config.evaluate.train_rows))
@@ -163,6 +168,7 @@ def _run(
             saved.keep(*paths, *(path.with_name("config.json") for path in paths))
     del trained
 
+    stop.check()
     judged = work.stage(FINISHED, train_tokens, held_out, config.run.impl, after=[training, saved])
     if judged.done():
         say(f"{config.run.out}: finished before; start over with --fresh")
@@ -187,6 +193,18 @@ def _run(
         write_json(work.folder / RESULTS, results)
         judged.keep(work.folder / RESULTS, work.folder / FREQUENCIES, work.folder / TRAIN_LOG)
     return results
+
+
+def _prepared(config: SuiteConfig, work: Run, allow: Collection[str]) -> Prepared:
+    """What the run works with. Raises ValueError unless that is what it began with, up to what is allowed to differ."""
+    begun = read_json(work.folder / IDENTITY) if (work.folder / IDENTITY).exists() else None
+    if begun is not None:  # before the model is loaded
+        _check_unchanged(work.folder, begun, settings(config, begun.get("text", {}).get("content")), allow)
+    prepared = prepare(config, work.folder, begun is not None)
+    if begun is not None:
+        _check_unchanged(work.folder, begun, prepared.identity, allow)
+    write_json(work.folder / IDENTITY, prepared.identity)
+    return prepared
 
 
 def _spread(n: int, rows: int) -> Tensor:
