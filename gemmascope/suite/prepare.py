@@ -35,6 +35,8 @@ class Prepared:
     specs: tuple[SAESpec, ...]
     device: torch.device
     identity: dict[str, Any]
+    run_id: str | None = None
+    """What trackers know the run by, from its start to its end."""
 
     @property
     def model(self) -> nn.Module:

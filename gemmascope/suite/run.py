@@ -5,14 +5,15 @@
 Each arrow is a stage of the run (`runs.Run`); the training has checkpoints within.
 """
 
+import dataclasses
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,9 @@ from ..activations import ActivationStore, TokenRows, harvest_to_store, sample_r
 from ..checks import check_choice, check_type
 from ..errors import EnvironmentProblemError, TrainingFailedError
 from ..evaluation import judge_suite, language_model_loss
-from ..formats.files import atomic_write, read_json, shown, write_json
+from ..formats.files import read_json, shown, write_json
 from ..reporting.progress import StageProgress
-from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG
+from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write_frequencies
 from ..runs import Run, Stage
 from ..sites.decoder import find_decoder
 from ..training.checkpoint import differences
@@ -175,9 +176,7 @@ def _run(
         return read_json(work.folder / RESULTS)
     with judged.doing():
         saes, frequencies, model_facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out)
-        with atomic_write(work.folder / FREQUENCIES) as temporary, open(temporary, "wb") as file:
-            arrays: dict[str, Any] = {name: values.numpy() for name, values in frequencies.items()}
-            np.savez(file, **arrays)
+        write_frequencies(work.folder, frequencies)
         stages = {stage.name: stage.seconds for stage in (training, saved, judged)}
         results = {
             "model": model_facts,
@@ -203,8 +202,9 @@ def _prepared(config: SuiteConfig, work: Run, allow: Collection[str]) -> Prepare
     prepared = prepare(config, work.folder, begun is not None)
     if begun is not None:
         _check_unchanged(work.folder, begun, prepared.identity, allow)
-    write_json(work.folder / IDENTITY, prepared.identity)
-    return prepared
+    run_id = secrets.token_hex(8) if begun is None else begun.get("run")
+    write_json(work.folder / IDENTITY, prepared.identity | {"run": run_id})
+    return dataclasses.replace(prepared, run_id=run_id)
 
 
 def _spread(n: int, rows: int) -> Tensor:
@@ -235,7 +235,7 @@ def _save(prepared: Prepared, trained: Trained, folder: Path, held_out: Tensor) 
         raise TrainingFailedError("; ".join(suite.parked.values()))
     saes = {spec.name: (spec.site, suite.trainers[spec.name].sae.fold()) for spec in specs}
     say(f"SAEs: L0 of {len(saes)} on {len(held_out)} held-out rows")
-    average_l0, tokens = held_out_l0(
+    l0 = held_out_l0(
         prepared.model,
         held_out,
         saes,
@@ -244,7 +244,7 @@ def _save(prepared: Prepared, trained: Trained, folder: Path, held_out: Tensor) 
     )
     folded = {name: sae for name, (_, sae) in saes.items()}
     facts = {"model": prepared.name, "tokens": prepared.config.suite.tokens}
-    paths = save_suite(folder / SAES_FOLDER, specs, folded, average_l0, tokens, facts)
+    paths = save_suite(folder / SAES_FOLDER, specs, folded, l0, facts)
     return {name: path.relative_to(folder).as_posix() for name, path in paths.items()}
 
 

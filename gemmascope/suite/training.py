@@ -191,7 +191,11 @@ class _Loop:
         self.sites = {spec.name: spec.site for spec in prepared.specs}
         self.log = TrainLog(folder / TRAIN_LOG, self.sites, step=trained.step)
         self.trackers = open_trackers(
-            self.config.run.trackers, run_name=folder.name, folder=folder, config=self.config.to_dict()
+            self.config.run.trackers,
+            run_name=folder.name,
+            folder=folder,
+            config=self.config.to_dict(),
+            run_id=prepared.run_id,
         )
 
     def close(self) -> None:
