@@ -116,8 +116,19 @@ def end(process: int) -> dict[str, int]:
     return ended | {"peak": usage.ru_maxrss * 1024}
 
 
+def import_all() -> None:
+    """What a run imports late; each process would do so anew."""
+    import torch._dynamo
+    import transformers
+
+    torch.optim.Adam([torch.zeros(1)])
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "Gemma2ForCausalLM", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
+    import_all()
     measure.BUDGET = 0.0
     cli.present = lambda run, results: print(f"{len(results['saes'])} SAEs in {run}")
     for line in sys.stdin:

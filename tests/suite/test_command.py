@@ -139,9 +139,9 @@ def test_the_plan_and_the_progress_leave_standard_output_to_the_results(command,
 
 
 def begin(worker, command, tmp_path) -> None:
-    """A run that was stopped after seven steps."""
-    assert worker(arguments=command, output=str(tmp_path), signals=[["stepping", 28, signal.SIGTERM]]) == {"exit": 0}
-    assert (tmp_path / "run" / "checkpoints" / "step-000000007").is_dir()
+    """A run that was stopped after a few steps."""
+    assert worker(arguments=command, output=str(tmp_path), signals=[["stepping", 40, signal.SIGTERM]]) == {"exit": 0}
+    assert any((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def refused(capsys, code: int, arguments: list[str]) -> str:

@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_at_every_file(command, tmp_path, monkeypatch, capsy
     assert not list((tmp_path / "run").rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("nth", [1, 3, 10, 40])
+@pytest.mark.parametrize("nth", [3, 40])
 def test_a_disk_that_is_full_at_any_write(command, tmp_path, monkeypatch, capsys, undisturbed, nth):
     """Of a checkpoint or the log, half of which is then written."""
     write, left = os.write, [nth]
@@ -247,7 +247,7 @@ def spoil(monkeypatch, names: list[str], step: int) -> None:
     update = SAETrainer.update
 
     def updated(self, x):
-        if self.step == step and self.sae.metadata["site"] in names:
+        if self.step == step and self.sae.metadata.get("site") in names:
             with torch.no_grad():
                 self.sae.W_enc.fill_(torch.nan)
         update(self, x)
