@@ -29,12 +29,14 @@ def add_options(parser) -> None:
 
 
 def skip_what_compiles(config, items) -> None:
-    """A compiler cannot trace who asks for a tensor."""
+    """And what sets other defaults itself. A compiler cannot trace who asks for a tensor."""
     if config.getoption("--default-dtype") is None and config.getoption("--default-device") is None:
         return
     for item in items:
         if item.path.stem in ("test_compile", "test_compiled"):
             item.add_marker(pytest.mark.skip(reason="under other defaults nothing is compiled"))
+        if "depends_on_no_default" in item.name:
+            item.add_marker(pytest.mark.skip(reason="sets defaults of its own"))
 
 
 def _package_asks() -> bool:
