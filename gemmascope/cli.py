@@ -72,7 +72,8 @@ def demo(
         from .demo import run as job
 
     results = job.run(job.DemoConfig(out=out, text=tuple(text or ()), fast=fast, seed=seed, fresh=fresh))
-    present(out, results)
+    if results is not None:
+        present(out, results)
 
 
 ConfigFile = Annotated[

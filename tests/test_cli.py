@@ -83,6 +83,12 @@ def test_demo_passes_its_options_on_and_shows_the_results(demo, tmp_path, capsys
     assert max(map(len, (line for line in shown.splitlines() if str(out) not in line))) <= 100
 
 
+def test_a_demo_that_was_stopped_has_nothing_to_show(demo, capsys):
+    demo.run = lambda config: None
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_demo_defaults(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gemmascope.cli.present", lambda run, results: None)
@@ -202,7 +208,7 @@ def real_demo(monkeypatch, tmp_path):
         raise TrainingFailedError("got as far as training")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job.text, "python_documentation", lambda: b"text " * 1000)
+    monkeypatch.setattr(job.text, "python_documentation", lambda: list(job.text.cut("docs", "text " * 1000, 64)))
     monkeypatch.setattr(job, "language_model", no_training)
     (tmp_path / "file").touch()
     (tmp_path / "latin").write_bytes(b"\xe9" * 3000)

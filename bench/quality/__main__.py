@@ -47,7 +47,7 @@ CURVE_POINTS, CURVE_TOKENS = 10, 8192
 def load(path: Path, sites: Sequence[str]) -> dict[Site, tuple[Tensor, Tensor]]:
     """Training and held-out activations [n, width] of each site. Raises ValueError for what is not there."""
     if not path.exists():
-        raise ValueError(f"activations: found no {path}; `make demo` makes it")
+        raise ValueError(f"activations: found no {path}; `python -m bench.quality.activations RUN` makes it of a demo")
     try:
         with safe_open(path, framework="pt") as file:
             names, found = set(file.keys()), {}
@@ -193,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    top.add_argument("--activations", type=Path, default=ACTIVATIONS, help="of a demo run")
+    top.add_argument("--activations", type=Path, default=ACTIVATIONS, help="as bench.quality.activations writes them")
     top.add_argument("--sites", nargs="+", default=["layer_2/resid"])
     top.add_argument("--trainers", nargs="+", choices=tuple(TRAINERS), default=list(TRAINERS))
     top.add_argument("--l0-coefficients", nargs="+", type=float, default=list(L0_COEFFICIENTS))

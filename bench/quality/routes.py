@@ -1,5 +1,6 @@
 """Do the routes of the training step train the same SAEs?
 
+    python -m bench.quality.activations runs/demo
     python -m bench.quality.routes runs/demo/activations.safetensors
 
 Trains the demo's suite once by each route, from the same start on the same batches, and compares the loss curves and
@@ -87,7 +88,7 @@ def deviations(found: dict, reference: dict) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("activations", type=Path, help="activations.safetensors of a demo run")
+    parser.add_argument("activations", type=Path, help="as bench.quality.activations writes them")
     parser.add_argument("--routes", nargs="+", choices=(*ROUTES, "control"), default=list(ROUTES))
     parser.add_argument("--steps", type=int, default=None, help="default: all of the demo's recipe")
     parser.add_argument("--sites", type=int, default=None, help="only the first so many")

@@ -1,47 +1,52 @@
-"""The demo: a small Gemma 2 trained on real text, an SAE at each of its twelve sites, judged, plotted and saved.
+"""The demo: a small Gemma 2 trained on real text, and `gemmascope train` on it: an SAE at each of twelve sites.
 
-The stages follow each other in `run`; each leaves its result in the run's folder with a key of everything it depends
-on, so that a second run does only what is missing.
+What is the demo's own comes first, in two stages: the text as documents, and the language model. They lie in the run's
+folder as those of any other training would, and the rest is `suite.run_suite`.
 """
 
 import dataclasses
-import functools
-import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from ..activations import harvest, sample_rows
-from ..activations.held_out import BLOCK_ROWS, HELD_OUT_EVERY
+from ..activations import Document, TokenRows
 from ..checks import check_int, check_type
-from ..evaluation import judge_suite, language_model_loss
-from ..formats.arrays import read_safetensors
-from ..formats.files import as_path, atomic_write, read_json, write_json
+from ..formats.files import as_path, atomic_write
 from ..kernels import choose
-from ..reporting.progress import ErrorConsole, StageProgress, SuiteProgress
-from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write_frequencies
+from ..reporting.progress import StageProgress
 from ..runs import Run, Stage
-from ..sites import Site, all_sites
-from ..training import TrainConfig, suite_memory, train_suite
-from ..version import __version__
+from ..suite.config import (
+    ActivationsSection,
+    EvaluateSection,
+    ModelSection,
+    RunSection,
+    SAEBlock,
+    SuiteConfig,
+    SuiteSection,
+    TextSection,
+)
+from ..suite.memory import HOST
+from ..suite.model import plain_defaults
+from ..suite.plan import Plan
+from ..suite.prepare import TOKENS, say, tokens
+from ..suite.run import forget, run_suite, spread
+from ..training.config import LARGEST_SEED
 from . import small_gemma, text
-from .small_gemma import CONTEXT, LanguageModelConfig, plain_defaults
+from .byte_tokenizer import byte_tokenizer
+from .small_gemma import CONTEXT, LanguageModelConfig
 
-LARGEST_SEED = 2**63 - 1  # the order of later epochs is drawn with larger ones, of which generators take up to 2⁶⁴ − 1
+MODEL, TEXT = "model", "text.jsonl"
+BATCH_SIZE = 1024
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """out: the run's folder. text: the user's own UTF-8 files instead of Python's documentation. fast: a shorter
-    training. seed: of weights, held-out rows and data order. fresh: start over instead of resuming. impl: of the SAEs,
-    see `choose`.
+    training. seed: of weights and data order. fresh: start over instead of resuming. impl: of the SAEs, see `choose`.
 
     Raises ValueError and TypeError naming the setting that is wrong.
     """
@@ -58,190 +63,106 @@ class DemoConfig:
         check_type("text", self.text, tuple)
         for name in ("fast", "fresh"):
             check_type(name, getattr(self, name), bool)
-        check_int("seed", self.seed, 0)
-        if self.seed > LARGEST_SEED:
-            raise ValueError(f"seed: expected at most {LARGEST_SEED}, got {self.seed}")
+        check_int("seed", self.seed, 0, LARGEST_SEED)
         choose(self.impl, "cpu", torch.float32)  # refuses one that cannot run
 
     def language_model(self) -> LanguageModelConfig:
         return LanguageModelConfig(steps=220 if self.fast else 280, seed=self.seed)
 
-    def sae(self) -> TrainConfig:
-        fast = {"steps": 200, "l0_warmup_steps": 85, "lr_decay_steps": 75} if self.fast else {}
-        return TrainConfig.short(seed=self.seed, **fast)
-
-    @property
-    def harvest_rows(self) -> int:
-        return 640 if self.fast else 1280
-
-    @property
-    def held_out_rows(self) -> int:
-        return 64 if self.fast else 96
-
-
-def say(message: str) -> None:
-    ErrorConsole().print(message, markup=False, soft_wrap=True)
+    def suite(self) -> SuiteConfig:
+        """What `gemmascope train` is told."""
+        out = Path(self.out)
+        return SuiteConfig(
+            run=RunSection(out=str(out), device="cpu", impl=self.impl),
+            model=ModelSection(name=str(out / MODEL), dtype="float32"),
+            text=TextSection(files=(str(out / TEXT),), context=CONTEXT),
+            suite=SuiteSection(
+                sites=("*",),
+                sae=(SAEBlock(d_sae=512, target_l0=(5,)),),
+                tokens=(200 if self.fast else 400) * BATCH_SIZE,
+                batch_size=BATCH_SIZE,
+                seed=self.seed,
+            ),
+            activations=ActivationsSection(ring_tokens=1 << 17),
+            evaluate=EvaluateSection(rows=64 if self.fast else 96, train_rows=512),
+        )
 
 
 @plain_defaults()
-def run(config: DemoConfig) -> dict[str, Any]:
+def run(config: DemoConfig) -> dict[str, Any] | None:
     """Do what is missing of the run in ``config.out`` and return its results, also written to results.json there.
 
+    None when a signal stopped the training of the SAEs, which the same call goes on with, see `train_suite`. Another
+    text, seed or size is another run, which takes the place of the one before.
+
     Raises ValueError for a text that is none or too short and as `Run`; BadFileError for a file of the run that was
-    damaged since; EnvironmentProblemError as `Run` and when a file cannot be written; TrainingFailedError as
-    `train_suite`.
+    damaged since; EnvironmentProblemError as `Run` and when a file cannot be written; TrainingFailedError when every
+    SAE gave up.
     """
     check_type("config", config, DemoConfig)
-    started = time.monotonic()
-    corpus = text.read_files(config.text) if config.text else text.python_documentation()
-    rows, all_held_out = text.split(corpus, CONTEXT, config.seed)
-    # The same rows for every figure, that of the language model, its baseline and all that is said of the SAEs.
-    held_out = sample_rows(all_held_out, config.held_out_rows, config.seed)
-    # Rows that the language model was trained on or not: all are equally real text for the SAEs.
-    generator = torch.Generator("cpu").manual_seed(config.seed)
-    picked = torch.randperm(len(rows), generator=generator, device="cpu")[: config.harvest_rows]
-    train_tokens = rows[picked]
-    source = (
-        ", ".join(Path(path).name for path in config.text) or "documentation of Python " + platform.python_version()
-    )
+    started, suite = time.monotonic(), config.suite()
+    documents = text.read(config.text, CONTEXT)
     with Run(config.out, config.fresh, kind="demo") as work:
-        trained = work.stage("model", dataclasses.asdict(config.language_model()), rows)
-        model = language_model(config, trained, rows)
-        harvested = work.stage("activations", train_tokens, after=[trained])
-        activations = activations_of(harvested, model, train_tokens)
-        judged_on = functools.cache(lambda: harvest(model, held_out, all_sites(model)))
-        saved = work.stage("saes", config.sae().to_dict(), config.impl, held_out, after=[trained, harvested])
-        paths = train_saes(config, saved, activations, judged_on)
-
-        path = work.folder / RESULTS
-        settings = (source, rows, train_tokens, held_out, config.impl)
-        judged = work.stage(FINISHED, *settings, after=[trained, harvested, saved])
-        if judged.done():
-            say(f"{config.out}: finished before; start over with --fresh")
-            return read_json(path)
-        with judged.doing():
-            loss = language_model_loss(model, held_out)
-            saes = judge(config, work.folder, model, train_tokens, held_out, activations, judged_on(), paths, loss)
-            facts = {
-                "layers": model.config.num_hidden_layers,
-                "d_model": model.config.hidden_size,
-                "parameters": small_gemma.n_parameters(model),
-                "text": source,
-                "text_bytes": len(corpus),
-                "tokens": config.language_model().steps * config.language_model().batch_rows * CONTEXT,
-                "steps": config.language_model().steps,
+        if config.fresh:
+            forget(work.folder)
+        written, rows = tokenised(work, documents, suite.text)
+        trained = work.stage("model", dataclasses.asdict(config.language_model()), rows.content, suite.evaluate.rows)
+        language_model(config, trained, rows)
+        names = ", ".join(Path(path).name for path in config.text)
+        return run_suite(
+            suite,
+            work,
+            allow=("environment",),
+            before=announce,
+            measured=False,
+            after=[written, trained],
+            restart=True,
+            model_facts={
+                "name": "a small Gemma 2",
+                "text": names or f"documentation of Python {platform.python_version()}",
+                **trained.facts,
                 "seconds": trained.seconds,
-                "loss": loss,
-                "bigram_loss": text.bigram_loss(rows, held_out),
-                "held_out_rows": len(held_out),
-                "held_out_tokens": held_out[:, 1:].numel(),
-                "held_out": f"{len(held_out):,} of {len(all_held_out):,} held-out rows, spread over all; held out is "
-                f"one of each {HELD_OUT_EVERY} blocks of {BLOCK_ROWS} rows of the text; both drawn by the seed",
-                "seed": config.seed,
-            }
-            results = {
-                "title": "Sparse autoencoders on a small Gemma 2",
-                "model": facts,
-                "saes": saes,
-                "training": config.sae().to_dict(),
-                "environment": {
-                    "gemmascope": __version__,
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "threads": torch.get_num_threads(),
-                    "processors": os.cpu_count(),
-                },
-                "seconds": {stage.name: stage.seconds for stage in (trained, harvested, saved, judged)}
-                | {"this_run": round(time.monotonic() - started, 1)},
-            }
-            write_json(path, results)
-            judged.keep(path, work.folder / FREQUENCIES, work.folder / TRAIN_LOG)
-        return results
+            },
+            started=started,
+        )
 
 
-def language_model(demo: DemoConfig, stage: Stage, rows: Tensor):
-    config, folder = demo.language_model(), stage.run.folder / "model"
+def tokenised(work: Run, documents: list[Document], config: TextSection) -> tuple[Stage, TokenRows]:
+    """The text in the run's folder, and its rows of tokens."""
+    path, lines = work.folder / TEXT, text.lines(documents)
+    stage = work.stage("text", lines)
+    if not stage.done():
+        with stage.doing():
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(lines)
+            stage.keep(path)
+    return stage, tokens(config, byte_tokenizer(), work.folder / TOKENS)
+
+
+def language_model(demo: DemoConfig, stage: Stage, rows: TokenRows) -> None:
+    """Train the model on the rows that are not held out, and save it."""
+    config, folder = demo.language_model(), stage.run.folder / MODEL
     if stage.done():
         say(f"language model: resumed from {folder}")
-        return small_gemma.load(folder, config)
+        return
+    train_rows = rows.train(torch.arange(rows.n_train, dtype=torch.int64, device="cpu"))
+    held_out = rows.held_out(spread(rows.n_held_out, demo.suite().evaluate.rows))
     model = small_gemma.build(config)
     with (
         stage.doing(),
         StageProgress("Language model", config.steps, "tok", config.batch_rows * CONTEXT) as bar,
     ):
-        small_gemma.train(model, rows, config, lambda step, loss: bar.update(step, f"loss {loss:.3f}"))
+        small_gemma.train(model, train_rows, config, lambda step, loss: bar.update(step, f"loss {loss:.3f}"))
+        stage.facts |= {
+            "text_bytes": rows.facts["bytes"],
+            "bigram_loss": text.bigram_loss(train_rows, held_out),
+            "steps": config.steps,
+        }
         stage.keep(*small_gemma.save(model, folder))
-    return model
 
 
-def activations_of(stage: Stage, model, tokens: Tensor) -> dict[Site, Tensor]:
-    """Activations of every site on ``tokens``, bf16 as Gemma computes them; about 3 KB a token."""
-    path = stage.run.folder / "activations.safetensors"
-    if stage.done():
-        say(f"activations: resumed from {path}")
-        return {Site.parse(name): rows for name, rows in read_safetensors(path).items()}
-    sites = all_sites(model)
-    with stage.doing(), StageProgress("Activations", len(tokens), "tok", CONTEXT) as bar:
-        activations = harvest(model, tokens, sites, dtype=torch.bfloat16, progress=bar.update)
-        with atomic_write(path) as temporary:
-            save_file({str(site): rows for site, rows in activations.items()}, temporary)
-        stage.keep(path)
-    return activations
-
-
-def train_saes(
-    demo: DemoConfig, stage: Stage, activations: dict[Site, Tensor], held_out: Callable[[], dict[Site, Tensor]]
-) -> dict[Site, Path]:
-    """Train the SAEs of all sites together and save them folded; {site: file}. held_out: activations by which they are
-    named, as they are judged."""
-    config, out = demo.sae(), stage.run.folder
-    if stage.done():
-        say(f"SAEs: resumed from {out / 'saes'}")
-        return {Site.parse(name): out / path for name, path in stage.facts["paths"].items()}
-    memory = suite_memory(config, (rows.shape[1] for rows in activations.values()))
-    impl, why = choose(demo.impl, "cpu", torch.float32)
-    say(f"SAEs: {len(activations)} of {config.d_sae} latents, at most {memory / 1e9:.2f} GB in training")
+def announce(plan: Plan) -> None:
+    memory = f"{plan.needs.total(HOST) / 1e9:.2f} GB of memory"
+    say(f"SAEs: {len(plan.specs)} of {plan.specs[0].config.d_sae} latents, at most {memory} in training, all included")
+    impl, why = choose(plan.config.run.impl, "cpu", torch.float32)
     say(f"SAEs are trained by impl={impl!r}: {why}")
-    names = [str(site) for site in activations]
-    with stage.doing():
-        with SuiteProgress("SAEs", config.steps, names, "tok", config.batch_size) as bar:
-            paths = train_suite(
-                activations,
-                config,
-                out,
-                model_name="gemma2-demo",
-                impl=demo.impl,
-                held_out=held_out(),
-                log=bar.update,
-            )
-        stage.facts["paths"] = {str(site): path.relative_to(out).as_posix() for site, path in paths.items()}
-        stage.keep(out / TRAIN_LOG, *paths.values(), *(path.with_name("config.json") for path in paths.values()))
-    return paths
-
-
-def judge(
-    config: DemoConfig,
-    out: Path,
-    model,
-    train_tokens: Tensor,
-    held_out: Tensor,
-    activations: dict[Site, Tensor],
-    held_out_activations: dict[Site, Tensor],
-    paths: dict[Site, Path],
-    clean_loss: float,
-) -> list[dict[str, Any]]:
-    """Every metric of every SAE, as read back from its file, on held-out text."""
-    with StageProgress("Evaluation", len(paths), "SAE") as bar:
-        saes, frequencies = judge_suite(
-            model,
-            {str(site): (site, path) for site, path in paths.items()},
-            train_tokens,
-            held_out,
-            impl=config.impl,
-            clean_loss=clean_loss,
-            on_done=bar.update,
-            activations=activations,
-            held_out_activations=held_out_activations,
-        )
-    write_frequencies(out, frequencies)
-    return [row | {"path": path.relative_to(out).as_posix()} for row, path in zip(saes, paths.values(), strict=True)]

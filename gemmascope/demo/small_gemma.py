@@ -1,6 +1,5 @@
 """A Gemma 2 of about a million parameters over byte tokens, trained from scratch: the demo's language model."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from ..errors import BadFileError
-from ..formats.arrays import read_safetensors
-from ..formats.files import atomic_write, shown
+from ..formats.files import atomic_write
 from ..suite.model import plain_defaults
-from .text import BOS, VOCAB_SIZE
+from .byte_tokenizer import BOS, byte_tokenizer
+from .text import VOCAB_SIZE
 
 CONTEXT = 128
 
@@ -72,7 +70,8 @@ def train(
     config: LanguageModelConfig,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Next-token training on ``rows`` [n, context], in place. ``log(step, loss)`` after each step."""
+    """Next-token training on ``rows`` [n, context], in place; a BOS is not predicted. ``log(step, loss)`` after each
+    step."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(rows), generator=generator)
@@ -85,7 +84,7 @@ def train(
         picked = order[torch.arange(step * config.batch_rows, (step + 1) * config.batch_rows) % len(rows)]
         batch = rows[picked]
         logits = model(batch, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=BOS)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -94,30 +93,13 @@ def train(
     model.eval()
 
 
-def save(model: Gemma2ForCausalLM, folder: Path) -> tuple[Path, Path]:
-    """A folder that transformers' own ``from_pretrained`` opens, each of the files returned whole or not at all."""
+def save(model: Gemma2ForCausalLM, folder: Path) -> list[Path]:
+    """The model and its tokenizer, for transformers' own ``from_pretrained``: the files, each whole or not at all."""
     config, weights = folder / "config.json", folder / "model.safetensors"
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name != "lm_head.weight"}
     with atomic_write(config) as temporary:
         temporary.write_text(model.config.to_json_string(use_diff=True), encoding="utf-8")
     with atomic_write(weights) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    return config, weights
-
-
-def load(folder: Path, config: LanguageModelConfig) -> Gemma2ForCausalLM:
-    """What `save` wrote. Raises BadFileError when it is not that model."""
-    model = build(config)
-    try:
-        missing, unexpected = model.load_state_dict(read_safetensors(folder / "model.safetensors"), strict=False)
-    except (BadFileError, RuntimeError) as error:
-        raise BadFileError(
-            f"{shown(folder)}: expected the demo's language model, found {str(error).splitlines()[0]}"
-        ) from error
-    if set(missing) - {"lm_head.weight"} or unexpected:
-        raise BadFileError(f"{shown(folder)}: expected the demo's language model, found other tensors")
-    return model
-
-
-def n_parameters(model: Gemma2ForCausalLM) -> int:
-    return sum(math.prod(p.shape) for p in model.parameters())
+    of_tokenizer = byte_tokenizer().save_pretrained(folder)
+    return [config, weights, *(Path(file) for file in of_tokenizer if Path(file).exists())]

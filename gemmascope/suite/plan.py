@@ -199,11 +199,12 @@ def make_plan(
     *,
     machine: Machine | None = None,
     measure: Measure | None = None,
+    measured: bool = True,
 ) -> Plan:
     """The plan of a run of ``config`` on the model, which may be on meta (`load_architecture`): then it has no times.
 
     rows: its tokens, if they are there. machine: by default this one now. measure: by default runs the model and a
-    step of an SAE of each shape for a second or two.
+    step of an SAE of each shape for a second or two; not where ``measured`` is False.
 
     Raises ValueError as `SuiteConfig.specs`. What does not fit is in ``problems``; `Plan.refuse` raises it.
     """
@@ -215,7 +216,7 @@ def make_plan(
     ring = budget.ring()
     problems = tuple(budget.problems(ring))
     seconds = None
-    if not (loaded.is_meta or problems):
+    if measured and not (loaded.is_meta or problems):
         seconds = _measured(config, loaded, specs, model, machine, measure or Stopwatch())
     return Plan(
         config=config,

@@ -61,8 +61,8 @@ class Prepared:
             identity=self.loaded.identity,
         )
 
-    def plan(self) -> Plan:
-        return make_plan(self.config, self.loaded, self.rows)
+    def plan(self, measured: bool = True) -> Plan:
+        return make_plan(self.config, self.loaded, self.rows, measured=measured)
 
 
 def prepare(config: SuiteConfig, folder: Path, begun: bool = False) -> Prepared:
@@ -92,6 +92,7 @@ def prepare(config: SuiteConfig, folder: Path, begun: bool = False) -> Prepared:
 def settings(config: SuiteConfig, content: Any) -> dict[str, dict[str, Any]]:
     """What of a run's identity the config and the content of its text decide."""
     tables = config.identity()
+    tables["text"].pop("files", None)  # their content tells; folders may be moved
     return {
         "text": {"content": content} | tables["text"],
         "config": {name: table for name, table in tables.items() if name not in ("model", "text")},

@@ -10,8 +10,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -64,14 +65,39 @@ def train_suite(
     """
     check_type("config", config, SuiteConfig)
     check_type("fresh", fresh, bool)
+    with Run(config.run.out, fresh, kind="training") as work:
+        if fresh:
+            forget(work.folder)
+        return run_suite(config, work, allow=allow, store=store, before=before)
+
+
+def run_suite(
+    config: SuiteConfig,
+    work: Run,
+    *,
+    allow: Collection[str] = (),
+    store: str | os.PathLike | None = None,
+    before: Callable[[Plan], Any] = lambda plan: None,
+    measured: bool = True,
+    after: Sequence[Stage] = (),
+    restart: bool = False,
+    model_facts: Mapping[str, Any] = MappingProxyType({}),
+    started: float | None = None,
+) -> dict[str, Any] | None:
+    """`train_suite` in a run that the caller has opened, whose folder ``config.run.out`` is.
+
+    measured: whether the plan has times. after: stages that made the text or the model. restart: what changed, but for
+    what ``allow`` names, begins another training in the place of the one before, instead of being refused. model_facts:
+    go into ``model`` of the results. started: by `time.monotonic`, when the caller's run began.
+    """
     for name in allow:
         check_choice("allow", name, ALLOWABLE)
-    started = time.monotonic()
-    with Run(config.run.out, fresh, kind="training") as work, stopping() as stop:
+    started = time.monotonic() if started is None else started
+    with stopping() as stop:
         try:
-            if fresh:
-                _forget(work.folder)
-            return _run(config, work, stop, allow, store, before, started)
+            prepared = _prepared(config, work, allow, restart)
+            stop.check()
+            return _run(prepared, work, stop, store, before, measured, after, model_facts, started)
         except Stopped:
             say(f"{config.run.out}: stopped; the same command goes on from there")
             return None
@@ -117,8 +143,8 @@ def harvest_suite(config: SuiteConfig, out: str | os.PathLike) -> ActivationStor
             )
 
 
-def _forget(folder: Path) -> None:
-    """The tokens stay, which `tokenise` makes again if need be."""
+def forget(folder: Path) -> None:
+    """Remove what a run goes on from; what it ends with is made again. The tokens stay, for `tokenise` to compare."""
     try:
         for name in (CHECKPOINTS, SAES_FOLDER):
             if (folder / name).exists():
@@ -131,24 +157,46 @@ def _forget(folder: Path) -> None:
         ) from error
 
 
+def _prepared(config: SuiteConfig, work: Run, allow: Collection[str], restart: bool) -> Prepared:
+    """What the run works with. Raises ValueError unless that is what it began with, up to what is allowed to differ;
+    with ``restart`` it begins again then."""
+    path = work.folder / IDENTITY
+    begun = read_json(path) if path.exists() else None
+    goes_on = begun is not None and not restart
+    if begun is not None and goes_on:  # before the model is loaded
+        _check_unchanged(work.folder, begun, settings(config, begun.get("text", {}).get("content")), allow)
+    prepared = prepare(config, work.folder, goes_on)
+    now = prepared.identity
+    if begun is not None:
+        if restart and any(differences(begun.get(part, {}), now[part]) for part in now if part not in allow):
+            forget(work.folder)
+            begun = None
+        else:
+            _check_unchanged(work.folder, begun, now, allow)
+    run_id = secrets.token_hex(8) if begun is None else begun.get("run")
+    write_json(path, now | {"run": run_id})
+    return dataclasses.replace(prepared, run_id=run_id)
+
+
 def _run(
-    config: SuiteConfig,
+    prepared: Prepared,
     work: Run,
     stop: Stop,
-    allow: Collection[str],
     store: str | os.PathLike | None,
     before: Callable[[Plan], Any],
+    measured: bool,
+    after: Sequence[Stage],
+    model_facts: Mapping[str, Any],
     started: float,
 ) -> dict[str, Any]:
-    prepared = _prepared(config, work, allow)
-    stop.check()
-
-    training = work.stage("training", {name: prepared.identity[name] for name in ("config", "text")})
+    config = prepared.config
+    identity = {name: prepared.identity[name] for name in ("config", "text")}
+    training = work.stage("training", identity, after=after)
     trained: Trained | None = None
     if training.done():
         say(f"training: finished before, {training.facts['steps']:,} steps")
     else:
-        plan = prepared.plan()
+        plan = prepared.plan(measured)
         before(plan)
         plan.refuse()
         with training.doing():
@@ -158,8 +206,8 @@ def _run(
 
     stop.check()
     rows = prepared.rows
-    held_out = rows.held_out(_spread(rows.n_held_out, config.evaluate.rows))
-    train_tokens = rows.train(_spread(rows.n_train, config.evaluate.train_rows))
+    held_out = rows.held_out(spread(rows.n_held_out, config.evaluate.rows))
+    train_tokens = rows.train(spread(rows.n_train, config.evaluate.train_rows))
     saved = work.stage("saes", held_out, after=[training])
     if not saved.done():
         with saved.doing():
@@ -175,11 +223,11 @@ def _run(
         say(f"{config.run.out}: finished before; start over with --fresh")
         return read_json(work.folder / RESULTS)
     with judged.doing():
-        saes, frequencies, model_facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out)
+        saes, frequencies, facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out)
         write_frequencies(work.folder, frequencies)
-        stages = {stage.name: stage.seconds for stage in (training, saved, judged)}
+        stages = {stage.name: stage.seconds for stage in (*after, training, saved, judged)}
         results = {
-            "model": model_facts,
+            "model": facts | dict(model_facts),
             "saes": saes,
             "training": config.to_dict(),
             "statistics": training.facts["statistics"],
@@ -194,21 +242,8 @@ def _run(
     return results
 
 
-def _prepared(config: SuiteConfig, work: Run, allow: Collection[str]) -> Prepared:
-    """What the run works with. Raises ValueError unless that is what it began with, up to what is allowed to differ."""
-    begun = read_json(work.folder / IDENTITY) if (work.folder / IDENTITY).exists() else None
-    if begun is not None:  # before the model is loaded
-        _check_unchanged(work.folder, begun, settings(config, begun.get("text", {}).get("content")), allow)
-    prepared = prepare(config, work.folder, begun is not None)
-    if begun is not None:
-        _check_unchanged(work.folder, begun, prepared.identity, allow)
-    run_id = secrets.token_hex(8) if begun is None else begun.get("run")
-    write_json(work.folder / IDENTITY, prepared.identity | {"run": run_id})
-    return dataclasses.replace(prepared, run_id=run_id)
-
-
-def _spread(n: int, rows: int) -> Tensor:
-    """Which of n rows stand for all of them."""
+def spread(n: int, rows: int) -> Tensor:
+    """Which of n rows stand for all of them, int64."""
     return sample_rows(torch.arange(n, dtype=torch.int64, device="cpu"), rows)
 
 

@@ -4,7 +4,7 @@ from .config import Loss, TrainConfig
 from .losses import LossAndGradients, loss_and_gradients
 from .sparse_loss import sparse_loss
 from .spec import SAESpec
-from .suite import Suite, suite_memory, train, train_suite
+from .suite import Suite, train
 from .trainer import SAETrainer
 
 __all__ = [
@@ -16,7 +16,5 @@ __all__ = [
     "TrainConfig",
     "loss_and_gradients",
     "sparse_loss",
-    "suite_memory",
     "train",
-    "train_suite",
 ]

@@ -1,28 +1,17 @@
-"""Training of the SAEs of many sites at once, from one stream of activations, and what it leaves on the disk."""
+"""Training of the SAEs of many sites at once, from one stream of activations."""
 
-import json
-import math
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..activations import batches
-from ..activations.moments import check_activations, chunks
 from ..activations.statistics import SiteStatistics
 from ..checks import check_int, check_type
-from ..formats.files import as_path, atomic_write
-from ..formats.release import gemma_scope_path
-from ..saes import JumpReLUSAE
 from ..sites import Site
 from .company import GIVE_UP_AFTER, Company
-from .config import TrainConfig
 from .memory import SuiteMemory
 from .snapshot import check_keys
 from .spec import SAESpec
@@ -30,9 +19,6 @@ from .trainer import SAETrainer
 from .unfold import check_fits, load
 
 LOG_EVERY = 10
-LOG_FILE, SAES_FOLDER = "train_log.jsonl", "saes"
-# Of the training activations, so many are the rows that the L0 in a file's name is measured on without others.
-L0_ROWS = 20_000
 
 Log = Callable[[int, dict[str, dict[str, float]] | None], None]
 
@@ -210,94 +196,6 @@ def site_metadata(model_name: str, site: Site) -> dict[str, Any]:
     return {"model": model_name, "site": site.name, "layer": site.layer}
 
 
-def train_suite(
-    activations: Mapping[Site, Tensor],
-    config: TrainConfig,
-    out: str | os.PathLike,
-    *,
-    model_name: str,
-    impl: str = "auto",
-    device: torch.device | str | None = None,
-    held_out: Mapping[Site, Tensor] | None = None,
-    log_every: int = LOG_EVERY,
-    log: Log = lambda step, rows: None,
-) -> dict[Site, Path]:
-    """Train an SAE at every site of ``activations`` {site: [n, width]} and save it folded: {site: its file}.
-
-    model_name: for the metadata of the SAEs. ``log(step, rows)`` as in `train`; the rows also go into train_log.jsonl
-    in ``out``, figures that are not finite as null. The files are those of Gemma Scope 1,
-    ``saes/KIND/layer_L/width_W/average_l0_L0/params.npz``; once the training is over they replace the whole folder
-    ``saes``. An SAE that gave up, as in `train`, has none and is missing in what is returned.
-
-    L0 is that of the SAE as it is saved, on ``held_out`` {site: [m, width]}: the figure that `evaluation.judge_suite`
-    gives of the same rows. Without them it is that of `L0_ROWS` training rows, spread over all. The metadata says of
-    which: ``average_l0``, ``average_l0_of`` and ``average_l0_tokens``.
-
-    Raises ValueError for no site, unequal or too few rows, and ValueError or TypeError on other bad arguments;
-    EnvironmentProblemError as `SAETrainer` and when a file cannot be written; TrainingFailedError as `train`.
-    """
-    out = as_path("out", out)
-    _check_log(log_every, log)
-    trainers = make_trainers(activations, config, model_name=model_name, impl=impl, device=device)
-    if held_out is not None:
-        check_type("held_out", held_out, Mapping)
-        for site, rows in activations.items():
-            check_activations(f"held_out[{site}]", held_out.get(site), rows.shape[1])
-    lines: list[str] = []
-
-    def log_and_keep(step: int, rows: dict[str, dict[str, float]] | None) -> None:
-        log(step, rows)
-        for name, row in (rows or {}).items():
-            figures = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            lines.append(json.dumps({"step": step, "site": name, **figures}) + "\n")
-
-    def l0_rows(site: Site) -> tuple[Tensor, str]:
-        if held_out is not None:
-            return held_out[site], "held-out rows"
-        rows = activations[site]
-        return rows[:: -(-len(rows) // L0_ROWS)], "training rows"
-
-    stream = batches(activations, config.batch_size, config.steps, config.seed)
-    gave_up = train(trainers, stream, log_every=log_every, log=log_and_keep)
-    with atomic_write(out / LOG_FILE) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-    shutil.rmtree(out / SAES_FOLDER, ignore_errors=True)  # those of an earlier training in this folder
-    return {
-        site: save_sae(out / SAES_FOLDER, site, trainer.sae, *l0_rows(site))
-        for site, trainer in trainers.items()
-        if site not in gave_up
-    }
-
-
-def make_trainers(
-    samples: Mapping[Site, Tensor],
-    config: TrainConfig,
-    *,
-    model_name: str,
-    impl: str = "auto",
-    device: torch.device | str | None = None,
-) -> dict[Site, SAETrainer]:
-    """A trainer for every site of ``samples`` {site: [n, width]}, its SAE's metadata saying of what model and site.
-
-    Raises ValueError or TypeError on bad arguments, and else as `SAETrainer`.
-    """
-    _check_sites("activations", samples)
-    for site in samples:
-        if not isinstance(site, Site):
-            raise TypeError(f"activations: expected a Site for every key, got {type(site).__name__}")
-    check_type("model_name", model_name, str)
-    return {
-        site: SAETrainer(
-            config,
-            rows,
-            impl=impl,
-            metadata=site_metadata(model_name, site),
-            device=device,
-        )
-        for site, rows in samples.items()
-    }
-
-
 def _check_sites(name: str, by_site: Any) -> None:
     if not isinstance(by_site, Mapping):
         raise TypeError(f"{name}: expected a mapping by site, got {type(by_site).__name__}")
@@ -309,36 +207,6 @@ def _check_log(log_every: Any, log: Any) -> None:
     check_int("log_every", log_every, 1)
     if not callable(log):
         raise TypeError(f"log: expected a function, got {type(log).__name__}")
-
-
-def suite_memory(config: TrainConfig, widths: Iterable[int], device: torch.device | str = "cpu") -> int:
-    """Bytes that training an SAE on activations of each of ``widths`` takes at most, on a device of that type."""
-    if not isinstance(widths, Iterable) or isinstance(widths, Tensor):
-        raise TypeError(f"widths: expected an iterable of ints, got {type(widths).__name__}")
-    return sum(SAETrainer.memory(config, width, device).total for width in widths)
-
-
-def save_sae(folder: Path, site: Site, sae: JumpReLUSAE, rows: Tensor, what: str) -> Path:
-    """Fold the SAE and save it in Gemma Scope 1's layout in ``folder``; returns its file.
-
-    rows: activations [n, width] of the site, which ``what`` describes; the mean L0 of the folded SAE on them goes into
-    the name and, with what they are, into the metadata.
-    """
-    folded = sae.fold()
-    average_l0 = mean_l0(folded, rows)
-    folded.metadata |= {"average_l0": average_l0, "average_l0_of": what, "average_l0_tokens": len(rows)}
-    path = folder / site.kind / gemma_scope_path(site.layer, sae.d_sae, average_l0)
-    folded.save(path)
-    return path
-
-
-def mean_l0(sae: JumpReLUSAE, rows: Tensor) -> float:
-    """Mean number of active latents on activations [n ≥ 1, d_model], the figure of `evaluation.evaluate_sae`."""
-    n_active = 0
-    for x in chunks(rows, max(sae.d_sae, sae.d_model)):
-        code = sae.encode_sparse(x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype))
-        n_active += len(code.indices)
-    return n_active / len(rows)
 
 
 def train(

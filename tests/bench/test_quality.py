@@ -202,7 +202,7 @@ def test_topk_keeps_the_largest_and_decodes_them():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--activations", "nowhere.safetensors"], "`make demo` makes it"),
+        (["--activations", "nowhere.safetensors"], "`python -m bench.quality.activations RUN` makes it"),
         (["--sites", "layer_9/resid"], "sites: expected some of layer_0/resid, found 'layer_9/resid'"),
         (["--l0", "3"], "--l0: expected 4 numbers"),
         (["--steps", "-1"], "steps: expected at least 0"),

@@ -1,21 +1,33 @@
-"""Text in, byte tokens out: the split, the baseline, and one test per message."""
+"""Text in, documents out: what they are, what is held out, the baseline, and one test per message."""
 
+import json
 import math
 import os
 
 import pytest
 import torch
 
+from gemmascope.activations import Document, read_documents, tokenise
 from gemmascope.activations.held_out import HELD_OUT_EVERY
+from gemmascope.activations.packing import is_held_out
 from gemmascope.demo import text
+from gemmascope.demo.byte_tokenizer import byte_tokenizer
 from gemmascope.demo.text import BOS
 
 
+def held_out(documents):
+    return [document for document in documents if is_held_out(document, HELD_OUT_EVERY)]
+
+
 def test_python_documentation_is_real_text():
-    documentation = text.python_documentation()
-    assert 1_000_000 < len(documentation) < 10_000_000
-    documentation.decode("utf-8")
-    assert b"Evaluates" in documentation or b"Return" in documentation
+    documents = text.read((), 128)
+    whole = "\n\n".join(document.text for document in documents)
+    assert 1_000_000 < len(whole.encode()) < 10_000_000
+    assert "Evaluates" in whole or "Return" in whole
+    names = [(document.source, document.name) for document in documents]
+    assert len(set(names)) == len(names) > 200
+    assert ("standard library", "argparse.py") in names
+    assert 0.02 < len(held_out(documents)) / len(documents) < 0.12
 
 
 def test_docstrings(tmp_path):
@@ -28,34 +40,62 @@ def test_docstrings(tmp_path):
     assert list(text.docstrings(path)) == []
 
 
-def test_rows_start_with_bos_and_drop_the_rest():
-    assert text.rows(b"abcdefgh", 4).tolist() == [[BOS, 97, 98, 99], [BOS, 100, 101, 102]]
+PARAGRAPHS = "\n\n".join(f"{number} " + "words of a paragraph " * 20 for number in range(200))
 
 
-def numbers_in(rows):
-    return rows[:, 1:].unique().tolist()
+def test_a_file_becomes_documents_that_end_at_blank_lines(tmp_path):
+    (tmp_path / "a.txt").write_text(PARAGRAPHS)
+    documents = text.read([tmp_path / "a.txt"], 128)
+    assert "".join(document.text for document in documents) == PARAGRAPHS
+    assert all(2048 <= len(document.text) <= 4096 for document in documents[:-1])
+    assert all(document.text.endswith("\n\n") for document in documents[:-1])
+    start = 0
+    for document in documents:
+        assert (document.name, document.source) == (f"a.txt:{start}", "a.txt")
+        start += len(document.text)
 
 
-def test_split_is_disjoint_and_holds_out_a_sixteenth():
-    corpus = b"".join(bytes([i]) * 10 for i in range(HELD_OUT_EVERY))  # a number for each row
-    train, held_out = text.split(corpus, 11, seed=0)
-    (number,) = numbers_in(held_out)
-    assert numbers_in(train) == [other for other in range(HELD_OUT_EVERY) if other != number]
-    assert {numbers_in(text.split(corpus, 11, seed)[1])[0] for seed in range(200)} == set(range(HELD_OUT_EVERY))
+def test_more_text_at_the_end_moves_no_document_to_the_other_side(tmp_path):
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(PARAGRAPHS * (1 + (name == "after")))
+    before, after = (set(held_out(text.read([tmp_path / name / "a.txt"], 128))) for name in ("before", "after"))
+    assert len(before) < len(after)
+    assert len(before - after) <= 1  # the last document of the shorter text
 
 
-def test_held_out_rows_come_from_all_over():
-    """Of any sixteenth of the text a block, so that the figures are not those of one piece of it."""
-    corpus = b"".join(bytes([i]) * 32 * 10 for i in range(8 * HELD_OUT_EVERY))  # a number for each block
-    train, held_out = text.split(corpus, 11, seed=1)
-    found = numbers_in(held_out)
-    assert [number // HELD_OUT_EVERY for number in found] == list(range(8))
-    assert not set(found) & set(numbers_in(train))
-    assert len(held_out) == 8 * 32
+@pytest.mark.parametrize("piece", ["a line\n", "word ", "x", "ß€\U0001f600", "a\n\n"])
+def test_any_text_is_cut_into_pieces_that_are_it_together(piece):
+    whole = piece * 3000
+    documents = list(text.cut("a", whole, 1000))
+    assert "".join(document.text for document in documents) == whole
+    assert all(500 <= len(document.text) <= 1000 for document in documents[:-1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_the_shortest_text_some_is_held_out(tmp_path, seed):
+    (tmp_path / f"{seed}").write_text("short text" * 204)
+    documents = text.read([tmp_path / f"{seed}"], 128)
+    rows = tokenise(documents, byte_tokenizer(), tmp_path / "rows", context=128)
+    assert min(rows.n_train, rows.n_held_out) > 0
+
+
+def test_lines_are_read_again_as_the_same_documents(tmp_path):
+    documents = [Document("a:0", 'one "two"\n\x85\u2028ß\0', "a"), Document("b:3", "", "b")]
+    (tmp_path / "text.jsonl").write_bytes(text.lines(documents))
+    assert list(read_documents([tmp_path / "text.jsonl"])) == documents
+    assert len(text.lines(documents).splitlines()) == 2
+    assert json.loads(text.lines(documents).splitlines()[1]) == {"name": "b:3", "source": "b", "text": ""}
+
+
+def rows(data, context):
+    """A BOS and ``context`` − 1 bytes each."""
+    body = torch.tensor(list(data[: len(data) // (context - 1) * (context - 1)])).view(-1, context - 1)
+    return torch.cat([torch.full((len(body), 1), BOS), body], 1)
 
 
 def test_bigram_loss_of_a_certain_text_is_near_zero_and_of_noise_is_that_of_unigrams():
-    certain = text.rows(b"ab" * 5000, 21)
+    certain = rows(b"ab" * 5000, 21)
     assert text.bigram_loss(certain, certain[:50]) < 0.1
     noise = torch.randint(0, 4, (2000, 20), generator=torch.Generator().manual_seed(0))
     assert text.bigram_loss(noise, noise[:500]) == pytest.approx(math.log(4), abs=0.01)
@@ -69,10 +109,16 @@ def test_bigram_loss_by_hand():
     assert text.bigram_loss(train, torch.tensor([[0, 1]])) == pytest.approx(min(losses))
 
 
-def test_read_files_joins(tmp_path):
+def test_bigram_loss_leaves_bos_out():
+    train = torch.tensor([[BOS, 0, 1, BOS], [BOS, BOS, 0, 1]])
+    plain = torch.tensor([[0, 1], [0, 1]])
+    assert text.bigram_loss(train, torch.tensor([[BOS, 0, 1, BOS]])) == text.bigram_loss(plain, torch.tensor([[0, 1]]))
+
+
+def test_read_files(tmp_path):
     (tmp_path / "a").write_bytes(b"one")
     (tmp_path / "b").write_text("zwei ß")
-    assert text.read_files([tmp_path / "a", tmp_path / "b"]).decode() == "one\n\nzwei ß"
+    assert text.read_files([tmp_path / "a", tmp_path / "b"]) == [("a", "one"), ("b", "zwei ß")]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +149,7 @@ def test_text_is_bounded(tmp_path, monkeypatch):
         text.read_files([large])
     monkeypatch.setattr(text, "MAX_TEXT_BYTES", 10)
     (tmp_path / "a").write_bytes(b"five5")
-    assert text.read_files([tmp_path / "a", tmp_path / "a"]) == b"five5\n\nfive5"
+    assert text.read_files([tmp_path / "a", tmp_path / "a"]) == [("a", "five5"), ("a", "five5")]
     with pytest.raises(ValueError, match=r"text: expected at most 10 bytes in all, found 5 in .*a: give a part of it"):
         text.read_files([tmp_path / "a"] * 3)
 
@@ -125,7 +171,13 @@ def test_not_utf8(tmp_path):
         text.read_files([tmp_path / "a"])
 
 
-def test_too_short():
+def test_too_short(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 2031)
     with pytest.raises(ValueError, match="text: expected at least 2032 bytes for rows of 128 tokens, got 2031"):
-        text.split(b"x" * 2031, 128, seed=0)
-    assert [len(part) for part in text.split(b"x" * 2032, 128, seed=0)] == [15, 1]
+        text.read([tmp_path / "a"], 128)
+
+
+def test_blanks_alone_are_nothing_to_hold_out(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" + b" " * 5000)
+    with pytest.raises(ValueError, match="text: expected some text to train on and some to hold out, found blanks"):
+        text.read([tmp_path / "a"], 128)

@@ -20,9 +20,7 @@ from gemmascope.training import (
     TrainConfig,
     loss_and_gradients,
     sparse_loss,
-    suite_memory,
     train,
-    train_suite,
 )
 from tests.training.test_trainer import config, sample, statistics_of
 
@@ -102,25 +100,16 @@ WHOLE = {
     ),
     "update": (report_after, {"x_raw": X}),
     "memory": (SAETrainer.memory, {"config": config(), "d_model": D}),
-    "suite_memory": (suite_memory, {"config": config(), "widths": [D]}),
     "train": (
         lambda trainers=FRESH, **others: train({A: make_trainer()} if trainers is FRESH else trainers, **others),
         {"trainers": FRESH, "stream": [{A: X}], "log_every": 1, "log": lambda step, rows: None},
-    ),
-    "train_suite": (
-        train_suite,
-        {"activations": {A: sample()}, "config": config(steps=2), "model_name": "a model"}
-        | dict.fromkeys(("impl", "device", "log_every", "log")),
     ),
 }  # fmt: skip
 ARGUMENTS = [(call, argument) for call, (_, given) in WHOLE.items() for argument in given]
 # What a message may call an argument, other than by its name.
 ALIASES = {
     ("update", "x_raw"): "x",
-    ("suite_memory", "widths"): "d_model",
     ("train", "stream"): "x",
-    ("train_suite", "activations"): "sample|batch_size|x|dtype",
-    ("train_suite", "config"): "batch_size|steps",
     ("sparse_loss", "loss"): r"target_l0|loss\.pre_act_coefficient",
     ("loss_and_gradients", "loss"): "target_l0",
 }
@@ -137,12 +126,10 @@ def test_every_public_name_is_called():
 @settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(place=st.sampled_from(ARGUMENTS), value=anything)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_wrong_argument_is_named(tmp_path, place, value):
+def test_a_wrong_argument_is_named(place, value):
     (call, argument), (function, arguments) = place, WHOLE[place[0]]
     assume(not (argument == "log" and callable(value)))  # called with other arguments than ours, it is its own affair
     named = {name: given for name, given in arguments.items() if given is not None} | {argument: value}
-    if call == "train_suite":
-        named["out"] = tmp_path
     names = "|".join([argument, ALIASES.get((call, argument), argument), TOGETHER])
     message = ""
     try:

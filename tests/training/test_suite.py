@@ -1,6 +1,5 @@
-"""Many SAEs trained at once: each as if it were alone, their files, and the end of a training that fails."""
+"""Many SAEs trained at once: each as if it were alone, and the end of a training that fails."""
 
-import json
 import math
 import re
 
@@ -9,11 +8,8 @@ import torch
 
 from gemmascope.activations import batches
 from gemmascope.errors import TrainingFailedError
-from gemmascope.evaluation import evaluate_sae
-from gemmascope.saes import JumpReLUSAE
 from gemmascope.sites import Site
-from gemmascope.training import suite as suite_module
-from gemmascope.training.suite import make_trainers, mean_l0, suite_memory, train, train_suite
+from gemmascope.training.suite import train
 from gemmascope.training.trainer import SAETrainer
 from tests.training.test_trainer import config, sample
 
@@ -174,101 +170,6 @@ def test_a_stream_of_nothing_trains_nothing():
     assert train({A: SAETrainer(config(), sample())}, []) == {}
 
 
-def test_files_of_a_suite_of_which_one_gives_up(tmp_path, monkeypatch):
-    activations, settings = {A: sample(2000), B: sample(2000, seed=2)}, config(steps=30)
-    samples = {site: rows[:200].clone() for site, rows in activations.items()}
-    activations[B].fill_(math.nan)
-    monkeypatch.setattr(suite_module, "make_trainers", lambda _, *args, **named: make_trainers(samples, *args, **named))
-    with pytest.warns(RuntimeWarning, match=r"^layer_1/att: .*: it gave up$"):
-        paths = train_suite(activations, settings, tmp_path, model_name="a model", log_every=5)
-    assert list(paths) == [A]
-    assert list(tmp_path.rglob("params.npz")) == [paths[A]]
-    text = (tmp_path / "train_log.jsonl").read_text()
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
-    assert [(line["step"], line["site"]) for line in lines] == [
-        *((step, site) for step in (5, 10) for site in ("layer_0/resid", "layer_1/att")),
-        *((step, "layer_0/resid") for step in (15, 20, 25, 30)),
-    ]
-    assert (lines[1]["loss"], lines[1]["skipped"]) == (None, 5)
-
-
-def test_files_of_a_suite(tmp_path):
-    activations = {A: sample(seed=1), B: sample(d=6, seed=2)}
-    (tmp_path / "saes" / "old").mkdir(parents=True)
-    (tmp_path / "results.json").touch()
-    settings, logged = config(steps=6), []
-    paths = train_suite(
-        activations,
-        settings,
-        tmp_path,
-        model_name="a model",
-        log_every=3,
-        log=lambda step, rows: logged.append((step, rows)),
-    )
-    twins = make_trainers(activations, settings, model_name="a model")
-    train(twins, batches(activations, settings.batch_size, settings.steps, settings.seed))
-    assert list(paths) == [A, B]
-    for site, path in paths.items():
-        sae = JumpReLUSAE.load(path)
-        l0 = evaluate_sae(sae, activations[site]).l0
-        folder = tmp_path / "saes" / site.kind / f"layer_{site.layer}" / f"width_{settings.d_sae}"
-        assert path == folder / f"average_l0_{round(l0)}" / "params.npz"
-        assert sae.is_folded
-        assert torch.equal(sae.W_dec, twins[site].sae.W_dec)
-        expected = {"model": "a model", "site": site.name, "layer": site.layer}
-        expected |= {"average_l0": l0, "average_l0_of": "training rows", "average_l0_tokens": 400}
-        assert {name: sae.metadata[name] for name in expected} == expected
-    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
-    lines = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
-    assert lines == [{"step": step, "site": name, **row} for step, rows in logged if rows for name, row in rows.items()]
-    assert len(lines) == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "saes", "train_log.jsonl"]
-    assert not (tmp_path / "saes" / "old").exists()
-
-
-def test_l0_in_the_name_is_that_of_the_held_out_rows(tmp_path):
-    """To the bit what the evaluation of the saved SAE gives, which is what a reader compares it with."""
-    activations, held_out = {A: sample(seed=1).bfloat16()}, {A: sample(5000, seed=2)}
-    (path,) = train_suite(activations, config(steps=6), tmp_path, model_name="none", held_out=held_out).values()
-    sae = JumpReLUSAE.load(path)
-    l0 = evaluate_sae(sae, held_out[A]).l0
-    assert path.parent.name == f"average_l0_{round(l0)}"
-    said = {name: sae.metadata[name] for name in ("average_l0", "average_l0_of", "average_l0_tokens")}
-    assert said == {"average_l0": l0, "average_l0_of": "held-out rows", "average_l0_tokens": 5000}
-
-
-def test_without_them_it_is_that_of_training_rows_from_all_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("gemmascope.training.suite.L0_ROWS", 100)
-    rows = torch.cat([sample(200, seed=1), 0.01 * sample(150, seed=2)])  # the end is like nothing at the beginning
-    (path,) = train_suite({A: rows}, config(steps=6), tmp_path, model_name="none").values()
-    sae = JumpReLUSAE.load(path)
-    assert sae.metadata["average_l0"] == evaluate_sae(sae, rows[::4]).l0
-    assert sae.metadata["average_l0_tokens"] == 88
-
-
-@pytest.mark.parametrize(
-    ("held_out", "error"), [({}, TypeError), ({A: sample(d=5)}, ValueError), ({A: sample()[:0]}, ValueError)]
-)
-def test_held_out_rows_are_checked_before_anything_is_trained(tmp_path, monkeypatch, held_out, error):
-    monkeypatch.setattr(SAETrainer, "update", None)
-    with pytest.raises(error, match=r"^held_out\[layer_0/resid\]: expected "):
-        train_suite({A: sample()}, config(steps=6), tmp_path, model_name="none", held_out=held_out)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_training_that_fails_leaves_the_earlier_saes(tmp_path, monkeypatch):
-    (tmp_path / "saes" / "old").mkdir(parents=True)
-    monkeypatch.setattr(SAETrainer, "update", lambda trainer, x: math.sqrt(-1))
-    with pytest.raises(ValueError, match="math domain error"):
-        train_suite({A: sample()}, config(), tmp_path, model_name="a model")
-    assert [path.name for path in tmp_path.rglob("*")] == ["saes", "old"]
-
-
-def test_no_site(tmp_path):
-    with pytest.raises(ValueError, match="activations: expected at least one site, got none"):
-        train_suite({}, config(), tmp_path, model_name="a model")
-
-
 def a_trainer():
     return {A: SAETrainer(config(), sample())}
 
@@ -297,40 +198,9 @@ def a_trainer():
         ),
         (lambda: train(a_trainer(), [], log_every=0), ValueError, "log_every: expected at least 1, got 0"),
         (lambda: train(a_trainer(), [], log=3), TypeError, "log: expected a function, got int"),
-        (
-            lambda: make_trainers({"layer_0/resid": sample()}, config(), model_name="m"),
-            TypeError,
-            "activations: expected a Site for every key, got str",
-        ),
-        (
-            lambda: make_trainers({A: sample()}, config(), model_name=3),
-            TypeError,
-            "model_name: expected a str, got int",
-        ),
-        (lambda: suite_memory({}, [3]), TypeError, "config: expected a TrainConfig, got dict"),
-        (lambda: suite_memory(config(), 3), TypeError, "widths: expected an iterable of ints, got int"),
-        (lambda: suite_memory(config(), [0]), ValueError, "d_model: expected at least 1, got 0"),
     ],
 )
 def test_messages(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
-
-
-def test_a_path_that_is_none():
-    with pytest.raises(TypeError, match=r"^out: expected a str or an os.PathLike, got int$"):
-        train_suite({A: sample()}, config(), 3, model_name="m")
-
-
-@pytest.mark.parametrize("d_sae", [24, 5000])
-def test_l0_is_that_of_the_evaluation(d_sae):
-    rows = sample(5000)  # more than one piece
-    sae = JumpReLUSAE(rows.shape[1], d_sae, threshold_init=0.5, generator=torch.Generator().manual_seed(0))
-    assert mean_l0(sae, rows) == evaluate_sae(sae, rows).l0
-    assert mean_l0(sae, rows.bfloat16()) == evaluate_sae(sae, rows.bfloat16()).l0
-
-
-def test_memory_of_a_suite():
-    widths = [8, 6]
-    assert suite_memory(config(), iter(widths)) == sum(SAETrainer.memory(config(), width).total for width in widths)
