@@ -46,6 +46,14 @@ def _package_asks() -> bool:
     return False
 
 
+_contexts = 0
+
+
+def _is_overridden() -> bool:
+    """Whether somebody has entered a default device since, as transformers does to load a model."""
+    return torch._C._len_torch_function_stack() > _contexts > 0
+
+
 @contextlib.contextmanager
 def _ordinary():
     dtype = torch.get_default_dtype()
@@ -60,7 +68,7 @@ def _ordinary():
 def _for_the_package_alone(factory):
     @functools.wraps(factory)
     def wrapped(*args, **kwargs):
-        if _package_asks():
+        if _package_asks() or _is_overridden():
             return factory(*args, **kwargs)
         with _ordinary():
             return factory(*args, **kwargs)
@@ -71,6 +79,7 @@ def _for_the_package_alone(factory):
 @pytest.fixture(autouse=True)
 def changed_defaults(request, monkeypatch):
     """The defaults that the command line asks for."""
+    global _contexts
     dtype, device = request.config.getoption("--default-dtype"), request.config.getoption("--default-device")
     if dtype is None and device is None:
         yield
@@ -85,6 +94,8 @@ def changed_defaults(request, monkeypatch):
     torch.set_default_dtype(getattr(torch, dtype or "float32"))
     try:
         with torch.device(device or "cpu"):
+            _contexts = torch._C._len_torch_function_stack()
             yield
     finally:
+        _contexts = 0
         torch.set_default_dtype(before)

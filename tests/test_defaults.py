@@ -12,6 +12,7 @@ def asked_by(module: str, expression: str):
 
 def test_who_asks_decides(monkeypatch):
     monkeypatch.setattr(torch, "ones", defaults._for_the_package_alone(torch.ones))
+    monkeypatch.setattr(defaults, "_contexts", 0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
