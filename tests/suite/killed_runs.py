@@ -76,6 +76,8 @@ def redirect(descriptor: int, path: str | None) -> None:
         write = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(write, descriptor)
     os.close(write)
+    stream = open(descriptor, "w", buffering=1, closefd=False)  # noqa: SIM115
+    setattr(sys, {1: "stdout", 2: "stderr"}[descriptor], stream)  # what was there remembers what it was opened for
 
 
 def run(job: dict[str, Any]) -> int:

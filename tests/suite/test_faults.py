@@ -274,15 +274,16 @@ def test_one_sae_that_is_nan_is_parked(command, monkeypatch, tmp_path, capsys, u
 
 
 def test_all_of_them_parked(command, monkeypatch, tmp_path, capsys, undisturbed):
-    """What was saved before stays, and the run goes on from it once the cause is gone."""
-    spoil(monkeypatch, [Site(1, "resid").name, Site(1, "att").name, Site(0, "mlp").name], 11)
-    with pytest.warns(RuntimeWarning):
+    """The line says what may be done."""
+    with monkeypatch.context() as patch:
+        spoil(patch, [Site(1, "resid").name, Site(1, "att").name, Site(0, "mlp").name], 11)
         assert main(command) == 5
     line = last_line(capsys)
     assert "lower the learning rate" in line
     assert "--fresh" in line
-    assert (tmp_path / "run" / "checkpoints" / "step-000000010").is_dir()
     assert not (tmp_path / "run" / "saes").exists()
+    assert main([*command, "--fresh"]) == 0
+    assert hash_of(tmp_path / "run") == hash_of(undisturbed)
 
 
 # ---- the text
