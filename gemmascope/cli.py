@@ -102,14 +102,14 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train SAEs at many sites of a Gemma at once; the same command goes on where it was stopped."""
-    with ending_when_interrupted(["train"]):
+    with ending_when_interrupted(["train", "--fresh"] if fresh else ["train"]):
         from .suite import SuiteConfig, plan_suite, train_suite
+        from .suite.prepare import say
 
     settings = suite_config(SuiteConfig, config, preset, overrides, out)
-    console = Console()
     if plan:
         found = plan_suite(settings)
-        console.print(found.text(), markup=False, soft_wrap=True, end="")
+        Console().print(found.text(), markup=False, soft_wrap=True, end="")
         found.refuse()
         return
     may_change = {"environment": allow_environment_change, "model": allow_model_change}
@@ -118,7 +118,7 @@ def train(
         fresh=fresh,
         allow=[name for name, allowed in may_change.items() if allowed],
         store=from_store,
-        before=lambda found: console.print(found.text(), markup=False, soft_wrap=True),
+        before=lambda found: say(found.text()),  # on standard error, of which nothing depends
     )
     if results is not None:
         present(Path(settings.run.out), results)

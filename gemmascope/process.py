@@ -8,6 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 INTERRUPTED = 130
+# Commands that go on when they are run again, and from where.
+GOES_ON = {
+    "demo": "from the last finished stage",
+    "train": "where it was",
+    "harvest": "after the last finished superblock",
+}
 
 
 def divert(stream: IO[str]) -> None:
@@ -32,10 +38,11 @@ def open_missing() -> None:
 
 def interruption(arguments: Sequence[str]) -> str:
     """What to say when the command ``arguments`` was interrupted."""
-    if "demo" not in arguments:
+    found = next((GOES_ON[name] for name in arguments if name in GOES_ON), None)
+    if found is None:
         return "interrupted"
     command = "the same command without --fresh" if "--fresh" in arguments else "the same command"
-    return f"interrupted; {command} goes on from the last finished stage"
+    return f"interrupted; {command} goes on {found}"
 
 
 @contextlib.contextmanager

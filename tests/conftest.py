@@ -37,7 +37,7 @@ if importlib.util.find_spec("hypothesis") is not None:
     hypothesis.settings.load_profile("same")
 
 # What some tests need that a GPU machine with torch, Triton and pytest may not have.
-EXTRAS = ("hypothesis", "matplotlib", "transformers", "huggingface_hub", "typer", "rich")
+EXTRAS = ("hypothesis", "matplotlib", "transformers", "tokenizers", "huggingface_hub", "typer", "rich")
 
 
 def is_gpu_lane(config) -> bool:

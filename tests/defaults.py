@@ -13,6 +13,7 @@ import warnings
 
 import pytest
 import torch
+from torch import overrides
 from torch.utils import _device
 
 ORDINARY_DTYPE = torch.get_default_dtype()
@@ -28,12 +29,14 @@ def add_options(parser) -> None:
 
 
 def skip_what_compiles(config, items) -> None:
-    """A compiler cannot trace who asks for a tensor."""
+    """And what sets other defaults itself. A compiler cannot trace who asks for a tensor."""
     if config.getoption("--default-dtype") is None and config.getoption("--default-device") is None:
         return
     for item in items:
         if item.path.stem in ("test_compile", "test_compiled"):
             item.add_marker(pytest.mark.skip(reason="under other defaults nothing is compiled"))
+        if "depends_on_no_default" in item.name:
+            item.add_marker(pytest.mark.skip(reason="sets defaults of its own"))
 
 
 def _package_asks() -> bool:
@@ -57,10 +60,16 @@ def _ordinary():
         torch.set_default_dtype(dtype)
 
 
-def _for_the_package_alone(factory):
+def _depth() -> int:
+    """How many ``with torch.device(...)`` there are around the caller."""
+    return len(overrides._get_current_function_mode_stack())
+
+
+def _for_the_package_alone(factory, depth: int):
     @functools.wraps(factory)
     def wrapped(*args, **kwargs):
-        if _package_asks():
+        # Within a device that somebody chose since, as transformers chooses meta to load a model, the defaults are his.
+        if _depth() > depth or _package_asks():
             return factory(*args, **kwargs)
         with _ordinary():
             return factory(*args, **kwargs)
@@ -79,8 +88,9 @@ def changed_defaults(request, monkeypatch):
         warnings.simplefilter("ignore")
         # Scripts its own calls of factories, which it must find unchanged.
         importlib.import_module("torch._decomp.decompositions_for_jvp")
+    depth = _depth() + 1
     for factory in FACTORIES:
-        monkeypatch.setattr(torch, factory.__name__, _for_the_package_alone(factory))
+        monkeypatch.setattr(torch, factory.__name__, _for_the_package_alone(factory, depth))
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype or "float32"))
     try:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-OPTIONAL = ("triton", "transformers", "matplotlib", "huggingface_hub", "typer", "rich")
+OPTIONAL = ("triton", "transformers", "tokenizers", "datasets", "matplotlib", "huggingface_hub", "typer", "rich")
 
 # Importing a blocked name raises ImportError, and `importlib.util.find_spec` does not find it, as if it were missing.
 BLOCK = f"""

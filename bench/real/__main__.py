@@ -53,19 +53,21 @@ def quoted(path: Path) -> str:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Run it to its end, and pass on what should stop it, so that it can save where it is."""
-    child = subprocess.Popen(arguments)
+    """Run it to its end; its exit status, that of a signal where one came, which it is let save what it has on."""
+    child, came = subprocess.Popen(arguments), []
 
     def pass_on(number: int, frame: Any) -> None:
+        came.append(number)
         if number == signal.SIGTERM:  # an interrupt from the keyboard reaches both
             child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return child.wait()
+        status = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return 128 + came[-1] if came and status == 0 else status
 
 
 def rows_of(results: dict[str, Any], judged: Sequence[bars.Verdict], quick: bool) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_int, check_number, check_type
+from ..checks import check_int, check_number, check_type
 from ..errors import EnvironmentProblemError
 from ..sites import Site
 from .order import check_seed, permutation
 from .outliers import OUTLIER_RATIO, are_outliers
-from .ring import Ring, Source
+from .ring import Ring, Source, check_place
 from .statistics import SiteStatistics
 
 Batch = dict[Site, Tensor]
@@ -34,7 +34,8 @@ class Feed:
 
     ring_device: where the ring is, ``device`` or the CPU; by default ``device``. From a ring on the host a thread
     gathers the next batch into pinned memory and copies it on a stream of its own while a GPU works on the latest.
-    prefetch: whether there is that thread, by default where it is of use; the batches are the same either way.
+    prefetch: whether there is that thread, by default where it is of use; the batches are the same either way. With it
+    one batch more is in memory than the caller holds.
 
     Raises ValueError and TypeError naming the argument; EnvironmentProblemError when the ring does not fit, for
     activations that are not finite, which are never trained on, and as the source does. The ring is filled with
@@ -63,8 +64,8 @@ class Feed:
             check_number("drop_norm", drop_norm, 1)
         self.cursor = _checked_cursor(cursor)
         """(superblock, batch) of the next batch."""
-        self.device = check_device("device", device)
-        place = self.device if ring_device is None else check_device("ring_device", ring_device)
+        self.device = check_place("device", device)
+        place = self.device if ring_device is None else check_place("ring_device", ring_device)
         if place.type != "cpu" and place != self.device:
             raise ValueError(f"ring_device: expected {self.device} or cpu, got {place}")
         self._source, self._batch_size, self._seed = source, batch_size, seed
@@ -75,9 +76,9 @@ class Feed:
         self._ring = Ring(source.widths, source.capacity, dtype=dtype, device=place, pinned=to_gpu)
         self._copies = _Copies(self._ring, batch_size, self.device) if to_gpu else None
         self._block: int | None = None
-        self._running: weakref.ref[Generator[Batch]] | None = None
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None
         self.seconds = {"forward": 0.0, "gather": 0.0, "waiting": 0.0}
-        """So far: filling the ring; gathering batches; waiting for a batch that a thread gathers."""
+        """Of the caller's time so far: filling the ring; gathering batches; waiting for one that the thread gathers."""
         self.counts = _checked_counts(counts)
         """Tokens of the superblocks up to the latest batch: harvested, kept, outliers among them, left over."""
         self.outliers_at = dict.fromkeys(source.sites, 0) | dict(outliers_at or {})
@@ -103,7 +104,7 @@ class Feed:
         """Where in that row it is, int32 [n]."""
         return self._ring.position[: self._ring.n]
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Batches from `cursor` on, without end; each is new memory. A second call ends the iterator of the first.
 
         When the iterator is closed or dropped its thread has ended.
@@ -187,7 +188,7 @@ class Feed:
 
     # ---- batches
 
-    def _batches(self) -> Generator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         with ThreadPoolExecutor(1, "gather") if self._prefetches else nullcontext() as pool:
             while True:
                 block, first = self.cursor
@@ -197,18 +198,24 @@ class Feed:
                     raise ValueError(
                         f"cursor: expected a batch from 0 to {len(batches) - 1} of superblock {block}, got {first}"
                     )
-                for number, batch in enumerate(self._gathered(pool, batches[first:]), first):
+                for batch in self._gathered(pool, batches[first:]):
                     if self._copies is not None:
                         self._copies.hand_over(batch)
-                    if number == 0:
+                    if self.cursor == (block, 0):
                         self._count(counts, outliers_at)
-                    self.cursor = (block, number + 1) if number + 1 < len(batches) else (block + 1, 0)
+                    number = self.cursor[1] + 1
+                    self.cursor = (block, number) if number < len(batches) else (block + 1, 0)
                     yield batch
                     del batch  # it would live until the next is there
 
     def _gathered(self, pool: ThreadPoolExecutor | None, batches: Tensor) -> Iterator[Batch]:
         if pool is None:
-            yield from map(self._gather, batches)
+            for index in batches:
+                began = time.monotonic()
+                batch = self._gather(index)
+                self.seconds["gather"] += time.monotonic() - began
+                yield batch
+                del batch
             return
         ahead: Future[Batch] | None = pool.submit(self._gather, batches[0])
         for following in (*batches[1:], None):
@@ -221,13 +228,9 @@ class Feed:
             del batch
 
     def _gather(self, index: Tensor) -> Batch:
-        began = time.monotonic()
         if self._copies is not None:
-            batch = self._copies.gather(index)
-        else:
-            batch = {site: x.index_select(0, index) for site, x in self._ring.activations.items()}
-        self.seconds["gather"] += time.monotonic() - began
-        return batch
+            return self._copies.gather(index)
+        return {site: x.index_select(0, index) for site, x in self._ring.activations.items()}
 
     def _count(self, counts: Mapping[str, int], outliers_at: Mapping[Site, int]) -> None:
         for name, count in counts.items():

@@ -173,4 +173,4 @@ class _Into:
         else:
             converted = rows.index_select(0, index).to(ring.dtype)
             into.copy_(converted, non_blocking=ring.pinned)
-            norms.copy_(norms_of(converted))
+            norms.copy_(norms_of(converted), non_blocking=ring.pinned)

@@ -24,7 +24,7 @@ SHARD_BYTES = 32 << 20
 DOCUMENTS_PER_FILE = 1 << 16
 # What the tokenizer is given at once, in characters; it takes a hundred bytes and more for each.
 BATCH_CHARACTERS = 1 << 20
-PIECE_CHARACTERS = 1 << 18
+PIECE_CHARACTERS = 1 << 15  # tokenizers take longer than in proportion
 DOCUMENT_CHARACTERS = 1 << 6  # what a short document takes more
 # Sources counted one by one in the manifest.
 MAX_SOURCES = 256
@@ -90,8 +90,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "to_str"):
-        state = json.loads(backend.to_str())
-        state = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+        text = backend.to_str()
+        state = text[max(0, text.find('"added_tokens"')) :]  # before it stand the version, truncation and padding
     else:
         kind = type(tokenizer)
         state = {"class": f"{kind.__module__}.{kind.__qualname__}", "vocabulary": tokenizer.get_vocab()}

@@ -36,9 +36,7 @@ class Ring:
     ):
         check_int("capacity", capacity, 1)
         check_dtype("dtype", dtype)
-        self.dtype, self.device, self.capacity = dtype, check_device("device", device), capacity
-        if self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device: expected the CPU or a GPU, got {self.device}")
+        self.dtype, self.device, self.capacity = dtype, check_place("device", device), capacity
         self.pinned = pinned and self.device.type == "cpu"
         self.n = 0
         """Tokens held, in rows 0 … n − 1."""
@@ -53,7 +51,8 @@ class Ring:
                 f"ring: expected room for {nbytes} bytes on {self.device} ({capacity} tokens at {len(widths)} sites in "
                 f"{dtype_name(dtype)}), found too little; take fewer tokens, fewer sites or bfloat16"
             ) from error
-        self._pins = [_Pin(tensor) for tensor in self.activations.values()] if self.pinned else []
+        tensors = [*self.activations.values(), *self.norms.values()]
+        self._pins = list(map(_Pin, tensors)) if self.pinned else []
         self.row = torch.empty(capacity, dtype=torch.int64, device="cpu")
         """Which row of the text each token is in."""
         self.position = torch.empty(capacity, dtype=torch.int32, device="cpu")
@@ -134,6 +133,16 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
     check_choice(name, dtype, RING_DTYPES)
 
 
+def check_place(name: str, device: torch.device | str) -> torch.device:
+    """The CPU or a GPU, with its number. Raises as `check_device`, and ValueError for another device."""
+    device = check_device(name, device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: expected the CPU or a GPU, got {device}")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 class _Pin:
     """Keeps the pages of a CPU tensor in place. PyTorch's own pinned memory is rounded up to a power of two."""
 
@@ -143,7 +152,7 @@ class _Pin:
         if code != 0:
             raise EnvironmentProblemError(
                 f"ring: expected to pin {tensor.nbytes} bytes of host memory for the GPU, found CUDA error {code}; "
-                "raise the limit on locked memory (ulimit -l), or take fewer tokens"
+                "take fewer tokens or fewer sites"
             )
         self._tensor, self._unregister = tensor, runtime.cudaHostUnregister  # the memory outlives its pin
 

@@ -155,7 +155,10 @@ class _Pieces:
         sums = torch.zeros(2, len(first), dtype=torch.float64, device=self._device)
         for x, kept in self:
             sums[0] += (x - first).sum(0)
-            sums[1] += (kept - first).sum(0)
+            if not self._all_kept:
+                sums[1] += (kept - first).sum(0)
+        if self._all_kept:
+            sums[1] = sums[0]
         return first + sums[0] / len(self._activations), first + sums[1] / int(self._kept.sum())
 
     def squares(self, mean: Tensor, mean_of_kept: Tensor) -> tuple[Tensor, float]:
@@ -163,5 +166,5 @@ class _Pieces:
         distances, total = [], torch.zeros((), dtype=torch.float64, device=self._device)
         for x, kept in self:
             distances.append((x - mean).square().sum(1))
-            total += (kept - mean_of_kept).square().sum()
+            total += distances[-1].sum() if self._all_kept else (kept - mean_of_kept).square().sum()
         return torch.cat(distances), total.item()

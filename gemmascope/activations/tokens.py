@@ -75,7 +75,7 @@ def tokenise(
     A document is BOS and its tokens; documents follow each other, cut into rows of ``context``, each of which begins
     with a BOS of its own. A BOS in the text's own words ("<bos>") stays text. The last row of a part is filled up with
     PAD (without one in the tokenizer: EOS, or BOS). Documents without text are skipped; lone surrogates become U+FFFD;
-    a text of over 2¹⁸ characters is tokenised in pieces, cut at ends of lines.
+    a text of over 2¹⁵ characters is tokenised in pieces, cut at ends of lines.
 
     One document of ``held_out_every`` is held out, by the SHA-256 of its source and name alone: more documents move
     none to the other side, and no row has documents of both. max_tokens: of text in the training rows (BOS and PAD do

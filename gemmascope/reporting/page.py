@@ -209,7 +209,8 @@ def messages(results: Mapping[str, Any]) -> str:
     warned, parked = results.get("warnings") or [], results.get("parked") or {}
     parts = []
     if parked:
-        parts.append(f"<p>{len(parked)} SAEs were parked: they trained no more, and are not among those below.</p>")
+        which = "1 SAE was parked: it" if len(parked) == 1 else f"{len(parked)} SAEs were parked: they"
+        parts.append(f"<p>{which} trained no more, and the figures below are without.</p>")
         parts.append(facts(parked.items()))
     if warned:
         items = "\n".join(f"<li>{escape(text)}</li>" for text in warned[:MOST_WARNINGS])

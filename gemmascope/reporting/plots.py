@@ -259,7 +259,8 @@ def firing_frequencies(saes: Sequence[Mapping[str, Any]], frequencies: Mapping[s
     bins = np.linspace(low, 0, max(round(-low * 5), 5) + 1)
     never = bins[0] - 2.5 * (bins[1] - bins[0])
     ticks = [exponent for exponent in range(math.ceil(low), 1) if exponent % max(1, round(-low / 4)) == 0]
-    figure = new_figure(3.2 * len(columns) + 0.6, 1.5 * len(layers) + 1.2)
+    ticks = [exponent for exponent in ticks if exponent - never > -never / 6]  # clear of the label of the bar
+    figure = new_figure(3.2 * len(columns) + 0.6, (1.8 if several else 1.5) * len(layers) + 1.2)
     grid = figure.subplots(len(layers), len(columns), squeeze=False, sharex=True, sharey=True)
     for row, layer in enumerate(layers):
         for column, site in enumerate(columns):
@@ -295,6 +296,9 @@ def firing_frequencies(saes: Sequence[Mapping[str, Any]], frequencies: Mapping[s
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.8 if several else 1.0}
             options = {"ha": "right", "va": "top", "fontsize": 7 if several else 8, "color": GREY, "bbox": box}
             axes.text(0.98, 0.95, "\n".join(shares), transform=axes.transAxes, **options)
+    if several:
+        low, high = grid[0, 0].get_ylim()
+        grid[0, 0].set_ylim(low, high * (1.1 + 0.15 * len(chosen)))  # room for the lines of text
     handles = variant_handles(chosen)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
@@ -330,7 +334,7 @@ def loss_increases(saes: Sequence[Mapping[str, Any]]) -> Figure:
     tidy(axes)
     names = [f"{literal(sae['site'])} {sae['layer']}" + (f", {label}" if label else "") for sae, label in ordered]
     axes.set_yticks(positions, names)
-    axes.invert_yaxis()
+    axes.set_ylim(positions[-1] + 0.8, positions[0] - 0.8)
     axes.grid(axis="y", visible=False)
     low, high = _loss_range([sae for sae, _ in ordered])
     axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
@@ -388,7 +392,7 @@ def _loss_by_layer(saes: Sequence[Mapping[str, Any]]) -> Figure:
     grid[0].set_yscale("symlog", linthresh=0.01, linscale=0.6)
     grid[0].set_ylim(low, high)
     grid[0].yaxis.set_major_formatter(FuncFormatter(plain))
-    grid[0].set_ylabel(LOSS_AXIS, fontsize=9)
+    grid[0].set_ylabel(LOSS_AXIS.replace(" (", "\n("), fontsize=10)
     handles = [
         *variant_handles(chosen),
         *([] if len(chosen) > 1 else [Line2D([], [], color=GREY, marker="o", label="SAE spliced in")]),

@@ -260,7 +260,7 @@ class SuiteProgress(StageProgress):
         parts = _spans(training.values())
         misses = [(miss, name) for name, row in training.items() if (miss := _miss(row)) is not None]
         if misses:
-            _, name = max(misses)
+            _, name = max(misses, key=lambda each: _number_or(each[0], 0.0))
             row = training[name]
             parts.append(f"worst L0/target {name} {row['l0']:.1f}/{row['target_l0']:g}")
         if skipped := sum(row.get("skipped") or 0 for row in self.rows.values()):

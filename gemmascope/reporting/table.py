@@ -1,12 +1,35 @@
 """The table of a run for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .results import beats_pca, columns_of, formatted, furthest_from_target, judged_on, summary
+from .results import Column, beats_pca, columns_of, formatted, furthest_from_target, judged_on, summary
 
 if TYPE_CHECKING:
     import rich.table
+
+
+WIDTH, GAP = 100, 2
+# What a table that is wider does without, in this order.
+LEAVES_OUT = ("high_freq_fraction", "pca_median_fvu", "median_fvu", "pair_table_fvu", "ablation_delta_loss", "outliers")
+
+
+def columns_that_fit(saes: Sequence[Mapping[str, Any]]) -> tuple[list[Column], list[str]]:
+    """The columns that `WIDTH` has room for, and the headings of the others on the page."""
+    columns = [column for column in columns_of(saes) if column.short is not None]
+
+    def width(column: Column) -> int:
+        return GAP + max(len(column.short or ""), *(len(formatted(sae.get(column.key), column.form)) for sae in saes))
+
+    fixed = {key: max(len(key), *(len(str(sae[key])) for sae in saes)) for key in ("site", "layer", "width")}
+    names = sum(GAP + size for size in fixed.values()) + GAP + 1  # with that of the ✓
+    left_out = []
+    for key in LEAVES_OUT:
+        if names + sum(map(width, columns)) <= WIDTH:
+            break
+        left_out += [column.heading for column in columns if column.key == key]
+        columns = [column for column in columns if column.key != key]
+    return columns, left_out
 
 
 def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
@@ -24,11 +47,13 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
     title = [f"Language model: loss {formatted(model.get('loss'), '.3f')} nats a token"]
     if model.get("bigram_loss") is not None:
         title.append(f"bigram baseline {model['bigram_loss']:.3f}")
-    caption = [f"{summary(saes)}.", f"{furthest_from_target(saes)}.".removeprefix("."), f"{judged_on(model)}."]
-    caption += [f"Parked: {name}: {why}" for name, why in results.get("parked", {}).items()]
+    columns, left_out = columns_that_fit(saes)
+    sentences = [summary(saes), furthest_from_target(saes), judged_on(model)]
+    sentences += [f"In the report alone: {'; '.join(left_out)}"] if left_out else []
+    sentences += [f"Parked: {', '.join(results['parked'])}"] if results.get("parked") else []
     table = rich.table.Table(
         title=rich.text.Text(", ".join(title)),
-        caption=rich.text.Text(" ".join(filter(None, caption))),
+        caption=rich.text.Text(" ".join(f"{sentence}." for sentence in sentences if sentence)),
         box=rich.box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -36,7 +61,6 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
         caption_justify="left",
     )
     table.add_column("site", no_wrap=True)
-    columns = [column for column in columns_of(saes) if column.short is not None]
     for heading in ("layer", "width"):
         table.add_column(heading, justify="right", no_wrap=True)
     for column in columns:

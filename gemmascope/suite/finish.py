@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import stream
+from ..activations.outliers import are_outliers, norms_of
 from ..formats.release import gemma_scope_path
 from ..saes import JumpReLUSAE
 from ..sites import Site
@@ -24,41 +25,43 @@ def held_out_l0(
     saes: Mapping[str, tuple[Site, JumpReLUSAE]],
     *,
     max_norm_ratio: float | None = None,
-    median_norms: Mapping[Site, float] | None = None,
+    median_norms: Mapping[Site, float],
     batch_size: int = 8,
-) -> tuple[dict[str, float], int]:
-    """Mean L0 of each SAE {name: (site, folded)} on the tokens kept of ``held_out`` [rows, context], and how many those
-    are; one forward of the model for all of them."""
+) -> dict[str, tuple[float, int]]:
+    """Mean L0 of each SAE {name: (site, folded)} on the tokens of ``held_out`` [rows, context] that are kept at its
+    site, and how many those are: the figures of `evaluation.judge_suite`. One forward of the model for all of them."""
     sites = sorted({site for site, _ in saes.values()})
-    active, tokens = dict.fromkeys(saes, 0), 0
-    options: dict[str, Any] = {"max_norm_ratio": max_norm_ratio, "median_norms": median_norms}
-    for batch in stream(model, held_out, sites, batch_size=batch_size, **options):
+    active, tokens = dict.fromkeys(saes, 0), dict.fromkeys(sites, 0)
+    for batch in stream(model, held_out, sites, batch_size=batch_size):
+        if max_norm_ratio is not None:
+            for site, x in batch.items():
+                batch[site] = x[~are_outliers(norms_of(x), median_norms[site], max_norm_ratio)]
         for name, (site, sae) in saes.items():
             active[name] += len(sae.encode_sparse(batch[site].to(sae.W_dec)).indices)
-        tokens += len(batch[sites[0]])
-    return {name: count / tokens for name, count in active.items()}, tokens
+        for site in sites:
+            tokens[site] += len(batch[site])
+    return {name: (active[name] / tokens[site], tokens[site]) for name, (site, _) in saes.items()}
 
 
 def save_suite(
     folder: Path,
     specs: Sequence[SAESpec],
     folded: Mapping[str, JumpReLUSAE],
-    average_l0: Mapping[str, float],
-    tokens: int,
+    l0: Mapping[str, tuple[float, int]],
     facts: Mapping[str, Any],
 ) -> dict[str, Path]:
     """Save the folded SAEs {name: SAE} in Gemma Scope 1's layout, in the place of all that was in ``folder``.
 
     ``KIND/layer_L/width_W/average_l0_L0/params.npz``; where two would have one name, the second is
     ``average_l0_L0_2`` and so on, in the order of ``specs``. ``facts`` go into the metadata of each, with what it was
-    trained for. Returns {name: file}.
+    trained for and its ``l0`` {name: (mean, tokens)}. Returns {name: file}.
     """
     shutil.rmtree(folder, ignore_errors=True)
     paths: dict[str, Path] = {}
     for spec in specs:
         if spec.name not in folded:
             continue
-        sae, l0 = folded[spec.name], average_l0[spec.name]
+        sae, (average_l0, tokens) = folded[spec.name], l0[spec.name]
         sae.metadata |= dict(facts) | {
             "name": spec.name,
             "site": spec.site.name,
@@ -66,11 +69,12 @@ def save_suite(
             "l0_coefficient": spec.config.loss.l0_coefficient,
             "target_l0": spec.config.loss.target_l0,
             "seed": spec.config.seed,
-            "average_l0": l0,
+            "average_l0": average_l0,
             "average_l0_of": "held-out rows",
             "average_l0_tokens": tokens,
         }
-        path = _free(folder / spec.site.kind / gemma_scope_path(spec.site.layer, sae.d_sae, l0), set(paths.values()))
+        named = folder / spec.site.kind / gemma_scope_path(spec.site.layer, sae.d_sae, average_l0)
+        path = _free(named, set(paths.values()))
         sae.save(path)
         paths[spec.name] = path
     return paths

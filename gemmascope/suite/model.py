@@ -105,15 +105,16 @@ def load_model(section: ModelSection, device: torch.device | str = "auto", progr
     if place.commit is None:
         identity["files"] = content_of(folder, progress)
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=section.attention,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _without_bars(transformers):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=section.attention,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise EnvironmentProblemError(f"model: expected memory for {place.name}, found too little") from error
     except ImportError as error:
@@ -268,6 +269,19 @@ def _transformers() -> Any:
             'transformers: expected to be installed to load a model, found none: pip install "gemmascope[train]"'
         ) from error
     return transformers
+
+
+@contextmanager
+def _without_bars(transformers: Any) -> Iterator[None]:
+    """The bars of transformers, which fail where standard error is closed."""
+    bars = transformers.utils.logging
+    shown_before = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            bars.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -443,7 +443,8 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _bytes(number: int) -> str:
     if number < GIB // 10:
         return f"{number / 2**20:.1f} MiB"
-    return f"{number / GIB:,.2f} GiB" if number < 100 * GIB else f"{number / GIB:,.0f} GiB"
+    size = number / GIB
+    return f"{size:,.{2 if size < 100 else 1 if size < 1000 else 0}f} GiB"
 
 
 def _count(number: float) -> str:

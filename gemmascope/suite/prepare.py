@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from ..activations import Harvester, TokenRows, read_dataset, read_documents, tokenise
+from ..errors import BadFileError
+from ..formats.files import shown
 from ..kernels import choose
 from ..reporting.progress import ErrorConsole, StageProgress
 from ..sites import Site
@@ -33,6 +35,8 @@ class Prepared:
     specs: tuple[SAESpec, ...]
     device: torch.device
     identity: dict[str, Any]
+    run_id: str | None = None
+    """What trackers know the run by, from its start to its end."""
 
     @property
     def model(self) -> nn.Module:
@@ -61,8 +65,11 @@ class Prepared:
         return make_plan(self.config, self.loaded, self.rows, measured=measured)
 
 
-def prepare(config: SuiteConfig, folder: Path) -> Prepared:
-    """Load the model, tokenise the text into ``folder``/tokens unless that was done, and choose the SAEs."""
+def prepare(config: SuiteConfig, folder: Path, begun: bool = False) -> Prepared:
+    """Load the model, tokenise the text into ``folder``/tokens unless that was done, and choose the SAEs.
+
+    begun: the tokens there are those of a run, and not replaced; raises ValueError where the text is another one.
+    """
     device = as_device(config.run.device)
     with StageProgress("Model", 0, "B") as bar:
 
@@ -72,20 +79,27 @@ def prepare(config: SuiteConfig, folder: Path) -> Prepared:
 
         loaded = load_model(config.model, device, hashed)
     specs = config.specs(loaded.sites)
-    rows = tokens(config.text, loaded.tokenizer, folder / TOKENS)
-    tables = config.identity()
-    tables["text"].pop("files", None)  # their content tells; folders may be moved
+    rows = tokens(config.text, loaded.tokenizer, folder / TOKENS, begun)
     impl = choose(config.run.impl, device, torch.float32).impl
     identity = {
         "model": loaded.identity,
-        "text": {"content": rows.content} | tables["text"],
-        "config": {name: table for name, table in tables.items() if name not in ("model", "text")},
+        **settings(config, rows.content),
         "environment": environment(device) | {"impl": impl},
     }
     return Prepared(config, loaded, rows, specs, device, identity)
 
 
-def tokens(config: TextSection, tokenizer: Any, folder: Path) -> TokenRows:
+def settings(config: SuiteConfig, content: Any) -> dict[str, dict[str, Any]]:
+    """What of a run's identity the config and the content of its text decide."""
+    tables = config.identity()
+    tables["text"].pop("files", None)  # their content tells; folders may be moved
+    return {
+        "text": {"content": content} | tables["text"],
+        "config": {name: table for name, table in tables.items() if name not in ("model", "text")},
+    }
+
+
+def tokens(config: TextSection, tokenizer: Any, folder: Path, begun: bool = False) -> TokenRows:
     """The rows of the text, made in ``folder`` unless they are there."""
     if config.dataset is not None:
         documents = read_dataset(
@@ -93,14 +107,28 @@ def tokens(config: TextSection, tokenizer: Any, folder: Path) -> TokenRows:
         )
     else:
         documents = read_documents(config.files, field=config.field)
+    names = ("context", "held_out_every", "max_tokens", "max_tokens_per_source")
+    settings = {name: getattr(config, name) for name in names}
+    if begun:
+        _refuse_other_text(folder, {"documents": documents.content(), "settings": settings})
     with StageProgress("Text", config.max_tokens or 0, "tok") as bar:
         return tokenise(
             documents,
             tokenizer,
             folder,
-            context=config.context,
-            held_out_every=config.held_out_every,
-            max_tokens=config.max_tokens,
-            max_tokens_per_source=config.max_tokens_per_source,
+            **settings,
             progress=lambda documents, tokens: bar.update(tokens, f"{documents:,} documents"),
         )
+
+
+def _refuse_other_text(folder: Path, text: dict[str, Any]) -> None:
+    try:
+        found = TokenRows.open(folder).identity
+    except BadFileError:  # `tokenise` makes what is missing again, and says what is damaged
+        return
+    for part, now in text.items():
+        if found[part] != now:
+            raise ValueError(
+                f"text: expected that of the run in {shown(folder.parent)}, found other {part}; take another folder, "
+                "or start over with --fresh"
+            )

@@ -1,7 +1,6 @@
 """Starting points by name: the rows of Gemma Scope's Table 1, and a recipe for millions of tokens."""
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,22 +90,11 @@ def preset_tables(name: str) -> dict[str, Any]:
 def recipe(name: str, **changes: Any) -> TrainConfig:
     """The numbers of a recipe for one SAE, with ``changes`` as of `TrainConfig.changed`.
 
-    small: `TrainConfig.short` in units of variance; with a ``target_l0``, quadratic L0 of the batch and a wide window.
+    small: `TrainConfig.small`; without a ``target_l0`` its penalty is λ·L0.
     gemma-scope: arXiv 2408.05147 §3.2; with a ``target_l0``, the quadratic L0 of each token of Gemma Scope 2.
     """
     check_choice("recipe", name, RECIPES)
     aimed = changes.get("target_l0") is not None
     if name == "gemma-scope":
         return TrainConfig.gemma_scope(**({"sparsity": "quadratic_l0"} if aimed else {}) | changes)
-    return _small(aimed, changes)
-
-
-def _small(aimed: bool, changes: dict[str, Any]) -> TrainConfig:
-    defaults: dict[str, Any] = {"bandwidth": 5e-2}
-    if "scale_by" in {field.name for field in dataclasses.fields(TrainConfig)}:
-        defaults["scale_by"] = "variance"
-    if aimed:
-        defaults |= {"sparsity": "quadratic_l0", "l0_of": "batch"}
-        if changes.get("sparsity", "quadratic_l0") == "quadratic_l0":
-            defaults["l0_coefficient"] = 8e-3
-    return TrainConfig.short(**defaults | changes)
+    return TrainConfig.small(**({} if aimed else {"sparsity": "l0"}) | changes)

@@ -5,7 +5,9 @@
 Each arrow is a stage of the run (`runs.Run`); the training has checkpoints within.
 """
 
+import dataclasses
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,17 +15,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..activations import ActivationStore, TokenRows, harvest_to_store, sample_rows
 from ..checks import check_choice, check_type
-from ..errors import TrainingFailedError
+from ..errors import EnvironmentProblemError, TrainingFailedError
 from ..evaluation import judge_suite, language_model_loss
-from ..formats.files import atomic_write, read_json, write_json
+from ..formats.files import read_json, shown, write_json
 from ..reporting.progress import StageProgress
-from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG
+from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write_frequencies
 from ..runs import Run, Stage
 from ..sites.decoder import find_decoder
 from ..training.checkpoint import differences
@@ -31,7 +32,7 @@ from .config import SuiteConfig
 from .finish import SAES_FOLDER, held_out_l0, save_suite
 from .model import load_architecture, load_model
 from .plan import Plan, make_plan
-from .prepare import TOKENS, Prepared, prepare, say
+from .prepare import TOKENS, Prepared, prepare, say, settings
 from .stopping import Stop, Stopped, stopping
 from .training import CHECKPOINTS, Trained, restored, train
 
@@ -94,8 +95,8 @@ def run_suite(
     started = time.monotonic() if started is None else started
     with stopping() as stop:
         try:
-            prepared = prepare(config, work.folder)
-            _begin(work.folder, prepared.identity, allow, restart)
+            prepared = _prepared(config, work, allow, restart)
+            stop.check()
             return _run(prepared, work, stop, store, before, measured, after, model_facts, started)
         except Stopped:
             say(f"{config.run.out}: stopped; the same command goes on from there")
@@ -124,7 +125,7 @@ def harvest_suite(config: SuiteConfig, out: str | os.PathLike) -> ActivationStor
     """
     check_type("config", config, SuiteConfig)
     with Run(config.run.out, kind="training") as work:
-        prepared = prepare(config, work.folder)
+        prepared = prepare(config, work.folder, (work.folder / IDENTITY).exists())
         harvester = prepared.harvester()
         blocks, steps = 0, 0
         while steps < config.steps:
@@ -143,22 +144,38 @@ def harvest_suite(config: SuiteConfig, out: str | os.PathLike) -> ActivationStor
 
 
 def forget(folder: Path) -> None:
-    """Remove what a run goes on from; what it ends with is made again."""
-    for name in (CHECKPOINTS, SAES_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (IDENTITY, TRAIN_LOG):
-        (folder / name).unlink(missing_ok=True)
+    """Remove what a run goes on from; what it ends with is made again. The tokens stay, for `tokenise` to compare."""
+    try:
+        for name in (CHECKPOINTS, SAES_FOLDER):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+        for name in (IDENTITY, TRAIN_LOG):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:  # what is left would be gone on from
+        raise EnvironmentProblemError(
+            f"{shown(error.filename or folder)}: cannot be removed: {error.strerror or error}"
+        ) from error
 
 
-def _begin(folder: Path, identity: dict[str, Any], allow: Collection[str], restart: bool) -> None:
-    """Go on with the run in ``folder``, if there is one and it is that of ``identity``."""
-    if (folder / IDENTITY).exists():
-        begun = read_json(folder / IDENTITY)
-        if restart and any(differences(begun.get(part, {}), identity[part]) for part in identity if part not in allow):
-            forget(folder)
+def _prepared(config: SuiteConfig, work: Run, allow: Collection[str], restart: bool) -> Prepared:
+    """What the run works with. Raises ValueError unless that is what it began with, up to what is allowed to differ;
+    with ``restart`` it begins again then."""
+    path = work.folder / IDENTITY
+    begun = read_json(path) if path.exists() else None
+    goes_on = begun is not None and not restart
+    if begun is not None and goes_on:  # before the model is loaded
+        _check_unchanged(work.folder, begun, settings(config, begun.get("text", {}).get("content")), allow)
+    prepared = prepare(config, work.folder, goes_on)
+    now = prepared.identity
+    if begun is not None:
+        if restart and any(differences(begun.get(part, {}), now[part]) for part in now if part not in allow):
+            forget(work.folder)
+            begun = None
         else:
-            _check_unchanged(folder, begun, identity, allow)
-    write_json(folder / IDENTITY, identity)
+            _check_unchanged(work.folder, begun, now, allow)
+    run_id = secrets.token_hex(8) if begun is None else begun.get("run")
+    write_json(path, now | {"run": run_id})
+    return dataclasses.replace(prepared, run_id=run_id)
 
 
 def _run(
@@ -187,6 +204,7 @@ def _run(
             training.facts |= trained.facts
             training.keep(work.folder / TRAIN_LOG)
 
+    stop.check()
     rows = prepared.rows
     held_out = rows.held_out(spread(rows.n_held_out, config.evaluate.rows))
     train_tokens = rows.train(spread(rows.n_train, config.evaluate.train_rows))
@@ -199,15 +217,14 @@ def _run(
             saved.keep(*paths, *(path.with_name("config.json") for path in paths))
     del trained
 
+    stop.check()
     judged = work.stage(FINISHED, train_tokens, held_out, config.run.impl, after=[training, saved])
     if judged.done():
         say(f"{config.run.out}: finished before; start over with --fresh")
         return read_json(work.folder / RESULTS)
     with judged.doing():
         saes, frequencies, facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out)
-        with atomic_write(work.folder / FREQUENCIES) as temporary, open(temporary, "wb") as file:
-            arrays: dict[str, Any] = {name: values.numpy() for name, values in frequencies.items()}
-            np.savez(file, **arrays)
+        write_frequencies(work.folder, frequencies)
         stages = {stage.name: stage.seconds for stage in (*after, training, saved, judged)}
         results = {
             "model": facts | dict(model_facts),
@@ -253,7 +270,7 @@ def _save(prepared: Prepared, trained: Trained, folder: Path, held_out: Tensor) 
         raise TrainingFailedError("; ".join(suite.parked.values()))
     saes = {spec.name: (spec.site, suite.trainers[spec.name].sae.fold()) for spec in specs}
     say(f"SAEs: L0 of {len(saes)} on {len(held_out)} held-out rows")
-    average_l0, tokens = held_out_l0(
+    l0 = held_out_l0(
         prepared.model,
         held_out,
         saes,
@@ -262,7 +279,7 @@ def _save(prepared: Prepared, trained: Trained, folder: Path, held_out: Tensor) 
     )
     folded = {name: sae for name, (_, sae) in saes.items()}
     facts = {"model": prepared.name, "tokens": prepared.config.suite.tokens}
-    paths = save_suite(folder / SAES_FOLDER, specs, folded, average_l0, tokens, facts)
+    paths = save_suite(folder / SAES_FOLDER, specs, folded, l0, facts)
     return {name: path.relative_to(folder).as_posix() for name, path in paths.items()}
 
 

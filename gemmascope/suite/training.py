@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import ActivationStore, Feed, SiteStatistics, warnings_for
-from ..errors import BadFileError
+from ..activations import ActivationStore, Feed, Harvester, SiteStatistics, warnings_for
+from ..errors import BadFileError, TrainingFailedError
+from ..formats.files import shown
 from ..reporting.log import TrainLog
 from ..reporting.progress import SuiteProgress
 from ..reporting.results import TRAIN_LOG
@@ -20,6 +21,7 @@ from ..sites import Site
 from ..training import Suite
 from ..training.checkpoint import Checkpoint, Checkpoints
 from ..training.saturation import History, saturated
+from .config import SuiteConfig
 from .memory import DEVICE
 from .plan import Plan
 from .prepare import Prepared, say
@@ -131,7 +133,7 @@ def train(prepared: Prepared, plan: Plan, folder: Path, stop: Stop, store: str |
                 "outliers_at": {Site.parse(name): count for name, count in found.facts["outliers_at"].items()},
             }
         harvester = prepared.harvester()
-        source = harvester if store is None else ActivationStore.open(store, harvester.identity)
+        source = harvester if store is None else _opened(store, harvester, config)
         feed = opened.enter_context(
             Feed(
                 source,
@@ -156,8 +158,25 @@ def train(prepared: Prepared, plan: Plan, folder: Path, stop: Stop, store: str |
                 scale_by="mean_square" if "mean_square" in scales else "variance",
             ):
                 loop.warn(line)
-        loop.run(stop)
+        try:
+            loop.run(stop)
+        except TrainingFailedError as error:
+            raise TrainingFailedError(
+                f"{error}; the same command tries again from the last checkpoint, another config begins with --fresh"
+            ) from error
         return trained
+
+
+def _opened(store: str | os.PathLike, harvester: Harvester, config: SuiteConfig) -> ActivationStore:
+    """Raises ValueError for one that ends before the training does."""
+    found = ActivationStore.open(store, harvester.identity)
+    steps = sum(shard.tokens // config.suite.batch_size for shard in found.shards)
+    if steps < config.steps:
+        raise ValueError(
+            f"store: expected activations for {config.steps} steps, found some for at most {steps} in "
+            f"{shown(found.folder)}; harvest again, with this config"
+        )
+    return found
 
 
 class _Loop:
@@ -172,7 +191,11 @@ class _Loop:
         self.sites = {spec.name: spec.site for spec in prepared.specs}
         self.log = TrainLog(folder / TRAIN_LOG, self.sites, step=trained.step)
         self.trackers = open_trackers(
-            self.config.run.trackers, run_name=folder.name, folder=folder, config=self.config.to_dict()
+            self.config.run.trackers,
+            run_name=folder.name,
+            folder=folder,
+            config=self.config.to_dict(),
+            run_id=prepared.run_id,
         )
 
     def close(self) -> None:
@@ -203,7 +226,8 @@ class _Loop:
                 self.save(wait=True)
                 say(f"training: saved at step {trained.step:,}")
             raise
-        self.save(wait=True)
+        with stop.held():
+            self.save(wait=True)
 
     def _is_due(self, steps: int, seconds: float) -> bool:
         every = self.config.checkpoint
@@ -214,6 +238,7 @@ class _Loop:
         trained, began, rows = self.trained, time.monotonic(), None
         trained.suite.update(batch)
         trained.step, trained.cursor = trained.step + 1, self.feed.cursor
+        trained.counts, trained.outliers_at = dict(self.feed.counts), dict(self.feed.outliers_at)
         if trained.step % self.config.run.log_every == 0 or trained.step == self.config.steps:
             rows = trained.suite.report()
         self.seconds["steps"] += time.monotonic() - began
@@ -248,6 +273,5 @@ class _Loop:
 
     def save(self, wait: bool = False) -> None:
         self.log.sync()
-        self.trained.counts, self.trained.outliers_at = self.feed.counts, self.feed.outliers_at
         self.trained.seconds = self.so_far()
         self.trained.save(self.checkpoints, wait)

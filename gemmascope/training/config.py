@@ -23,9 +23,9 @@ TARGETED = ("target_l0", "quadratic_l0")
 L0_COEFFICIENTS = {"l0": 6e-4, "target_l0": 0.3, "quadratic_l0": 0.02, "tanh": 6e-4}
 # For hundreds of updates, where these two differ.
 SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3}
-# In units of variance. A larger one for `quadratic_l0` comes no closer to the target and drowns in the noise of a
-# batch's L0 what tells the latents apart.
-SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "quadratic_l0": 2e-2}
+# In units of variance. The L0 rests above its target by about s·FVU/(2λ) of it with `target_l0`, s ≈ 0.3 the slope of
+# log FVU over log L0: a percent or two, whatever the target. A larger λ lets latents die and reconstructs worse.
+SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "target_l0": 1.6}
 SMALLEST_EPS = torch.finfo(torch.float32).tiny
 # Adam moves by at most lr/√(1 − β2), by which factor of e a θ may grow in one update.
 LARGEST_LOG_STEP = 40.0
@@ -126,7 +126,9 @@ class TrainConfig:
     loss: Loss = Loss()
     """What is minimised; its λ is where the warm-up ends."""
     l0_warmup_steps: int = 10_000
-    """Linear warm-up of λ from 0."""
+    """Warm-up of λ from 0."""
+    l0_warmup_power: float = 1.0
+    """λ rises with that power of the share of the warm-up that is over: linearly (the paper), or late."""
     threshold_init: float = 1e-3
     threshold_parametrisation: str = "log"
     """What Adam moves: log θ (the paper), or θ itself (`raw`, clamped at 0). Log θ moves at most about the learning
@@ -158,6 +160,7 @@ class TrainConfig:
         check_number("lr_warmup_start", self.lr_warmup_start, 0, 1)
         check_number("adam_beta2", self.adam_beta2, 0, 1 - 1e-9, open_low=True)
         check_number("adam_eps", self.adam_eps, SMALLEST_EPS)
+        check_number("l0_warmup_power", self.l0_warmup_power, 0, open_low=True)
         log = self.threshold_parametrisation == "log"
         check_number("threshold_init", self.threshold_init, 0, open_low=log)
         check_type("loss", self.loss, Loss)
@@ -247,18 +250,21 @@ class TrainConfig:
         """A recipe for real models and hundreds or thousands of updates, whose L0 comes out near ``target_l0``, by
         default 40, at every site with the same numbers; ``changes`` as of `changed`.
 
-        Units are those of the variance and the target is the batch's, so that tokens may differ. The window is wide,
-        which keeps latents alive, and λ rises to the last update: the L0 rests above its target by a share that falls
-        with λ. Schedules take a share of the ``steps``. With another ``sparsity``, `l0` for one, no target is set.
+        Units are those of the variance, and the target is the batch's, so that tokens may differ. λ rises late and to
+        the last update: early, while L0 is far above the target, it pushes latents out of reach of any gradient. Many
+        fire at first, and the window is wide, for the same reason. Schedules take a share of the ``steps``. With
+        another ``sparsity``, `l0` for one, no target is set.
         """
-        steps, sparsity = changes.get("steps", 500), changes.get("sparsity", "quadratic_l0")
+        steps, sparsity = changes.get("steps", 500), changes.get("sparsity", "target_l0")
         check_int("steps", steps, 0)
         check_choice("sparsity", sparsity, SPARSITIES)
         recipe = cls.short(
             d_sae=4096,
             steps=steps,
-            loss=Loss(sparsity="quadratic_l0", target_l0=40, l0_of="batch", bandwidth=5e-2),
+            loss=Loss(sparsity="target_l0", target_l0=40, l0_of="batch", bandwidth=5e-2),
             l0_warmup_steps=steps,
+            l0_warmup_power=4.0,
+            threshold_init=0.01,
             scale_by="variance",
         )
         if "loss" not in changes:
@@ -281,8 +287,8 @@ class TrainConfig:
 
     def l0_coefficient_at(self, step: int) -> float:
         """λ of update ``step``, counted from 0."""
-        step = self._counted(step)
-        return self.loss.l0_coefficient * (min(1.0, step / self.l0_warmup_steps) if self.l0_warmup_steps else 1.0)
+        share = min(1.0, self._counted(step) / self.l0_warmup_steps) if self.l0_warmup_steps else 1.0
+        return self.loss.l0_coefficient * share**self.l0_warmup_power
 
     def loss_at(self, step: int) -> Loss:
         """The loss of update ``step``, counted from 0."""

@@ -73,6 +73,7 @@ class Suite(Company[str]):
         super().__init__(trainers, {name: spec.site for name, spec in self.specs.items()}, threads)
         self.finished = {name for name, spec in self.specs.items() if not spec.config.steps}
         self._last = self.active
+        self._whole = True  # but while steps are taken
 
     @property
     def step(self) -> int:
@@ -85,15 +86,19 @@ class Suite(Company[str]):
         An SAE whose step raises an Exception, or whose last `GIVE_UP_AFTER` updates were withheld, is parked, with a
         RuntimeWarning, and gets no more batches; so does one that has taken the steps of its recipe. The others go on
         as they would without it. Raises ValueError or TypeError, before any step, for a batch that lacks a site or is
-        not of its width and when no SAE is active; TrainingFailedError when all are parked.
+        not of its width and when no SAE is active; TrainingFailedError when all are parked. An interrupt, such as
+        KeyboardInterrupt, may leave steps half made: there is no further update or snapshot then, but `restore`.
         """
+        self._check_whole()
         names = self.active
         if not names:
             raise ValueError("update: expected an active SAE, found none: all have taken their steps or gave up")
         rows = self.rows("batch", batch, names)
         for name, x in zip(names, rows, strict=True):
             self.trainers[name].check_batch(x, f"batch[{self.specs[name].site}]")
+        self._whole = False
         errors = self.take(names, rows)
+        self._whole = True
         gone = {name: _what(name, error, self.trainers[name].step) for name, error in errors.items()}
         for name in names:
             if name in gone:
@@ -120,6 +125,7 @@ class Suite(Company[str]):
 
     def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """{name: tensors} of all but those parked, in their own memory, and facts of JSON: what `restore` takes."""
+        self._check_whole()
         parts, facts = {}, {}
         for name, trainer in self.trainers.items():
             if name not in self.parked:
@@ -146,7 +152,11 @@ class Suite(Company[str]):
         for name in parts:
             self.trainers[name].restore(parts[name], facts["saes"][name])
         self.parked, self.finished = dict(parked), set(finished)
-        self._last = self.active
+        self._last, self._whole = self.active, True
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise RuntimeError("suite: expected whole steps, found an update that was interrupted: restore a snapshot")
 
     @staticmethod
     def memory(specs: Sequence[SAESpec], widths: Mapping[Site, int], device: torch.device | str = "cpu") -> SuiteMemory:

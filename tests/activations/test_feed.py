@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -329,17 +330,59 @@ def test_the_thread_ends_with_the_iterator(how):
     assert gather_threads() == []
 
 
-def test_seconds(monkeypatch):
-    feed = feed_of(FakeSource(), prefetch=True)
+@pytest.mark.parametrize(("prefetch", "ahead"), [(False, 0), (True, 1)])
+def test_no_batch_is_kept(prefetch, ahead, monkeypatch):
+    feed = feed_of(FakeSource(), prefetch=prefetch)
+    gather, references, alive = feed._gather, [], []
+
+    def counting(index):
+        alive.append(sum(reference() is not None for reference in references))
+        batch = gather(index)
+        references.extend(weakref.ref(x) for x in batch.values())
+        return batch
+
+    monkeypatch.setattr(feed, "_gather", counting)
+    batches = feed.batches()
+    for _ in range(12):
+        next(batches)
+    assert max(alive) <= ahead * len(feed.sites)
+    assert len(references) >= 24
+    feed.close()
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_seconds(prefetch, monkeypatch):
+    spent, not_spent = ("waiting", "gather") if prefetch else ("gather", "waiting")
+    feed = feed_of(FakeSource(), prefetch=prefetch)
     gather = feed._gather
-    monkeypatch.setattr(feed, "_gather", lambda index: (time.sleep(0.05), gather(index))[1])
+    monkeypatch.setattr(feed, "_gather", lambda index: (time.sleep(0.02), gather(index))[1])
     assert feed.seconds["forward"] > 0
     first(feed, 3)
-    assert feed.seconds["waiting"] > 0
-    assert feed.seconds["gather"] > 0
-    plain = feed_of(FakeSource())
-    first(plain, 3)
-    assert plain.seconds["waiting"] == 0
+    assert feed.seconds[spent] > 0
+    assert feed.seconds[not_spent] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ring_device", ["cuda", "cpu"])
+@pytest.mark.parametrize("prefetch", [None, False])
+def test_batches_on_a_gpu(ring_device, prefetch):
+    expected = first(feed_of(FakeSource(4000), batch_size=300, drop_norm=3.0), 30)
+    feed = feed_of(
+        FakeSource(4000), batch_size=300, drop_norm=3.0, device="cuda", ring_device=ring_device, prefetch=prefetch
+    )
+    taken = first(feed, 30)
+    assert all(x.is_cuda for batch in taken for x in batch.values())
+    assert_same([{site: x.cpu() for site, x in batch.items()} for batch in taken], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ring_device", ["cuda", "cpu"])
+def test_a_model_on_a_gpu(ring_device):
+    model, rows = gemma2().cuda(), FakeRows()
+    settings = {"seed": 3, "rows_per_block": 4, "forward_rows": 3}
+    feed = feed_of(Harvester(model, rows, SITES, **settings), device="cuda", ring_device=ring_device)
+    again = feed_of(Harvester(model, rows, SITES, **settings), device="cuda")
+    assert_same(first(feed, 9), first(again, 9))
 
 
 # ---- arguments
@@ -355,7 +398,7 @@ def test_seconds(monkeypatch):
         ({"drop_norm": 0.9}, ValueError, "drop_norm: expected a finite number ≥ 1, got 0.9"),
         ({"drop_norm": math.nan}, ValueError, "drop_norm: expected a finite number ≥ 1, got nan"),
         ({"device": "meta"}, ValueError, "device: expected the CPU or a GPU, got meta"),
-        ({"ring_device": "meta"}, ValueError, "ring_device: expected cpu or cpu, got meta"),
+        ({"ring_device": "meta"}, ValueError, "ring_device: expected the CPU or a GPU, got meta"),
         ({"cursor": (0, -1)}, ValueError, "cursor: batch: expected at least 0, got -1"),
         ({"cursor": (True, 0)}, TypeError, "cursor: superblock: expected an int, got bool"),
         ({"cursor": 3}, TypeError, r"cursor: expected \(superblock, batch\), got 3"),

@@ -602,7 +602,7 @@ def test_killed_at_every_point(tmp_path):
     """What is left is the old rows, none or the new ones, each whole, and the next run mends it."""
     code, environment = textwrap.dedent(KILLS), os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", code, tmp_path]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     kills, states = run.stdout.split(maxsplit=1)
     assert int(kills) > 30

@@ -150,8 +150,9 @@ def test_the_example_trains_the_sites_that_are_judged():
     assert (config["activations"]["drop_norm"], config["suite"]["recipe"]) == (3.0, "small")
 
 
-def test_a_request_to_end_reaches_the_training():
-    handler = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
+@pytest.mark.parametrize(("status", "ours"), [(0, 128 + signal.SIGTERM), (7, 7)], ids=["saved", "failed"])
+def test_a_request_to_end_reaches_the_training(status, ours):
+    handler = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({status}))"
     code = f"import signal, sys, time\n{handler}\nprint(1, flush=True)\ntime.sleep(60)"
     reading, writing = os.pipe()
 
@@ -164,7 +165,7 @@ def test_a_request_to_end_reaches_the_training():
     popen, before = subprocess.Popen, signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real.subprocess, "Popen", lambda arguments: popen(arguments, stdout=writing))
-        assert real.train([sys.executable, "-c", code]) == 7
+        assert real.train([sys.executable, "-c", code]) == ours
     waiting.join()
     assert signal.getsignal(signal.SIGTERM) is before
     for descriptor in (reading, writing):

@@ -188,7 +188,8 @@ def test_patches_are_undone():
 
 def test_poisoned_memory_reaches_the_kernels_package_only(monkeypatch):
     namespace = {"__name__": "gemmascope.kernels.probe", "torch": torch}
-    exec("fresh = torch.empty(3), torch.empty(3, dtype=torch.int32), torch.ones(2).new_empty(4)", namespace)
+    with torch.device("cpu"):
+        exec("fresh = torch.empty(3), torch.empty(3, dtype=torch.int32), torch.ones(2).new_empty(4)", namespace)
     floats, ints, new = namespace["fresh"]
     assert floats.isnan().all()
     assert new.isnan().all()

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -132,6 +133,96 @@ def test_live_table_is_cut_to_the_height_of_the_terminal():
         bar.update(1)
         console.file.truncate(0)
     assert "… 21 more" in console.file.getvalue()
+
+
+def measured(l0, target=40.0, **changes):
+    figures = {"fvu": 0.12, "dead": 0.05, "window": 0.0123, "threshold": 0.0456, "skipped": 2}
+    return {"l0": l0, "target_l0": target} | figures | changes
+
+
+def last_frame(console):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue()).rpartition("SAEs")[2]
+
+
+SHARES = {"forward": 0.4, "gather": 0.05, "steps": 0.5, "waiting": 0.03, "checkpoint": 0.02}
+
+
+def test_live_table_of_a_suite():
+    clock, console = Clock(), terminal(width=120)
+    with SuiteProgress("SAEs", 600, NAMES[:2], console=console, clock=clock) as bar:
+        bar.update(1, {NAMES[0]: measured(41.3), NAMES[1]: measured(52.0, 50.0)}, shares=SHARES)
+        clock.now += 1
+        bar.update(3, parked={NAMES[1]: "NaN"})
+    frame = last_frame(console)
+    assert "2,048 tok/s" in frame
+    assert "ETA 4:58" in frame
+    assert "time: forward 40%, gather 5%, steps 50%, waiting 3%, checkpoint 2%" in frame
+    lines = {line.split()[0]: line for line in frame.splitlines() if "layer" in line}
+    assert lines[NAMES[0]].split() == [NAMES[0], "41.3", "40", "0.120", "5%", "1.23%", "0.0456", "2"]
+    (parked,) = (line for line in frame.splitlines() if "✗" in line)
+    assert NAMES[1] in parked
+    head = next(line for line in frame.splitlines() if line.strip().startswith("SAE"))
+    assert head.split() == ["SAE", "L0", "target", "FVU", "dead", "window", "θ", "skipped"]
+
+
+def test_columns_that_no_sae_has_are_left_out():
+    console = terminal()
+    with SuiteProgress("SAEs", 600, NAMES[:1], console=console) as bar:
+        bar.update(1, {NAMES[0]: {"l0": 3.0, "fvu": 0.1, "dead": None, "target_l0": None}})
+    head = next(line for line in last_frame(console).splitlines() if line.strip().startswith("SAE"))
+    assert head.split() == ["SAE", "L0", "FVU", "dead"]
+
+
+def test_of_many_saes_the_worst_come_first_and_the_rest_is_summed_up():
+    names = [f"layer_{layer}/resid" for layer in range(26)]
+    rows = {name: measured(40 + layer, fvu=layer / 100) for layer, name in enumerate(names)}
+    rows[names[3]] = measured(20.0)
+    rows[names[4]] = measured(float("nan"))
+    console = terminal(height=14)
+    with SuiteProgress("SAEs", 600, names, console=console) as bar:
+        bar.update(5, rows, shares=SHARES, parked={names[2]: "NaN"})
+    shown = [line.replace("✗", "").split()[0] for line in last_frame(console).splitlines() if "layer" in line]
+    assert shown == [names[i] for i in (2, 4, 25, 24, 23, 22)]
+    assert "… 20 more  L0 20.0…61.0  FVU 0.000…0.210  dead 5%…5%" in last_frame(console)
+    assert len(last_frame(console).splitlines()) <= 14
+
+
+def test_without_targets_the_largest_fvu_is_worst():
+    bar = SuiteProgress("SAEs", 600, NAMES[:3], console=plain())
+    bar.update(1, {NAMES[0]: {"fvu": 0.1}, NAMES[1]: {"fvu": 0.3}})
+    assert bar.worst_first() == [NAMES[1], NAMES[0], NAMES[2]]
+
+
+def test_a_narrow_terminal_cuts_names_not_figures():
+    names = [f"layer_{layer}/resid/width_16384/target_l0_40/seed_0" for layer in range(3)]
+    console = terminal(width=80)
+    with SuiteProgress("SAEs", 600, names, console=console) as bar:
+        bar.update(1, dict.fromkeys(names, measured(41.3)))
+    rows = [line.split() for line in last_frame(console).splitlines() if "layer" in line]
+    assert [row[1:] for row in rows] == [["41.3", "40", "0.120", "5%", "1.23%", "0.0456", "2"]] * 3
+
+
+def test_plain_lines_of_a_suite_say_the_same():
+    clock, console = Clock(), plain()
+    with SuiteProgress("SAEs", 600, NAMES[:3], console=console, clock=clock) as bar:
+        bar.update(300)
+        clock.now += 10
+        rows = {NAMES[0]: measured(41.0), NAMES[1]: measured(30.0), NAMES[2]: measured(1.0)}
+        bar.update(310, rows, shares=SHARES, parked={NAMES[2]: "NaN"})
+    (_, line) = console.file.getvalue().splitlines()
+    assert line == (
+        "SAEs  310/600 (51 %)  1,024 tok/s  elapsed 0:10  ETA 4:50  L0 30.0…41.0  FVU 0.120…0.120  dead 5%…5%  "
+        "window 1.2%…1.2%  worst L0/target layer_0/mlp 30.0/40  skipped 6  parked 1  "
+        "time: forward 40%, gather 5%, steps 50%, waiting 3%, checkpoint 2%"
+    )
+
+
+def test_an_l0_that_is_not_a_number_is_the_worst():
+    bar = SuiteProgress("SAEs", 600, NAMES[:3], console=plain())
+    bar.update(1, {NAMES[0]: measured(90.0), NAMES[1]: measured(float("nan")), NAMES[2]: measured(1.0)})
+    assert f"worst L0/target {NAMES[1]} nan/40" in bar.summary()
+    assert "L0 1.0…90.0" in bar.summary()
+    assert bar.worst_first()[0] == NAMES[1]
 
 
 def test_frames_are_not_drawn_for_every_step():

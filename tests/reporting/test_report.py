@@ -9,13 +9,15 @@ import re
 import numpy as np
 import pytest
 import rich.console
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemmascope import reporting
 from gemmascope.errors import BadFileError
 from gemmascope.reporting import page
-from gemmascope.reporting.results import COLUMNS, PLOTS, beats_pca
+from gemmascope.reporting.results import COLUMNS, PLOTS, beats_pca, title_of, write_frequencies
+from gemmascope.sites import Site
 
 LAYERS, SITES, WIDTH = range(4), ("att", "mlp", "resid"), 512
 
@@ -186,6 +188,168 @@ def test_plots_of_few_and_many_layers(tmp_path, layers):
     assert len(reporting.write_plots(write_run(tmp_path, results))) == 4
 
 
+def suite_results(layers, sites, targets):
+    """Several SAEs a site, outliers left out, warnings and a parked SAE."""
+    generator = np.random.default_rng(0)
+    saes = []
+    for layer in range(layers):
+        for site in sites:
+            for target in targets:
+                fvu = generator.uniform(0.05, 0.35)
+                saes.append(
+                    {
+                        "name": f"layer_{layer}/{site}/target_l0_{target}",
+                        "site": site,
+                        "layer": layer,
+                        "width": 16384,
+                        "seed": 0,
+                        "target_l0": float(target),
+                        "l0_coefficient": 8e-3,
+                        "gamma": 1.75,
+                        "outliers": 27,
+                        "l0": target * generator.uniform(0.9, 1.1),
+                        "fvu": fvu,
+                        "pca_fvu": 2 * fvu,
+                        "random_fvu": 0.777,
+                        "delta_loss": generator.uniform(0.01, 0.6),
+                        "ablation_delta_loss": generator.uniform(0.5, 5),
+                        "loss_recovered": 0.88,
+                        "dead_fraction": 0.05,
+                        "high_freq_fraction": 0.01,
+                        "fvu_all": 0.654,
+                        "delta_loss_all": 0.597,
+                        "path": f"saes/{site}/layer_{layer}/width_16k/average_l0_{target}/params.npz",
+                    }
+                )
+    return {
+        "model": {"name": "google/gemma-3-270m", "loss": 3.9},
+        "saes": saes,
+        "warnings": ["layer_9/resid: <27> of 16,311 tokens hold 71 % of the variance"],
+        "parked": {"layer_3/att/target_l0_20": "the loss was not finite"},
+    }
+
+
+def write_suite(folder, results):
+    generator = np.random.default_rng(1)
+    (folder / "results.json").write_text(json.dumps(results))
+    saes = results["saes"]
+    sites = {sae["name"]: Site(sae["layer"], sae["site"]) for sae in saes}
+    with reporting.TrainLog(folder / "train_log.jsonl", sites) as log:
+        for step in (20, 40, 60):
+            figures = {sae["name"]: {"l0": sae["l0"] * 60 / step, "fvu": sae["fvu"] * 60 / step} for sae in saes}
+            log.append(step, figures)
+    frequencies = np.minimum(10 ** generator.normal(-2.6, 0.7, (len(saes), 200)), 1) * (generator.random(200) > 0.1)
+    write_frequencies(
+        folder, {sae["name"]: torch.from_numpy(row).float() for sae, row in zip(saes, frequencies, strict=True)}
+    )
+    return folder
+
+
+def test_a_suite_of_several_saes_a_site(tmp_path):
+    from gemmascope.reporting import plots
+
+    run = write_suite(tmp_path, suite_results(3, SITES, (20, 80)))
+    read = reporting.read_results(run)
+    text = printed(reporting.final_table(read), 100)
+    assert "…" not in text
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith(SITES)]
+    assert [row[3] for row in rows] == ["20", "80"] * 9
+    head = next(line for line in text.splitlines() if "layer" in line).split()
+    assert head[:9] == ["site", "layer", "width", "target", "L0", "FVU", "PCA", "✓", "random"]
+    assert "outl." in head
+    sentences = " ".join(text.split())
+    assert "18 of 18 a random dictionary of the same L0. Farthest from its target L0 is layer_" in sentences
+    assert "In the report alone: Fire on > 10 %" in sentences
+    assert "Parked: layer_3/att/target_l0_20." in sentences
+    assert "bigram" not in text
+
+    saes, log, frequencies = read["saes"], reporting.read_log(run), reporting.read_frequencies(run)
+    curves = plots.training_curves(saes, log)
+    assert [len(axes.lines) for axes in curves.axes] == [6] * 6
+    assert {line.get_linestyle() for axes in curves.axes for line in axes.lines} == {"-", "--"}
+    assert [text.get_text() for text in curves.legends[0].texts][3:] == ["target L0 20", "target L0 80"]
+    (axes,) = plots.l0_against_fvu(saes).axes
+    assert sum(len(line.get_xdata()) == 2 and line.get_color() != plots.LIGHT for line in axes.lines) == 9
+    (axes,) = plots.loss_increases(saes).axes
+    assert [label.get_text() for label in axes.get_yticklabels()][:3] == [
+        "att 0, target L0 20", "att 0, target L0 80", "att 1, target L0 20"
+    ]  # fmt: skip
+    assert len(plots.firing_frequencies(saes, frequencies).axes) == 9
+
+    shown = "\n".join(Page(reporting.write_html(run).read_text(encoding="utf-8")).text)
+    for expected in (
+        *("Sparse autoencoders on google/gemma-3-270m", "Warnings of the run", "<27> of 16,311 tokens"),
+        *("1 SAE was parked", "layer_3/att/target_l0_20", "the loss was not finite"),
+        *("Target L0", "FVU of a random dictionary", "0.777", "γ", "1.75", "Outliers", "27"),
+        *("FVU, all tokens", "0.654", "ΔLM loss, all tokens", "+0.597", "layer_2/resid/target_l0_80"),
+    ):
+        assert expected in shown
+    for absent in ("Bigram", "bigram", "L0 coefficient", "Seed", "small Gemma"):
+        assert absent not in shown
+
+
+def test_78_sites_with_two_saes_each_stay_readable(tmp_path):
+    from gemmascope.reporting import plots
+
+    run = write_suite(tmp_path, suite_results(26, SITES, (20, 80)))
+    read = reporting.read_results(run)
+    saes, log, frequencies = read["saes"], reporting.read_log(run), reporting.read_frequencies(run)
+    assert len(frequencies) == len(saes) == 156
+    figures = [
+        plots.training_curves(saes, log),
+        plots.l0_against_fvu(saes),
+        plots.firing_frequencies(saes, frequencies),
+        plots.loss_increases(saes),
+    ]
+    for figure in figures:
+        width, height = figure.get_size_inches()
+        assert width < 13
+        assert height < 25
+    titles = [figure._suptitle.get_text() for figure in figures]
+    assert titles[0].endswith("(shown: 16 of 26 layers)")
+    assert titles[2].endswith("(shown: 12 of 26 layers)")
+    assert [len(figure.axes) for figure in figures] == [6, 3, 36, 3]
+    marks = [line for axes in figures[1].axes for line in axes.lines if line.get_marker() not in ("None", "")]
+    assert len(marks) == 2 * 156, "every SAE and its control"
+    drawn = sum(len(line.get_xdata()) for axes in figures[3].axes for line in axes.lines if len(line.get_xdata()) > 2)
+    assert drawn == 3 * 3 * 26, "two curves and that of mean ablation"
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ([{}, {}], ["", "no. 2"]),
+        (
+            [{"target_l0": 20.0, "l0_coefficient": 1.0}, {"target_l0": 5.0, "l0_coefficient": 2.0}],
+            ["target L0 5", "target L0 20"],
+        ),
+        (
+            [{"width": 512, "seed": 1}, {"width": 512, "seed": 0}, {"width": 64, "seed": 0}],
+            ["width 64, seed 0", "width 512, seed 0", "width 512, seed 1"],
+        ),
+        ([{"l0_coefficient": 1e-3}, {"l0_coefficient": None}], ["", "λ 0.001"]),
+    ],
+    ids=["nothing", "targets", "widths and seeds", "coefficients"],
+)
+def test_what_tells_the_saes_of_a_site_apart(changes, labels):
+    from gemmascope.reporting import plots
+
+    saes = [{"site": "att", "layer": 0, "width": 8} | each for each in changes]
+    assert list(plots.variants(saes)) == labels
+
+
+def test_titles():
+    assert title_of({"model": {"name": "a"}, "title": "My suite"}) == "My suite"
+    assert title_of({"model": {"name": "a"}}) == "Sparse autoencoders on a"
+    assert title_of({"model": {"name": 3}}) == "Sparse autoencoders on a language model"
+
+
+def test_frequencies_of_an_sae_named_like_an_argument(tmp_path):
+    write_frequencies(tmp_path, {"file": torch.tensor([0.5, 0.0]), "layer_0/att": torch.tensor([1.0])})
+    read = reporting.read_frequencies(tmp_path)
+    assert {name: values.tolist() for name, values in read.items()} == {"file": [0.5, 0.0], "layer_0/att": [1.0]}
+
+
 class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -281,6 +445,13 @@ def changed(**changes):
         pytest.param(changed(width=2**31), "expected an integer 'width', found 2147483648", id="too wide"),
         pytest.param(changed(path="\ud800"), "expected Unicode text, found half of a surrogate pair", id="surrogate"),
         pytest.param(make_results() | {"seconds": [1]}, r"expected an object 'seconds', found \[1\]", id="seconds"),
+        pytest.param(changed(name=3), "expected a string 'name', found 3", id="name"),
+        pytest.param(make_results() | {"title": 3}, "expected a string 'title', found 3", id="title"),
+        pytest.param(
+            make_results() | {"warnings": "x"}, "expected a list of strings 'warnings', found 'x'", id="warned"
+        ),
+        pytest.param(make_results() | {"warnings": [3]}, r"list of strings 'warnings', found \[3\]", id="warning"),
+        pytest.param(make_results() | {"parked": {"a": 3}}, "expected an object of strings 'parked'", id="parked"),
         pytest.param({"model": {}, "saes": [{}] * 1001}, "expected a list 'saes' of 1 to 1000", id="many"),
         pytest.param(
             {"model": {}, "saes": [make_results()["saes"][0] | {"site": str(i)} for i in range(9)]},

@@ -1,11 +1,14 @@
 """One model and one text for all tests of whole runs."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 
 from gemmascope.suite import measure
-from tests.suite.small_runs import write_model, write_text
+from gemmascope.suite.run import train_suite
+from tests.suite.small_runs import config, write_model, write_text
+from tests.suite.worker import Worker
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,20 @@ def text_file(tmp_path_factory) -> Path:
 def no_long_measurement(monkeypatch):
     """What a plan measures is measured once."""
     monkeypatch.setattr(measure, "BUDGET", 0.0)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, model_folder, text_file) -> Path:
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train_suite(config(model_folder, text_file, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def worker():
+    found = Worker()
+    yield found
+    found.close()

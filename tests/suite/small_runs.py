@@ -60,6 +60,18 @@ def config(model_folder: Path, text_file: Path, out: Path, **sections: dict[str,
     return SuiteConfig.from_dict(made)
 
 
+def write_config(file: Path, tables: dict[str, Any]) -> Path:
+    """The same as a file of TOML."""
+    lines = []
+    for name, section in tables.items():
+        values = {key: value for key, value in section.items() if key != "sae"}
+        blocks = [("[[suite.sae]]", block) for block in section.get("sae", [])]
+        for heading, table in [(f"[{name}]", values), *blocks]:
+            lines += [heading, *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
 def hash_of(folder: Path) -> dict[str, str]:
     """SHA-256 of the weights of every SAE that a run left, by its path."""
     found = sorted((folder / "saes").rglob("params.npz"))

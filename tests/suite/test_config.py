@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,23 @@ def test_twelve_lines_make_a_run(example):
     assert {spec.site for spec in specs} == set(config.selected_sites(sites_of(26)))
     assert [str(site) for site in config.selected_sites(sites_of(26))][5:7] == ["layer_5/att", "layer_5/resid"]
     assert specs[0].config.steps == config.steps == 500_000_000 // 1024
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_files(path):
+    """Each of the commands that a file's comments name."""
+    commands = [
+        shlex.split(line, comments=True) for line in re.findall(r"gemmascope train ([^`\n]*)", path.read_text())
+    ]
+    assert commands
+    for words in commands:
+        options = [words[index : index + 2] for index, word in enumerate(words) if word in ("--set", "--preset")]
+        overrides = [value for option, value in options if option == "--set"]
+        preset = next((value for option, value in options if option == "--preset"), None)
+        assert SuiteConfig.read(path, overrides, preset=preset).specs(sites_of(26))
 
 
 def test_overrides_come_last(example):

@@ -190,7 +190,7 @@ def test_one_that_fails_leaves_the_others_as_they_were(finished, make, monkeypat
     update = SAETrainer.update
 
     def failing(self, x):
-        if self.sae.metadata["site"] == Site(1, "att").name and self.step == 9:
+        if self.sae.metadata.get("site") == Site(1, "att").name and self.step == 9:
             raise RuntimeError("a defect")
         update(self, x)
 

@@ -235,12 +235,23 @@ def test_an_interrupt_parks_nothing_and_is_raised(error, n, threads, monkeypatch
     def interrupted(x):
         raise error
 
-    with closing(a_suite()) as suite:
-        monkeypatch.setattr(suite.trainers["a/small"], "update", interrupted)
-        with pytest.raises(error):
-            run(suite, 1)
+    with closing(a_suite()) as suite, closing(a_suite()) as other:
+        run(suite, 2)
+        parts, facts = suite.snapshot()
+        parts = {name: {key: t.clone() for key, t in part.items()} for name, part in parts.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(suite.trainers["a/large"], "update", interrupted)
+            with pytest.raises(error):
+                run(suite, 1, start=2)
         assert suite.parked == {}
         assert torch.get_num_threads() == n
+        for go_on in (suite.snapshot, lambda: suite.update(batch(2))):
+            with pytest.raises(RuntimeError, match=r"^suite: expected whole steps, found an update that was interrupt"):
+                go_on()
+        suite.restore(parts, facts)
+        run(suite, 3, start=2)
+        run(other, 5)
+        assert_equal(suite, other, suite.trainers)
 
 
 # ---- snapshots of a suite

@@ -60,7 +60,7 @@ def test_the_schedules_of_a_short_run_take_their_share_of_it():
 def test_small_aims_at_an_l0_of_the_batch_in_units_of_variance():
     config = TrainConfig.small(steps=200, target_l0=10, seed=3)
     assert (config.scale_by, config.b_dec_init, config.seed) == ("variance", "mean", 3)
-    assert (config.loss.sparsity, config.loss.l0_of, config.loss.target_l0) == ("quadratic_l0", "batch", 10)
+    assert (config.loss.sparsity, config.loss.l0_of, config.loss.target_l0) == ("target_l0", "batch", 10)
     assert TrainConfig.small().loss.target_l0 == 40
     assert TrainConfig.small(sparsity="l0").loss.target_l0 is None
     assert TrainConfig.small(loss=Loss(0.25)).loss == Loss(0.25)
@@ -71,7 +71,8 @@ def test_lambda_of_small_rises_to_the_last_update():
     rising = [config.l0_coefficient_at(step) for step in range(200)]
     assert rising == sorted(set(rising))
     assert rising[0] == 0
-    assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.01)
+    assert rising[100] == pytest.approx(config.loss.l0_coefficient / 16)
+    assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.03)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -131,6 +132,9 @@ def test_short_takes_changes():
         pytest.param({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str", id="lr-type"),
         pytest.param({"lr_warmup_start": 1.5}, ValueError, "lr_warmup_start: .*≥ 0 and ≤ 1, got 1.5", id="lr-start"),
         pytest.param({"adam_beta2": 1.0}, ValueError, "adam_beta2: expected a finite number > 0 and ≤ 1", id="beta2"),
+        pytest.param(
+            {"l0_warmup_power": 0}, ValueError, "l0_warmup_power: expected a finite number > 0, got 0", id="power"
+        ),
         pytest.param({"adam_eps": 0}, ValueError, "adam_eps: expected a finite number ≥ 1.17549e-38, got 0", id="eps"),
         pytest.param({"l0_coefficient": math.nan}, ValueError, "l0_coefficient: .* got nan", id="l0-nan"),
         pytest.param(
