@@ -128,7 +128,7 @@ class StageProgress:
             self._quietly(self.live.refresh)
             self._quietly(self.live.stop)
             self.live = None
-        elif self.printed_step != self.meter.step:
+        elif self.meter.samples and self.printed_step != self.meter.step:
             self._print_line()
 
     def update(self, step: int, note: str | None = None) -> None:
