@@ -1,4 +1,4 @@
-"""Sparse autoencoders on every layer of Gemma 2."""
+"""Sparse autoencoders on every layer of Gemma."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

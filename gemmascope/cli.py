@@ -19,7 +19,7 @@ from .kernels import choose, density
 from .process import ending_when_interrupted
 from .version import __version__
 
-app = typer.Typer(add_completion=False, help="Sparse autoencoders on every layer of Gemma 2.")
+app = typer.Typer(add_completion=False, help="Sparse autoencoders on every layer of Gemma.")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
