@@ -1,7 +1,7 @@
 """`Harvester`: superblocks of activations, from forwards of a language model over rows of tokens."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -71,6 +71,8 @@ class Harvester:
         self._model, self._rows = model, rows
         self._order = RowOrder(rows.n_train, seed)
         self._rows_per_block, self._forward_rows = rows_per_block, forward_rows
+        self.progress: Callable[[int], Any] = lambda rows: None
+        """Called after each forward with the rows of the superblock that are done."""
         self._into: _Into | None = None
         self._tap = Tap(model, sites, self._take)
         skipped = special_token_ids(model)
@@ -119,19 +121,21 @@ class Harvester:
         """Add the tokens of superblock ``block`` to ``ring``, in the order of its rows; see `Ring.fill`."""
         check_int("block", block, 0)
         devices: set[torch.device] = set()
+        done = 0
         with evaluating(self._model), self._tap as tap:
             for rows in self._order.block(block, self._rows_per_block).split(self._forward_rows):
                 tokens = self._rows.train(rows)
                 self._input.check("rows", tokens, None)
                 counted = self._input.counted(tokens, None)
-                if not counted.any():
-                    continue
-                row, position = counted.nonzero(as_tuple=True)
-                self._into = _Into(ring, ring.add(rows[row], position), counted, devices)
-                try:
-                    tap.text_model(**forward_arguments(tokens, None, self.device))
-                finally:
-                    self._into = None
+                if counted.any():
+                    row, position = counted.nonzero(as_tuple=True)
+                    self._into = _Into(ring, ring.add(rows[row], position), counted, devices)
+                    try:
+                        tap.text_model(**forward_arguments(tokens, None, self.device))
+                    finally:
+                        self._into = None
+                done += len(rows)
+                self.progress(done)
         for device in devices:
             torch.cuda.synchronize(device)  # copies to the host are under way until then
 

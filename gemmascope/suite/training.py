@@ -14,7 +14,7 @@ from ..activations import ActivationStore, Feed, Harvester, SiteStatistics, warn
 from ..errors import BadFileError, TrainingFailedError
 from ..formats.files import shown
 from ..reporting.log import TrainLog
-from ..reporting.progress import SuiteProgress
+from ..reporting.progress import StageProgress, SuiteProgress
 from ..reporting.results import TRAIN_LOG
 from ..reporting.trackers import open_trackers
 from ..sites import Site
@@ -134,21 +134,25 @@ def train(prepared: Prepared, plan: Plan, folder: Path, stop: Stop, store: str |
             }
         harvester = prepared.harvester()
         source = harvester if store is None else _opened(store, harvester, config)
-        feed = opened.enter_context(
-            Feed(
-                source,
-                batch_size=config.suite.batch_size,
-                seed=config.suite.seed,
-                dtype=getattr(torch, config.activations.dtype),
-                device=prepared.device,
-                drop_norm=config.activations.drop_norm,
-                ring_device=prepared.device if plan.ring == DEVICE else "cpu",
-                **options,
+        filling = StageProgress("Activations", config.rows_per_block, "tok", config.text.context)
+        harvester.progress = filling.update
+        with filling:
+            feed = opened.enter_context(
+                Feed(
+                    source,
+                    batch_size=config.suite.batch_size,
+                    seed=config.suite.seed,
+                    dtype=getattr(torch, config.activations.dtype),
+                    device=prepared.device,
+                    drop_norm=config.activations.drop_norm,
+                    ring_device=prepared.device if plan.ring == DEVICE else "cpu",
+                    **options,
+                )
             )
-        )
         trained = Trained(prepared, feed.statistics, found)
         opened.callback(trained.suite.close)
         loop = _Loop(prepared, trained, feed, checkpoints, folder)
+        harvester.progress = loop.show
         opened.callback(loop.close)
         if found is None:
             scales = {spec.config.scale_by for spec in prepared.specs}
@@ -189,6 +193,7 @@ class _Loop:
         self._history = {spec.name: History() for spec in prepared.specs}
         self._told: set[str] = set()
         self.sites = {spec.name: spec.site for spec in prepared.specs}
+        self._bar = SuiteProgress("SAEs", self.config.steps, list(self.sites), "tok", self.config.suite.batch_size)
         self.log = TrainLog(folder / TRAIN_LOG, self.sites, step=trained.step)
         self.trackers = open_trackers(
             self.config.run.trackers,
@@ -206,9 +211,8 @@ class _Loop:
         config, trained = self.config, self.trained
         saved_at, saved_step = time.monotonic(), trained.step
         batches = self.feed.batches()
-        progress = SuiteProgress("SAEs", config.steps, list(self.sites), "tok", config.suite.batch_size)
         try:
-            with progress as bar:
+            with self._bar as bar:
                 bar.update(trained.step)
                 while trained.step < config.steps and trained.suite.active:
                     batch = next(batches)
@@ -228,6 +232,10 @@ class _Loop:
             raise
         with stop.held():
             self.save(wait=True)
+
+    def show(self, rows: int) -> None:
+        """Time goes on while the model runs."""
+        self._bar.update(self.trained.step, shares=self.shares())
 
     def _is_due(self, steps: int, seconds: float) -> bool:
         every = self.config.checkpoint
