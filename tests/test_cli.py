@@ -184,7 +184,7 @@ def test_interruption_names_the_command_that_resumes(demo, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train"], "No such command 'train'"),
+        (["trian"], "No such command 'trian'"),
         (["demo", "--slow"], "No such option: --slow"),
         (["demo", "--seed", "x"], "Invalid value for '--seed'"),
         (["report"], "Missing argument 'RUN_DIR'"),
@@ -209,7 +209,7 @@ def real_demo(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job.text, "python_documentation", lambda: list(job.text.cut("docs", "text " * 1000, 64)))
-    monkeypatch.setattr(job, "language_model", no_training)
+    monkeypatch.setattr(job, "tokenised", no_training)
     (tmp_path / "file").touch()
     (tmp_path / "latin").write_bytes(b"\xe9" * 3000)
     (tmp_path / "short").write_bytes(b"short")
