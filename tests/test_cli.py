@@ -210,7 +210,7 @@ def real_demo(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job.text, "python_documentation", lambda: list(job.text.cut("docs", "text " * 1000, 64)))
-    monkeypatch.setattr(job, "language_model", no_training)
+    monkeypatch.setattr(job, "tokenised", no_training)
     (tmp_path / "file").touch()
     (tmp_path / "latin").write_bytes(b"\xe9" * 3000)
     (tmp_path / "short").write_bytes(b"short")

@@ -115,11 +115,12 @@ MODEL_LABELS = {
     "held_out_rows": "Held-out rows",
     "held_out_tokens": "Held-out tokens",
     "seed": "Seed",
-    "tokens": "Training tokens",
+    "context": "Tokens of a row",
+    "tokens": "Tokens that the SAEs trained on",
     "loss": "Held-out loss, nats a token",
     "bigram_loss": "Bigram baseline, nats a token",
-    "steps": "Training steps",
-    "seconds": "Training time, s",
+    "steps": "Its own training steps",
+    "seconds": "Its own training time, s",
 }
 
 
