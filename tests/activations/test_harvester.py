@@ -170,3 +170,13 @@ def test_ids_beyond_the_vocabulary_and_padding_before_text():
     rows.ids[:, 3] = PAD
     with pytest.raises(ValueError, match="rows: expected padding only after the text, found PAD before it"):
         filled(source, 0)
+
+
+def test_progress_and_the_count_of_tokens():
+    source, seen = harvester(gemma2(), FakeRows(), rows_per_block=4, forward_rows=3), []
+    source.progress = seen.append
+    for block in (0, 1):
+        n = source.tokens(block)
+        assert seen == [3, 4] * block  # the model did not run
+        assert filled(source, block).n == n
+    assert seen == [3, 4, 3, 4]
