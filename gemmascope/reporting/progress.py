@@ -45,13 +45,13 @@ class ErrorConsole(rich.console.Console):
 
 
 class Meter:
-    """Steps against time: rate over the last ``RATE_WINDOW`` seconds, elapsed time and ETA.
+    """Steps against time: rate over the last ``window`` seconds, elapsed time and ETA.
 
     The first step reported only sets the starting point, be it step 0 or, after a resume, any other.
     """
 
-    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):
-        self.total, self.clock, self.step = total, clock, 0
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic, window: float = RATE_WINDOW):
+        self.total, self.clock, self.window, self.step = total, clock, window, 0
         self.started = clock()
         self.samples: deque[tuple[float, int]] = deque()
 
@@ -61,7 +61,9 @@ class Meter:
             self.samples.clear()
         self.step = step
         self.samples.append((now, step))
-        while len(self.samples) > 2 and now - self.samples[1][0] >= RATE_WINDOW:
+        if self.window == math.inf and len(self.samples) > 2:
+            del self.samples[1]
+        while len(self.samples) > 2 and now - self.samples[1][0] >= self.window:
             self.samples.popleft()
 
     @property
@@ -230,6 +232,7 @@ class SuiteProgress(StageProgress):
         clock: Callable[[], float] = time.monotonic,
     ):
         super().__init__(title, total_steps, unit, unit_per_step, console=console, clock=clock)
+        self.meter = Meter(total_steps, clock, math.inf)  # minutes of forwards come before seconds of steps
         self.rows: dict[str, Mapping[str, float | None]] = {str(name): {} for name in names}
         self.shares: dict[str, float] = {}
         self.parked: dict[str, str] = {}

@@ -31,7 +31,7 @@ def saturated(rows: Sequence[Mapping[str, float]]) -> str | None:
     empty, and
 
     * with a ``target_l0`` and λ at its end: L0 is more than 15 % off the target and comes no nearer;
-    * while λ rises, unless L0 is below its target: L0 does not fall.
+    * while λ rises, unless L0 is at its target or below: L0 does not fall.
 
     So an SAE that a small λ leaves above its target, with a window that is full, is none of these.
     """
@@ -48,7 +48,7 @@ def saturated(rows: Sequence[Mapping[str, float]]) -> str | None:
     what = f"{window:.2%} of the entries lie in the window below θ, and θ moved by {moved:.2%}"
     since = f"since step {found[0]['step']:g}"
     rise = found[-1]["l0_coefficient"] / found[0]["l0_coefficient"] - 1 if found[0]["l0_coefficient"] > 0 else 0.0
-    if rise >= RISE and l0 > (1 - FALL) * before and (target is None or l0 > target):
+    if rise >= RISE and l0 > (1 - FALL) * before and (target is None or l0 > (1 + MISSED) * target):
         return f"L0 went from {before:.1f} to {l0:.1f} {since} while λ rose by {rise:.0%}: {what}"
     if target is None or rise:
         return None
