@@ -110,9 +110,9 @@ def test_small_filters_outliers_and_aims_at_an_l0():
     assert first.config.batch_size == config.suite.batch_size == 1024
 
 
-def test_small_is_quadratic_in_the_l0_of_the_batch():
+def test_small_aims_at_the_l0_of_the_batch():
     loss = recipe("small", steps=400, d_sae=64, target_l0=5).loss
-    assert (loss.sparsity, loss.l0_of, loss.target_l0) == ("quadratic_l0", "batch", 5)
+    assert (loss.sparsity, loss.l0_of, loss.target_l0) == ("target_l0", "batch", 5)
     assert recipe("small", steps=400, d_sae=64, target_l0=5, l0_coefficient=0.5).loss.l0_coefficient == 0.5
     by_ratio = recipe("small", steps=400, d_sae=64, target_l0=5, sparsity="target_l0").loss
     assert (by_ratio.sparsity, by_ratio.l0_coefficient) == ("target_l0", 0.3)
