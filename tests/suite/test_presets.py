@@ -114,8 +114,8 @@ def test_small_aims_at_the_l0_of_the_batch():
     loss = recipe("small", steps=400, d_sae=64, target_l0=5).loss
     assert (loss.sparsity, loss.l0_of, loss.target_l0) == ("target_l0", "batch", 5)
     assert recipe("small", steps=400, d_sae=64, target_l0=5, l0_coefficient=0.5).loss.l0_coefficient == 0.5
-    by_ratio = recipe("small", steps=400, d_sae=64, target_l0=5, sparsity="target_l0").loss
-    assert (by_ratio.sparsity, by_ratio.l0_coefficient) == ("target_l0", 0.3)
+    by_square = recipe("small", steps=400, d_sae=64, target_l0=5, sparsity="quadratic_l0").loss
+    assert (by_square.sparsity, by_square.l0_coefficient) == ("quadratic_l0", SMALL_L0_COEFFICIENTS["quadratic_l0"])
     assert recipe("small", steps=400, d_sae=64, l0_coefficient=1e-3).loss.sparsity == "l0"
 
 
