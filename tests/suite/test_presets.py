@@ -5,6 +5,7 @@ import pytest
 from gemmascope.sites import KINDS, Site
 from gemmascope.suite import SuiteConfig
 from gemmascope.suite.presets import PRESETS, TABLE_1, preset_tables, recipe
+from gemmascope.training.config import SMALL_L0_COEFFICIENTS
 from tests.suite.configs import sites_of
 
 LAYERS = {"google/gemma-2-2b": 26, "google/gemma-2-9b": 42, "google/gemma-2-27b": 46, "google/gemma-2-9b-it": 42}
