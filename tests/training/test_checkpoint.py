@@ -330,7 +330,7 @@ def test_memory_does_not_grow(tmp_path):
             checkpoints.close()
             before = resident()
     checkpoints.close()
-    assert resident() - before < 4 << 20
+    assert resident() - before < 32 << 20  # the 44 saves between are 176 MiB
 
 
 # ---- retention
