@@ -29,7 +29,9 @@ def held_out_l0(
     batch_size: int = 8,
 ) -> dict[str, tuple[float, int]]:
     """Mean L0 of each SAE {name: (site, folded)} on the tokens of ``held_out`` [rows, context] that are kept at its
-    site, and how many those are: the figures of `evaluation.judge_suite`. One forward of the model for all of them."""
+    site, and how many those are: the figures of `evaluation.judge_suite`. One forward of the model for all of them.
+
+    Raises ValueError when none is kept at a site."""
     sites = sorted({site for site, _ in saes.values()})
     active, tokens = dict.fromkeys(saes, 0), dict.fromkeys(sites, 0)
     for batch in stream(model, held_out, sites, batch_size=batch_size):
@@ -40,6 +42,9 @@ def held_out_l0(
             active[name] += len(sae.encode_sparse(batch[site].to(sae.W_dec)).indices)
         for site in sites:
             tokens[site] += len(batch[site])
+    for site, kept in tokens.items():
+        if not kept:
+            raise ValueError(f"drop_norm: expected some held-out tokens to be left at {site}, found none; raise it")
     return {name: (active[name] / tokens[site], tokens[site]) for name, (site, _) in saes.items()}
 
 
@@ -56,7 +61,8 @@ def save_suite(
     ``average_l0_L0_2`` and so on, in the order of ``specs``. ``facts`` go into the metadata of each, with what it was
     trained for and its ``l0`` {name: (mean, tokens)}. Returns {name: file}.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     paths: dict[str, Path] = {}
     for spec in specs:
         if spec.name not in folded:
