@@ -31,7 +31,8 @@ def held_out_l0(
     """Mean L0 of each SAE {name: (site, folded)} on the tokens of ``held_out`` [rows, context] that are kept at its
     site, and how many those are: the figures of `evaluation.judge_suite`. One forward of the model for all of them.
 
-    Raises ValueError when none is kept at a site."""
+    Raises ValueError when none is kept at a site.
+    """
     sites = sorted({site for site, _ in saes.values()})
     active, tokens = dict.fromkeys(saes, 0), dict.fromkeys(sites, 0)
     for batch in stream(model, held_out, sites, batch_size=batch_size):
