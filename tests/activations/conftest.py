@@ -46,3 +46,12 @@ def folder(tokenizer, tmp_path, small_shards):
     documents = [document(f"text number {index}", held_out=index == 3, index=index) for index in range(4)]
     make(documents, tokenizer, tmp_path / "rows")
     return tmp_path / "rows"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(12):
+        (folder / f"{index}.txt").write_text(f"text {index}")
+    return folder

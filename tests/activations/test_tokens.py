@@ -351,15 +351,6 @@ def counting(tokenizer):
     return Counting()
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for index in range(12):
-        (folder / f"{index}.txt").write_text(f"text {index}")
-    return folder
-
-
 def test_files_are_tokenised_once(tokenizer, tmp_path, corpus):
     tokenizer = counting(tokenizer)
 
