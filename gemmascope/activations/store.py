@@ -9,7 +9,7 @@ gives an error, where a map of it would kill the process.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_type, dtype_name
 from ..errors import BadFileError, EnvironmentProblemError
+from ..formats.differences import differences
 from ..formats.files import as_path, atomic_write, open_file, read_json, sha256, shown, write_json
 from ..runs import Run, key_of
 from ..sites import Site
@@ -277,17 +278,9 @@ def _without(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _refuse_other(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    differences = list(_differences(found, json.loads(json.dumps(expected)), ""))
-    if differences:
-        raise BadFileError(f"{shown(folder)}: expected a store of the same, found {'; '.join(differences)}")
-
-
-def _differences(found: Any, expected: Any, name: str) -> Iterator[str]:
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in sorted(found.keys() | expected.keys()):
-            yield from _differences(found.get(key), expected.get(key), f"{name}.{key}" if name else key)
-    elif found != expected:
-        yield f"{name} {found!r:.100} instead of {expected!r:.100}"
+    lines = differences(found, json.loads(json.dumps(expected)), "the store", "this run")
+    if lines:
+        raise BadFileError(f"{shown(folder)}: expected a store of the same, found {'; '.join(lines)}")
 
 
 def _dtype_of(identity: Mapping[str, Any]) -> torch.dtype:

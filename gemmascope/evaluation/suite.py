@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..activations import OUTLIER_RATIO, harvest
 from ..activations.moments import check_activations, moments
+from ..activations.outliers import norms_of
 from ..checks import check_int, check_number, check_type, found, is_integer
 from ..saes import JumpReLUSAE
 from ..sites import Site, site_width, special_token_ids
@@ -230,7 +231,7 @@ class _AtSite:
         self, text: _Text, site: Site, tokens: _Tokens, max_norm_ratio: float | None, median_norm: float | None
     ):
         ratio = OUTLIER_RATIO if max_norm_ratio is None else float(max_norm_ratio)
-        norms, train_norms = _norms(tokens.rows), _norms(tokens.train)
+        norms, train_norms = norms_of(tokens.rows), norms_of(tokens.train)
         max_norm = ratio * (train_norms.median().item() if median_norm is None else median_norm)
         kept, kept_in_train = ~(norms > max_norm), ~(train_norms > max_norm)
         self.facts = {"outliers": int((~kept).sum()), "outlier_ratio": ratio, "predictions": text.predictions}
@@ -249,10 +250,6 @@ class _AtSite:
             on_all = figures if self.on_all is self.on_kept else self.on_all.judge(sae)[0]
             beside = {f"{name}_all": value for name, value in on_all.items()}
         return figures | {"gamma": self.on_kept.gamma} | self.facts | beside, frequency
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def recipe_of(sae: JumpReLUSAE) -> dict[str, float | None]:

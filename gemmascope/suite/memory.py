@@ -11,7 +11,7 @@ from ..activations.moments import CHUNK_ELEMENTS
 from ..sites import Site
 from ..sites.decoder import embedding_weight, find_decoder
 from ..training import SAETrainer
-from ..training.memory import TrainingMemory
+from ..training.memory import SuiteMemory
 from ..training.spec import SAESpec
 from .config import SuiteConfig
 from .model import Loaded
@@ -26,6 +26,8 @@ TOKEN_BYTES = 4
 NORM_BYTES, PLACE_BYTES = 4, 12
 # Tokens of one forward of the evaluation, at least one row.
 EVALUATION_TOKENS = 2048
+
+CHECKPOINT = "a checkpoint being written"
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ def needs(
     capacity = config.rows_per_block * config.text.context
     batch = config.suite.batch_size * width * itemsize
     forward = model.forward(config.activations.forward_rows, config.text.context)
-    weights, moments = _sum(training, "weights"), _sum(training, "second_moments")
-    working = sorted((_working(each) for each in training), reverse=True)
+    # A GPU makes one step at a time, a CPU as many as it has threads.
+    saes = SuiteMemory.of(training, 1 if is_gpu else threads)
     copied = is_gpu and ring == HOST
     items = [
         Item("language model", own, model.nbytes),
@@ -129,29 +131,19 @@ def needs(
             capacity * (width * itemsize + NORM_BYTES * len(sites)),
         ),
         Item("batches on their way", own, batch * (2 if copied else 1)),
-        Item("SAEs: weights, fp32", own, weights),
-        Item("SAEs: second moments, fp32", own, moments),
-        Item("SAEs: bf16 copies", own, _sum(training, "copies")),
-        Item("SAEs: batches of steps under way", own, _sum(training, "pending")),
-        # A GPU makes one step at a time, a CPU as many as it has threads.
-        Item("SAEs: activations, entries, scratch", own, sum(working[: 1 if is_gpu else threads])),
+        Item("SAEs: weights, fp32", own, saes.weights),
+        Item("SAEs: second moments, fp32", own, saes.second_moments),
+        Item("SAEs: bf16 copies", own, saes.copies),
+        Item("SAEs: batches of steps under way", own, saes.pending),
+        Item("SAEs: activations, entries, scratch", own, saes.steps),
         Item("context and workspaces of the GPU", own, CONTEXT_OF_GPU if is_gpu else 0),
         Item("libraries", HOST, LIBRARIES),
         Item("pinned batches", HOST, 2 * batch if copied else 0),
         Item("rows and positions of the ring", HOST, capacity * PLACE_BYTES),
-        Item("a checkpoint being written", HOST, weights + moments),
+        Item(CHECKPOINT, HOST, saes.lasting),
         Item("tokens of the text", DISK, text_bytes),
-        Item(f"{config.checkpoint.keep + 1} checkpoints", DISK, (config.checkpoint.keep + 1) * (weights + moments)),
-        Item("SAEs, folded", DISK, weights),
+        Item(f"{config.checkpoint.keep + 1} checkpoints", DISK, (config.checkpoint.keep + 1) * saes.lasting),
+        Item("SAEs, folded", DISK, saes.weights),
     ]
-    largest = max(each.weights + _working(each) for each in training)
+    largest = max(each.weights + each.step for each in training)
     return Needs(tuple(items), model.nbytes + model.evaluation(config.text.context) + largest + CONTEXT_OF_GPU)
-
-
-def _sum(training: Sequence[TrainingMemory], part: str) -> int:
-    return sum(getattr(each, part) for each in training)
-
-
-def _working(each: TrainingMemory) -> int:
-    """Held during a step alone."""
-    return each.activations + each.entries + each.scratch

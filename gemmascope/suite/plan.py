@@ -14,7 +14,7 @@ from ..training.spec import SAESpec
 from .config import SuiteConfig
 from .machine import Machine
 from .measure import Measure, Stopwatch
-from .memory import DEVICE, DISK, HOST, TOKEN_BYTES, ModelSizes, Needs, needs
+from .memory import CHECKPOINT, DEVICE, DISK, HOST, TOKEN_BYTES, ModelSizes, Needs, needs
 from .model import Loaded
 from .selection import listing
 
@@ -146,7 +146,8 @@ class Plan:
         return f"{self.config.suite.recipe}, products in {' and '.join(dtypes)}{dropped}"
 
     def _checkpoints(self) -> str:
-        checkpoint, size = self.config.checkpoint, sum(i.nbytes for i in self.needs.items if "second" in i.what) * 2
+        checkpoint = self.config.checkpoint
+        size = next(item.nbytes for item in self.needs.items if item.what == CHECKPOINT)
         every = f"{checkpoint.steps:,} steps" if checkpoint.steps is not None else f"{checkpoint.minutes:g} minutes"
         if self.seconds is not None:
             of_a_step = self.seconds.total / self.config.steps

@@ -22,12 +22,12 @@ from ..activations import ActivationStore, TokenRows, harvest_to_store, sample_r
 from ..checks import check_choice, check_type
 from ..errors import EnvironmentProblemError, TrainingFailedError
 from ..evaluation import judge_suite, language_model_loss
+from ..formats.differences import differences, unequal
 from ..formats.files import read_json, shown, write_json
 from ..reporting.progress import StageProgress
 from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write_frequencies
 from ..runs import Run, Stage
 from ..sites.decoder import find_decoder
-from ..training.checkpoint import differences
 from .config import SuiteConfig
 from .finish import SAES_FOLDER, held_out_l0, save_suite
 from .model import load_architecture, load_model
@@ -168,7 +168,7 @@ def _prepared(config: SuiteConfig, work: Run, allow: Collection[str], restart: b
     prepared = prepare(config, work.folder, goes_on)
     now = prepared.identity
     if begun is not None:
-        if restart and any(differences(begun.get(part, {}), now[part]) for part in now if part not in allow):
+        if restart and any(any(unequal(begun.get(part), now[part])) for part in now if part not in allow):
             forget(work.folder)
             begun = None
         else:
@@ -250,13 +250,13 @@ def spread(n: int, rows: int) -> Tensor:
 def _check_unchanged(folder: Path, found: dict[str, Any], now: dict[str, Any], allow: Collection[str]) -> None:
     """Raise ValueError unless the run goes on from what it began with, up to what is allowed to differ."""
     for part in now:
-        lines = "; ".join(differences(found.get(part, {}), now[part])).replace("the checkpoint", "the run")
+        lines = "; ".join(differences(found.get(part, {}), now[part], "the run", "now"))
         if not lines:
             continue
         if part not in allow:
             hint = f"; --allow-{part}-change goes on all the same" if part in ALLOWABLE else ""
             raise ValueError(
-                f"{part}: expected that of the run in {folder}, found a change: {lines.replace('this run', 'now')}; "
+                f"{part}: expected that of the run in {folder}, found a change: {lines}; "
                 f"take another folder, or start over with --fresh{hint}"
             )
         say(f"goes on with another {part}: {lines}")

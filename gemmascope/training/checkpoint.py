@@ -37,6 +37,7 @@ from torch import Tensor
 from ..checks import check_int, check_type, dtype_name
 from ..errors import BadFileError, EnvironmentProblemError
 from ..formats.arrays import MAX_DIMENSIONS, MAX_HEADER_BYTES, STORED_DTYPES, read_safetensors
+from ..formats.differences import differences
 from ..formats.files import (
     MAX_JSON_BYTES,
     as_path,
@@ -106,7 +107,7 @@ class Checkpoints:
 
     keep: how many that verified are kept, at least 2; older ones are removed once a new one is on the disk, so that
     there may be ``keep + 1`` for a while. identity: values of JSON that a run must share with a checkpoint to go on
-    from it. It is stored and given back; comparing is the caller's (`differences`).
+    from it. It is stored and given back; comparing is the caller's (`formats.differences`).
 
     For one process at a time (`runs.Run` sees to that); a second one would get errors, not mixed checkpoints. What
     killed processes left half written or half removed goes when this object is made. Other files in the folder are left
@@ -247,7 +248,7 @@ class Checkpoints:
         if step in self._verified:
             return True
         try:
-            other = differences(_verify(path).identity, self.identity)
+            other = differences(_verify(path).identity, self.identity, "the checkpoint", "this run")
         except _NewerSchemaError:
             raise
         except BadFileError as error:
@@ -615,39 +616,3 @@ def _environment(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnvironmentProblemError(f"{shown(path)}: {what}: {error.strerror or error}") from error
-
-
-# ---- identity
-
-
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What differs between the identity of a checkpoint and that of this run, one line each.
-
-    Nested dicts and lists are compared item by item: ``model.revision: the checkpoint has 'abc', this run 'def'``.
-    Empty when they are equal; 1 and 1.0 are, 1 and True are not.
-    """
-    check_type("found", found, Mapping)
-    check_type("expected", expected, Mapping)
-    return list(_differences("", found, expected))
-
-
-_NOTHING = object()
-
-
-def _differences(where: str, found: Any, expected: Any) -> Iterator[str]:
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        for key in [*expected, *(key for key in found if key not in expected)]:
-            inner = f"{where}.{key}" if where else str(key)
-            yield from _differences(inner, found.get(key, _NOTHING), expected.get(key, _NOTHING))
-    elif isinstance(found, (list, tuple)) and isinstance(expected, (list, tuple)):
-        if len(found) != len(expected):
-            yield f"{where}: the checkpoint has {len(found)} entries, this run {len(expected)}"
-        for number, (one, other) in enumerate(zip(found, expected, strict=False)):
-            yield from _differences(f"{where}[{number}]", one, other)
-    elif found != expected or isinstance(found, bool) != isinstance(expected, bool):
-        yield f"{where}: the checkpoint has {_value(found)}, this run {_value(expected)}"
-
-
-def _value(value: Any) -> str:
-    text = "nothing" if value is _NOTHING else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

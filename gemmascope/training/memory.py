@@ -36,6 +36,11 @@ class TrainingMemory:
         lasting = self.weights + self.second_moments + self.copies
         return lasting + self.activations + self.pending + self.entries + self.scratch
 
+    @property
+    def step(self) -> int:
+        """Held during a step alone."""
+        return self.activations + self.entries + self.scratch
+
     def table(self) -> str:
         rows = {
             "weights, fp32": self.weights,
@@ -47,7 +52,8 @@ class TrainingMemory:
             "scratch": self.scratch,
             "total": self.total,
         }
-        return _table(rows)
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {size / GIB:8.2f} GiB" for name, size in rows.items())
 
     def advice(self, available: int) -> str:
         """The message for memory that ran out: the sizes, and what would fit into ``available`` bytes."""
@@ -81,57 +87,29 @@ class TrainingMemory:
 class SuiteMemory:
     """Bytes that several SAEs in training hold on their device, by what they hold."""
 
-    saes: int
-    at_once: int
-    """Steps that are computed at a time."""
     weights: int
     second_moments: int
     copies: int
     pending: int
     steps: int
-    """Activations, entries and scratch of the ``at_once`` largest steps."""
+    """Activations, entries and scratch of the largest steps that are computed at a time."""
 
     @classmethod
     def of(cls, memories: Iterable[TrainingMemory], at_once: int) -> "SuiteMemory":
         """What those SAEs take together when ``at_once`` of their steps are computed at a time."""
         found = list(memories)
-        steps = (each.activations + each.entries + each.scratch for each in found)
         return cls(
-            saes=len(found),
-            at_once=min(at_once, len(found)),
             weights=sum(each.weights for each in found),
             second_moments=sum(each.second_moments for each in found),
             copies=sum(each.copies for each in found),
             pending=sum(each.pending for each in found),
-            steps=sum(nlargest(at_once, steps)),
+            steps=sum(nlargest(at_once, (each.step for each in found))),
         )
 
     @property
     def lasting(self) -> int:
         """What a checkpoint holds, up to counters."""
         return self.weights + self.second_moments + self.copies
-
-    @property
-    def total(self) -> int:
-        return self.lasting + self.pending + self.steps
-
-    def rows(self) -> dict[str, int]:
-        """Bytes by what they hold, in words."""
-        return {
-            f"weights of {self.saes:,} SAEs, fp32": self.weights,
-            "second moments, fp32": self.second_moments,
-            "bf16 copies of the weights": self.copies,
-            "batches of steps under way": self.pending,
-            f"entries and scratch of {self.at_once:,} steps at a time": self.steps,
-        }
-
-    def table(self) -> str:
-        return _table(self.rows() | {"total": self.total})
-
-
-def _table(rows: dict[str, int]) -> str:
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {size / GIB:8.2f} GiB" for name, size in rows.items())
 
 
 def dense_tile(n_tokens: int, d_sae: int) -> int:

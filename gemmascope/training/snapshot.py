@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_choice, check_int, check_number, check_type, dtype_name
+from ..formats.differences import unequal
 
 Checked = dict[str, Any]
 
@@ -40,12 +41,9 @@ def check_keys(name: str, found: Any, expected: Any) -> None:
 
 def check_same(name: str, found: Any, expected: Any) -> None:
     """Raise ValueError naming the first value in which two trees of mappings differ."""
-    if isinstance(expected, Mapping):
-        check_keys(name, found, expected)
-        for key, value in expected.items():
-            check_same(f"{name}.{key}", found[key], value)
-    elif found != expected or isinstance(found, bool) != isinstance(expected, bool):
-        raise ValueError(f"{name}: expected {expected!r}, got {found!r}")
+    check_type(name, found, Mapping)
+    for where, one, other in unequal(found, expected, name):
+        raise ValueError(f"{where}: expected {other!r}, got {one!r}")
 
 
 def check_tensors(found: Any, expected: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,6 @@ from ..activations.statistics import SiteStatistics
 from ..checks import check_int, check_type
 from ..sites import Site
 from .company import GIVE_UP_AFTER, Company
-from .memory import SuiteMemory
 from .snapshot import check_keys
 from .spec import SAESpec
 from .trainer import SAETrainer
@@ -157,18 +156,6 @@ class Suite(Company[str]):
     def _check_whole(self) -> None:
         if not self._whole:
             raise RuntimeError("suite: expected whole steps, found an update that was interrupted: restore a snapshot")
-
-    @staticmethod
-    def memory(specs: Sequence[SAESpec], widths: Mapping[Site, int], device: torch.device | str = "cpu") -> SuiteMemory:
-        """What training the SAEs of ``specs`` takes on that device, widths {site: d_model}; as many of their steps at a
-        time as PyTorch has threads on a CPU, and one on a GPU."""
-        found = _checked(specs).values()
-        check_type("widths", widths, Mapping)
-        for spec in found:
-            if spec.site not in widths:
-                raise ValueError(f"widths: expected that of every SAE's site, {spec.site} is missing")
-        at_once = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-        return SuiteMemory.of((SAETrainer.memory(spec.config, widths[spec.site], device) for spec in found), at_once)
 
 
 def _checked(specs: Any) -> dict[str, SAESpec]:

@@ -392,22 +392,22 @@ def test_what_comes_out_other_than_it_was_is_not_mixed_in(source, folder, monkey
 def test_a_store_of_something_else(model, rows, source, folder):
     written(source, folder)
     others = {
-        r"seed 3 instead of 4": harvester(model, rows, seed=4),
-        r"model\.name 'tiny' instead of 'other'": harvester(model, rows, identity={"name": "other"}),
-        r"rows_per_block 4 instead of 5": harvester(model, rows, rows_per_block=5),
-        r"forward_rows 8 instead of 2": harvester(model, rows, forward_rows=2),
-        r"text 'text' instead of 'other'": harvester(model, FakeRows(content="other")),
-        r"sites \['layer_0/att', 'layer_1/resid'\] instead of": harvester(model, rows, SITES[:1]),
-        r"weights '\w+' instead of '\w+'": harvester(gemma2(seed=1), rows),
+        r"seed: the store has 3, this run 4": harvester(model, rows, seed=4),
+        r"model\.name: the store has 'tiny', this run 'other'": harvester(model, rows, identity={"name": "other"}),
+        r"rows_per_block: the store has 4, this run 5": harvester(model, rows, rows_per_block=5),
+        r"forward_rows: the store has 8, this run 2": harvester(model, rows, forward_rows=2),
+        r"text: the store has 'text', this run 'other'": harvester(model, FakeRows(content="other")),
+        r"sites: the store has 2 entries, this run 1 entries": harvester(model, rows, SITES[:1]),
+        r"weights: the store has '\w+', this run '\w+'": harvester(gemma2(seed=1), rows),
     }
     for match, other in others.items():
         with pytest.raises(BadFileError, match=f"store: expected a store of the same, found .*{match}"):
             written(other, folder)
         with pytest.raises(BadFileError, match=f"store: expected a store of the same, found .*{match}"):
             ActivationStore.open(folder, other.identity)
-    with pytest.raises(BadFileError, match="found dtype 'bfloat16' instead of 'float32'"):
+    with pytest.raises(BadFileError, match="found dtype: the store has 'bfloat16', this run 'float32'"):
         written(source, folder, dtype=torch.float32)
-    with pytest.raises(BadFileError, match="found dtype 'bfloat16' instead of 'float32'"):
+    with pytest.raises(BadFileError, match="found dtype: the store has 'bfloat16', this run 'float32'"):
         ActivationStore.open(folder, source.identity | {"dtype": "float32"})
     assert_whole(source, folder)
 

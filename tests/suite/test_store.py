@@ -52,10 +52,10 @@ def test_a_run_may_change_over_to_a_store(worker, file, store, tmp_path, undistu
 @pytest.mark.parametrize(
     ("setting", "code", "message"),
     [
-        ("suite.seed=1", 3, "seed 0 instead of 1"),
+        ("suite.seed=1", 3, "seed: the store has 0, this run 1"),
         ("activations.dtype=bfloat16", 2, "expected float32 as in"),
-        ("activations.ring_tokens=2048", 3, "rows_per_block 32 instead of 64"),
-        ("text.context=16", 3, "context 32 instead of 16"),
+        ("activations.ring_tokens=2048", 3, "rows_per_block: the store has 32, this run 64"),
+        ("text.context=16", 3, "context: the store has 32, this run 16"),
         ("suite.tokens=12000", 2, "harvest again"),
     ],
 )

@@ -357,8 +357,6 @@ def test_a_snapshot_of_another_suite_is_refused_and_changes_nothing(specs, messa
             ValueError,
             r"batch\[layer_1/att\]: expected at least one token, got an empty batch",
         ),
-        (lambda: Suite.memory(SPECS, {A: 8}), ValueError, r"widths: expected that of every SAE's site, layer_1/att"),
-        (lambda: Suite.memory(SPECS, 8), TypeError, r"widths: expected a Mapping, got int"),
         (
             lambda: a_suite([SAESpec("x", A, config(), init_from="/nowhere/at/all")]),
             BadFileError,

@@ -173,7 +173,7 @@ REFUSED = [
     (recipe(learning_rate=1e-3), ValueError, r"config.learning_rate: expected 0.005, got 0.001"),
     (recipe(bandwidth=0.5), ValueError, r"config.loss.bandwidth: expected 0.05, got 0.5"),
     (recipe(seed=1), ValueError, r"config.seed: expected 0, got 1"),
-    (changed({"config": {}}), ValueError, r"config: expected the keys .*; 'adam_beta2' is missing"),
+    (changed({"config": {}}), ValueError, r"config.d_sae: expected 24, got nothing"),
     (changed({"config": 3}), TypeError, r"config: expected a Mapping, got int"),
     (changed({"more": 1}), ValueError, r"facts: expected the keys .*; found also 'more'"),
     (changed({}, step=-1), ValueError, r"facts.step: expected at least 0, got -1"),
