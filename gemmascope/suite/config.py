@@ -185,6 +185,11 @@ class ActivationsSection(_Section):
         check_int("forward_rows", self.forward_rows, 1, LARGEST_FORWARD)
         check_choice("ring", self.ring, RINGS)
 
+    @property
+    def least_kept(self) -> float:
+        """Of the tokens, at least: as if a hundredth were outliers where they are dropped, of which there are fewer."""
+        return 1.0 if self.drop_norm is None else 0.99
+
 
 @dataclass(frozen=True)
 class SAEBlock(_Section):

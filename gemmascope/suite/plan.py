@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .selection import listing
 
 # Of what is free: allocators waste some, and forwards are estimated.
 USABLE = 0.95
+READ_IN_VAIN = 0.05  # of the tokens that the model reads, worth a note
 
 
 class Rows(Protocol):
@@ -191,6 +193,22 @@ class Plan:
             yield "the ring is on the host, since the device has no room for it besides the rest"
         if self.epochs is not None and self.epochs > 1:
             yield f"the text is read {self.epochs:.3g} times"
+        yield from self._read_in_vain()
+
+    def _read_in_vain(self) -> Iterator[str]:
+        """A ring is always filled whole, for the last batch too."""
+        config, batch = self.config, self.config.suite.batch_size
+        each = _batches_of_a_superblock(config)
+        whole, left = divmod(config.steps, each)
+        if not left or not whole or (each - left) / (each * (whole + 1)) < READ_IN_VAIN:
+            return
+        per_row = (config.text.context - 1) * config.activations.least_kept
+        rows = math.ceil(math.ceil(config.steps / whole) * batch / per_row)
+        yield (
+            f"the model fills the ring {whole + 1} times, the last time for {left:,} of {each:,} batches; with "
+            f"suite.tokens = {whole * each * batch} or activations.ring_tokens = {rows * config.text.context} it "
+            f"would do so {whole} times"
+        )
 
 
 def make_plan(
@@ -265,8 +283,12 @@ def _measured(
 def _trained_share(config: SuiteConfig) -> float:
     """Of the tokens that the model reads, those trained on: neither the BOS of each row, nor those left over where a
     superblock ends."""
-    rows, context, batch = config.rows_per_block, config.text.context, config.suite.batch_size
-    return rows * (context - 1) // batch * batch / (rows * context)
+    read = config.rows_per_block * config.text.context
+    return config.rows_per_block * (config.text.context - 1) // config.suite.batch_size * config.suite.batch_size / read
+
+
+def _batches_of_a_superblock(config: SuiteConfig) -> int:
+    return max(1, int(config.rows_per_block * (config.text.context - 1) * config.activations.least_kept) // config.suite.batch_size)
 
 
 def _text_bytes(config: SuiteConfig, rows: Rows | None) -> int:

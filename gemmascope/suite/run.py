@@ -129,8 +129,7 @@ def harvest_suite(config: SuiteConfig, out: str | os.PathLike) -> ActivationStor
         harvester = prepared.harvester()
         blocks, steps = 0, 0
         while steps < config.steps:
-            # As if a hundredth of the tokens were outliers, of which there are far fewer.
-            kept = int(harvester.tokens(blocks) * (1 if config.activations.drop_norm is None else 0.99))
+            kept = int(harvester.tokens(blocks) * config.activations.least_kept)
             if kept < config.suite.batch_size:
                 raise ValueError(
                     f"activations.ring_tokens: expected at least one batch of {config.suite.batch_size} tokens in "

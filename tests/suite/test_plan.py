@@ -419,6 +419,24 @@ def test_notes(gemma):
     assert list(plan.notes()) == ["the text is read 5 times"]
 
 
+def test_a_ring_that_is_filled_for_a_few_batches():
+    """Rows of 101 hold 100 to train on: 40 of them 40 batches of 100, or 39 where a hundredth may be dropped."""
+
+    def notes(tokens, **activations):
+        suite = {"tokens": tokens, "batch_size": 100}
+        config = small(text={"context": 101}, suite=suite, activations={"ring_tokens": 40 * 101, **activations})
+        return list(make_plan(config, tiny(tiny_models.gemma2()), machine=cpu(), measure=Constant()).notes())
+
+    said = "the model fills the ring 3 times, the last time for 1 of 40 batches; with suite.tokens = {} or "
+    said += "activations.ring_tokens = {} it would do so 2 times"
+    assert notes(8100) == [said.format(8000, 41 * 101)]
+    assert not notes(8000)
+    assert not notes(11900)  # 1 of 120 batches in vain
+    assert not notes(4000)
+    assert "for 3 of 39 batches" in notes(8100, drop_norm=3.0)[0]
+    assert not notes(8200, ring_tokens=42 * 101, drop_norm=3.0)
+
+
 def test_token_shards_before_there_are_any(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.txt").write_bytes(b"x" * 4000)
