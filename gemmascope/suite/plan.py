@@ -288,7 +288,8 @@ def _trained_share(config: SuiteConfig) -> float:
 
 
 def _batches_of_a_superblock(config: SuiteConfig) -> int:
-    return max(1, int(config.rows_per_block * (config.text.context - 1) * config.activations.least_kept) // config.suite.batch_size)
+    tokens = int(config.rows_per_block * (config.text.context - 1) * config.activations.least_kept)
+    return max(1, tokens // config.suite.batch_size)
 
 
 def _text_bytes(config: SuiteConfig, rows: Rows | None) -> int:
