@@ -46,13 +46,15 @@ def judge_suite(
     median_norms: Mapping[Site, float] | None = None,
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
+    loss_tokens: Tensor | None = None,
     clean_loss: float | None = None,
     on_done: Callable[[int, str], Any] = lambda done, name: None,
     max_bytes: int = MAX_BYTES,
     activations: Mapping[Site, Tensor] | None = None,
     held_out_activations: Mapping[Site, Tensor] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Judge every SAE of ``saes`` {name: (site, file)} on the text ``held_out``, all of it for every figure.
+    """Judge every SAE of ``saes`` {name: (site, file)} on the text ``held_out``, all of it for every figure; with
+    ``loss_tokens``, some rows of it, the losses of the model on those.
 
     A site may have any number of SAEs. What does not depend on the SAE, the mean ablation and the fit of the controls,
     is computed once a site. Everything runs on the model's device.
@@ -60,7 +62,7 @@ def judge_suite(
     train_tokens, held_out: ids [rows, context] as `harvest` takes them; the controls are fitted on the former. Their
     activations are harvested in ``dtype`` for as many sites at a time as ``max_bytes`` hold, at least one.
     activations, held_out_activations: what `harvest` gives on them, of every token, if known already. clean_loss:
-    likewise `language_model_loss` of ``held_out``. ``on_done(n, name)`` is called after the n-th SAE.
+    likewise `language_model_loss` of ``loss_tokens``. ``on_done(n, name)`` is called after the n-th SAE.
 
     Outliers of a site are the tokens whose norm there is above ``max_norm_ratio``, by default `OUTLIER_RATIO`, times
     the median norm, that of ``median_norms`` or of the training tokens. ``outliers`` of a row counts those held out.
@@ -96,11 +98,15 @@ def judge_suite(
     for (name, by_site, _), of_tokens in zip(given, pairs, strict=True):
         if by_site is not None:
             _check_of_tokens(name, by_site, sites, len(of_tokens))
+    if loss_tokens is None:
+        loss_tokens = held_out
+    else:
+        token_pairs(model, loss_tokens, "loss_tokens")
     if clean_loss is None:
-        clean_loss = language_model_loss(model, held_out)
+        clean_loss = language_model_loss(model, loss_tokens)
     else:
         check_number("clean_loss", clean_loss)
-    text = _Text(model, held_out, clean_loss)
+    text = _Text(model, loss_tokens, clean_loss)
 
     judged: dict[str, dict[str, Any]] = {}
     frequencies: dict[str, Tensor] = {}
@@ -154,19 +160,19 @@ def _groups(sizes: Mapping[Site, int], max_bytes: int) -> Iterator[list[Site]]:
 
 
 class _Text:
-    """The model on the held-out text."""
+    """The model on held-out text."""
 
-    def __init__(self, model: nn.Module, held_out: Tensor, clean_loss: float):
-        self.model, self.held_out, self.clean_loss = model, held_out, clean_loss
+    def __init__(self, model: nn.Module, tokens: Tensor, clean_loss: float):
+        self.model, self.tokens, self.clean_loss = model, tokens, clean_loss
         self.device = input_device(model)
-        self.predictions = n_predictions(model, held_out)
+        self.predictions = n_predictions(model, tokens)
 
     def splice(self, site: Site, sae: JumpReLUSAE, max_norm: float | None) -> float:
         spliced = sae if max_norm is None else SparingOutliers(sae, max_norm)
-        return delta_loss(self.model, self.held_out, {site: spliced}, clean_loss=self.clean_loss)
+        return delta_loss(self.model, self.tokens, {site: spliced}, clean_loss=self.clean_loss)
 
     def ablate(self, site: Site, mean: Tensor, max_norm: float | None) -> float:
-        return mean_ablation_loss(self.model, self.held_out, site, mean, max_norm=max_norm) - self.clean_loss
+        return mean_ablation_loss(self.model, self.tokens, site, mean, max_norm=max_norm) - self.clean_loss
 
 
 class _Tokens(NamedTuple):

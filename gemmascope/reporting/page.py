@@ -113,6 +113,7 @@ MODEL_LABELS = {
     "text_bytes": "Text, bytes",
     "held_out": "Held-out rows are",
     "held_out_rows": "Held-out rows",
+    "loss_rows": "Of them, rows that the model read",
     "held_out_tokens": "Held-out tokens",
     "seed": "Seed",
     "context": "Tokens of a row",

@@ -367,10 +367,15 @@ class EvaluateSection(_Section):
     """Held-out rows; fewer where there are not so many."""
     train_rows: int = 128
     """Training rows from which the baselines are fitted."""
+    loss_rows: int | None = None
+    """Of ``rows``, those on which the model itself runs on reconstructions; all by default. With a large vocabulary
+    these forwards take most of the time."""
 
     def __post_init__(self):
         check_int("rows", self.rows, 1, 1 << 20)
         check_int("train_rows", self.train_rows, 1, 1 << 20)
+        if self.loss_rows is not None:
+            check_int("loss_rows", self.loss_rows, 1, 1 << 20)
 
 
 @dataclass(frozen=True)

@@ -217,12 +217,14 @@ def _run(
     del trained
 
     stop.check()
-    judged = work.stage(FINISHED, train_tokens, held_out, config.run.impl, after=[training, saved])
+    loss_rows = config.evaluate.loss_rows
+    read = held_out if loss_rows is None else held_out[spread(len(held_out), loss_rows)]
+    judged = work.stage(FINISHED, train_tokens, held_out, read, config.run.impl, after=[training, saved])
     if judged.done():
         say(f"{config.run.out}: finished before; start over with --fresh")
         return read_json(work.folder / RESULTS)
     with judged.doing():
-        saes, frequencies, facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out)
+        saes, frequencies, facts = _judge(prepared, training, saved, work.folder, train_tokens, held_out, read)
         write_frequencies(work.folder, frequencies)
         stages = {stage.name: stage.seconds for stage in (*after, training, saved, judged)}
         results = {
@@ -283,16 +285,23 @@ def _save(prepared: Prepared, trained: Trained, folder: Path, held_out: Tensor) 
 
 
 def _judge(
-    prepared: Prepared, training: Stage, saved: Stage, folder: Path, train_tokens: Tensor, held_out: Tensor
+    prepared: Prepared,
+    training: Stage,
+    saved: Stage,
+    folder: Path,
+    train_tokens: Tensor,
+    held_out: Tensor,
+    read: Tensor,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Any]]:
-    """Every metric of every SAE, as read back from its file, and what is known of the model."""
+    """Every metric of every SAE, as read back from its file, and what is known of the model. read: of ``held_out``,
+    the rows that the model itself reads."""
     sites = {spec.name: spec.site for spec in prepared.specs}
     paths: dict[str, str] = saved.facts["paths"]
     config, model, rows = prepared.config, prepared.model, prepared.rows
     architecture = find_decoder(model).config
     medians = {site: training.facts["statistics"][str(site)]["median_norm"] for site in set(sites.values())}
     with StageProgress("Evaluation", len(paths), "SAE") as bar:
-        loss = language_model_loss(model, held_out)
+        loss = language_model_loss(model, read)
         saes, frequencies = judge_suite(
             model,
             {name: (sites[name], folder / path) for name, path in paths.items()},
@@ -301,6 +310,7 @@ def _judge(
             max_norm_ratio=config.activations.drop_norm,
             median_norms=medians,
             impl=config.run.impl,
+            loss_tokens=read,
             clean_loss=loss,
             on_done=lambda done, name: bar.update(done, str(name)),
         )
@@ -314,6 +324,7 @@ def _judge(
         "tokens": config.steps * config.suite.batch_size,
         "loss": loss,
         "held_out_rows": len(held_out),
+        "loss_rows": len(read),
         "held_out_tokens": held_out.numel(),
         "held_out": f"{len(held_out):,} of {rows.n_held_out:,} rows of held-out documents, spread over all; held out "
         f"is one document of {config.text.held_out_every}, by the hash of its name",

@@ -211,6 +211,25 @@ def test_activations_can_be_given(tmp_path):
     assert SITES[0] in train, "what is given is left as it is"
 
 
+@pytest.mark.parametrize("ratio", [None, 1.05])
+def test_losses_of_fewer_rows(tmp_path, ratio):
+    """Those of the model alone; the mean that an ablation puts in is that of all held-out rows."""
+    held_out = tokens(4, 9, seed=2)
+    (expected,), _ = judged(tmp_path, max_norm_ratio=ratio)
+    (found,), _ = judged(tmp_path, max_norm_ratio=ratio, loss_tokens=held_out[1:3])
+    changed = {name for name in expected if found[name] != expected[name]}
+    losses = {"delta_loss", "ablation_delta_loss", "loss_recovered"}
+    assert changed == {"predictions", *losses, *(f"{name}_all" for name in losses if ratio)}
+    if ratio is None:
+        (path,) = tmp_path.rglob("params.npz")
+        sae = JumpReLUSAE.load(path)
+        mean = harvest(gemma2(), held_out, SITES[:1])[SITES[0]].mean(0)
+        splice = evaluate_splice(gemma2(), held_out[1:3], SITES[0], sae, mean=mean)
+        assert found["delta_loss"] == pytest.approx(splice.delta_loss, rel=1e-4)
+        assert found["ablation_delta_loss"] == pytest.approx(splice.ablation_delta_loss, rel=1e-4)
+        assert found["predictions"] == 2 * 7  # from neither BOS nor the last token
+
+
 def test_what_is_undefined_is_none(tmp_path):
     """JSON has no NaN."""
     same = torch.ones(32, width(SITES[0]))
@@ -251,6 +270,7 @@ def test_what_is_undefined_is_none(tmp_path):
         ({"max_bytes": 0}, ValueError, "max_bytes: expected"),
         ({"dtype": "bf16"}, TypeError, "dtype: expected"),
         ({"train_tokens": [[1, 2]]}, TypeError, "train_tokens: expected an integer torch.Tensor, got list"),
+        ({"loss_tokens": [[1, 2]]}, TypeError, "loss_tokens: expected an integer torch.Tensor, got list"),
         ({"held_out": torch.ones(9).long()}, ValueError, r"held_out: expected shape \[rows, context\], got \[9\]"),
         ({"on_done": 3}, TypeError, "on_done: expected a function, got int"),
         ({"clean_loss": "1"}, TypeError, "clean_loss: expected a number, got str"),

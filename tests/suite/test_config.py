@@ -122,7 +122,7 @@ FULL = {
         ],
     },
     "checkpoint": {"minutes": 2.5, "steps": 100, "keep": 3},
-    "evaluate": {"rows": 7, "train_rows": 9},
+    "evaluate": {"rows": 7, "train_rows": 9, "loss_rows": 3},
     "run": {"out": "o", "device": "cpu", "impl": "reference", "log_every": 5, "trackers": ["trackio", "wandb"]},
 }
 
@@ -206,6 +206,7 @@ def test_identity_is_what_decides_the_numbers():
         ("text.context=2000000", "text.context: expected at most 1048576, got 2000000"),
         ("checkpoint.keep=1", "checkpoint.keep: expected at least 2, got 1"),
         ("evaluate.rows=0", "evaluate.rows: expected at least 1, got 0"),
+        ("evaluate.loss_rows=0", "evaluate.loss_rows: expected at least 1, got 0"),
         ("run.log_every=0", "run.log_every: expected at least 1, got 0"),
         # absurd together
         ("suite.tokens=1000", "suite.tokens: expected at least 1024, got 1000"),

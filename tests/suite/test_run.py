@@ -138,7 +138,7 @@ def test_another_config_is_refused(make, monkeypatch, tmp_path, sections, messag
 def test_what_may_differ(finished, make, monkeypatch, tmp_path):
     """When the run is saved, told of and judged is nothing that its bits depend on."""
     begin(make, monkeypatch)
-    train_suite(make(checkpoint={"steps": 3}, evaluate={"rows": 8}, run={"log_every": 4}))
+    train_suite(make(checkpoint={"steps": 3}, evaluate={"rows": 8, "loss_rows": 3}, run={"log_every": 4}))
     weights = {path.rpartition("/average")[0]: digest for path, digest in hash_of(tmp_path / "run").items()}
     assert len(weights) == 3
     for path, digest in hash_of(finished[0]).items():
