@@ -30,9 +30,7 @@ TRANSFORMER_LENS_HOOKS = {"att": "attn.hook_z", "mlp": "hook_mlp_out", "resid": 
 _LAYER = "(0|[1-9][0-9]{0,5})"
 # What the three classes of model call the stack, with and without the wrapper of nnsight around them, which writes
 # layers[L] where PyTorch writes layers.L.
-_MODULE = re.compile(
-    rf"(?:model\.){{1,2}}(?:language_model\.)?layers(?:\.{_LAYER}|\[{_LAYER}\])\.([\w.]+)", re.ASCII
-)
+_MODULE = re.compile(rf"(?:model\.){{1,2}}(?:language_model\.)?layers(?:\.{_LAYER}|\[{_LAYER}\])\.([\w.]+)", re.ASCII)
 
 
 @dataclass(frozen=True, order=True)

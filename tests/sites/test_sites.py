@@ -131,7 +131,9 @@ class TestFinding:
         base = type("Base", (nn.Module,), {"__module__": f"{package}.models"})
         model = type("Hooked", (base,), {})()
         model.original = tiny.gemma2()
-        message = rf"^model: expected a Gemma of transformers, got Hooked of {package}; .* names are understood as sites$"
+        message = (
+            rf"^model: expected a Gemma of transformers, got Hooked of {package}; .* names are understood as sites$"
+        )
         for use in (all_sites, probe, lambda m: Capture(m, [RESID]), lambda m: attach(m, {RESID: nn.Identity()}),
                     lambda m: harvest(m, tiny.tokens(), [RESID])):  # fmt: skip
             with pytest.raises(TypeError, match=message):
