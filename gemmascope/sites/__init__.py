@@ -1,7 +1,10 @@
 """Where SAEs read and write inside a language model: capture activations, splice reconstructions, probe the model."""
 
 from .attach import Attachment, attach, detach_all
+from .attribution import Attribution, attribute
 from .capture import Capture
+from .code_store import CodeStore, collect_to_store
+from .collect import Codes, collect
 from .decoder import all_sites, evaluating, site_width
 from .edits import Ablate, Add, Clamp, Edit, Patch
 from .probe import probe
@@ -15,8 +18,11 @@ __all__ = [
     "Ablate",
     "Add",
     "Attachment",
+    "Attribution",
     "Capture",
     "Clamp",
+    "CodeStore",
+    "Codes",
     "Edit",
     "LatentScales",
     "Patch",
@@ -24,6 +30,9 @@ __all__ = [
     "Tap",
     "all_sites",
     "attach",
+    "attribute",
+    "collect",
+    "collect_to_store",
     "detach_all",
     "evaluating",
     "probe",

@@ -12,7 +12,7 @@ from .decoder import Decoder, find_decoder, refuse_attention_without_cap
 from .edits import Edit, as_edits
 from .hooks import Call, Forwards, Handle, checkpointing, hooks_at, hooks_of, remove
 from .scales import LatentScales
-from .site import Site, as_site
+from .site import Site, by_site
 from .splice import MODES, Reconstruct, Splice
 from .tokens import skipped_ids
 from .window import Window, check_mask, start_of
@@ -161,18 +161,14 @@ def attach(
     """
     decoder = find_decoder(model)
     refuse_attention_without_cap(decoder.config)
-    if not isinstance(saes, Mapping):
-        raise TypeError(f"saes: expected a dict from Site to SAE, got {type(saes).__name__}")
-    by_site = _by_site("saes", saes)
-    if not by_site:
-        raise ValueError("saes: expected at least one site, got none")
+    sae_at = by_site("saes", saes)
     check_choice("mode", mode, MODES)
-    edits_at = _edits_at(by_site, edits)
-    scales_at = _by_site("latent_scales", latent_scales or {})
+    edits_at = _edits_at(sae_at, edits)
+    scales_at = by_site("latent_scales", {} if latent_scales is None else latent_scales)
     if positions is not None:
         check_mask("positions", positions)
     splices = []
-    for site, sae in by_site.items():
+    for site, sae in sae_at.items():
         width = decoder.width(site)
         if not callable(sae):
             raise TypeError(f"site {site}: expected a module or function, got {type(sae).__name__}")
@@ -186,17 +182,8 @@ def attach(
     return Attachment(installed.sites, installed.install(decoder))
 
 
-def _by_site(name: str, values: Any) -> dict[Site, Any]:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{name}: expected a dict by Site, got {type(values).__name__}")
-    by_site = {as_site(site): value for site, value in values.items()}
-    if len(by_site) < len(values):
-        raise ValueError(f"{name}: expected each site once, got one by both its Site and its name")
-    return by_site
-
-
 def _edits_at(saes: Mapping[Site, Any], edits: Any) -> dict[Site, tuple[Edit, ...]]:
-    found = {site: as_edits(site, value) for site, value in _by_site("edits", edits or {}).items()}
+    found = {site: as_edits(site, value) for site, value in by_site("edits", {} if edits is None else edits).items()}
     for site in found.keys() - saes.keys():
         raise ValueError(f"edits: expected sites of saes, {', '.join(map(str, saes))}, got {site}")
     return found

@@ -38,7 +38,7 @@ class Edit:
         return self.positions is not None
 
     def resolved(self, d_sae: int, scales: LatentScales | None) -> "Edit":
-        """The edit of an SAE of ``d_sae`` latents, amounts in units of their own. Raises ValueError as `attach` does."""
+        """The edit of an SAE of ``d_sae`` latents, its amount as a number. Raises ValueError as `attach` does."""
         raise NotImplementedError
 
     def dense(self, f: Tensor, window: Window) -> Tensor:

@@ -10,8 +10,9 @@ TransformerLens and nnsight have names of their own for the same places, which `
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -107,3 +108,16 @@ def as_sites(sites: Iterable[Site | str]) -> list[Site]:
     if isinstance(sites, (Site, str, Tensor)) or not isinstance(sites, Iterable):
         raise TypeError(f"sites: expected a list of sites, got {type(sites).__name__}")
     return list(map(as_site, sites))
+
+
+def by_site(name: str, values: Mapping[Any, Any]) -> dict[Site, Any]:
+    """The argument ``name``, a dict by Site or name of one. Raises TypeError or ValueError for what is none."""
+    if not isinstance(values, Mapping):
+        what = "from Site to SAE" if name == "saes" else "by Site"
+        raise TypeError(f"{name}: expected a dict {what}, got {type(values).__name__}")
+    found = {as_site(site): value for site, value in values.items()}
+    if len(found) < len(values):
+        raise ValueError(f"{name}: expected each site once, got one by both its Site and its name")
+    if name == "saes" and not found:
+        raise ValueError("saes: expected at least one site, got none")
+    return found

@@ -31,10 +31,8 @@ class Window(NamedTuple):
 
 def start_of(arguments: list[Any]) -> int:
     """How many columns the cache among the arguments of a text model holds."""
-    for value in arguments:
-        if callable(length := getattr(value, "get_seq_length", None)):
-            return int(length())
-    return 0
+    caches = [value for value in arguments if hasattr(value, "get_seq_length")]
+    return int(caches[0].get_seq_length()) if caches else 0
 
 
 def check_mask(name: str, mask: Any) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gemmascope import JumpReLUSAE, SparseCode
-from gemmascope.sites import Ablate, Add, Capture, Clamp, LatentScales, Patch, Site, all_sites, attach
+from gemmascope import SparseCode
+from gemmascope.sites import Ablate, Add, Capture, Clamp, LatentScales, Patch, all_sites, attach
 from gemmascope.sites.window import Window
 from tests import tiny_models as tiny
 from tests.helpers import assert_bitwise_equal, lattice
@@ -394,11 +394,10 @@ class TestRefusals:
         for options in ({"positions": mask}, {"edits": {RESID: Add(0, 1.0, positions=mask)}}):
             with attach(model, {RESID: sae}, **options), pytest.raises(ValueError, match=message):
                 logits(model, ids)
-        with attach(model, {RESID: sae}, edits={RESID: Patch(self.CODE)}):
-            with pytest.raises(
-                ValueError, match=r"^code: expected 36 tokens, as the model runs on, got 3; say by `of`"
-            ):
-                logits(model, ids)
+        with attach(model, {RESID: sae}, edits={RESID: Patch(self.CODE)}), pytest.raises(
+            ValueError, match=r"^code: expected 36 tokens, as the model runs on, got 3; say by `of`"
+        ):
+            logits(model, ids)
 
     def test_an_sae_whose_code_has_another_shape(self):
         sae = random_sae(RESID)
