@@ -59,8 +59,8 @@ def attribute(
 
     With "with_error" nothing of the size tokens × d_sae is made for an SAE with ``encode_sparse``, whose ``decode``
     takes a `SparseCode` and is differentiable in its values; "replace" needs the dense activations, and their graph.
-    The model is in evaluation mode meanwhile, and no ``grad`` is left in it or in the SAEs. Memory is that of a backward
-    pass from the first site on, so give few rows at a time.
+    The model is in evaluation mode meanwhile, and no ``grad`` is left in it or in the SAEs. Memory is that of a
+    backward pass from the first site on, so give few rows at a time.
 
     Raises ValueError for a metric that is no scalar or does not depend on the output, TypeError for one that is no
     tensor; else as `attach` and `collect` do.

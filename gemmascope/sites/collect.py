@@ -56,9 +56,9 @@ def collect(
         codes[Site(3, "resid")]  # SparseCode of the tokens where codes.kept, in order
 
     The text model alone runs, in evaluation mode and without gradients, ``batch_size`` rows at a time and no further
-    than the deepest site; no activation is kept. While SAEs are attached, their effect is in what is collected; none may
-    be at a deeper layer than all of ``saes``. attention_mask: 1 at tokens, 0 at padding; without it, padding must come
-    after the text. skip_token_ids: tokens that are left out, by default BOS, EOS and PAD of the model's config.
+    than the deepest site; no activation is kept. While SAEs are attached, their effect is in what is collected; none
+    may be at a deeper layer than all of ``saes``. attention_mask: 1 at tokens, 0 at padding; without it, padding must
+    come after the text. skip_token_ids: tokens that are left out, by default BOS, EOS and PAD of the model's config.
 
     max_bytes: bound on what the codes hold on the CPU, the joining of the batches included: 8 bytes an entry (12 of an
     fp64 SAE), 8 a token and 8 a batch at each site, and those of the largest site twice. Beside them there are one
@@ -143,7 +143,8 @@ class Pass:
             code = encoded(self.saes[site], x.flatten(0, 1)[kept.to(x.device)]).to("cpu")
             if not code.values.isfinite().all():
                 raise EnvironmentProblemError(
-                    f"site {site}: expected finite activations, found NaN or Inf in rows {rows.start} to {rows.stop - 1}"
+                    f"site {site}: expected finite activations, found NaN or Inf in rows {rows.start} to "
+                    f"{rows.stop - 1}"
                 )
             found[site] = code
 

@@ -249,9 +249,13 @@ def test_edits_at_several_sites_at_once():
     edits = {ATT: Ablate([0, 1]), "layer_1/resid": [Add(2, 1.0), Clamp(3, 2.0)]}
     with attach(model, saes, edits=edits):
         together = logits(model, ids)
-    with attach(model, {ATT: saes[ATT]}, edits={ATT: edits[ATT]}), attach(model, {MLP: saes[MLP]}):
-        with attach(model, {RESID: saes[RESID]}, edits={RESID: edits["layer_1/resid"]}):
-            assert torch.equal(logits(model, ids), together)
+    at_resid = {RESID: edits["layer_1/resid"]}
+    with (
+        attach(model, {ATT: saes[ATT]}, edits={ATT: edits[ATT]}),
+        attach(model, {MLP: saes[MLP]}),
+        attach(model, {RESID: saes[RESID]}, edits=at_resid),
+    ):
+        assert torch.equal(logits(model, ids), together)
     with attach(model, saes):
         assert not torch.equal(logits(model, ids), together)
     assert hook_count(model) == 0
@@ -333,21 +337,27 @@ class TestRefusals:
         [
             ({"mode": "error"}, ValueError, r"^mode: expected 'replace' or 'with_error', got 'error'$"),
             ({"edits": [Ablate(0)]}, TypeError, r"^edits: expected a dict by Site, got list$"),
-            ({"edits": {MLP: Ablate(0)}}, ValueError, r"^edits: expected sites of saes, layer_1/resid, got layer_2/mlp$"),
-            ({"edits": {RESID: "ablate"}}, TypeError, r"^edits: expected an edit or a list of them at layer_1/resid, got str"),
-            ({"edits": {RESID: [3]}}, TypeError, r"^edits: expected Ablate, Add, Clamp or Patch at layer_1/resid, got int$"),
+            ({"edits": {MLP: Ablate(0)}}, ValueError,
+             r"^edits: expected sites of saes, layer_1/resid, got layer_2/mlp$"),
+            ({"edits": {RESID: "ablate"}}, TypeError,
+             r"^edits: expected an edit or a list of them at layer_1/resid, got str"),
+            ({"edits": {RESID: [3]}}, TypeError,
+             r"^edits: expected Ablate, Add, Clamp or Patch at layer_1/resid, got int$"),
             ({"edits": {RESID: Ablate(24)}}, ValueError, r"^site layer_1/resid: latent: expected at most 23, got 24$"),
-            ({"edits": {RESID: Add(24, 1.0)}}, ValueError, r"^site layer_1/resid: latent: expected at most 23, got 24$"),
-            ({"edits": {RESID: Patch(CODE, latents=99)}}, ValueError, r"^site layer_1/resid: latent: expected at most 23, "),
+            ({"edits": {RESID: Add(24, 1.0)}}, ValueError,
+             r"^site layer_1/resid: latent: expected at most 23, got 24$"),
+            ({"edits": {RESID: Patch(CODE, latents=99)}}, ValueError,
+             r"^site layer_1/resid: latent: expected at most 23, "),
             ({"edits": {RESID: Patch(SparseCode.from_dense(torch.ones(3, 8)))}}, ValueError,
              r"^site layer_1/resid: code: expected one of 24 latents, as the SAE has, got 8$"),
             ({"edits": {RESID: Add(3, 1.0, "max")}}, ValueError,
              r"^site layer_1/resid: latent_scales: expected those of the site, for the unit 'max', got none$"),
             ({"edits": {RESID: Add(3, 1.0, "mean")},
-              "latent_scales": {RESID: LatentScales(torch.ones(24), torch.ones(24), torch.zeros(24).long(), 5)}}, ValueError,
-             r"^site layer_1/resid: latent 3: expected one that fires, .* mean by, found that it fired on none of 5 tokens$"),
+              "latent_scales": {RESID: LatentScales(torch.ones(24), torch.ones(24), torch.zeros(24).long(), 5)}},
+             ValueError, r"^site layer_1/resid: latent 3: expected one that fires, .* fired on none of 5 tokens$"),
             ({"positions": torch.ones(3)}, TypeError, r"^positions: expected a torch.Tensor of bool, got float32$"),
-            ({"positions": torch.ones(1, 1, 1, dtype=torch.bool)}, ValueError, r"^positions: expected shape \[columns\] or "),
+            ({"positions": torch.ones(1, 1, 1, dtype=torch.bool)}, ValueError,
+             r"^positions: expected shape \[columns\] or "),
         ],
     )  # fmt: skip
     def test_nothing_is_attached(self, options, error, message):
@@ -374,7 +384,8 @@ class TestRefusals:
             (lambda: Add(1.0, 1.0), TypeError, r"^latent: expected an int, got float$"),
             (lambda: Add(1, float("nan")), ValueError, r"^amount: expected a finite number, got nan$"),
             (lambda: Clamp(1, 1.0, "median"), ValueError, r"^unit: expected 'max' or 'mean', got 'median'$"),
-            (lambda: Add(1, 1.0, positions=[True]), TypeError, r"^positions: expected a torch.Tensor of bool, got list$"),
+            (lambda: Add(1, 1.0, positions=[True]), TypeError,
+             r"^positions: expected a torch.Tensor of bool, got list$"),
             (lambda: Patch(torch.ones(2, 2)), TypeError, r"^code: expected a SparseCode, got Tensor$"),
             (lambda: Patch(TestRefusals.CODE, torch.tensor([True, False])), ValueError,
              r"^of: expected True 3 times, as code has tokens, got 1$"),
@@ -394,8 +405,9 @@ class TestRefusals:
         for options in ({"positions": mask}, {"edits": {RESID: Add(0, 1.0, positions=mask)}}):
             with attach(model, {RESID: sae}, **options), pytest.raises(ValueError, match=message):
                 logits(model, ids)
-        with attach(model, {RESID: sae}, edits={RESID: Patch(self.CODE)}), pytest.raises(
-            ValueError, match=r"^code: expected 36 tokens, as the model runs on, got 3; say by `of`"
+        with (
+            attach(model, {RESID: sae}, edits={RESID: Patch(self.CODE)}),
+            pytest.raises(ValueError, match=r"^code: expected 36 tokens, as the model runs on, got 3; say by `of`"),
         ):
             logits(model, ids)
 

@@ -175,9 +175,9 @@ def test_an_assistant(build, mode):
         expected = by_hand(model, ids)
         assert torch.equal(model.generate(ids, **OPTIONS, assistant_model=assistant), expected)
     alone = assistant.generate(ids, **OPTIONS)
-    with attach(assistant, {Site(0, "resid"): random_sae(RESID)}):
-        with attach(model, saes(), mode=mode, **options()):  # and with SAEs in both
-            assert torch.equal(model.generate(ids, **OPTIONS, assistant_model=assistant), expected)
+    in_both = attach(assistant, {Site(0, "resid"): random_sae(RESID)})
+    with in_both, attach(model, saes(), mode=mode, **options()):
+        assert torch.equal(model.generate(ids, **OPTIONS, assistant_model=assistant), expected)
     assert torch.equal(assistant.generate(ids, **OPTIONS), alone)
 
 

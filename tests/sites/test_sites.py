@@ -70,7 +70,8 @@ class TestSite:
         "name", ["", "layer_3", "layer_3/head", "layer_-1/att", "layer_03/att", "layer_٣/att", "layer_3/resid\n",
                  "model.layers.3", "model.layers.3.mlp.output", "xmodel.layers.3.output", "model.layers[3.output",
                  "model.layers[03].output", "model.layers[3].output[0]", "model.layers[3].output\n",
-                 "blocks.3.hook_resid_pre", "blocks.3.attn.hook_q", "blocks.03.hook_mlp_out", "blocks.3.hook_resid_post\n"]
+                 "blocks.3.hook_resid_pre", "blocks.3.attn.hook_q", "blocks.03.hook_mlp_out",
+                 "blocks.3.hook_resid_post\n"]
     )  # fmt: skip
     def test_other_names_are_refused(self, name):
         with pytest.raises(ValueError, match=r"^site: expected layer_L/KIND with KIND one of att, mlp, resid, or"):
