@@ -131,7 +131,8 @@ class CodeStore:
         if kept.view(torch.uint8).max() > 1 or int(kept.sum()) != entry["tokens"]:
             raise BadFileError(f"{shown(path)}: kept: expected True {entry['tokens']} times, found it otherwise")
         for site, d_sae in self.d_sae.items():
-            code = SparseCode(*(tensors[f"{site}/{part}"] for part in parts), d_sae)
+            values, indices, offsets = (tensors[f"{site}/{part}"] for part in parts)
+            code = SparseCode(values, indices, offsets, d_sae)
             try:
                 code.check()
             except ValueError as error:
