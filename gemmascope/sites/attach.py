@@ -1,27 +1,33 @@
-"""`attach`: reconstructions in the place of the activations."""
+"""`attach`: reconstructions in the place of the activations, as they are or of a code that was edited."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_type
+from ..checks import check_choice, check_type
 from ..errors import EnvironmentProblemError
 from .decoder import Decoder, find_decoder, refuse_attention_without_cap
+from .edits import Edit, as_edits
 from .hooks import Call, Forwards, Handle, checkpointing, hooks_at, hooks_of, remove
-from .site import Site, as_site
+from .scales import LatentScales
+from .site import Site, by_site
+from .splice import MODES, Reconstruct, Splice
 from .tokens import skipped_ids
-
-Reconstruct = Callable[[Tensor], Tensor]
+from .window import Window, check_mask, start_of
 
 
 class _Splices(Forwards):
-    """Puts an SAE's reconstruction in the place of the activation at each of ``saes``."""
+    """Puts what a `Splice` makes of it in the place of the activation at each of its sites."""
 
-    def __init__(self, decoder: Decoder, saes: Mapping[Site, Reconstruct], skipped: tuple[int, ...]):
-        super().__init__(decoder, saes)
-        self._saes, self._skipped = dict(saes), skipped
+    def __init__(self, decoder: Decoder, splices: Iterable[Splice], skipped: tuple[int, ...], positions: Tensor | None):
+        self._splices = {splice.site: splice for splice in splices}
+        super().__init__(decoder, self._splices)
+        self._skipped, self._positions = skipped, positions
+        self._counts_columns = positions is not None or any(
+            splice.depends_on_columns for splice in self._splices.values()
+        )
 
     def begin(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> None:
         # A multimodal model hands its text model embeddings, so the ids are those of the innermost call that has any.
@@ -34,6 +40,8 @@ class _Splices(Forwards):
                 "input_ids: expected them with the inputs, to leave special tokens alone, found only inputs_embeds; "
                 "attach with skip_token_ids=() to splice at every position"
             )
+        if self._counts_columns and call.depth == self._innermost:
+            call.start = start_of([*args, *kwargs.values()])
 
     def at_site(self, call: Call, site: Site, x: Tensor) -> Tensor:
         if call.differentiable and checkpointing():
@@ -41,21 +49,23 @@ class _Splices(Forwards):
                 f"site {site}: expected to fire once in a forward, found gradient checkpointing, which computes it "
                 "again when the SAE may be gone; switch gradient checkpointing off"
             )
-        x_hat = self._saes[site](x)
-        if not isinstance(x_hat, Tensor):
-            raise TypeError(f"site {site}: expected a reconstruction that is a tensor, got {type(x_hat).__name__}")
-        if x_hat.shape != x.shape:
-            raise ValueError(
-                f"site {site}: expected a reconstruction of shape {list(x.shape)}, got {list(x_hat.shape)}"
-            )
-        x_hat = x_hat.to(x.dtype)
-        if not self._skipped:
-            return x_hat
-        mask = call.special
-        if mask is None or mask.shape != x.shape[:2]:
-            found = "none" if mask is None else f"{list(mask.shape)}"
-            raise ValueError(f"input_ids: expected shape {list(x.shape[:2])} as at site {site}, found {found}")
-        return torch.where(mask.to(x.device)[..., None], x, x_hat)
+        window = Window(x.shape[0], x.shape[1], call.start)
+        replaced = self._splices[site](x, window)
+        left_alone = self._left_alone(call, site, x, window)
+        return replaced if left_alone is None else torch.where(left_alone.to(x.device)[..., None], x, replaced)
+
+    def _left_alone(self, call: Call, site: Site, x: Tensor, window: Window) -> Tensor | None:
+        """Which positions keep their activation: bool [batch, seq], or None for none."""
+        mask = None
+        if self._skipped:
+            mask = call.special
+            if mask is None or mask.shape != x.shape[:2]:
+                found = "none" if mask is None else f"{list(mask.shape)}"
+                raise ValueError(f"input_ids: expected shape {list(x.shape[:2])} as at site {site}, found {found}")
+        if self._positions is not None:
+            elsewhere = ~window.cut("positions", self._positions, False)
+            mask = elsewhere if mask is None else mask | elsewhere.to(mask.device)
+        return mask
 
     def end(self, call: Call) -> None:
         for site in self.sites:
@@ -107,6 +117,11 @@ def attach(
     model: nn.Module,
     saes: Mapping[Site, Reconstruct] | Mapping[str, Reconstruct] | Mapping[Site | str, Reconstruct],
     skip_token_ids: Iterable[int] | None = None,
+    *,
+    mode: str = "replace",
+    edits: Mapping[Site, Edit | Sequence[Edit]] | Mapping[str, Edit | Sequence[Edit]] | None = None,
+    latent_scales: Mapping[Site, LatentScales] | None = None,
+    positions: Tensor | None = None,
 ) -> Attachment:
     """Splice SAEs into ``model``: from now on each site's activation x is replaced by ``sae(x)``, in x's dtype.
 
@@ -120,29 +135,40 @@ def attach(
     default BOS, EOS and PAD of the model's config (`special_token_ids`), on which SAEs are not trained. Pass () to
     splice at every position, which inputs given as ``inputs_embeds`` alone need.
 
+    mode: with f the code of x and f′ the edited one, "replace" puts decode(f′) in the place of x, and "with_error"
+    x + (decode(f′) − decode(f)), which keeps the error of the SAE: where nothing is edited that is x, to the bit, and
+    with no edits at a site the SAE does not run. edits: by site, one or several, in the order in which they are made:
+    `Ablate`, `Add`, `Clamp`, `Patch`. latent_scales: by site, `LatentScales` for the units of `Add` and `Clamp`, as
+    `collect` measures them. positions: bool [columns] or [rows, columns]: elsewhere every site keeps its activation. An
+    edit has ``positions`` of its own, read likewise: a column counts from the beginning of the sequence as the model
+    was given it, padding included, whatever a cache holds of it; columns past the mask's last are not spliced. Beams,
+    and several sequences a prompt, are rows of their own: ``mask.repeat_interleave(num_beams, 0)``.
+
     Each forward has its own special tokens, in whichever thread it runs and whatever other forward it runs within. A
     model that `torch.compile` has seen runs eagerly while SAEs are attached, from the modules that lead to the layers
     on. The ``hidden_states`` of ``output_hidden_states`` are the spliced residuals, those that the next layer reads
     (the last one normed, as without SAEs). A copy of an attached model, deep or pickled, is attached to copies of the
     SAEs; `detach_all` takes them out.
 
-    Raises ValueError for an empty ``saes``, an unknown site, a width that does not fit or a site that holds an SAE
-    already; TypeError for what is no model, no SAE or no token id; EnvironmentProblemError for a model whose attention
-    drops its soft-cap or is tensor-parallel. Nothing is attached then. During a forward: ValueError without input_ids,
-    or when an SAE changes the shape; EnvironmentProblemError when a site did not fire, when the module at it was
-    replaced, when its activations are on the device meta, or when gradient checkpointing would compute it again in the
-    backward pass.
+    Raises ValueError for an empty ``saes``, an unknown site or mode, a width that does not fit, a site that holds an
+    SAE already, edits of a site without SAE, a latent that the SAE does not have, and a unit without scales or of a
+    latent that never fired; TypeError for what is no model, no SAE, no edit, no mask or no token id, and for
+    "with_error" or edits at a site whose function has no ``encode``, ``decode`` and ``d_sae``; EnvironmentProblemError
+    for a model whose attention drops its soft-cap or is tensor-parallel. Nothing is attached then. During a forward:
+    ValueError without input_ids, for a mask of other rows, or when an SAE changes the shape; EnvironmentProblemError
+    when a site did not fire, when the module at it was replaced, when its activations are on the device meta, or when
+    gradient checkpointing would compute it again in the backward pass.
     """
     decoder = find_decoder(model)
     refuse_attention_without_cap(decoder.config)
-    if not isinstance(saes, Mapping):
-        raise TypeError(f"saes: expected a dict from Site to SAE, got {type(saes).__name__}")
-    by_site = {as_site(site): sae for site, sae in saes.items()}
-    if not by_site:
-        raise ValueError("saes: expected at least one site, got none")
-    if len(by_site) < len(saes):
-        raise ValueError("saes: expected each site once, got one by both its Site and its name")
-    for site, sae in by_site.items():
+    sae_at = by_site("saes", saes)
+    check_choice("mode", mode, MODES)
+    edits_at = _edits_at(sae_at, edits)
+    scales_at = by_site("latent_scales", {} if latent_scales is None else latent_scales)
+    if positions is not None:
+        check_mask("positions", positions)
+    splices = []
+    for site, sae in sae_at.items():
         width = decoder.width(site)
         if not callable(sae):
             raise TypeError(f"site {site}: expected a module or function, got {type(sae).__name__}")
@@ -151,5 +177,26 @@ def attach(
             raise ValueError(f"site {site}: expected an SAE of d_model {width}, got {d_model}")
         if is_spliced(decoder.layers[site.layer], site.kind):
             raise ValueError(f"site {site}: expected no SAE attached yet, found one; detach it first")
-    splices = _Splices(decoder, by_site, skipped_ids(model, skip_token_ids))
-    return Attachment(splices.sites, splices.install(decoder))
+        splices.append(_splice(site, sae, mode, edits_at.get(site, ()), scales_at.get(site)))
+    installed = _Splices(decoder, splices, skipped_ids(model, skip_token_ids), positions)
+    return Attachment(installed.sites, installed.install(decoder))
+
+
+def _edits_at(saes: Mapping[Site, Any], edits: Any) -> dict[Site, tuple[Edit, ...]]:
+    found = {site: as_edits(site, value) for site, value in by_site("edits", {} if edits is None else edits).items()}
+    for site in found.keys() - saes.keys():
+        raise ValueError(f"edits: expected sites of saes, {', '.join(map(str, saes))}, got {site}")
+    return found
+
+
+def _splice(site: Site, sae: Any, mode: str, edits: Sequence[Edit], scales: LatentScales | None) -> Splice:
+    missing = [name for name in ("encode", "decode", "d_sae") if not hasattr(sae, name)]
+    if missing and (edits or mode == "with_error"):
+        raise TypeError(
+            f"site {site}: expected an SAE with encode, decode and d_sae, whose code can be edited, got "
+            f"{type(sae).__name__} without {' and '.join(missing)}"
+        )
+    try:
+        return Splice(site, sae, mode, [edit.resolved(sae.d_sae, scales) for edit in edits])
+    except ValueError as error:
+        raise ValueError(f"site {site}: {error}") from error

@@ -16,6 +16,11 @@ from ..errors import EnvironmentProblemError
 from .eager import hold_eager, release_eager
 from .site import KINDS, Site, as_site
 
+# Packages whose models hold other modules, or weights that were folded, in the place of those that the sites name.
+_WRAPPERS = {
+    "transformer_lens": "load it with transformers' AutoModelForCausalLM; its hook names are understood as sites",
+    "nnsight": "pass the model of transformers that it wraps; its names are understood as sites",
+}
 _PARTS = ("self_attn", "post_attention_layernorm", "post_feedforward_layernorm")
 
 
@@ -45,6 +50,7 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
+    _refuse_wrappers(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     stacks = {
@@ -70,6 +76,15 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise ValueError(f"model: expected a config on {'.'.join(names) or type(model).__name__}, found none")
     # Users lower num_hidden_layers to stop the forward early; the layers behind it stay in memory and never run.
     return Decoder(callers, config, tuple(stack)[: config.num_hidden_layers], path.split(".")[-1])
+
+
+def _refuse_wrappers(model: Any) -> None:
+    """By the names of its classes: the packages are not imported."""
+    packages = {each.__module__.partition(".")[0] for each in type(model).__mro__}
+    for package in packages & _WRAPPERS.keys():
+        raise TypeError(
+            f"model: expected a Gemma of transformers, got {type(model).__name__} of {package}; {_WRAPPERS[package]}"
+        )
 
 
 def _is_gemma_layer(layer: nn.Module) -> bool:

@@ -32,6 +32,8 @@ class Call:
     """Whether gradients were enabled when it began."""
     special: Tensor | None = None
     """Which positions hold tokens to leave alone; bool [batch, seq]."""
+    start: int = 0
+    """The column at which it begins, where that matters: those before it are in a cache."""
     activations: dict[Site, Tensor] = field(default_factory=dict)
     fired: dict[Site, int] = field(default_factory=dict)
     reached_layers: bool = False

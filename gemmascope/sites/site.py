@@ -5,11 +5,14 @@ Three sites a layer (Gemma Scope, arXiv 2408.05147 §3.1), by DeepMind's hook na
     att    model.layers.L.self_attn.o_proj.input              heads concatenated, before W_O    heads·head_dim wide
     mlp    model.layers.L.post_feedforward_layernorm.output   what the MLP adds to the stream   hidden_size wide
     resid  model.layers.L.output                              the stream after the layer        hidden_size wide
+
+TransformerLens and nnsight have names of their own for the same places, which `Site.parse` takes too.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +25,13 @@ HOOK_POINTS = {
     "mlp": "post_feedforward_layernorm.output",
     "resid": "output",
 }
+# TransformerLens's, behind blocks.L. Its hook_mlp_out of a Gemma comes after the norm, as ours does.
+TRANSFORMER_LENS_HOOKS = {"att": "attn.hook_z", "mlp": "hook_mlp_out", "resid": "hook_resid_post"}
+
+_LAYER = "(0|[1-9][0-9]{0,5})"
+# What the three classes of model call the stack, with and without the wrapper of nnsight around them, which writes
+# layers[L] where PyTorch writes layers.L.
+_MODULE = re.compile(rf"(?:model\.){{1,2}}(?:language_model\.)?layers(?:\.{_LAYER}|\[{_LAYER}\])\.([\w.]+)", re.ASCII)
 
 
 @dataclass(frozen=True, order=True)
@@ -42,27 +52,52 @@ class Site:
         """DeepMind's name of the hook point, the same for every class of model."""
         return f"model.layers.{self.layer}.{HOOK_POINTS[self.kind]}"
 
+    @property
+    def transformer_lens_name(self) -> str:
+        """TransformerLens's name of it. Its hook_z has the heads in a dimension of their own: [batch, seq, heads,
+        head_dim]."""
+        return f"blocks.{self.layer}.{TRANSFORMER_LENS_HOOKS[self.kind]}"
+
+    @property
+    def nnsight_name(self) -> str:
+        """The expression that reaches it in nnsight, within a trace."""
+        return f"model.layers[{self.layer}].{HOOK_POINTS[self.kind]}"
+
     @classmethod
     def parse(cls, name: str) -> "Site":
-        """The site of a hook name ("model.layers.3.output") or of a short name ("layer_3/resid")."""
+        """The site of a short name ("layer_3/resid") or of a hook name: DeepMind's ("model.layers.3.output"),
+        TransformerLens's ("blocks.3.hook_resid_post") or nnsight's ("model.layers[3].output").
+
+        Raises ValueError for other names, those of other places of a layer included; TypeError for what is no str.
+        """
         if not isinstance(name, str):
             raise TypeError(f"site: expected a Site or a str, got {type(name).__name__}")
-        if match := re.fullmatch(r"layer_(0|[1-9][0-9]{0,5})/(\w+)", name, re.ASCII):
-            layer, kind = match.groups()
-            if kind in KINDS:
-                return cls(int(layer), kind)
-        elif match := re.fullmatch(r"model\.layers\.(0|[1-9][0-9]{0,5})\.([\w.]+)", name, re.ASCII):
-            layer, point = match.groups()
-            for kind, hook_point in HOOK_POINTS.items():
-                if point == hook_point:
-                    return cls(int(layer), kind)
-        raise ValueError(
-            f"site: expected layer_L/KIND with KIND one of {', '.join(KINDS)}, or model.layers.L.POINT with POINT "
-            f"one of {', '.join(HOOK_POINTS.values())}, got {name!r}"
-        )
+        layer, kind = _layer_and_kind(name)
+        if kind is None:
+            raise ValueError(
+                f"site: expected layer_L/KIND with KIND one of {', '.join(KINDS)}, or model.layers.L.POINT (or "
+                f"model.layers[L].POINT) with POINT one of {', '.join(HOOK_POINTS.values())}, or blocks.L.HOOK with "
+                f"HOOK one of {', '.join(TRANSFORMER_LENS_HOOKS.values())}, got {name!r}"
+            )
+        return cls(layer, kind)
 
     def __str__(self) -> str:
         return f"layer_{self.layer}/{self.kind}"
+
+
+def _layer_and_kind(name: str) -> tuple[int, str | None]:
+    """Of a name; without a kind where it is no name of a site."""
+    if match := re.fullmatch(rf"layer_{_LAYER}/(\w+)", name, re.ASCII):
+        return int(match[1]), match[2] if match[2] in KINDS else None
+    if match := re.fullmatch(rf"blocks\.{_LAYER}\.([\w.]+)", name, re.ASCII):
+        return int(match[1]), _kind_of(match[2], TRANSFORMER_LENS_HOOKS)
+    if match := _MODULE.fullmatch(name):
+        return int(match[1] or match[2]), _kind_of(match[3], HOOK_POINTS)
+    return 0, None
+
+
+def _kind_of(point: str, points: dict[str, str]) -> str | None:
+    return next((kind for kind, each in points.items() if each == point), None)
 
 
 def as_site(site: Site | str) -> Site:
@@ -73,3 +108,16 @@ def as_sites(sites: Iterable[Site | str]) -> list[Site]:
     if isinstance(sites, (Site, str, Tensor)) or not isinstance(sites, Iterable):
         raise TypeError(f"sites: expected a list of sites, got {type(sites).__name__}")
     return list(map(as_site, sites))
+
+
+def by_site(name: str, values: Mapping[Any, Any]) -> dict[Site, Any]:
+    """The argument ``name``, a dict by Site or name of one. Raises TypeError or ValueError for what is none."""
+    if not isinstance(values, Mapping):
+        what = "from Site to SAE" if name == "saes" else "by Site"
+        raise TypeError(f"{name}: expected a dict {what}, got {type(values).__name__}")
+    found = {as_site(site): value for site, value in values.items()}
+    if len(found) < len(values):
+        raise ValueError(f"{name}: expected each site once, got one by both its Site and its name")
+    if name == "saes" and not found:
+        raise ValueError("saes: expected at least one site, got none")
+    return found

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from gemmascope.activations import harvest
 from gemmascope.errors import EnvironmentProblemError
 from gemmascope.sites import KINDS, Capture, Site, all_sites, attach, probe, site_width, special_token_ids
 from tests import tiny_models as tiny
@@ -47,14 +48,30 @@ class TestSite:
         assert site.name == name
         assert Site.parse(name) == site
 
+    @pytest.mark.parametrize(
+        ("site", "transformer_lens", "nnsight"),
+        [
+            (Site(20, "att"), "blocks.20.attn.hook_z", "model.layers[20].self_attn.o_proj.input"),
+            (Site(0, "mlp"), "blocks.0.hook_mlp_out", "model.layers[0].post_feedforward_layernorm.output"),
+            (Site(3, "resid"), "blocks.3.hook_resid_post", "model.layers[3].output"),
+        ],
+    )
+    def test_names_of_other_packages(self, site, transformer_lens, nnsight):
+        assert (site.transformer_lens_name, site.nnsight_name) == (transformer_lens, nnsight)
+
     @given(st.builds(Site, st.integers(0, 999_999), st.sampled_from(KINDS)))
-    def test_parse_inverts_both_names(self, site):
-        assert Site.parse(str(site)) == site
-        assert Site.parse(site.name) == site
+    def test_parse_inverts_every_name(self, site):
+        for name in (str(site), site.name, site.transformer_lens_name, site.nnsight_name):
+            assert Site.parse(name) == site
+            assert Site.parse(name.replace("model.", "model.model.", 1)) == site  # nnsight around the model
+            assert Site.parse(name.replace("model.", "model.language_model.", 1)) == site  # within a multimodal one
 
     @pytest.mark.parametrize(
         "name", ["", "layer_3", "layer_3/head", "layer_-1/att", "layer_03/att", "layer_٣/att", "layer_3/resid\n",
-                 "model.layers.3", "model.layers.3.mlp.output", "xmodel.layers.3.output"]
+                 "model.layers.3", "model.layers.3.mlp.output", "xmodel.layers.3.output", "model.layers[3.output",
+                 "model.layers[03].output", "model.layers[3].output[0]", "model.layers[3].output\n",
+                 "blocks.3.hook_resid_pre", "blocks.3.attn.hook_q", "blocks.03.hook_mlp_out",
+                 "blocks.3.hook_resid_post\n"]
     )  # fmt: skip
     def test_other_names_are_refused(self, name):
         with pytest.raises(ValueError, match=r"^site: expected layer_L/KIND with KIND one of att, mlp, resid, or"):
@@ -108,6 +125,23 @@ class TestFinding:
             all_sites(nn.Linear(2, 2))
         with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got str$"):
             all_sites("google/gemma-2-2b")
+
+    @pytest.mark.parametrize("package", ["transformer_lens", "nnsight"])
+    def test_models_of_other_packages_are_refused_by_name(self, package):
+        """Even where they hold a stack of Gemma's layers; nothing of the package is imported."""
+        base = type("Base", (nn.Module,), {"__module__": f"{package}.models"})
+        model = type("Hooked", (base,), {})()
+        model.original = tiny.gemma2()
+        message = (
+            rf"^model: expected a Gemma of transformers, got Hooked of {package}; .* names are understood as sites$"
+        )
+        for use in (all_sites, probe, lambda m: Capture(m, [RESID]), lambda m: attach(m, {RESID: nn.Identity()}),
+                    lambda m: harvest(m, tiny.tokens(), [RESID])):  # fmt: skip
+            with pytest.raises(TypeError, match=message):
+                use(model)
+        outside = type("Traced", (), {"__module__": f"{package}.models"})()  # nnsight's are no modules of PyTorch
+        with pytest.raises(TypeError, match=rf"got Traced of {package}"):
+            all_sites(outside)
 
     def test_two_stacks_are_refused_naming_both(self):
         two = nn.ModuleDict({"a": tiny.gemma2(), "b": tiny.gemma3()})
