@@ -166,7 +166,9 @@ def _site(found: Survey) -> Finding:
     if ranking[0] == best:
         best_of = f"{of} it fits best there" if len(ranking) > 1 else of
         return Finding("site", "ok", f"{best}, as stated; {best_of}{_next(found)}")
-    return Finding("site", "note", f"{best}, as stated; nothing fits it much better, {_listed(found, ranking[0])} is least")
+    return Finding(
+        "site", "note", f"{best}, as stated; nothing fits it much better, {_listed(found, ranking[0])} is least"
+    )
 
 
 def _next(found: Survey) -> str:
@@ -182,9 +184,7 @@ def _listed(found: Survey, site: Site) -> str:
 def _norm(activations: Tensor, norms: Tensor) -> Finding:
     median = norms.nanmedian().item()
     outliers = int(are_outliers(norms, median, OUTLIER_RATIO).sum())
-    text = (
-        f"median ‖x‖ {_number(median)}; {outliers:,} of {len(norms):,} tokens above {OUTLIER_RATIO:g} times that"
-    )
+    text = f"median ‖x‖ {_number(median)}; {outliers:,} of {len(norms):,} tokens above {OUTLIER_RATIO:g} times that"
     if outliers:
         text += ", which decide sums of squares: read the median token's FVU too"
     return Finding("norm", "note" if outliers else "ok", text)
@@ -199,7 +199,9 @@ def _scale(found: Survey, rms: float, d_model: int) -> Finding:
     fvu = f"FVU {_number(found.best_fit.fvu)} against {_number(found.fits[site].fvu)}"
     known = _known_scale(factor, rms, d_model)
     return Finding(
-        "scale", "wrong", f"the wrong scale: it fits inputs times {_number(factor)}, {fvu}{f'; {known}' if known else ''}"
+        "scale",
+        "wrong",
+        f"the wrong scale: it fits inputs times {_number(factor)}, {fvu}{f'; {known}' if known else ''}",
     )
 
 
@@ -207,10 +209,10 @@ def _known_scale(factor: float, rms: float, d_model: int) -> str:
     """What makes inputs of that scale; "" for what is none of the usual ways."""
     root = math.sqrt(d_model)
     known = {
-        "that makes their mean squared norm 1: the scale of its training was not folded in": 1 / rms,
-        "that makes their mean squared norm d_model: it was trained on inputs normalised so": root / rms,
-        "that is √d_model, Gemma's scale of embeddings": root,
-        "that is 1/√d_model, Gemma's scale of embeddings": 1 / root,
+        "about what makes their mean squared norm 1: perhaps the scale of its training was not folded in": 1 / rms,
+        "about what makes their mean squared norm d_model: perhaps it was trained on inputs normalised so": root / rms,
+        "about √d_model, Gemma's scale of embeddings": root,
+        "about 1/√d_model, Gemma's scale of embeddings": 1 / root,
     }
     text = min(known, key=lambda text: abs(math.log(factor / known[text])))
     return text if abs(math.log(factor / known[text])) < math.log(SCALE_RATIO) else ""
@@ -234,25 +236,24 @@ def _bos(found: Beginnings, bos: bool, survey: Survey) -> Finding:
 
 def _dtype(sae: Any, activations: Tensor, dtype: torch.dtype | None, rounding: Rounding | None) -> Finding:
     status, parts = "ok", []
-    coarse = coarse_dtype(activations)
     if dtype is not None:
         status = "note" if dtype.itemsize < 4 else "ok"
         parts.append(f"the model ran in {dtype_name(dtype)}")
+    coarse = coarse_dtype(activations)
     if coarse is not None and coarse != dtype:
         status = "note"
         parts.append(f"the activations were rounded to {dtype_name(coarse)}")
     if rounding is not None:
         status = "wrong" if rounding.fvu > ROUNDING_RATIO * rounding.fvu_exact else "note"
         parts.append(
-            f"which costs {rounding.share:.2g} of the variance; FVU {_number(rounding.fvu, 4)}, in float32 "
+            f"rounding is {rounding.share:.2g} of the variance, FVU {_number(rounding.fvu, 4)}, in float32 "
             f"{_number(rounding.fvu_exact, 4)}"
         )
-    weights = sae.W_dec.dtype
+    weights, rounded = sae.W_dec.dtype, coarse_dtype(sae.W_dec.detach())
     text = f"weights of the SAE in {dtype_name(weights)}"
-    rounded = coarse_dtype(sae.W_dec.detach())
     if rounded is not None and rounded != weights:
         status = "note" if status == "ok" else status
-        text += f" that were rounded to {dtype_name(rounded)}"
+        text += f", once rounded to {dtype_name(rounded)}"
     return Finding("dtype", status, "; ".join([*parts, text]))
 
 

@@ -28,6 +28,8 @@ SURVEY_TOKENS = 512
 SCAN_TOKENS, SCAN_TOKENS_OF_MANY = 256, 32
 # Another explanation displaces what is stated when it leaves less than this share of the FVU.
 MUCH_LESS = 0.8
+# …unless it takes L0 so many times farther from the one that is stated.
+FARTHER_L0 = 2.0
 # Above, no site is taken to fit as it is, and scales are tried over `OCTAVES` instead of one.
 POOR = 0.4
 # An SAE reconstructs at no scale but a narrow range around its own: at a width of 512 latents FVU is back above 1 at
@@ -130,20 +132,27 @@ class Survey:
 
 
 def survey(
-    sae: SparseAutoencoder, activations: Mapping[Site, Tensor] | Mapping[str, Tensor], site: Site | str | None = None
+    sae: SparseAutoencoder,
+    activations: Mapping[Site, Tensor] | Mapping[str, Tensor],
+    site: Site | str | None = None,
+    average_l0: float | None = None,
 ) -> Survey:
     """Compare the candidates of ``activations`` {site: [n, d_model]}, of which row i is the same token at every site.
 
-    The first `SURVEY_TOKENS` rows that all have are used. site: the one stated, among them. Another site explains the
-    SAE when it leaves less than 0.8 of the FVU and of the median token a smaller one; another scale, tried at the
-    stated site (at all of them where none is stated and none fits), when it leaves less than 0.8 of that.
+    The first `SURVEY_TOKENS` rows that all have are used. site: the one stated, among them. average_l0: the L0 stated.
+    Another site explains the SAE when it leaves less than 0.8 of the FVU there and the median token is better off;
+    another scale, tried at the stated site (at every one where none is stated and none fits), when it leaves less than
+    0.8 of that. An explanation that takes L0 much farther from ``average_l0`` is none: more latents leave less FVU.
 
-    Raises TypeError or ValueError for no activations, a ``site`` that is not among them and as `measure_fit`.
+    Raises TypeError or ValueError for no activations, a ``site`` that is not among them, an ``average_l0`` that is no
+    number > 0 and as `measure_fit`.
     """
     check_type("activations", activations, Mapping)
     by_site = {as_site(name): x for name, x in activations.items()}
     if not by_site:
         raise ValueError("activations: expected those of at least one site, got none")
+    if average_l0 is not None:
+        check_number("average_l0", average_l0, 0, open_low=True)
     stated = None if site is None else as_site(site)
     if stated is not None and stated not in by_site:
         raise ValueError(f"site: expected one of {', '.join(map(str, sorted(by_site)))}, got {stated}")
@@ -155,7 +164,7 @@ def survey(
     first = min(fits, key=lambda name: _order(fits[name]))
     judged = first if stated is None else stated
     best, best_fit = (judged, 1.0), fits[judged]
-    if _is_less(fits[first].fvu, best_fit.fvu) and fits[first].median_fvu < best_fit.median_fvu:
+    if _explains(fits[first], best_fit, average_l0):
         best, best_fit = (first, 1.0), fits[first]
 
     is_poor = not best_fit.fvu < POOR
@@ -166,7 +175,7 @@ def survey(
     factor = scales[name][1]
     if factor != 1:
         there = measure_fit(sae, by_site[name], factor)
-        if _is_less(there.fvu, best_fit.fvu):
+        if _explains(there, best_fit, average_l0):
             best, best_fit = (name, factor), there
             judged = name if stated is None else judged
     return Survey(stated, fits, judged, best, best_fit)
@@ -176,9 +185,16 @@ def _order(fit: Fit) -> float:
     return fit.fvu if math.isfinite(fit.fvu) else math.inf
 
 
-def _is_less(fvu: float, than: float) -> bool:
-    """Whether it is much less; a figure that is not finite is never less and always more."""
-    return math.isfinite(fvu) and (not math.isfinite(than) or fvu < MUCH_LESS * than)
+def _explains(there: Fit, here: Fit, average_l0: float | None) -> bool:
+    """Whether the SAE is so much better ``there`` that it belongs there. What is not finite is worse than all else."""
+    if not there.fvu < MUCH_LESS * _order(here) or there.median_fvu > here.median_fvu:
+        return False
+    return average_l0 is None or _apart(there.l0, average_l0) <= FARTHER_L0 * _apart(here.l0, average_l0)
+
+
+def _apart(l0: float, stated: float) -> float:
+    """The ratio, at least 1."""
+    return max(l0 / stated, stated / l0) if l0 > 0 else math.inf
 
 
 def _best_factor(sae: SparseAutoencoder, x: Tensor, octaves: int) -> tuple[float, float]:
@@ -214,8 +230,8 @@ class Beginnings:
 def compare_beginnings(
     sae: SparseAutoencoder, with_bos: Tensor, without_bos: Tensor, factor: float = 1.0
 ) -> Beginnings:
-    """Figures of ``sae`` on the first tokens of texts, after a BOS and without: both [rows ≥ 2, tokens, d_model], of the
-    same tokens, that of BOS left out. factor: as in `measure_fit`.
+    """Figures of ``sae`` on the first tokens of texts, after a BOS and without: both [rows ≥ 2, tokens, d_model], of
+    the same tokens, that of BOS left out. factor: as in `measure_fit`.
 
     A BOS changes most in the first tokens of a row, which a mean over long rows hides. Raises TypeError or ValueError
     for tensors of another shape, and as `measure_fit`.

@@ -76,7 +76,7 @@ class CheckConfig:
         check_type("device", self.device, str)
 
 
-def check(config: CheckConfig) -> Diagnosis:
+def check_sae(config: CheckConfig) -> Diagnosis:
     """Load the SAE, the model and the text of ``config``, run the model on the text, and say whether the SAE fits.
 
     Raises what `JumpReLUSAE.load`, `load_model` and `read_documents` do; ValueError for a site that the model does not
@@ -118,16 +118,17 @@ def check_loaded(
     site = stated.site if config.site is None else as_site(config.site)
     facts = {"d_model": sae.d_model, "d_sae": sae.d_sae, "model": loaded.name, "bos": config.bos}
     candidates = [each for each in loaded.sites if loaded.width(each) == sae.d_model]
-    width = _width(sae.d_model, loaded, site, candidates)
-    findings = [_model(stated, loaded), width]
-    if width.status == "wrong":
+    if config.site is not None and site is not None:
+        loaded.width(site)  # refuses one that the model does not have
+    findings = [_model(stated, loaded), _width(sae.d_model, loaded, site, candidates)]
+    if findings[-1].status == "wrong":
         return Diagnosis(tuple(findings), facts)
 
     run = _Run(loaded.model, excerpts, config)
     say(f"{loaded.name}: {SURVEY_TOKENS} tokens at {len(candidates)} sites, {config.tokens:,} at one")
     first, rest = run.rows.split_with_sizes([run.rows_of_survey, len(run.rows) - run.rows_of_survey])
     activations = run.activations(first, candidates)
-    found = survey(sae, activations, site)
+    found = survey(sae, activations, site, stated.average_l0)
     here = activations[found.site]
     del activations
     diagnosis = diagnose(
@@ -210,7 +211,8 @@ def _model(stated: Stated, loaded: Loaded) -> Finding:
 
 
 def _width(d_model: int, loaded: Loaded, site: Site | None, candidates: Sequence[Site]) -> Finding:
-    """Raises ValueError for a site that the model does not have."""
+    if site is not None and site not in loaded.sites:
+        return Finding("width", "wrong", f"the SAE says that it is of {site}, the model has {listing(loaded.sites)}")
     at_site = None if site is None else loaded.width(site)
     if at_site is not None and at_site != d_model:
         fitting = f"; {listing(candidates)} would fit" if candidates else ""

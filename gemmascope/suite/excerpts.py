@@ -42,8 +42,8 @@ class Excerpts:
         return cls(tuple(texts), encoder.bos)
 
     def rows(self, context: int, tokens: int, *, bos: bool) -> Tensor:
-        """Rows of about ``tokens`` tokens in all, spread over the documents: int64 [rows, context], each of which begins
-        with a BOS, as does each document in it; without ``bos`` there is none, and a row is one shorter.
+        """Rows of about ``tokens`` tokens in all, spread over the documents: int64 [rows, context], each of which
+        begins with a BOS, as does each document in it; without ``bos`` there is none, and a row is one shorter.
 
         Raises ValueError for text that fills no row.
         """

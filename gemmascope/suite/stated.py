@@ -68,5 +68,5 @@ def _l0_named(parts: Sequence[str]) -> float | None:
 
 
 def _l0_of(metadata: Mapping[str, Any]) -> float | None:
-    values = (metadata.get(name) for name in ("average_l0", "l0"))
+    values: list[Any] = [metadata.get(name) for name in ("average_l0", "l0")]
     return next((float(value) for value in values if type(value) in (int, float) and value > 0), None)
