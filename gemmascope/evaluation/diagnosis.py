@@ -27,7 +27,7 @@ HALF = 0.5
 # L0 over what is stated, either way. Other text than the SAE was measured on moves it by a tenth or so.
 L0_NOTE, L0_WRONG = 1.25, 2.0
 # With and without BOS: a difference that chance does not make (t), and that matters (ratio of FVU).
-BOS_T, BOS_RATIO = 4.0, 1.05
+BOS_T, BOS_RATIO, BOS_HARMS = 4.0, 1.05, 2.0
 ROUNDING_RATIO = 1.25
 # Two scales are the same within 10 %.
 SCALE_RATIO = 1.1
@@ -224,14 +224,15 @@ def _bos(found: Beginnings, bos: bool, survey: Survey) -> Finding:
     figures = f"in the first tokens of a text FVU is {_number(here)} {names[0]}, {_number(other)} {names[1]}"
     if not survey.best_fit.fvu < 1:
         return Finding("bos", "note", f"cannot be told while nothing fits: {figures}")
-    helps = found.t > 0 if bos else found.t < 0
-    decided = abs(found.t) > BOS_T
-    if decided and not helps and here > BOS_RATIO * other:
-        what = "trained without BOS: leave it out" if bos else "BOS is missing: put it before every text"
-        return Finding("bos", "wrong", f"{what}; {figures}")
-    if decided and helps and other > BOS_RATIO * here:
+    if abs(found.t) <= BOS_T or max(here, other) <= BOS_RATIO * min(here, other):
+        return Finding("bos", "note", f"makes no difference that can be told at {survey.best[0]}: {figures}")
+    if here < other:
         return Finding("bos", "ok", figures)
-    return Finding("bos", "note", f"makes no difference that can be told at {survey.best[0]}: {figures}")
+    if not bos:
+        return Finding("bos", "wrong", f"BOS is missing, put it before every text: {figures}")
+    # Without BOS the first tokens attend to nothing, which may be easier whatever the SAE was trained on.
+    status = "wrong" if here > BOS_HARMS * other else "note"
+    return Finding("bos", status, f"perhaps it was trained without BOS: {figures}")
 
 
 def _dtype(sae: Any, activations: Tensor, dtype: torch.dtype | None, rounding: Rounding | None) -> Finding:

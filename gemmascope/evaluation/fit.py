@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.moments import check_activations, moments
+from ..activations.moments import check_activations, mean_row, moments
 from ..checks import check_floating, check_number, check_tensor, check_type
 from ..saes import SparseAutoencoder
 from ..sites import Site
@@ -223,7 +223,7 @@ class Beginnings:
     fvu_with: float
     fvu_without: float
     t: float
-    """Of the mean log ratio of the squared errors of a text, without over with BOS: above 0 where BOS helps."""
+    """The rise of FVU without BOS over its standard error, of paired texts: above 0 where BOS helps."""
 
 
 @torch.no_grad()
@@ -240,19 +240,17 @@ def compare_beginnings(
     check_tensor("without_bos", without_bos, tuple(with_bos.shape))
     if len(with_bos) < 2:
         raise ValueError(f"with_bos: expected at least 2 rows, got {len(with_bos)}")
-    fvu = [measure_fit(sae, x.flatten(0, 1), factor).fvu for x in (with_bos, without_bos)]
-    errors = []
-    for x in (with_bos, without_bos):
+    fvu, deviations = [], []
+    for name, x in (("with_bos", with_bos), ("without_bos", without_bos)):
+        fvu.append(measure_fit(sae, x.flatten(0, 1), factor).fvu)
         given = x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
-        x_hat = sae(given * factor) / factor
-        errors.append((given.double() - x_hat.double()).square().sum((1, 2)))
-    # Where both are exact, nothing differs.
-    ratios = torch.where(errors[0] == errors[1], 0.0, errors[1].log() - errors[0].log())
-    mean, deviation = ratios.mean().item(), ratios.std().item()
-    if mean == 0:
-        t = 0.0
-    else:
-        t = mean / (deviation / math.sqrt(len(ratios))) if deviation > 0 else math.copysign(math.inf, mean)
+        x_hat = (sae(given * factor) / factor).to(x.device)
+        errors = (x.double() - x_hat.double()).square().sum((1, 2))
+        spread = (x.double() - mean_row(name, x.flatten(0, 1))).square().sum((1, 2))
+        deviations.append((errors - fvu[-1] * spread) / spread.mean())  # of each text's part in the ratio of sums
+    deviation = (deviations[1] - deviations[0]).std().item() / math.sqrt(len(with_bos))
+    rise = fvu[1] - fvu[0]
+    t = 0.0 if rise == 0 else rise / deviation if deviation > 0 else math.copysign(math.inf, rise)
     return Beginnings(len(with_bos), fvu[0], fvu[1], t)
 
 

@@ -40,7 +40,7 @@ from .stated import Stated, stated_of
 TOKENS, LARGEST_TOKENS = 4096, 1 << 20
 CONTEXT = 256
 # Texts whose beginnings are compared with and without BOS, and tokens of each.
-BEGINNINGS, BEGINNING_TOKENS = 128, 8
+BEGINNINGS, BEGINNING_TOKENS = 256, 8
 # Of one forward.
 FORWARD_TOKENS = 4096
 
