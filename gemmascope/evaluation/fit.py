@@ -197,19 +197,26 @@ def _apart(l0: float, stated: float) -> float:
     return max(l0 / stated, stated / l0) if l0 > 0 else math.inf
 
 
+@torch.no_grad()
 def _best_factor(sae: SparseAutoencoder, x: Tensor, octaves: int) -> tuple[float, float]:
     """The least FVU over factors of up to ``octaves`` doublings either way, and the factor."""
+    given = x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+    exact = given.double()
+    variance = (exact - exact.mean(0)).square().sum()
+
+    def fvu(exponent: float) -> float:
+        x_hat = sae(given * 2.0**exponent).double() / 2.0**exponent
+        found = ((exact - x_hat).square().sum() / variance).item()
+        return found if math.isfinite(found) else math.inf
 
     def least(exponents: Iterable[float]) -> tuple[float, float]:
-        fits = {exponent: _order(measure_fit(sae, x, 2.0**exponent)) for exponent in exponents}
-        exponent = min(fits, key=lambda exponent: (fits[exponent], abs(exponent)))
-        return fits[exponent], exponent
+        return min((fvu(exponent), abs(exponent), exponent) for exponent in exponents)[::2]
 
     end = octaves * STEPS_PER_OCTAVE
     _, near = least(step / STEPS_PER_OCTAVE for step in range(-end, end + 1))
     between = FINE_STEPS // STEPS_PER_OCTAVE
-    fvu, exponent = least(near + step / FINE_STEPS for step in range(-between, between + 1))
-    return fvu, 2.0**exponent
+    found, exponent = least(near + step / FINE_STEPS for step in range(-between, between + 1))
+    return found, 2.0**exponent
 
 
 # ---- how a text begins
