@@ -1,7 +1,7 @@
 """`gemmascope` and `python -m gemmascope`: run a command; turn any failure into one line and an exit code.
 
-Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad file, 4 environment, 5 training gave up, 130 interrupted, 141 the
-reader of our output went away.
+Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad file, 4 environment, 5 training gave up, 6 an SAE does not fit
+(`check`), 130 interrupted, 141 the reader of our output went away.
 """
 
 import sys

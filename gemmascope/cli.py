@@ -26,6 +26,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 OPERATORS = "jumprelu, encode, decode"
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DOES_NOT_FIT = 6  # exit code of `check`
 WIDTH_OF_FILES = 100  # columns when the output is not a terminal
 
 
@@ -152,6 +153,37 @@ def suite_config(
     if out is not None:
         changed.append(f"run.out={json.dumps(str(out), ensure_ascii=False)}")
     return kind.read(file, changed, preset=preset)
+
+
+@app.command()
+def check(
+    sae: Annotated[str, typer.Argument(metavar="SAE", help="A file or folder, or OWNER/NAME/PATH on the hub.")],
+    model: Annotated[str, typer.Option(help="The Gemma that it is to be used in: a folder, or a name on the hub.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="UTF-8 files or a glob; repeat for more. [default: Python's own docs]")
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Where it is to be used: layer_12/resid, … [default: what the SAE says]")
+    ] = None,
+    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Whether texts begin with a BOS.")] = True,
+    tokens: Annotated[int, typer.Option(help="Tokens of text.")] = 4096,
+    context: Annotated[int, typer.Option(help="Tokens of a row.")] = 256,
+    revision: Annotated[str | None, typer.Option(help="Of the model: branch, tag or commit.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where both run.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON instead.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Does this SAE fit this model here? A line for each thing that is often wrong; exit code 6 when it does not."""
+    with ending_when_interrupted(["check"]):
+        from .suite import CheckConfig, check_sae
+        from .suite.config import ModelSection
+
+    section = ModelSection(name=model, revision=revision, dtype=dtype)
+    found = check_sae(CheckConfig(sae, section, tuple(text or ()), site, bos, tokens, context, device))
+    print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    if not found.fits:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 @app.command(name="report")

@@ -1,7 +1,9 @@
 """How good an SAE is: on held-out activations, against baselines, and inside the language model."""
 
 from .baselines import pair_table_fvu, pca_fvu, random_dictionary_fvu
+from .diagnosis import Diagnosis, Finding, diagnose
 from .fidelity import HIGH_FREQUENCY, SAEMetrics, evaluate_sae
+from .fit import Fit, Survey, compare_beginnings, measure_fit, measure_rounding, survey
 from .language_model import (
     SparingOutliers,
     SpliceMetrics,
@@ -15,17 +17,26 @@ from .suite import judge_suite
 
 __all__ = [
     "HIGH_FREQUENCY",
+    "Diagnosis",
+    "Finding",
+    "Fit",
     "SAEMetrics",
     "SparingOutliers",
     "SpliceMetrics",
+    "Survey",
+    "compare_beginnings",
     "delta_loss",
+    "diagnose",
     "evaluate_sae",
     "evaluate_splice",
     "judge_suite",
     "language_model_loss",
     "loss_recovered",
     "mean_ablation_loss",
+    "measure_fit",
+    "measure_rounding",
     "pair_table_fvu",
     "pca_fvu",
     "random_dictionary_fvu",
+    "survey",
 ]

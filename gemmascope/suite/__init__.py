@@ -1,14 +1,17 @@
 """A whole run of `gemmascope train`: from a config and a model to judged SAEs."""
 
+from .check import CheckConfig, check_sae
 from .config import SuiteConfig
 from .model import Loaded, load_architecture, load_model
 from .plan import Plan, make_plan
 from .run import harvest_suite, plan_suite, train_suite
 
 __all__ = [
+    "CheckConfig",
     "Loaded",
     "Plan",
     "SuiteConfig",
+    "check_sae",
     "harvest_suite",
     "load_architecture",
     "load_model",

@@ -30,16 +30,6 @@ def test_python_documentation_is_real_text():
     assert 0.02 < len(held_out(documents)) / len(documents) < 0.12
 
 
-def test_docstrings(tmp_path):
-    path = tmp_path / "a.py"
-    path.write_text(
-        '"""Module."""\nclass A:\n    """Class."""\n    async def f(self):\n        """Method."""\nx = "no"\n'
-    )
-    assert list(text.docstrings(path)) == ["Module.", "Class.", "Method."]
-    path.write_text("def broken(:\n")
-    assert list(text.docstrings(path)) == []
-
-
 PARAGRAPHS = "\n\n".join(f"{number} " + "words of a paragraph " * 20 for number in range(200))
 
 
