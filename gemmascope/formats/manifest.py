@@ -37,6 +37,8 @@ class SAEConfig(NamedTuple):
     pre_encoder_bias: bool = False
     metadata: dict[str, Any] | None = None
     shape: tuple[int, int] | None = None
+    architecture: str = "jump_relu"
+    k: int | None = None
 
     @property
     def is_folded(self) -> bool:
@@ -108,7 +110,8 @@ def _is_ours(config: Any) -> bool:
 
 
 def read(weights: Path, file: io.BufferedReader | None) -> Manifest:
-    """What ``file``, the open config beside ``weights``, says. Others' beside a .npz says nothing."""
+    """What ``file``, the open config beside ``weights``, says. Others' beside a .npz says nothing, but
+    Gemma Scope 2's, which a transcoder of ours in a .npz has too."""
     is_npz = weights.suffix == ".npz"
     path = path_for(weights)
     if file is None:
@@ -122,10 +125,10 @@ def read(weights: Path, file: io.BufferedReader | None) -> Manifest:
     config = read_json_of(file, name, MAX_CONFIG_BYTES)
     if _is_ours(config):
         return _read_ours(config, name, weights)
-    if is_npz:
-        return Manifest()
     if isinstance(config, dict) and "hf_hook_point_in" in config:
         return _read_gemma_scope_2(config, name)
+    if is_npz:
+        return Manifest()
     raise BadFileError(f"{name}: expected a gemmascope or Gemma Scope 2 config, found another")
 
 
@@ -167,13 +170,14 @@ def _read_gemma_scope_2(config: dict, name: str) -> Manifest:
         raise BadFileError(f"{name}: architecture: expected 'jump_relu', found {config.get('architecture')!r:.40}")
     kind = config.get("type")
     if kind not in (None, "sae"):
-        raise BadFileError(f"{name}: type: expected 'sae', found {kind!r:.40}")
+        way_out = ": read it with Transcoder.load" if kind == "transcoder" else ""
+        raise BadFileError(f"{name}: type: expected 'sae', found {kind!r:.40}{way_out}")
     hooks = [config.get(f"hf_hook_point_{end}") for end in ("in", "out")]
     for hook, end in zip(hooks, ("in", "out"), strict=True):
         if not isinstance(hook, str | None):
             raise BadFileError(f"{name}: hf_hook_point_{end}: expected str, found {type(hook).__name__}")
     if config.get("affine_connection") or len(set(hooks) - {None}) > 1:
-        raise BadFileError(f"{name}: expected an SAE, which reads and writes one site, found a transcoder")
+        raise BadFileError(f"{name}: expected an SAE, which reads and writes one site, found a transcoder, for Transcoder.load")
     names = {"model": "model_name", "site": "hf_hook_point_in", "l0": "l0"}
     metadata = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
     return Manifest(SAEConfig(metadata=metadata), is_stated=kind == "sae" or None not in hooks)

@@ -111,7 +111,7 @@ def _check_kind(stated: Manifest, name: str, place: str) -> None:
     if part is not None:
         raise BadFileError(
             f"{name}: expected an SAE, found the name {part!r:.80}: transcoders, whose files look the same,"
-            " are not read; an SAE is, in a folder named 'sae'"
+            " are read by Transcoder.load; an SAE is read, in a folder named 'sae'"
         )
 
 

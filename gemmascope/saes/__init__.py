@@ -2,5 +2,6 @@
 
 from .jumprelu import JumpReLUSAE
 from .protocol import SparseAutoencoder
+from .transcoder import Transcoder
 
-__all__ = ["JumpReLUSAE", "SparseAutoencoder"]
+__all__ = ["JumpReLUSAE", "SparseAutoencoder", "Transcoder"]
