@@ -177,7 +177,9 @@ def _read_gemma_scope_2(config: dict, name: str) -> Manifest:
         if not isinstance(hook, str | None):
             raise BadFileError(f"{name}: hf_hook_point_{end}: expected str, found {type(hook).__name__}")
     if config.get("affine_connection") or len(set(hooks) - {None}) > 1:
-        raise BadFileError(f"{name}: expected an SAE, which reads and writes one site, found a transcoder, for Transcoder.load")
+        raise BadFileError(
+            f"{name}: expected an SAE, which reads and writes one site, found a transcoder, for Transcoder.load"
+        )
     names = {"model": "model_name", "site": "hf_hook_point_in", "l0": "l0"}
     metadata = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
     return Manifest(SAEConfig(metadata=metadata), is_stated=kind == "sae" or None not in hooks)

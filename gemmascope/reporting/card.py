@@ -50,7 +50,7 @@ def card(format: str, entries: Sequence[Entry], model: str | None, results: Mapp
     lines += ["```python", opened.replace("KIND", entries[0].kind), "```", "", *_what_they_are(entries)]
     changed = {change: entry for entry in entries for change in entry.changes}
     if changed:
-        lines += ["", "Not the same bits as what was exported:", "", *(f"* {plain(change)}" for change in changed)]
+        lines += ["", "Changed on the way:", "", *(f"* {plain(change)}" for change in changed)]
     if results is not None:
         lines += ["", *_figures(entries, results)]
     return "\n".join(lines) + "\n"
@@ -79,7 +79,7 @@ def _figures(entries: Sequence[Entry], results: Mapping[str, Any]) -> list[str]:
         for folder, row in rows
     ]
     facts = {key: results["model"].get(key) for key in FACTS}
-    said = [f"{key.replace('_', ' ')} {plain(str(value))}" for key, value in facts.items() if value is not None]
+    said = [f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None]
     sentences = [judged_on(results["model"]) + ".", f"The run: {', '.join(said)}." if said else ""]
     return [
         "## Figures",

@@ -1,6 +1,7 @@
 """A whole run of `gemmascope train`: from a config and a model to judged SAEs."""
 
 from .config import SuiteConfig
+from .export import export_saes, import_sae
 from .model import Loaded, load_architecture, load_model
 from .plan import Plan, make_plan
 from .run import harvest_suite, plan_suite, train_suite
@@ -9,7 +10,9 @@ __all__ = [
     "Loaded",
     "Plan",
     "SuiteConfig",
+    "export_saes",
     "harvest_suite",
+    "import_sae",
     "load_architecture",
     "load_model",
     "make_plan",

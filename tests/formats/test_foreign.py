@@ -11,8 +11,8 @@ from gemmascope.errors import BadFileError
 from tests.formats.test_release import arrays, assert_same_bits, make_sae, refusal, write_gemma_scope_2
 
 TRANSCODER = (
-    "expected an SAE, found the name {!r}: transcoders, whose files look the same, are read by Transcoder.load; an SAE is read, in"
-    " a folder named 'sae'"
+    "expected an SAE, found the name {!r}: transcoders, whose files look the same, are read by Transcoder.load; an SAE"
+    " is read, in a folder named 'sae'"
 )
 
 

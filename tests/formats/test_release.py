@@ -236,9 +236,12 @@ def test_gemma_scope_2(tmp_path):
         ({"architecture": None}, "architecture: expected 'jump_relu', found None"),
         (
             {"hf_hook_point_out": "model.layers.5.post_feedforward_layernorm.output"},
-            "expected an SAE, which reads and writes one site, found a transcoder",
+            "expected an SAE, which reads and writes one site, found a transcoder, for Transcoder.load",
         ),
-        ({"affine_connection": True}, "expected an SAE, which reads and writes one site, found a transcoder"),
+        (
+            {"affine_connection": True},
+            "expected an SAE, which reads and writes one site, found a transcoder, for Transcoder.load",
+        ),
         ({"hf_hook_point_in": None}, "expected a gemmascope or Gemma Scope 2 config, found another"),
     ],
 )
