@@ -97,10 +97,8 @@ def write(
         tensors = cast(tensors, torch.float32)
     holds_bias = format == "saelens" and config.input_scale == 1
     if format != "safetensors" and not (config.is_folded or holds_bias):
-        said.append(
-            f"folded: input_scale {config.input_scale:.6g}{' and the pre-encoder bias' if config.pre_encoder_bias else ''}"
-            " moved into the weights, the same function, rounded anew"
-        )
+        moved = f"input_scale {config.input_scale:.6g}{' and the pre-encoder bias' if config.pre_encoder_bias else ''}"
+        said.append(f"folded: {moved} moved into the weights, the same function, rounded anew")
         tensors, config = fold(tensors, config)
     write_one, names = WRITERS[format]
     metadata = config.metadata or {}

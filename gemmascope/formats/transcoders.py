@@ -52,7 +52,7 @@ def is_named_so(path: str | os.PathLike) -> bool:
     path = Path(path)
     if layer_files(path) or LAYER_FILE.fullmatch(path.name):
         return True
-    config = (path if path.is_dir() else path.parent) / manifest.CONFIG
+    config = path / manifest.CONFIG if path.is_dir() else manifest.path_for(path)
     if config.is_file():
         found = read_json(config, MAX_CONFIG_BYTES)
         if isinstance(found, dict) and "hf_hook_point_in" in found:
@@ -108,7 +108,7 @@ def _read_gemma_scope(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = _sites_by_name(file)
     elif "hf_hook_point_in" in config:
         metadata = _facts_of(config, file)
-    elif manifest.is_ours(file.with_name(manifest.CONFIG)):
+    elif manifest.is_ours(manifest.path_for(file)):
         raise BadFileError(f"{shown(file)}: expected a transcoder, found an SAE: read it with load_sae")
     else:
         metadata = _sites_by_name(file)
@@ -278,7 +278,8 @@ def _check_headers(
         SKIP: (d_out, d_in) if encoder_rows else (d_in, d_out),
     }
     weights = found["W_enc"].dtype
-    for key, header in found.items():
+    for key in (key for key in (*KEYS, SKIP) if key in found):
+        header = found[key]
         if header.shape != expected.get(key, header.shape):
             raise BadFileError(
                 f"{where}: {key}: expected shape {list(expected[key])} (b_enc has {d_sae} entries, b_dec {d_out}),"

@@ -7,8 +7,11 @@ from ..checks import check_floating
 
 
 class JumpReLUModule(nn.Module):
-    """A module with ``W_enc`` [d_in, d_sae] and ``threshold`` [d_sae], which stays fp32 (fp64) in a module of any dtype: in
-    bf16 it would stop learning, and the gate would move."""
+    """A module with ``W_enc`` [d_in, d_sae] and ``threshold`` [d_sae].
+
+    The threshold stays fp32 (fp64) whatever dtype the module is moved to: in bf16 it would stop learning, and the gate
+    would move.
+    """
 
     W_enc: nn.Parameter
     threshold: nn.Parameter

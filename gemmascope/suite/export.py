@@ -164,7 +164,7 @@ def _inside(run: Path, row: Mapping[str, Any]) -> Path:
 def _write_all(
     sources: Sequence[Source], format: str, root: Path, dtype: torch.dtype | None
 ) -> tuple[list[Entry], str | None]:
-    """Write each into its folder under ``root``, one in memory at a time; and the model that the first of them names."""
+    """Write each into its folder under ``root``, one in memory at a time; and the model that the first names."""
     entries, models, taken, layers = [], [], set(), {}
     for source in sources:
         sae = load(source.path)

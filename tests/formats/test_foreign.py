@@ -91,10 +91,13 @@ def test_gemma_scope_2_null_states_nothing(tmp_path, hooks, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"type": "transcoder"}, "type: expected 'sae', found 'transcoder'"),
+        ({"type": "transcoder"}, "type: expected 'sae', found 'transcoder': read it with Transcoder.load"),
         ({"type": "crosscoder"}, "type: expected 'sae', found 'crosscoder'"),
         ({"type": ["sae"]}, "type: expected 'sae', found ['sae']"),
-        ({"type": "transcoder", "hf_hook_point_out": None}, "type: expected 'sae', found 'transcoder'"),
+        (
+            {"type": "transcoder", "hf_hook_point_out": None},
+            "type: expected 'sae', found 'transcoder': read it with Transcoder.load",
+        ),
         ({"hf_hook_point_in": ["a", "b"]}, "hf_hook_point_in: expected str, found list"),
         ({"hf_hook_point_out": 3}, "hf_hook_point_out: expected str, found int"),
     ],
