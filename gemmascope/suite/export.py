@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..checks import check_choice, check_type
-from ..errors import BadFileError
+from ..errors import BadFileError, EnvironmentProblemError
 from ..formats import export, hook_names, transcoders
 from ..formats.export import FORMATS, TRANSCODER
 from ..formats.files import as_path, flush_folder, shown, staging
@@ -102,8 +102,8 @@ def make_way(out: Path) -> None:
         problem = "a file" if not out.is_dir() or out.is_symlink() else "one with files" if any(out.iterdir()) else None
         if problem is None:
             out.rmdir()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"out: expected a folder that can be made, got {shown(out)}: {error}") from error
+    except OSError as error:
+        raise EnvironmentProblemError(f"{shown(out)}: cannot be made: {error.strerror}") from error
     if problem is not None:
         raise ValueError(f"out: expected a new or empty folder, got {problem}: {shown(out)}")
 
