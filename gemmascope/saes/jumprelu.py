@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..autocast import affine, without_autocast
-from ..checks import FLOATS, check_device, check_int, check_number, check_type, dtype_name
+from ..checks import FLOATS, check_device, check_floating, check_int, check_number, check_type, dtype_name
 from ..formats import release
-from ..formats.folding import fold
 from ..formats.manifest import SAEConfig
 from ..formats.release import StoredSAE
 from ..kernels import JumpReLUOutput, SparseCode, density
-from .base import JumpReLUModule
 
 # What a state dict holds beside the parameters, which are the attributes of the same names.
 STATE_SCALARS = {"input_scale": torch.float64, "pre_encoder_bias": torch.bool}
@@ -36,7 +34,7 @@ def _scalar_problem(name: str, value: Any) -> str | None:
     return None if math.isfinite(scale) and scale > 0 else f"expected a finite number > 0, got {scale}"
 
 
-class JumpReLUSAE(JumpReLUModule):
+class JumpReLUSAE(nn.Module):
     r"""JumpReLU sparse autoencoder (Gemma Scope, arXiv 2408.05147, equations 1-4).
 
         z = (x/C − b_dec)·W_enc + b_enc;   f = z·1[z > θ];   x̂ = C·(f·W_dec + b_dec)
@@ -129,6 +127,17 @@ class JumpReLUSAE(JumpReLUModule):
         folded = "folded" if self.is_folded else f"input_scale={self.input_scale:.6g}"
         return f"d_model={self.d_model}, d_sae={self.d_sae}, {folded}, impl={self.impl!r}"
 
+    def _apply(self, fn, recurse=True):
+        threshold, grad = self.threshold.detach(), self.threshold.grad
+        grad = None if grad is None else grad.detach()
+        super()._apply(fn, recurse)
+        moved = self.threshold
+        if moved.dtype != torch.float32 and moved.dtype != torch.float64:
+            moved.data = threshold.to(device=moved.device, dtype=torch.float32)
+            if grad is not None:
+                moved.grad = grad.to(device=moved.device, dtype=torch.float32)
+        return self
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """The parameters, and what else the function of the SAE depends on: ``input_scale``, an fp64 scalar, and
         ``pre_encoder_bias``, a bool scalar.
@@ -163,6 +172,13 @@ class JumpReLUSAE(JumpReLUModule):
         if not self.W_enc.T.is_contiguous():
             self.W_enc = nn.Parameter(self.W_enc.detach().T.contiguous().T, self.W_enc.requires_grad)
 
+    def _check_rows(self, name: str, rows: Tensor, width: int) -> None:
+        check_floating(name, rows)
+        if rows.ndim == 0 or rows.shape[-1] != width:
+            raise ValueError(f"{name}: expected shape [..., {width}], got {list(rows.shape)}")
+        if rows.device != self.W_enc.device:
+            raise ValueError(f"{name}: expected device {self.W_enc.device}, got {rows.device}")
+
     def _encoder_input(self, x: Tensor) -> Tensor:
         """x [..., d_model] as the [N, d_model] that W_enc multiplies."""
         self._check_rows("x", x, self.d_model)
@@ -170,6 +186,13 @@ class JumpReLUSAE(JumpReLUModule):
         if self.input_scale != 1.0:
             x = x / self.input_scale
         return x - self.b_dec if self.pre_encoder_bias else x
+
+    def _goes_densely(self, x: Tensor) -> bool:
+        """Whether every latent of every token is needed: for a gradient, or for a graph whose shapes are known."""
+        if torch.compiler.is_compiling():
+            return True
+        tensors = (x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     @without_autocast
     def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:
@@ -249,12 +272,13 @@ class JumpReLUSAE(JumpReLUModule):
 
         b_enc' = C·b_enc − C·b_dec·W_enc;  b_dec' = C·b_dec;  θ' = C·θ;  W_enc and W_dec unchanged.
         """
-        folded = copy.deepcopy(self)
-        tensors = {key: getattr(self, key) for key in release.KEYS}
-        tensors, config = fold(tensors, SAEConfig(self.input_scale, self.pre_encoder_bias))
-        for key in ("b_enc", "b_dec", "threshold"):
-            getattr(folded, key).copy_(tensors[key])
-        folded.input_scale, folded.pre_encoder_bias = config.input_scale, config.pre_encoder_bias
+        folded, scale = copy.deepcopy(self), self.input_scale
+        if self.pre_encoder_bias:
+            folded.b_enc.sub_(self.b_dec @ self.W_enc)
+        folded.b_enc.mul_(scale)
+        folded.b_dec.mul_(scale)
+        folded.threshold.clamp_(min=0).mul_(scale)
+        folded.pre_encoder_bias, folded.input_scale = False, 1.0
         return folded
 
     def save(self, path: str | os.PathLike) -> None:

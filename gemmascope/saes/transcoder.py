@@ -8,16 +8,15 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..autocast import affine, without_autocast
-from ..checks import FLOATS, check_device, check_type, dtype_name
+from ..checks import FLOATS, check_device, check_floating, check_type, dtype_name
 from ..formats import export, transcoders
 from ..formats.export import SKIP, TRANSCODER
 from ..formats.manifest import SAEConfig
 from ..formats.release import KEYS
 from ..kernels import SparseCode, density
-from .base import JumpReLUModule
 
 
-class Transcoder(JumpReLUModule):
+class Transcoder(nn.Module):
     r"""JumpReLU transcoder, with or without a skip connection (arXiv 2406.11944, 2501.18823; Gemma Scope 1 and 2).
 
         z = x·W_enc + b_enc;   f = z·1[z > θ];   ŷ = f·W_dec + b_dec (+ x·W_skipᵀ)
@@ -69,6 +68,30 @@ class Transcoder(JumpReLUModule):
     def extra_repr(self) -> str:
         skip = "no skip" if self.W_skip is None else "skip"
         return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, {skip}, impl={self.impl!r}"
+
+    def _apply(self, fn, recurse=True):
+        threshold, grad = self.threshold.detach(), self.threshold.grad
+        grad = None if grad is None else grad.detach()
+        super()._apply(fn, recurse)
+        moved = self.threshold
+        if moved.dtype != torch.float32 and moved.dtype != torch.float64:
+            moved.data = threshold.to(device=moved.device, dtype=torch.float32)
+            if grad is not None:
+                moved.grad = grad.to(device=moved.device, dtype=torch.float32)
+        return self
+
+    def _check_rows(self, name: str, rows: Tensor, width: int) -> None:
+        check_floating(name, rows)
+        if rows.ndim == 0 or rows.shape[-1] != width:
+            raise ValueError(f"{name}: expected shape [..., {width}], got {list(rows.shape)}")
+        if rows.device != self.W_enc.device:
+            raise ValueError(f"{name}: expected device {self.W_enc.device}, got {rows.device}")
+
+    def _goes_densely(self, x: Tensor) -> bool:
+        """Whether every latent of every token is needed: for a gradient, or for a graph whose shapes are known."""
+        if torch.compiler.is_compiling():
+            return True
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters()))
 
     def _rows(self, x: Tensor) -> Tensor:
         """x [..., d_in] as the [N, d_in] that W_enc multiplies."""
