@@ -22,6 +22,7 @@ from . import release, writers
 from .files import as_path, shown
 from .folding import fold
 from .manifest import SAEConfig
+from .stored import DTYPES, KEYS, TOPK_KEYS, problem_in_values
 
 FORMATS = ("gemma-scope", "gemma-scope-2", "saelens", "circuit-tracer", "safetensors")
 TRANSCODER = "transcoder"
@@ -38,9 +39,9 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "jump_relu": Kind("a JumpReLU SAE", release.KEYS, ("gemma-scope", "gemma-scope-2", "saelens", "safetensors")),
-    "topk": Kind("a TopK SAE", tuple(key for key in release.KEYS if key != "threshold"), ("saelens", "safetensors")),
-    TRANSCODER: Kind("a transcoder", release.KEYS, ("gemma-scope", "gemma-scope-2", "saelens", "circuit-tracer")),
+    "jump_relu": Kind("a JumpReLU SAE", KEYS, ("gemma-scope", "gemma-scope-2", "saelens", "safetensors")),
+    "topk": Kind("a TopK SAE", TOPK_KEYS, ("saelens", "safetensors")),
+    TRANSCODER: Kind("a transcoder", KEYS, ("gemma-scope", "gemma-scope-2", "saelens", "circuit-tracer")),
 }
 
 
@@ -87,7 +88,7 @@ def write(
     said = []
     if dtype is not None:
         check_type("dtype", dtype, torch.dtype)
-        if dtype not in release.DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype_name(dtype)}")
         tensors = cast(tensors, dtype)
     if format == "gemma-scope" and tensors["W_dec"].dtype == torch.float64:
@@ -137,14 +138,11 @@ def problem_in(tensors: dict[str, Tensor], kind: Kind, config: SAEConfig) -> str
         if key in shapes and tuple(tensor.shape) != shapes[key]:
             return f"{key}: expected shape {list(shapes[key])}, got {list(tensor.shape)}"
         allowed = {dtype, torch.float32} if key == "threshold" else {dtype}
-        if tensor.dtype not in allowed or dtype not in release.DTYPES:
+        if tensor.dtype not in allowed or dtype not in DTYPES:
             return f"{key}: expected one float dtype for all, got {dtype_name(tensor.dtype)}"
-        if tensor.is_meta or tensor.layout != torch.strided:
-            return f"{key}: expected a dense tensor with data, got another"
-        if not tensor.isfinite().all():
-            return f"{key}: expected finite values, got others"
-    if "threshold" in tensors and (tensors["threshold"] < 0).any():
-        return f"threshold: expected values ≥ 0, got {tensors['threshold'].min():.6g}"
+    problem = problem_in_values(tensors)
+    if problem:
+        return problem
     if kind is KINDS["topk"] and (type(config.k) is not int or not 1 <= config.k <= d_sae):
         return f"k: expected an int from 1 to d_sae = {d_sae}, got {config.k!r}"
     if kind is KINDS[TRANSCODER] and not config.is_folded:

@@ -29,12 +29,26 @@ def site_name(layer: int, point: str) -> str:
 
 
 def split(site: Any) -> tuple[int, str] | None:
-    """Layer and point of the name of a site; None for what is none of those of `TRANSFORMER_LENS`."""
-    match = re.fullmatch(r"model\.layers\.(0|[1-9][0-9]{0,5})\.([\w.]+)", site, re.ASCII) if type(site) is str else None
-    return (int(match[1]), match[2]) if match and match[2] in TRANSFORMER_LENS else None
+    """Layer and point of a site, by our name or by that of TransformerLens; None for what is none of those of
+    `TRANSFORMER_LENS`."""
+    if type(site) is not str:
+        return None
+    if match := re.fullmatch(r"model\.layers\.(0|[1-9][0-9]{0,5})\.([\w.]+)", site, re.ASCII):
+        return (int(match[1]), match[2]) if match[2] in TRANSFORMER_LENS else None
+    if match := re.fullmatch(r"blocks\.(0|[1-9][0-9]{0,5})\.([\w.]+)", site, re.ASCII):
+        return (int(match[1]), POINTS[match[2]]) if match[2] in POINTS else None
+    return None
+
+
+def hugging_face(site: Any) -> str | None:
+    """``"model.layers.3.output"`` for that and for ``"blocks.3.hook_resid_post"``; other text as it is; None for what
+    is no text."""
+    found = split(site)
+    return site_name(*found) if found else site if type(site) is str else None
 
 
 def transformer_lens(site: Any) -> str | None:
-    """``"blocks.3.hook_resid_post"`` for ``"model.layers.3.output"``; None for a site without such a name."""
+    """``"blocks.3.hook_resid_post"`` for that and for ``"model.layers.3.output"``; None for a site without such a
+    name."""
     found = split(site)
     return found and f"blocks.{found[0]}.{TRANSFORMER_LENS[found[1]]}"

@@ -12,7 +12,6 @@ Of config.yaml only lines ``key: text`` are read, as text; nothing in it is carr
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -24,12 +23,13 @@ from torch import Tensor
 
 from ..checks import dtype_name
 from ..errors import BadFileError
-from . import foreign, hook_names, manifest, release
+from . import foreign, hook_names, manifest
 from .arrays import Header, printable, read_npz, read_safetensors
 from .export import SKIP, TRANSCODER
 from .files import as_path, open_file, read_json, shown
 from .manifest import MAX_CONFIG_BYTES, SAEConfig
-from .release import KEYS, NPZ, SAFETENSORS, StoredSAE
+from .release import NPZ, SAFETENSORS
+from .stored import DTYPES, KEYS, StoredSAE, problem_in_values
 from .writers import CIRCUIT_TRACER_CONFIG, SKIP_OF_GEMMA_SCOPE_2, THRESHOLD_OF_CIRCUIT_TRACER
 
 LAYER_FILE = re.compile(r"layer_(0|[1-9][0-9]{0,3})\.safetensors")
@@ -86,7 +86,9 @@ def read(path: str | os.PathLike) -> StoredSAE:
         raise BadFileError(
             f"{shown(file)}: expected a .npz file, a .safetensors file or a folder of one, found another name"
         )
-    _check_values(tensors, shown(file))
+    problem = problem_in_values(tensors)
+    if problem:
+        raise BadFileError(f"{shown(file)}: {problem}")
     d_in, d_sae = tensors["W_enc"].shape
     config = SAEConfig(metadata=metadata, shape=(d_in, d_sae), architecture=TRANSCODER)
     return StoredSAE(tensors, config)
@@ -95,7 +97,7 @@ def read(path: str | os.PathLike) -> StoredSAE:
 def _file_in(folder: Path) -> Path:
     found = [folder / name for name in (NPZ, SAFETENSORS) if os.path.lexists(folder / name)] + layer_files(folder)
     if len(found) != 1:
-        names = ", ".join(file.name for file in found[:4]) or foreign.found_in(folder) or "none"
+        names = ", ".join(file.name for file in found[:4]) or "none"
         raise BadFileError(
             f"{shown(folder)}: expected one transcoder, {NPZ}, {SAFETENSORS} or layer_L.safetensors, found {names}"
         )
@@ -114,7 +116,7 @@ def _read_gemma_scope(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = _sites_by_name(file)
 
     def check(headers: dict[str, Header]) -> None:
-        _check_headers(headers, {"w_enc": "W_enc", "w_dec": "W_dec"}, shown(file), dtypes={torch.float32})
+        _check_headers(headers, {"w_enc": "W_enc", "w_dec": "W_dec"}, shown(file), dtypes=frozenset({torch.float32}))
 
     arrays = read_npz(file, check)
     return {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(key, key): array for key, array in arrays.items()}, metadata
@@ -247,7 +249,7 @@ def _check_headers(
     where: str,
     *,
     encoder_rows: bool = False,
-    dtypes: set[torch.dtype] = release.DTYPES,
+    dtypes: frozenset[torch.dtype] = DTYPES,
 ) -> None:
     """Raise BadFileError unless these are the tensors of a transcoder. ``names``: theirs → ours. encoder_rows: W_enc
     and W_skip are [d_sae, d_in] and [d_out, d_in], else [d_in, d_sae] and [d_in, d_out]."""
@@ -290,12 +292,3 @@ def _check_headers(
                 f"{where}: {key}: expected {' or '.join(sorted(map(dtype_name, dtypes)))} for all, found"
                 f" {dtype_name(header.dtype)}"
             )
-
-
-def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
-    for key, tensor in tensors.items():
-        low, high = (extreme.item() for extreme in torch.aminmax(tensor))  # NaN when anything is
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise BadFileError(f"{where}: {key}: expected finite values, found {high if math.isfinite(low) else low}")
-        if key == "threshold" and low < 0:
-            raise BadFileError(f"{where}: threshold: expected values ≥ 0, found {low:.6g}")

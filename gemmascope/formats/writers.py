@@ -47,10 +47,10 @@ def gemma_scope_2(tensors: dict[str, Tensor], config: SAEConfig, folder: Path) -
 
 def gemma_scope_2_config(tensors: dict[str, Tensor], config: SAEConfig) -> str:
     metadata, is_sae = config.metadata or {}, config.architecture == "jump_relu"
-    site = text_of(metadata, "site")
+    site = hook_names.hugging_face(metadata.get("site"))
     entries = {
         "hf_hook_point_in": site,
-        "hf_hook_point_out": site if is_sae else text_of(metadata, "site_out"),
+        "hf_hook_point_out": site if is_sae else hook_names.hugging_face(metadata.get("site_out")),
         "width": len(tensors["b_enc"]),
         "model_name": text_of(metadata, "model"),
         "architecture": "jump_relu",
@@ -76,7 +76,7 @@ def saelens(tensors: dict[str, Tensor], config: SAEConfig, folder: Path) -> None
 def saelens_config(tensors: dict[str, Tensor], config: SAEConfig) -> str:
     """Its cfg.json. hook_z of TransformerLens has the heads apart, which its SAEs then reshape."""
     metadata, (d_in, d_sae) = config.metadata or {}, tensors["W_enc"].shape
-    site = text_of(metadata, "site")
+    site = hook_names.hugging_face(metadata.get("site"))
     hook, split = hook_names.transformer_lens(site), hook_names.split(site)
     architecture = {"jump_relu": "jumprelu", "topk": "topk"}.get(config.architecture, "jumprelu_transcoder")
     told = {
@@ -99,7 +99,7 @@ def saelens_config(tensors: dict[str, Tensor], config: SAEConfig) -> str:
     if config.architecture == "topk":
         entries |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     elif config.architecture != "jump_relu":
-        out = text_of(metadata, "site_out")
+        out = hook_names.hugging_face(metadata.get("site_out"))
         entries["d_out"] = len(tensors["b_dec"])
         told |= {"hook_name_out": hook_names.transformer_lens(out), "hf_hook_name_out": out}
     entries["metadata"] = {key: value for key, value in told.items() if value is not None}

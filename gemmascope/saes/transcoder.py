@@ -12,7 +12,7 @@ from ..checks import FLOATS, check_device, check_floating, check_type, dtype_nam
 from ..formats import export, transcoders
 from ..formats.export import SKIP, TRANSCODER
 from ..formats.manifest import SAEConfig
-from ..formats.release import KEYS
+from ..formats.stored import KEYS
 from ..kernels import SparseCode, density
 
 

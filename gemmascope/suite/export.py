@@ -6,7 +6,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ..checks import check_choice, check_type
 from ..errors import BadFileError, EnvironmentProblemError
@@ -14,10 +13,11 @@ from ..formats import export, hook_names, transcoders
 from ..formats.export import FORMATS, TRANSCODER
 from ..formats.files import as_path, flush_folder, shown, staging
 from ..formats.manifest import SAEConfig
-from ..formats.release import KEYS, WIDTH_NAMES, StoredSAE
+from ..formats.release import WIDTH_NAMES
+from ..formats.stored import StoredSAE, keys_of
 from ..reporting.card import Entry, card
 from ..reporting.results import RESULTS, read_results
-from ..saes import JumpReLUSAE, Transcoder
+from ..saes import JumpReLUSAE, TopKSAE, Transcoder, load_sae
 
 CARD = "README.md"
 # Folders of Gemma Scope 2 by our kinds of sites.
@@ -75,7 +75,9 @@ def export_saes(
     return Exported(out, entries)
 
 
-def import_sae(source: str | os.PathLike, out: str | os.PathLike, *, dtype: torch.dtype | None = None) -> nn.Module:
+def import_sae(
+    source: str | os.PathLike, out: str | os.PathLike, *, dtype: torch.dtype | None = None
+) -> JumpReLUSAE | TopKSAE | Transcoder:
     """Read an SAE or a transcoder of any format that is read here and save it to the new folder ``out``; returns it.
 
     An SAE becomes a folder of ours, a transcoder one of Gemma Scope 2's layout. dtype: None keeps that of the file.
@@ -108,27 +110,21 @@ def make_way(out: Path) -> None:
         raise ValueError(f"out: expected a new or empty folder, got {problem}: {shown(out)}")
 
 
-def load(path: Path) -> JumpReLUSAE | Transcoder:
+def load(path: Path) -> JumpReLUSAE | TopKSAE | Transcoder:
     """The SAE or transcoder at ``path``, whichever its files say it is."""
-    return Transcoder.load(path) if transcoders.is_named_so(path) else _load_sae(path)
+    return Transcoder.load(path) if transcoders.is_named_so(path) else load_sae(path)
 
 
-def _load_sae(path: Path) -> JumpReLUSAE:
-    return JumpReLUSAE.load(path)
-
-
-def stored(sae: nn.Module) -> StoredSAE:
+def stored(sae: JumpReLUSAE | TopKSAE | Transcoder) -> StoredSAE:
     """The tensors of an SAE or transcoder and what goes with them, as `formats.export.write` takes them."""
     if isinstance(sae, Transcoder):
         return StoredSAE(sae.tensors, SAEConfig(metadata=sae.metadata, architecture=TRANSCODER))
-    tensors = {key: getattr(sae, key).detach() for key in KEYS if hasattr(sae, key)}
+    k = sae.k if isinstance(sae, TopKSAE) else None
+    config = SAEConfig(sae.input_scale, sae.pre_encoder_bias, sae.metadata, architecture=sae.ARCHITECTURE, k=k)
+    tensors = {key: getattr(sae, key).detach() for key in keys_of(config)}
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].clamp(min=0)
-    k = getattr(sae, "k", None)
-    architecture = "jump_relu" if k is None else "topk"
-    return StoredSAE(
-        tensors, SAEConfig(sae.input_scale, sae.pre_encoder_bias, sae.metadata, architecture=architecture, k=k)
-    )
+    return StoredSAE(tensors, config)
 
 
 # ---- sources

@@ -15,7 +15,7 @@ from gemmascope.errors import EnvironmentProblemError
 from gemmascope.formats import export, hook_names
 from gemmascope.formats.export import FORMATS, TRANSCODER, write
 from gemmascope.formats.manifest import SAEConfig
-from gemmascope.formats.release import KEYS
+from gemmascope.formats.stored import KEYS
 from tests.formats.test_release import METADATA, assert_same_bits, make_sae
 from tests.helpers import lattice, normal
 
@@ -322,13 +322,13 @@ def test_what_a_format_cannot_hold(tmp_path, format, architecture, expected):
         ({"b_enc": torch.zeros(0)}, "W_enc: expected shape [4, 0], got [4, 7]"),
         ({"b_enc": torch.zeros(7, dtype=torch.int64)}, "b_enc: expected one float dtype for all, got int64"),
         ({"b_dec": torch.zeros(4, dtype=torch.float64)}, "b_dec: expected one float dtype for all, got float64"),
-        ({"threshold": -torch.ones(7)}, "threshold: expected values ≥ 0, got -1"),
+        ({"threshold": -torch.ones(7)}, "threshold: expected values ≥ 0, found -1"),
         (
             {"threshold": torch.zeros(7, dtype=torch.float16)},
             "threshold: expected one float dtype for all, got float16",
         ),
-        ({"b_enc": torch.full((7,), torch.nan)}, "b_enc: expected finite values, got others"),
-        ({"b_enc": torch.zeros(7, device="meta")}, "b_enc: expected a dense tensor with data, got another"),
+        ({"b_enc": torch.full((7,), torch.nan)}, "b_enc: expected finite values, found nan"),
+        ({"b_enc": torch.zeros(7, device="meta")}, "b_enc: expected a dense tensor, found one without data"),
         ({"b_enc": [0.0]}, "b_enc: expected a torch.Tensor, got list"),
     ],
 )
@@ -424,6 +424,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         ("model.layers.0.self_attn.o_proj.input", "blocks.0.attn.hook_z"),
         ("model.layers.0.pre_feedforward_layernorm.output", "blocks.0.mlp.hook_in"),
         ("model.layers.0.pre_feedforward_layernorm.normalized", "blocks.0.ln2.hook_normalized"),
+        ("blocks.12.attn.hook_z", "blocks.12.attn.hook_z"),
+        ("blocks.12.hook_embed", None),
         ("model.layers.03.output", None),
         ("model.layers.3.output.x", None),
         ("model.embed_tokens.output", None),
