@@ -52,6 +52,8 @@ def is_named_so(path: str | os.PathLike) -> bool:
     path = Path(path)
     if layer_files(path) or LAYER_FILE.fullmatch(path.name):
         return True
+    if path.name in foreign.FORMATS or any(os.path.lexists(path / name) for name in foreign.FORMATS):
+        return False
     config = path / manifest.CONFIG if path.is_dir() else manifest.path_for(path)
     if config.is_file():
         found = read_json(config, MAX_CONFIG_BYTES)
@@ -217,8 +219,8 @@ def _facts_of_yaml(file: Path) -> dict[str, Any]:
         lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise BadFileError(f"{shown(path)}: expected UTF-8, found other bytes") from error
-    entries = dict(match.groups() for match in map(re.compile(r"(\w+):[ \t]+(\S.*?)\s*").fullmatch, lines) if match)
-    entries = {key: _plain(value) for key, value in entries.items()}
+    matches = (re.fullmatch(r"(\w+):[ \t]+(\S.*?)\s*", line) for line in lines)
+    entries = {match[1]: _plain(match[2]) for match in matches if match}
     if entries.get("model_kind", "transcoder_set") != "transcoder_set":
         raise BadFileError(f"{shown(path)}: model_kind: expected 'transcoder_set', found {entries['model_kind']!r:.40}")
     if entries.get("activation", "relu") not in ("relu", "jumprelu", "jump_relu"):

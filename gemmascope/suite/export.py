@@ -204,12 +204,12 @@ def _name_of(format: str, config: SAEConfig, d_sae: int, number: int) -> str:
         return f"sae_{number}"
     layer, kind = found[0], hook_names.KINDS[found[1]]
     l0 = metadata.get("average_l0", metadata.get("l0"))
-    known = type(l0) in (int, float)
+    rounded = round(l0) if isinstance(l0, (int, float)) else None
     width = f"width_{WIDTH_NAMES.get(d_sae, d_sae)}"
     if format == "gemma-scope":
-        return f"{kind}/layer_{layer}/{width}" + (f"/average_l0_{round(l0)}" if known else "")
+        return f"{kind}/layer_{layer}/{width}" + ("" if rounded is None else f"/average_l0_{rounded}")
     kind = OF_GEMMA_SCOPE_2.get(kind, kind) if format == "gemma-scope-2" else kind
-    return f"{kind}/layer_{layer}_{width}" + (f"_l0_{round(l0)}" if known else "")
+    return f"{kind}/layer_{layer}_{width}" + ("" if rounded is None else f"_l0_{rounded}")
 
 
 def _free(name: str, taken: set[str]) -> str:

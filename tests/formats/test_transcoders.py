@@ -141,6 +141,11 @@ def test_transcoders_are_told_from_saes(tmp_path, request, kind):
     for name in ("sae", "params.npz"):
         make_sae().save(tmp_path / "transcoders" / name)
         assert not transcoders.is_named_so(tmp_path / "transcoders" / name)
+    (tmp_path / "transcoders" / "theirs").mkdir()
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        (tmp_path / "transcoders" / "theirs" / name).write_text("")
+    for path in ("theirs", "theirs/sae_weights.safetensors"):
+        assert not transcoders.is_named_so(tmp_path / "transcoders" / path), "read by load_sae, which knows their kinds"
 
 
 # ---- refusals

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gemmascope import JumpReLUSAE, Transcoder
+from gemmascope import JumpReLUSAE, TopKSAE, Transcoder
 from gemmascope.__main__ import main
 from gemmascope.errors import BadFileError, EnvironmentProblemError
 from gemmascope.formats.export import FORMATS, write
@@ -138,6 +138,32 @@ def test_one_sae_goes_into_the_folder_itself(tmp_path, sae, format):
     assert "`blocks.3.hook_resid_post`" in text
     assert 'base_model: "google/gemma-2-2b"' in text
     assert "## Figures" not in text
+
+
+@pytest.mark.parametrize("format", ["saelens", "safetensors"])
+def test_topk(tmp_path, format):
+    """There and back, with the bits and the k of what was exported."""
+    made = TopKSAE(4, 7, 3, metadata=METADATA, generator=torch.Generator().manual_seed(0))
+    made.save(tmp_path / "topk")
+    [entry] = export_saes([tmp_path / "topk"], format, tmp_path / "out").entries
+    assert (entry.kind, entry.changes) == ("TopKSAE", [])
+    back = import_sae(tmp_path / "out", tmp_path / "back")
+    assert isinstance(back, TopKSAE)
+    assert (back.k, back.pre_encoder_bias) == (3, True)
+    for name, parameter in made.named_parameters():
+        assert torch.equal(getattr(back, name), parameter)
+    assert "for a TopK SAE, got 'gemma-scope'" in refusal([tmp_path / "topk"], "gemma-scope", tmp_path / "no")
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_saelens_and_back(tmp_path, folded):
+    sae = make_sae()
+    sae.pre_encoder_bias = not folded
+    sae.save(tmp_path / "ours")
+    export_saes([tmp_path / "ours"], "saelens", tmp_path / "out")
+    found = import_sae(tmp_path / "out", tmp_path / "back")
+    assert_same_bits(found, sae)
+    assert found.metadata["site"] == METADATA["site"]
 
 
 def test_what_says_no_site_is_numbered(tmp_path):
