@@ -10,6 +10,8 @@ VENV_TRITON36 ?= .venv-triton36
 VENV_TORCH211 ?= .venv-torch211
 VENV_PEERS ?= .venv-peers
 VENV_REAL ?= .venv-real
+VENV_INTEROP ?= .venv-interop
+VENV_INTEROP_OLD ?= .venv-interop-old
 JOBS ?= 2
 ARGS ?=
 
@@ -23,24 +25,24 @@ SEES_GPU = import torch, triton, pytest, gemmascope; exit(not torch.cuda.is_avai
 NO_GPU = test-gpu: $(GPU_PYTHON) needs a GPU that torch sees, triton, pytest, numpy, safetensors, and \
 	'$(GPU_PYTHON) -m pip install -e . --no-deps --no-build-isolation'
 
-KERNEL_TESTS = $(filter-out %/test_packaging.py,$(shell grep -rlE 'gemmascope.kernels|bench' tests --include='test_*.py'))
+KERNEL_TESTS = $(filter-out %/test_packaging.py tests/interop/%,$(shell grep -rlE 'gemmascope.kernels|bench' tests --include='test_*.py'))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo native test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers real install clean
+.PHONY: help demo native test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers real test-interop install clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | native | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | real | install | clean"
+	@echo "make demo | native | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | real | test-interop | install | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
 
 test: $(VENV)/.installed
-	$(call PYTEST,$(VENV)) -m "not gpu and not slow" $(ARGS)
+	$(call PYTEST,$(VENV)) --ignore=tests/interop -m "not gpu and not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed
-	$(call PYTEST,$(VENV)) -m slow $(ARGS)
+	$(call PYTEST,$(VENV)) --ignore=tests/interop -m slow $(ARGS)
 
 # The tests that a GPU runs; says first what it must leave out.
 test-gpu:
@@ -99,6 +101,27 @@ bench: $(BENCH_VENV)/.installed
 bench-peers: $(VENV_PEERS)/.peers
 	OMP_NUM_THREADS=1 $(VENV_PEERS)/bin/python -W ignore -m bench.peers
 
+# With the packages whose files and objects are taken, in the environment of `make bench-peers`: SAELens as it is today and
+# as it was, and circuit-tracer, each in a folder of its own, since circuit-tracer asks for another transformers.
+CIRCUIT_TRACER = circuit-tracer==0.5.0
+SAELENS_OLD = sae-lens==6.22.3
+INTEROP = OMP_NUM_THREADS=1 SPARSIFY_DISABLE_TRITON=1 PYTHONPATH=$(1) $(VENV_PEERS)/bin/python -m pytest -W ignore -rs
+
+test-interop: $(VENV_PEERS)/.peers $(VENV_INTEROP)/.packages $(VENV_INTEROP_OLD)/.packages
+	PYTHONPATH=$(VENV_INTEROP) $(VENV_PEERS)/bin/python -W ignore -c "import sae_lens, sparsify, dictionary_learning, circuit_tracer"
+	$(call INTEROP,$(VENV_INTEROP)) tests/interop $(ARGS)
+	$(call INTEROP,$(VENV_INTEROP_OLD)) tests/interop/test_formats.py $(ARGS)
+
+TARGET = $(VENV_PEERS)/bin/python -m pip install -q --no-compile --only-binary :all: --no-deps --upgrade --target
+
+$(VENV_INTEROP)/.packages: $(VENV_PEERS)/.installed Makefile
+	$(TARGET) $(VENV_INTEROP) $(CIRCUIT_TRACER)
+	touch $@
+
+$(VENV_INTEROP_OLD)/.packages: $(VENV_PEERS)/.installed Makefile
+	$(TARGET) $(VENV_INTEROP_OLD) $(SAELENS_OLD)
+	touch $@
+
 # gguf, which reads the weights as they come, in a folder of its own: nothing else here needs it.
 real: $(VENV)/.installed $(VENV_REAL)/.gguf
 	PYTHONPATH=$(VENV_REAL) $(VENV)/bin/python -m bench.real $(ARGS)
@@ -108,7 +131,7 @@ $(VENV_REAL)/.gguf: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton36 .venv-torch211 .venv-peers .venv-real build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton36 .venv-torch211 .venv-peers .venv-real .venv-interop .venv-interop-old build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .activations import harvest
     from .evaluation import evaluate_sae, evaluate_splice
     from .kernels import SparseCode
-    from .saes import JumpReLUSAE
+    from .saes import JumpReLUSAE, TopKSAE, Transcoder, load_pretrained_sae, load_sae
     from .sites import Capture, Site, attach
     from .training import Loss, SAETrainer, TrainConfig, sparse_loss, train
 
@@ -20,11 +20,15 @@ __all__ = [
     "SAETrainer",
     "Site",
     "SparseCode",
+    "TopKSAE",
     "TrainConfig",
+    "Transcoder",
     "attach",
     "evaluate_sae",
     "evaluate_splice",
     "harvest",
+    "load_pretrained_sae",
+    "load_sae",
     "sparse_loss",
     "train",
 ]
@@ -35,7 +39,7 @@ if not TYPE_CHECKING:
         "activations": ("harvest",),
         "evaluation": ("evaluate_sae", "evaluate_splice"),
         "kernels": ("SparseCode",),
-        "saes": ("JumpReLUSAE",),
+        "saes": ("JumpReLUSAE", "TopKSAE", "Transcoder", "load_pretrained_sae", "load_sae"),
         "sites": ("Capture", "Site", "attach"),
         "training": ("Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),
     }

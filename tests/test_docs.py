@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.interop.table import formats_block
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -140,6 +142,11 @@ def packages_block() -> str:
 
 def test_readme_lists_the_packages():
     assert_block(README, "packages", packages_block())
+
+
+def test_the_table_of_formats_is_that_of_the_proofs():
+    """`make test-interop` runs them."""
+    assert_block(ROOT / "docs" / "files.md", "formats", formats_block())
 
 
 def test_every_page_is_listed():

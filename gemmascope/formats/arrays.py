@@ -79,8 +79,8 @@ def read_npz(
     check_int("max_arrays", max_arrays, 0)
     with (
         contextlib.nullcontext(file) if file else open_file(path) as file,
-        _small_reads(file) as small,
-        _damage_is_a_bad_file(name),
+        small_reads(file) as small,
+        damage_is_a_bad_file(name, ".npz"),
         zipfile.ZipFile(small) as archive,
     ):
         members = _npz_members(archive, name, os.fstat(file.fileno()).st_size, max_arrays)
@@ -122,8 +122,8 @@ def read_safetensors(
         for key, header in headers.items():
             where = f"{name}: {printable(key)}"
             file.seek(8 + length + starts[key])
-            tensors[key] = _allocate(header, where)
-            _fill(tensors[key], file, where)
+            tensors[key] = allocate(header, where)
+            fill(tensors[key], file, where)
         return tensors
 
 
@@ -133,7 +133,8 @@ def printable(key: str) -> str:
 
 
 @contextlib.contextmanager
-def _damage_is_a_bad_file(name: str) -> Iterator[None]:
+def damage_is_a_bad_file(name: str, kind: str) -> Iterator[None]:
+    """What zip files raise in this block becomes a BadFileError: ``name`` should be a ``kind`` file."""
     try:
         yield
     except (BadFileError, EnvironmentProblemError):
@@ -141,7 +142,7 @@ def _damage_is_a_bad_file(name: str) -> Iterator[None]:
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError) as error:
         # RuntimeError has NotImplementedError and zipfile's plain ones under it, ValueError the Unicode errors.
         raise BadFileError(
-            f"{name}: expected a .npz file, found damage: {str(error) or type(error).__name__!r}"
+            f"{name}: expected a {kind} file, found damage: {str(error) or type(error).__name__!r}"
         ) from error
 
 
@@ -156,7 +157,8 @@ class _SmallReads(io.BufferedReader):
 
 
 @contextlib.contextmanager
-def _small_reads(file: io.BufferedReader) -> Iterator[_SmallReads]:
+def small_reads(file: io.BufferedReader) -> Iterator[_SmallReads]:
+    """``file`` for `zipfile`, which then cannot be made to read much at once."""
     small = _SmallReads(file.raw)
     try:
         yield small
@@ -227,10 +229,10 @@ def _read_npy(
 ) -> Tensor:
     if fortran_order:
         header = header._replace(shape=header.shape[::-1])
-    tensor = _allocate(header, where)
+    tensor = allocate(header, where)
     with archive.open(info) as member:
         member.read(start)
-        _fill(tensor, member, where)
+        fill(tensor, member, where)
     if byte_order == ">":
         _bytes_of(tensor).view(f"u{header.dtype.itemsize}").byteswap(inplace=True)
     return tensor.permute(*reversed(range(tensor.ndim))) if fortran_order else tensor
@@ -273,7 +275,8 @@ def _is_sizes(value) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _allocate(header: Header, where: str) -> Tensor:
+def allocate(header: Header, where: str) -> Tensor:
+    """A new tensor. Raises EnvironmentProblemError when there is no memory for it."""
     try:
         return torch.empty(header.shape, dtype=header.dtype, device="cpu")
     except RuntimeError as error:
@@ -284,7 +287,8 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def _fill(tensor: Tensor, file, where: str) -> None:
+def fill(tensor: Tensor, file, where: str) -> None:
+    """Fill a contiguous tensor with the next bytes of ``file``. Raises BadFileError when there are too few."""
     data = _bytes_of(tensor).data
     position = 0
     while position < len(data):

@@ -1,26 +1,41 @@
-"""What other projects' files look like, so that a refusal says what was found and how to go on."""
+"""Other projects' files: who reads them, and what their names say."""
 
-import os
+import io
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePath
+from typing import NamedTuple, TypeVar
 
-EXPORT = (
-    "if it is a JumpReLU SAE that does not subtract b_dec from its input, numpy.savez its W_enc, W_dec, b_enc, b_dec"
-    " and threshold as fp32 into a .npz"
-)
-LAYOUTS = {
-    "sae_weights.safetensors": f"an SAE of SAELens: open it with sae_lens.SAE.load_from_disk and, {EXPORT}",
-    "sae.safetensors": "an SAE of sparsify: open it with sparsify.SparseCoder.load_from_disk; TopK is no JumpReLU SAE",
-    "ae.pt": f"an SAE of dictionary_learning: open it with torch.load(…, weights_only=True) and, {EXPORT}",
+from . import dictionary_learning, saelens, sparsify
+from .fields import Fields
+from .stored import StoredSAE
+
+P = TypeVar("P", bound=PurePath)
+
+
+class Format(NamedTuple):
+    """The files of a project. config: the name of what lies beside the weights. read: the SAE in both, open."""
+
+    project: str
+    config: str
+    read: Callable[[Path, io.BufferedReader, Fields], StoredSAE]
+
+
+# By the name of the weights.
+FORMATS = {
+    "sae_weights.safetensors": Format("SAELens", "cfg.json", saelens.read),
+    "sae.safetensors": Format("sparsify", "cfg.json", sparsify.read),
+    "ae.pt": Format("dictionary_learning", "config.json", dictionary_learning.read),
 }
+NAMES = ", ".join(f"{name} ({format.project})" for name, format in FORMATS.items())
 # A name of its own in a name: gemma-scope-2b-pt-transcoders, transcoder_all, clt.
 OTHER_KINDS = re.compile(r"(?<![a-z])(transcoder|crosscoder|clt)s?(?![a-z])", re.IGNORECASE)
 SAES = re.compile(r"(?<![a-z])saes?(?![a-z])|gemma-scope-.*-(res|att|mlp)$", re.IGNORECASE)
 
 
-def found_in(folder: Path) -> str | None:
-    """What other project's files lie in the folder, and the way out; None when they are none of `LAYOUTS`."""
-    return next((f"{name}, {what}" for name, what in LAYOUTS.items() if os.path.lexists(folder / name)), None)
+def config_for(weights: P) -> P:
+    """Where the config of these weights, named as in `FORMATS`, is."""
+    return weights.with_name(FORMATS[weights.name].config)
 
 
 def named_for_another_kind(path: str) -> str | None:

@@ -7,8 +7,14 @@
   input_scale and pre_encoder_bias: any SAE, folded or not.
 * Gemma Scope 2 (read only): ``params.safetensors`` with the keys in lower case, and DeepMind's ``config.json``.
 
+* Folders of SAELens, sparsify and dictionary_learning (read only): see `saelens`, `sparsify` and `dictionary_learning`.
+
 Dimensions come from the tensors, never from names, and weights of the wrong shape are refused, never transposed. Our
 config.json carries the SHA-256 of the weights beside it and its own; both are checked on loading.
+
+Gemma Scope's SAEs of the token embeddings (``embedding/width_4k/average_l0_6/params.npz``) hold another scale. In a
+file of that name, with no config of ours beside it, W_enc is divided by √d_model and W_dec multiplied by it, as in
+SAELens; ``config.metadata["embedding_scale"]`` is √d_model then.
 
 Transcoders of Gemma Scope 1 hold the same arrays. Where no config says that the weights are an SAE's, a name that says
 transcoder, crosscoder or CLT (of the file, a folder above it or the repository) is believed, and they are refused. A
@@ -20,36 +26,34 @@ import functools
 import io
 import math
 import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_number, check_type, dtype_name
+from ..checks import check_choice, check_int, check_number, check_type
 from ..errors import BadFileError
 from . import foreign, hub, manifest
 from .arrays import Header, printable, read_npz, read_safetensors
-from .files import as_path, open_file, remove_stale_temporaries, sha256, sha256_of, shown
+from .fields import Fields
+from .files import as_path, open_file, read_json_of, remove_stale_temporaries, sha256, sha256_of, shown
 from .manifest import Manifest, SAEConfig
 from .pair import Pair
+from .stored import DTYPES, KEYS, OURS, StoredSAE, at_rest, keys_of, problem_in_headers, problem_in_values
 
-KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+__all__ = ["KEYS", "SAEConfig", "StoredSAE", "gemma_scope_path", "read", "read_pretrained", "write"]
+
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
 SUFFIXES = (".npz", ".safetensors")
-DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+EMBEDDING = re.compile(r"(?:^|/)embedding/width_[^/]+/average_l0_[^/]+/params\.npz")
 WIDTH_NAMES = {
     1 << 14: "16k", 1 << 15: "32k", 1 << 16: "65k", 1 << 17: "131k", 1 << 18: "262k", 1 << 19: "524k", 1 << 20: "1m",
 }  # fmt: skip
-
-
-class StoredSAE(NamedTuple):
-    """An SAE as its files hold it, checked. tensors: those of `KEYS`."""
-
-    tensors: dict[str, Tensor]
-    config: SAEConfig
 
 
 def gemma_scope_path(layer: int, width: int, average_l0: float) -> str:
@@ -68,29 +72,33 @@ def gemma_scope_path(layer: int, width: int, average_l0: float) -> str:
 
 
 def read(path: str | os.PathLike) -> StoredSAE:
-    """The SAE in a .npz file, a .safetensors file (config.json beside it), or a folder with params.npz or
-    params.safetensors.
+    """The SAE in a .npz file, a .safetensors file (config.json beside it), the weights of another project (their config
+    beside them), or a folder with one of these: params.npz, params.safetensors or a name of `foreign.FORMATS`.
 
-    Tensors keep the dtype of the file. Raises BadFileError for a file that is not exactly one of the formats above:
-    keys, shapes, dtypes, non-finite values, a negative threshold, damage, a decompression bomb, a config that does not
-    belong to the weights.
+    Tensors keep the dtype of the file (SAELens: that of its cfg.json). Raises BadFileError for a file that is not
+    exactly one of the formats above: keys, shapes, dtypes, non-finite values, a negative threshold, damage, a
+    decompression bomb, a config that does not belong to the weights, an SAE whose function this module cannot hold.
     """
     weights = as_path("path", path)
     if os.path.isdir(weights):
         weights = _weights_in(weights)
     _check_name(weights, shown(weights))
+    if weights.name in foreign.FORMATS:
+        return _read_foreign(weights, foreign.config_for(weights))
     pair = Pair(weights, manifest.path_for(weights))
     with pair.open() as (file, config_file):
         stated = manifest.read(weights, config_file)
-        _check_kind(stated, shown(weights), os.path.abspath(weights))
-        return _read(weights, file, stated)
+        place = os.path.abspath(weights)
+        _check_kind(stated, shown(weights), place)
+        return _read(weights, file, stated, place)
 
 
 def _weights_in(folder: Path) -> Path:
     found = [weights for weights in (folder / NPZ, folder / SAFETENSORS) if _is_there(weights)]
+    found += [folder / name for name in foreign.FORMATS if os.path.lexists(folder / name)]
     if len(found) != 1:
-        what = "both" if found else foreign.found_in(folder) or "neither"
-        raise BadFileError(f"{shown(folder)}: expected a folder with {NPZ} or {SAFETENSORS}, found {what}")
+        names = " and ".join(weights.name for weights in found) or f"neither, nor {foreign.NAMES}"
+        raise BadFileError(f"{shown(folder)}: expected a folder with {NPZ} or {SAFETENSORS}, found {names}")
     return found[0]
 
 
@@ -99,11 +107,8 @@ def _is_there(weights: Path) -> bool:
 
 
 def _check_name(path: PurePath, name: str) -> None:
-    what = foreign.LAYOUTS.get(path.name)
-    if what is None and path.suffix not in SUFFIXES:
-        what = "another name"
-    if what is not None:
-        raise BadFileError(f"{name}: expected a .npz file, a .safetensors file or a folder of one, found {what}")
+    if path.name not in foreign.FORMATS and path.suffix not in SUFFIXES:
+        raise BadFileError(f"{name}: expected a .npz file, a .safetensors file or a folder of one, found another name")
 
 
 def _check_kind(stated: Manifest, name: str, place: str) -> None:
@@ -111,33 +116,55 @@ def _check_kind(stated: Manifest, name: str, place: str) -> None:
     if part is not None:
         raise BadFileError(
             f"{name}: expected an SAE, found the name {part!r:.80}: transcoders, whose files look the same,"
-            " are not read; an SAE is, in a folder named 'sae'"
+            " are read by Transcoder.load; an SAE is read, in a folder named 'sae'"
         )
 
 
-def _read(weights: Path, file: io.BufferedReader, stated: Manifest) -> StoredSAE:
-    name, before = shown(weights), os.fstat(file.fileno())
-    if stated.sha256 is not None:
-        digest = sha256_of(file)
-        if stated.sha256 != digest:
-            raise BadFileError(
-                f"{name}: expected SHA-256 {stated.sha256:.12}… as in {manifest.CONFIG}, found {digest[:12]}…"
-            )
-    read_arrays, dtypes = (read_npz, {torch.float32}) if weights.suffix == ".npz" else (read_safetensors, DTYPES)
+def _read_foreign(weights: Path, config: Path) -> StoredSAE:
+    format = foreign.FORMATS[weights.name]
+    if not os.path.lexists(config):
+        raise BadFileError(
+            f"{shown(weights)}: expected {config.name} beside it, found none: the weights alone do not say what"
+            f" {format.project} makes of them"
+        )
+    with open_file(weights) as file, open_file(config) as config_file:
+        stated = read_json_of(config_file, shown(config), manifest.MAX_CONFIG_BYTES)
+        with at_rest(file, shown(weights)):
+            return format.read(weights, file, Fields(stated, shown(config)))
+
+
+def _read(weights: Path, file: io.BufferedReader, stated: Manifest, place: str) -> StoredSAE:
+    """place: where the weights are said to be, the path of the file or that in its repository."""
+    name, config = shown(weights), stated.config
+    read_arrays, dtypes = read_safetensors, DTYPES
+    if weights.suffix == ".npz":
+        read_arrays, dtypes = read_npz, frozenset({torch.float32})
 
     def check(headers: dict[str, Header]) -> None:
-        problem = _problem_in_headers(dtypes, stated.config.shape, headers)
+        problem = _problem_in_headers(dtypes, config.shape, keys_of(config), headers)
         if problem:
             raise BadFileError(f"{name}: {problem}")
 
-    tensors = {_canonical(key): tensor for key, tensor in read_arrays(weights, check, file).items()}
-    after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise BadFileError(f"{name}: expected a file at rest, found it written to while it was read")
-    problem = _problem_in_values(tensors)
+    with at_rest(file, name):
+        if stated.sha256 is not None:
+            digest = sha256_of(file)
+            if stated.sha256 != digest:
+                raise BadFileError(
+                    f"{name}: expected SHA-256 {stated.sha256:.12}… as in {manifest.CONFIG}, found {digest[:12]}…"
+                )
+        tensors = {_canonical(key): tensor for key, tensor in read_arrays(weights, check, file).items()}
+    problem = problem_in_values(tensors)
     if problem:
         raise BadFileError(f"{name}: {problem}")
-    return StoredSAE(tensors, stated.config)
+    if not stated.is_stated and EMBEDDING.search(place):
+        return _of_embeddings(tensors, config)
+    return StoredSAE(tensors, config)
+
+
+def _of_embeddings(tensors: dict[str, Tensor], config: SAEConfig) -> StoredSAE:
+    scale = math.sqrt(tensors["W_dec"].shape[1])
+    tensors = tensors | {"W_enc": tensors["W_enc"] / scale, "W_dec": tensors["W_dec"] * scale}
+    return StoredSAE(tensors, config._replace(metadata=(config.metadata or {}) | {"embedding_scale": scale}))
 
 
 def _canonical(key: str) -> str:
@@ -145,52 +172,18 @@ def _canonical(key: str) -> str:
 
 
 def _problem_in_headers(
-    dtypes: set[torch.dtype], expected: tuple[int, int] | None, headers: dict[str, Header]
+    dtypes: frozenset[torch.dtype],
+    expected: tuple[int, int] | None,
+    keys: tuple[str, ...],
+    headers: Mapping[str, Header],
 ) -> str | None:
-    """Why these are not the tensors of an SAE. d_model and d_sae are the lengths of b_dec and b_enc."""
+    """Why these are not the tensors of an SAE, whose names may begin with w_."""
     found = {}
     for key, header in headers.items():
         if _canonical(key) in found:
             return f"{printable(key)}: expected one spelling, found both W_ and w_"
-        if _canonical(key) not in KEYS:
-            return f"expected the keys {', '.join(KEYS)}, found also {printable(key)}"
         found[_canonical(key)] = header
-    missing = [key for key in KEYS if key not in found]
-    if missing:
-        return f"expected the keys {', '.join(KEYS)}, found no {', '.join(missing)}"
-    for key, size in (("b_enc", "d_sae"), ("b_dec", "d_model")):
-        shape = found[key].shape
-        if len(shape) != 1 or shape[0] < 1:
-            return f"{key}: expected shape [{size}], found {list(shape)}"
-    d_sae, d_model = found["b_enc"].shape[0], found["b_dec"].shape[0]
-    for key, shape in (("W_enc", (d_model, d_sae)), ("W_dec", (d_sae, d_model)), ("threshold", (d_sae,))):
-        if found[key].shape != shape:
-            return (
-                f"{key}: expected shape {list(shape)} (b_dec has {d_model} = d_model entries, b_enc"
-                f" {d_sae} = d_sae), found {list(found[key].shape)}"
-            )
-    if expected is not None and expected != (d_model, d_sae):
-        return f"expected d_model, d_sae = {expected} as in its config, found {(d_model, d_sae)}"
-    weights = found["W_enc"].dtype
-    allowed = {key: {weights} for key in KEYS} | {"W_enc": dtypes, "threshold": {weights, torch.float32}}
-    for key in KEYS:
-        if found[key].dtype not in allowed[key]:
-            expected_names = " or ".join(sorted(dtype_name(dtype) for dtype in allowed[key]))
-            return f"{key}: expected {expected_names}, found {dtype_name(found[key].dtype)}"
-    return None
-
-
-def _problem_in_values(tensors: dict[str, Tensor]) -> str | None:
-    for key, tensor in tensors.items():
-        if tensor.is_meta or tensor.layout != torch.strided:
-            return f"{key}: expected a dense tensor, found {'one without data' if tensor.is_meta else tensor.layout}"
-        # The extremes are NaN when anything is, and need no second tensor of that size.
-        low, high = (extreme.item() for extreme in torch.aminmax(tensor))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            return f"{key}: expected finite values, found {high if math.isfinite(low) else low}"
-        if key == "threshold" and low < 0:
-            return f"threshold: expected values ≥ 0, found {low:.6g}"
-    return None
+    return problem_in_headers({key: OURS[key] for key in keys}, found, dtypes=dtypes, stated=expected)
 
 
 # ---- writing
@@ -198,15 +191,16 @@ def _problem_in_values(tensors: dict[str, Tensor]) -> str | None:
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: SAEConfig) -> None:
     """Write an SAE to ``path``: a Gemma Scope 1 file when the name ends in .npz, else a folder of params.safetensors
-    and config.json. The tensors, those of `KEYS`, are read back to the same bits; a .npz holds them as fp32.
+    and config.json. The tensors, those that `stored.keys_of` names, are read back to the same bits; a .npz holds them
+    as fp32.
 
     Both files take the place of those before in one step: `read` finds the old SAE or the new one, meanwhile and after
     a kill at any point. ``config.metadata`` travels in config.json; its customary keys are ``model``, ``site``
     (``model.layers.12.output``, …), ``layer`` and ``average_l0``.
 
     Raises ValueError or TypeError, before anything is touched, for all that `read` would refuse, for an SAE that is not
-    folded or is fp64 (.npz) and for a folder that holds another SAE or a foreign config.json; EnvironmentProblemError
-    when the files cannot be written.
+    folded, or is TopK or fp64 (.npz), and for a folder that holds another SAE or a foreign config.json;
+    EnvironmentProblemError when the files cannot be written.
     """
     path = as_path("path", path)
     check_type("tensors", tensors, dict)
@@ -219,13 +213,16 @@ def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: SAEConfig
     for key, tensor in tensors.items():
         check_type(f"tensors[{key!r}]", tensor, Tensor)
     headers = {str(key): Header(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    problem = _problem_in_headers(DTYPES, None, headers) or _problem_in_values(tensors)
+    check_choice("config.architecture", config.architecture, manifest.ARCHITECTURES)
+    problem = _problem_in_headers(DTYPES, None, keys_of(config), headers) or problem_in_values(tensors)
     if problem:
         raise ValueError(f"sae: {problem}")
     tensors = {_canonical(key): tensor for key, tensor in tensors.items()}
     dtype, (d_sae, d_model) = tensors["W_dec"].dtype, tensors["W_dec"].shape
     config = config._replace(shape=(d_model, d_sae))
     manifest.text(config, dtype, weights, digest="0" * 64)  # refuses the metadata before anything is touched
+    if is_npz and config.architecture == "topk":
+        raise ValueError("sae: expected a JumpReLU SAE for a .npz file, got a TopK one: write a folder")
     if is_npz and not config.is_folded:
         raise ValueError(
             f"sae: expected a folded SAE for a .npz file, got input_scale {config.input_scale:.6g}, pre_encoder_bias"
@@ -302,8 +299,12 @@ def _inside(root: Path, path: PurePosixPath) -> Path:
     if boundary.parent.name == "snapshots":
         boundary = boundary.parent.parent  # the hub's cache links snapshots/COMMIT/FILE to blobs/HASH beside it
     weights = _weights_in(target) if target.is_dir() else target
-    pair = Pair(weights, manifest.path_for(weights))
-    for file in (*pair, *map(pair.in_force, pair)):
+    if weights.name in foreign.FORMATS:
+        files = (weights, foreign.config_for(weights))
+    else:
+        pair = Pair(weights, manifest.path_for(weights))
+        files = (*pair, *map(pair.in_force, pair))
+    for file in files:
         if not file.resolve().is_relative_to(boundary):
             raise BadFileError(f"{shown(file)}: expected a file inside {shown(root)}, found a link out of it")
     return weights
@@ -312,7 +313,12 @@ def _inside(root: Path, path: PurePosixPath) -> Path:
 def _read_from_hub(repo: str, path: PurePosixPath, revision: str | None) -> StoredSAE:
     fetch = functools.partial(hub.fetch, repo, revision)
     where = f"{repo}/{path}"
-    is_file = path.suffix in SUFFIXES or path.name in foreign.LAYOUTS
+    if path.name in foreign.FORMATS:
+        weights, config = fetch(path), fetch(foreign.config_for(path))
+        assert weights is not None  # `hub.fetch` raises where a file that is not optional is missing
+        assert config is not None
+        return _from_repository(_read_foreign(weights, config), repo, path, _commit_of(weights, path) or revision)
+    is_file = path.suffix in SUFFIXES
     name = path if is_file else path / NPZ
     _check_name(name, where)
     config_name = PurePosixPath(manifest.path_for(Path(name)))
@@ -325,14 +331,33 @@ def _read_from_hub(repo: str, path: PurePosixPath, revision: str | None) -> Stor
     weights = fetch(name, optional=not is_file)
     if weights is None:
         name = path / SAFETENSORS
+        weights = fetch(name, optional=True)
+    if weights is None:
+        theirs = _name_of_foreign(fetch, path)
+        if theirs is not None:
+            stored = _read_from_hub(repo, theirs, revision)
+            return _from_repository(stored, repo, path, (stored.config.metadata or {})["revision"])
         weights = fetch(name)
-    assert weights is not None  # `hub.fetch` raises where a file that is not optional is missing
+    assert weights is not None
     with open_file(weights) as file, open_file(config) if config else contextlib.nullcontext() as config_file:
         stated = manifest.read(weights, config_file)
         _check_kind(stated, where, where)
-        tensors, sae_config = _read(weights, file, stated)
-    source = {"repo": repo, "path": str(path), "revision": _commit_of(weights, name) or revision}
-    return StoredSAE(tensors, sae_config._replace(metadata=(sae_config.metadata or {}) | source))
+        stored = _read(weights, file, stated, f"{repo}/{name}")
+    return _from_repository(stored, repo, path, _commit_of(weights, name) or revision)
+
+
+def _name_of_foreign(fetch: Callable[..., Path | None], path: PurePosixPath) -> PurePosixPath | None:
+    """The weights of another project in the folder ``path`` of a repository."""
+    for name in foreign.FORMATS:
+        weights = path / name
+        if fetch(foreign.config_for(weights), optional=True) and fetch(weights, optional=True):
+            return weights
+    return None
+
+
+def _from_repository(stored: StoredSAE, repo: str, path: PurePosixPath, revision: str | None) -> StoredSAE:
+    source = {"repo": repo, "path": str(path), "revision": revision}
+    return stored._replace(config=stored.config._replace(metadata=(stored.config.metadata or {}) | source))
 
 
 def _commit_of(file: Path, name: PurePosixPath) -> str | None:

@@ -1,6 +1,9 @@
 """The sparse autoencoders as torch modules."""
 
 from .jumprelu import JumpReLUSAE
+from .load import load_pretrained_sae, load_sae
 from .protocol import SparseAutoencoder
+from .topk import TopKSAE
+from .transcoder import Transcoder
 
-__all__ = ["JumpReLUSAE", "SparseAutoencoder"]
+__all__ = ["JumpReLUSAE", "SparseAutoencoder", "TopKSAE", "Transcoder", "load_pretrained_sae", "load_sae"]

@@ -11,30 +11,26 @@ from gemmascope.errors import BadFileError
 from tests.formats.test_release import arrays, assert_same_bits, make_sae, refusal, write_gemma_scope_2
 
 TRANSCODER = (
-    "expected an SAE, found the name {!r}: transcoders, whose files look the same, are not read; an SAE is, in"
-    " a folder named 'sae'"
+    "expected an SAE, found the name {!r}: transcoders, whose files look the same, are read by Transcoder.load; an SAE"
+    " is read, in a folder named 'sae'"
 )
 
 
 @pytest.mark.parametrize(
-    ("files", "found"),
+    ("name", "config", "project"),
     [
-        (("cfg.json", "sae_weights.safetensors"), "an SAE of SAELens: open it with sae_lens.SAE.load_from_disk"),
-        (("cfg.json", "sae.safetensors"), "an SAE of sparsify: open it with sparsify.SparseCoder.load_from_disk"),
-        (("config.json", "ae.pt"), "an SAE of dictionary_learning: open it with torch.load("),
+        ("sae_weights.safetensors", "cfg.json", "SAELens"),
+        ("sae.safetensors", "cfg.json", "sparsify"),
+        ("ae.pt", "config.json", "dictionary_learning"),
     ],
 )
-def test_files_of_others(tmp_path, files, found):
-    for name in files:
-        (tmp_path / name).write_text("{}")
-    weights = tmp_path / files[1]
-    assert refusal(tmp_path).startswith(
-        f"{tmp_path}: expected a folder with params.npz or params.safetensors, found {files[1]}, {found}"
-    )
-    expected = "expected a .npz file, a .safetensors file or a folder of one"
-    assert refusal(weights).startswith(f"{weights}: {expected}, found {found}")
-    with pytest.raises(BadFileError, match=r"google/x/a/ae.pt: .* of dictionary_learning"):
-        JumpReLUSAE.from_pretrained("google/x", "a/ae.pt")
+def test_files_of_others_without_their_config(tmp_path, name, config, project):
+    (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / name):
+        assert refusal(path) == (
+            f"{tmp_path}/{name}: expected {config} beside it, found none: the weights alone do not say what {project}"
+            " makes of them"
+        )
 
 
 @pytest.mark.parametrize(
@@ -91,10 +87,13 @@ def test_gemma_scope_2_null_states_nothing(tmp_path, hooks, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"type": "transcoder"}, "type: expected 'sae', found 'transcoder'"),
+        ({"type": "transcoder"}, "type: expected 'sae', found 'transcoder': read it with Transcoder.load"),
         ({"type": "crosscoder"}, "type: expected 'sae', found 'crosscoder'"),
         ({"type": ["sae"]}, "type: expected 'sae', found ['sae']"),
-        ({"type": "transcoder", "hf_hook_point_out": None}, "type: expected 'sae', found 'transcoder'"),
+        (
+            {"type": "transcoder", "hf_hook_point_out": None},
+            "type: expected 'sae', found 'transcoder': read it with Transcoder.load",
+        ),
         ({"hf_hook_point_in": ["a", "b"]}, "hf_hook_point_in: expected str, found list"),
         ({"hf_hook_point_out": 3}, "hf_hook_point_out: expected str, found int"),
     ],

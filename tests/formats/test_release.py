@@ -236,9 +236,12 @@ def test_gemma_scope_2(tmp_path):
         ({"architecture": None}, "architecture: expected 'jump_relu', found None"),
         (
             {"hf_hook_point_out": "model.layers.5.post_feedforward_layernorm.output"},
-            "expected an SAE, which reads and writes one site, found a transcoder",
+            "expected an SAE, which reads and writes one site, found a transcoder, for Transcoder.load",
         ),
-        ({"affine_connection": True}, "expected an SAE, which reads and writes one site, found a transcoder"),
+        (
+            {"affine_connection": True},
+            "expected an SAE, which reads and writes one site, found a transcoder, for Transcoder.load",
+        ),
         ({"hf_hook_point_in": None}, "expected a gemmascope or Gemma Scope 2 config, found another"),
     ],
 )
@@ -310,10 +313,14 @@ def test_npz_must_be_fp32(tmp_path, dtype):
 
 
 def test_missing_and_ambiguous_paths(tmp_path):
-    assert refusal(tmp_path) == f"{tmp_path}: expected a folder with params.npz or params.safetensors, found neither"
+    expected = f"{tmp_path}: expected a folder with params.npz or params.safetensors, found"
+    others = "sae_weights.safetensors (SAELens), sae.safetensors (sparsify), ae.pt (dictionary_learning)"
+    assert refusal(tmp_path) == f"{expected} neither, nor {others}"
     for name in ("params.npz", "params.safetensors"):
         (tmp_path / name).touch()
-    assert refusal(tmp_path) == f"{tmp_path}: expected a folder with params.npz or params.safetensors, found both"
+    assert refusal(tmp_path) == f"{expected} params.npz and params.safetensors"
+    (tmp_path / "params.npz").rename(tmp_path / "ae.pt")
+    assert refusal(tmp_path) == f"{expected} params.safetensors and ae.pt"
     missing = tmp_path / "missing.npz"
     assert refusal(missing) == f"{missing}: expected a file, found none"
     other = tmp_path / "sae.pt"

@@ -1,0 +1,140 @@
+"""`TopKSAE`: an SAE of which a fixed number of latents fires."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..autocast import without_autocast
+from ..checks import check_int, found, is_integer
+from ..formats.manifest import SAEConfig
+from ..kernels import SparseCode
+from .base import BaseSAE
+
+# Pre-activations held at once by `TopKSAE.encode_sparse`: rows beyond it wait.
+MAX_HELD = 1 << 27
+
+
+class TopKSAE(BaseSAE):
+    r"""TopK sparse autoencoder (arXiv 2406.04093), for inference; plain PyTorch may train it.
+
+        z = (x/C − b_dec)·W_enc + b_enc;   f = the k largest of relu(z), the rest 0;   x̂ = C·(f·W_dec + b_dec)
+
+    Of equal z at the border the latents of smaller number fire; a z of at most 0 never does, so that fewer than k may.
+    NaN counts as larger than every number and stays NaN, as does −Inf, so that bad input stays visible.
+
+    Parameters: ``W_enc`` [d_model, d_sae] (stored latent-major, as in `JumpReLUSAE`), ``W_dec`` [d_sae, d_model],
+    ``b_enc`` [d_sae], ``b_dec`` [d_model]. z is fp32 whatever the dtype of the weights, or fp64 with fp64. No kernel
+    selects: all z of a block of tokens are formed, then `torch.topk`; decoding runs on the entries.
+
+    d_model, d_sae: positive ints. k: 1 to d_sae. The others as of `JumpReLUSAE`. Raises ValueError or TypeError on bad
+    values.
+    """
+
+    ARCHITECTURE = "topk"
+    SCALARS: ClassVar[Mapping[str, torch.dtype]] = {**BaseSAE.SCALARS, "k": torch.int64}
+
+    def __init__(
+        self,
+        d_model: int,
+        d_sae: int,
+        k: int,
+        *,
+        pre_encoder_bias: bool = True,
+        input_scale: float = 1.0,
+        impl: str = "auto",
+        metadata: dict[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(
+            d_model,
+            d_sae,
+            pre_encoder_bias=pre_encoder_bias,
+            input_scale=input_scale,
+            impl=impl,
+            metadata=metadata,
+            generator=generator,
+            device=device,
+            dtype=dtype,
+        )
+        check_int("k", k, 1, d_sae)
+        self.k = k
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, {super().extra_repr()}"
+
+    def _scalar_problem(self, name: str, value: Any) -> str | None:
+        if name != "k":
+            return super()._scalar_problem(name, value)
+        if not is_integer(value) or value.shape != ():
+            return f"expected a scalar of integers, got {found(value)}"
+        return None if 1 <= value.item() <= self.d_sae else f"expected 1 to d_sae = {self.d_sae}, got {value.item()}"
+
+    def _preactivations(self, x: Tensor) -> Tensor:
+        """z [N, d_sae] of x [N, d_model] as it comes out of `_encoder_input`, in which −Inf is NaN."""
+        z = kernels.preactivations(x, self.W_enc, self.b_enc, impl=self.impl)
+        return torch.where(z == -torch.inf, torch.nan, z)
+
+    @without_autocast
+    def _encode_densely(self, x: Tensor) -> Tensor:
+        z = self._preactivations(self._encoder_input(x))
+        chosen = torch.zeros_like(z, dtype=torch.bool).scatter(1, top_latents(z.detach(), self.k), True)
+        return torch.where(chosen, torch.relu(z), 0).to(self.W_enc.dtype)
+
+    @without_autocast
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """Active latents of the tokens of x [..., d_model], flattened to N rows: at most k each. Not differentiable."""
+        with torch.no_grad():
+            rows = self._encoder_input(x)
+            blocks = [self._entries(block) for block in rows.split(max(1, MAX_HELD // self.d_sae))]
+            values, latents, counts = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+            offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
+            offsets[1:] = counts.cumsum(0)
+            return SparseCode(values, latents, offsets, self.d_sae)
+
+    def _entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, latents and the number of entries of each of the ``rows``."""
+        z = self._preactivations(rows)
+        latents = top_latents(z, self.k)
+        values = z.gather(1, latents)
+        fires = ~(values <= 0)
+        return values[fires], latents[fires].to(torch.int32), fires.sum(1)
+
+    @torch.no_grad()
+    @without_autocast
+    def fold(self) -> "TopKSAE":
+        """The same function with input_scale 1 and no pre-encoder bias, as a copy: as of `JumpReLUSAE.fold`, since the
+        k largest of C·z are those of z."""
+        return self._folded()
+
+    def _config(self) -> SAEConfig:
+        return super()._config()._replace(k=self.k)
+
+    @classmethod
+    def _of_config(cls, config: SAEConfig, **options: Any) -> "TopKSAE":
+        sae = cls(1, 1, 1, **options)
+        assert config.k is not None  # of a config of this architecture
+        sae.k = config.k
+        return sae
+
+
+def top_latents(z: Tensor, k: int) -> Tensor:
+    """The k largest of each row of z [N, d_sae], ascending by number: [N, k] int64. Of equals those of smaller number
+    come first; NaN counts as +Inf."""
+    order = torch.where(torch.isnan(z), torch.inf, z)
+    if torch.compiler.is_compiling():  # nothing may depend on what the numbers are
+        latents = order.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return latents.sort(dim=1).values
+    top = order.topk(min(k + 1, z.shape[1]), dim=1)
+    latents = top.indices[:, :k]
+    if k < z.shape[1]:
+        # `topk` breaks ties as it likes: at the border of what fires they are broken by the number.
+        tied = (top.values[:, k - 1] == top.values[:, k]) & (top.values[:, k - 1] > 0)
+        if bool(tied.any()):
+            latents = latents.clone()
+            latents[tied] = order[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return latents.sort(dim=1).values

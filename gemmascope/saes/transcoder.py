@@ -1,0 +1,183 @@
+"""`Transcoder`: from the input of an MLP to its output, through sparse latents."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..autocast import affine, without_autocast
+from ..checks import FLOATS, check_device, check_floating, check_type, dtype_name
+from ..formats import export, transcoders
+from ..formats.export import SKIP, TRANSCODER
+from ..formats.manifest import SAEConfig
+from ..formats.stored import KEYS
+from ..kernels import SparseCode, density
+
+
+class Transcoder(nn.Module):
+    r"""JumpReLU transcoder, with or without a skip connection (arXiv 2406.11944, 2501.18823; Gemma Scope 1 and 2).
+
+        z = x·W_enc + b_enc;   f = z·1[z > θ];   ŷ = f·W_dec + b_dec (+ x·W_skipᵀ)
+
+    x is what the MLP reads, ŷ what it adds to the residual stream. ``metadata["site"]`` says where x is taken and
+    ``metadata["site_out"]`` where ŷ belongs. Gemma Scope 1's read the normalised residual without the gain of the
+    norm, Gemma Scope 2's with it: another site (`formats.hook_names`).
+
+    Parameters: ``W_enc`` [d_in, d_sae] (stored latent-major), ``W_dec`` [d_sae, d_out], ``b_enc`` [d_sae], ``b_dec``
+    [d_out], ``threshold`` [d_sae], which stays fp32 (fp64 with fp64 weights), and ``W_skip`` [d_out, d_in] or None.
+    Products are formed in the dtype of the weights, inside torch.autocast too.
+
+    tensors: those parameters, by name, of one float dtype; they become the parameters, without a copy where they lie
+    as above. impl: who computes, see `gemmascope.kernels`. metadata: JSON-able facts. Raises ValueError or TypeError on
+    tensors that are not those of a transcoder.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], *, impl: str = "auto", metadata: dict[str, Any] | None = None):
+        super().__init__()
+        check_type("tensors", tensors, dict)
+        check_type("impl", impl, str)
+        if metadata is not None:
+            check_type("metadata", metadata, dict)
+        problem = export.problem_in(tensors, export.KINDS[TRANSCODER], SAEConfig())
+        if problem:
+            raise ValueError(f"tensors: {problem}")
+        self.impl, self.metadata = impl, dict(metadata or {})
+        self.W_enc = nn.Parameter(tensors["W_enc"].detach().T.contiguous().T)
+        self.b_enc = nn.Parameter(tensors["b_enc"].detach())
+        self.W_dec = nn.Parameter(tensors["W_dec"].detach().contiguous())
+        self.b_dec = nn.Parameter(tensors["b_dec"].detach())
+        threshold = tensors["threshold"].detach()
+        self.threshold = nn.Parameter(threshold.to(torch.promote_types(self.W_dec.dtype, torch.float32)))
+        skip = tensors.get(SKIP)
+        self.W_skip = None if skip is None else nn.Parameter(skip.detach().contiguous())
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[0]
+
+    def extra_repr(self) -> str:
+        skip = "no skip" if self.W_skip is None else "skip"
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, {skip}, impl={self.impl!r}"
+
+    def _apply(self, fn, recurse=True):
+        threshold, grad = self.threshold.detach(), self.threshold.grad
+        grad = None if grad is None else grad.detach()
+        super()._apply(fn, recurse)
+        moved = self.threshold
+        if moved.dtype != torch.float32 and moved.dtype != torch.float64:
+            moved.data = threshold.to(device=moved.device, dtype=torch.float32)
+            if grad is not None:
+                moved.grad = grad.to(device=moved.device, dtype=torch.float32)
+        return self
+
+    def _check_rows(self, name: str, rows: Tensor, width: int) -> None:
+        check_floating(name, rows)
+        if rows.ndim == 0 or rows.shape[-1] != width:
+            raise ValueError(f"{name}: expected shape [..., {width}], got {list(rows.shape)}")
+        if rows.device != self.W_enc.device:
+            raise ValueError(f"{name}: expected device {self.W_enc.device}, got {rows.device}")
+
+    def _goes_densely(self, x: Tensor) -> bool:
+        """Whether every latent of every token is needed: for a gradient, or for a graph whose shapes are known."""
+        if torch.compiler.is_compiling():
+            return True
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters()))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x [..., d_in] as the [N, d_in] that W_enc multiplies."""
+        self._check_rows("x", x, self.d_in)
+        return x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+
+    @without_autocast
+    def _encode_densely(self, x: Tensor) -> Tensor:
+        z = kernels.preactivations(self._rows(x), self.W_enc, self.b_enc, impl=self.impl)
+        return kernels.jumprelu(z, z.new_zeros(self.d_sae), self.threshold, impl=self.impl).f.to(self.W_enc.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense activations [..., d_sae] of x [..., d_in], in the dtype of the weights. Differentiable."""
+        if not isinstance(x, Tensor) or self._goes_densely(x):
+            f = self._encode_densely(x)
+        else:
+            f = self.encode_sparse(x).to_dense().to(self.W_enc.dtype)
+        return f.reshape(*x.shape[:-1], self.d_sae)
+
+    @without_autocast
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """Active latents of the tokens of x [..., d_in], flattened to N rows. Not differentiable."""
+        with torch.no_grad():
+            threshold = self.threshold.clamp(min=0)
+            return kernels.encode(self._rows(x), self.W_enc, self.b_enc, threshold, impl=self.impl)
+
+    def decode(self, f: Tensor | SparseCode, x: Tensor | None = None) -> Tensor:
+        """ŷ [..., d_out] of dense activations [..., d_sae], or [N, d_out] of a `SparseCode`.
+
+        x [..., d_in], the input that f is of, adds what the skip connection carries; without it that is left out.
+        """
+        if isinstance(f, SparseCode):
+            y = self._decode_entries(f)
+        elif not isinstance(f, Tensor):
+            raise TypeError(f"f: expected a torch.Tensor or a SparseCode, got {type(f).__name__}")
+        else:
+            self._check_rows("f", f, self.d_sae)
+            y = affine(f.to(self.W_dec.dtype), self.W_dec, self.b_dec)
+        if x is None or self.W_skip is None:
+            return y
+        rows = self._rows(x)
+        if len(rows) * self.d_out != y.numel():
+            raise ValueError(f"x: expected the input of f, got shape {list(x.shape)}")
+        return y + affine(rows, self.W_skip.T, rows.new_zeros(self.d_out)).reshape(y.shape)
+
+    @without_autocast
+    def _decode_entries(self, code: SparseCode) -> Tensor:
+        return kernels.decode(code, self.W_dec, self.b_dec, impl=self.impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ŷ [..., d_out] of x [..., d_in], in the dtype of x, with the skip connection where there is one.
+
+        Differentiable. Where no gradient is asked for it is made from the active entries alone, unless they are so many
+        that whole matrices are faster (`gemmascope.kernels.density`).
+        """
+        if not isinstance(x, Tensor) or self._goes_densely(x):
+            return self.decode(self.encode(x), x).to(x.dtype)
+        code = self.encode_sparse(x)
+        y = self.decode(code if density.is_sparse(code) else code.to_dense(), x)
+        return y.reshape(*x.shape[:-1], self.d_out).to(x.dtype)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by name, detached, the threshold at least 0, as `formats.export.write` takes them."""
+        found = {key: getattr(self, key).detach() for key in KEYS}
+        found["threshold"] = found["threshold"].clamp(min=0)
+        return found if self.W_skip is None else found | {SKIP: self.W_skip.detach()}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a folder as Gemma Scope 2 has it, ``params.safetensors`` and ``config.json``, which `load` reads to the
+        same bits; of the metadata it holds ``model``, ``site``, ``site_out`` and ``l0``. See `formats.export.write`."""
+        export.write("gemma-scope-2", self.tensors, SAEConfig(metadata=self.metadata, architecture=TRANSCODER), path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Transcoder":
+        """Read a transcoder of Gemma Scope 1 or 2 or of circuit-tracer. See `formats.transcoders.read`.
+
+        device: None is the CPU. dtype: fp32, bf16, fp16 or fp64; None keeps that of the file. Raises BadFileError for
+        what is not exactly one of those files, ValueError or TypeError for bad arguments.
+        """
+        device = check_device("device", "cpu" if device is None else device)
+        if dtype is not None:
+            check_type("dtype", dtype, torch.dtype)
+            if dtype not in FLOATS:
+                raise TypeError(f"dtype: expected {' or '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
+        stored = transcoders.read(path)
+        return cls(stored.tensors, metadata=stored.config.metadata).to(device=device, dtype=dtype)

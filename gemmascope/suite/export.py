@@ -1,0 +1,221 @@
+"""`gemmascope export` and `gemmascope import`: SAEs out to the formats of others, and in from them."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+
+from ..checks import check_choice, check_type
+from ..errors import BadFileError, EnvironmentProblemError
+from ..formats import export, hook_names, transcoders
+from ..formats.export import FORMATS, TRANSCODER
+from ..formats.files import as_path, flush_folder, shown, staging
+from ..formats.manifest import SAEConfig
+from ..formats.release import WIDTH_NAMES
+from ..formats.stored import StoredSAE, keys_of
+from ..reporting.card import Entry, card
+from ..reporting.results import RESULTS, read_results
+from ..saes import JumpReLUSAE, TopKSAE, Transcoder, load_sae
+
+CARD = "README.md"
+# Folders of Gemma Scope 2 by our kinds of sites.
+OF_GEMMA_SCOPE_2 = {"resid": "resid_post", "mlp": "mlp_out", "att": "attn_out"}
+
+
+class Source(NamedTuple):
+    """Where an SAE is. row: its row of the results of a run, if it is of one."""
+
+    path: Path
+    row: Mapping[str, Any] | None = None
+
+
+class Exported(NamedTuple):
+    """What `export_saes` wrote: ``folder``, and an `Entry` for each SAE in it."""
+
+    folder: Path
+    entries: list[Entry]
+
+
+def export_saes(
+    sources: Sequence[str | os.PathLike], format: str, out: str | os.PathLike, *, dtype: torch.dtype | None = None
+) -> Exported:
+    """Write SAEs and transcoders to the new folder ``out`` in a format of `formats.export.FORMATS`, with a README.md.
+
+    sources: each a file or folder of an SAE or a transcoder that is read here, a folder of circuit-tracer (all of its
+    layers), or that of a finished run (all of its SAEs, with their figures). One SAE is written into ``out`` itself,
+    several into a folder each, named by site, layer, width and L0 as far as these are known; transcoders for
+    circuit-tracer into one folder. dtype: the weights are cast to it first. See `formats.export.write` for what the
+    formats hold.
+
+    ``out`` is there whole or not at all. Raises ValueError or TypeError for what the format cannot hold and for an
+    ``out`` that is not new or empty; BadFileError for sources that cannot be read; EnvironmentProblemError when the
+    files cannot be written.
+    """
+    check_choice("format", format, FORMATS)
+    if isinstance(sources, (str, os.PathLike)) or not isinstance(sources, Sequence):
+        raise TypeError(f"sources: expected a list of paths, got {type(sources).__name__}")
+    out = as_path("out", out)
+    runs: list[Mapping[str, Any]] = []
+    found = [source for path in sources for source in _expand(as_path("sources", path), runs)]
+    if not found:
+        raise ValueError("sources: expected at least one SAE, got none")
+    make_way(out)
+    with staging(out) as stage:
+        root = stage / "exported"
+        root.mkdir()
+        entries, model = _write_all(found, format, root, dtype)
+        results = runs[0] if len(runs) == 1 else None
+        if results is not None and isinstance(results["model"].get("name"), str):
+            model = model or results["model"]["name"]
+        (root / CARD).write_text(card(format, entries, model, results), encoding="utf-8")
+        os.rename(root, out)
+        flush_folder(out.parent)
+    return Exported(out, entries)
+
+
+def import_sae(
+    source: str | os.PathLike, out: str | os.PathLike, *, dtype: torch.dtype | None = None
+) -> JumpReLUSAE | TopKSAE | Transcoder:
+    """Read an SAE or a transcoder of any format that is read here and save it to the new folder ``out``; returns it.
+
+    An SAE becomes a folder of ours, a transcoder one of Gemma Scope 2's layout. dtype: None keeps that of the file.
+    Raises as `export_saes`.
+    """
+    source, out = as_path("source", source), as_path("out", out)
+    if out.suffix in (".npz", ".safetensors"):
+        raise ValueError(f"out: expected the name of a folder, got {shown(out)}")
+    if dtype is not None:
+        check_type("dtype", dtype, torch.dtype)
+    sae = load(source)
+    if dtype is not None:
+        sae = sae.to(dtype)
+    make_way(out)
+    sae.save(out)
+    return sae
+
+
+def make_way(out: Path) -> None:
+    """Raise ValueError unless ``out`` is new, or an empty folder, which is removed."""
+    try:
+        if not os.path.lexists(out):
+            return
+        problem = "a file" if not out.is_dir() or out.is_symlink() else "one with files" if any(out.iterdir()) else None
+        if problem is None:
+            out.rmdir()
+    except OSError as error:
+        raise EnvironmentProblemError(f"{shown(out)}: cannot be made: {error.strerror}") from error
+    if problem is not None:
+        raise ValueError(f"out: expected a new or empty folder, got {problem}: {shown(out)}")
+
+
+def load(path: Path) -> JumpReLUSAE | TopKSAE | Transcoder:
+    """The SAE or transcoder at ``path``, whichever its files say it is."""
+    return Transcoder.load(path) if transcoders.is_named_so(path) else load_sae(path)
+
+
+def stored(sae: JumpReLUSAE | TopKSAE | Transcoder) -> StoredSAE:
+    """The tensors of an SAE or transcoder and what goes with them, as `formats.export.write` takes them."""
+    if isinstance(sae, Transcoder):
+        return StoredSAE(sae.tensors, SAEConfig(metadata=sae.metadata, architecture=TRANSCODER))
+    k = sae.k if isinstance(sae, TopKSAE) else None
+    config = SAEConfig(sae.input_scale, sae.pre_encoder_bias, sae.metadata, architecture=sae.ARCHITECTURE, k=k)
+    tensors = {key: getattr(sae, key).detach() for key in keys_of(config)}
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].clamp(min=0)
+    return StoredSAE(tensors, config)
+
+
+# ---- sources
+
+
+def _expand(path: Path, runs: list[Mapping[str, Any]]) -> Iterator[Source]:
+    """The SAEs at ``path``; the results of a run go to ``runs``."""
+    if os.path.lexists(path / RESULTS):
+        results = read_results(path)
+        runs.append(results)
+        for row in results["saes"]:
+            yield Source(_inside(path, row), row)
+    elif layers := transcoders.layer_files(path):
+        yield from map(Source, layers)
+    else:
+        yield Source(path)
+
+
+def _inside(run: Path, row: Mapping[str, Any]) -> Path:
+    """The file of the SAE of a row of results, which must be in the folder of the run."""
+    name, where = row.get("path"), f"{shown(run / RESULTS)}: {row['name']!r:.60}: path"
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise BadFileError(f"{where}: expected that of an SAE, found {name!r:.60}")
+    pure, path = PurePosixPath(name), run / name
+    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(run.resolve()):
+        raise BadFileError(f"{where}: expected a file in the folder of the run, found {name!r:.60}")
+    return path
+
+
+# ---- writing
+
+
+def _write_all(
+    sources: Sequence[Source], format: str, root: Path, dtype: torch.dtype | None
+) -> tuple[list[Entry], str | None]:
+    """Write each into its folder under ``root``, one in memory at a time; and the model that the first names."""
+    entries, models, taken, layers = [], [], set(), {}
+    for source in sources:
+        sae = load(source.path)
+        tensors, config = stored(sae)
+        metadata = config.metadata or {}
+        if format == "circuit-tracer" or len(sources) == 1:
+            folder = ""
+        else:
+            folder = _free(_name_of(format, config, tensors["W_enc"].shape[1], len(entries) + 1), taken)
+        if format == "circuit-tracer":
+            _check_layer(layers, metadata.get("layer"), tensors, source.path)
+        changes = export.write(format, tensors, config, root / folder, dtype=dtype)
+        site = metadata.get("site") if isinstance(metadata.get("site"), str) else None
+        d_in, d_sae = tensors["W_enc"].shape
+        names = (site, hook_names.transformer_lens(site))
+        entries.append(Entry(folder, type(sae).__name__, *names, d_in, d_sae, changes, source.row))
+        models += [metadata["model"]] if isinstance(metadata.get("model"), str) else []
+    if layers and sorted(layers) != list(range(len(layers))):
+        found = ", ".join(map(str, sorted(layers)))
+        raise ValueError(f"sources: expected transcoders of all layers from 0 for circuit-tracer, got {found}")
+    return entries, models[0] if models else None
+
+
+def _check_layer(layers: dict[Any, tuple], layer: Any, tensors: Mapping[str, Any], path: Path) -> None:
+    """Add a layer of a set of circuit-tracer to ``layers``, or raise ValueError for one that does not fit in."""
+    shape = (*tensors["W_enc"].shape, export.SKIP in tensors)
+    if layer in layers:
+        raise ValueError(f"sources: expected one transcoder a layer, got two of layer {layer}: {shown(path)}")
+    if layers and shape != next(iter(layers.values())):
+        raise ValueError(
+            f"sources: expected transcoders of one shape, with or without skip, got another: {shown(path)}"
+        )
+    layers[layer] = shape
+
+
+def _name_of(format: str, config: SAEConfig, d_sae: int, number: int) -> str:
+    """The folder of one of several, by what its metadata says; numbered where they do not say site and layer."""
+    metadata = config.metadata or {}
+    found = hook_names.split(metadata.get("site"))
+    if found is None:
+        return f"sae_{number}"
+    layer, kind = found[0], hook_names.KINDS[found[1]]
+    l0 = metadata.get("average_l0", metadata.get("l0"))
+    rounded = round(l0) if isinstance(l0, (int, float)) else None
+    width = f"width_{WIDTH_NAMES.get(d_sae, d_sae)}"
+    if format == "gemma-scope":
+        return f"{kind}/layer_{layer}/{width}" + ("" if rounded is None else f"/average_l0_{rounded}")
+    kind = OF_GEMMA_SCOPE_2.get(kind, kind) if format == "gemma-scope-2" else kind
+    return f"{kind}/layer_{layer}_{width}" + ("" if rounded is None else f"_l0_{rounded}")
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """``name``, or the first of those numbered after it that is not ``taken``, where it is put."""
+    free, number = name, 2
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    taken.add(free)
+    return free
