@@ -210,7 +210,8 @@ def _best_factor(sae: SparseAutoencoder, x: Tensor, octaves: int) -> tuple[float
         return found if math.isfinite(found) else math.inf
 
     def least(exponents: Iterable[float]) -> tuple[float, float]:
-        return min((fvu(exponent), abs(exponent), exponent) for exponent in exponents)[::2]
+        found, _, exponent = min((fvu(exponent), abs(exponent), exponent) for exponent in exponents)
+        return found, exponent
 
     end = octaves * STEPS_PER_OCTAVE
     _, near = least(step / STEPS_PER_OCTAVE for step in range(-end, end + 1))

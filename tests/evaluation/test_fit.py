@@ -95,6 +95,9 @@ def test_a_factor_is_put_on_the_input_and_taken_off_the_output(by_site, factor):
             self.W_dec, self.d_model, self.d_sae = sae.W_dec, sae.d_model, sae.d_sae
             self.encode, self.decode = sae.encode, sae.decode
 
+        def __call__(self, x):
+            return self.decode(self.encode(x))
+
     expected = measure_fit(fitting(1), by_site[HERE])
     for sae in (fitting(1, factor), Dense(fitting(1, factor))):
         found = measure_fit(sae, by_site[HERE], factor)
@@ -251,7 +254,7 @@ def test_what_values_were_rounded_to(by_site):
 # ---- in words
 
 
-def diagnosed(sae, by_site, stated=HERE, **options) -> Diagnosis:
+def diagnosed(sae, by_site, stated: Site | None = HERE, **options) -> Diagnosis:
     found = survey(sae, by_site, stated, options.get("average_l0"))
     return diagnose(sae, found, by_site[found.site], **options)
 
