@@ -1,7 +1,7 @@
 """Folders as SAELens, sparsify and dictionary_learning write them, by their documented keys, and what they compute.
 
-Weights are small multiples of 1/8 and inputs small integers, so that sums are exact in whatever order: results are
-compared bit by bit.
+Weights are small multiples of 1/8 (b_enc: of 1/512) and inputs small integers, so that sums are exact in any order:
+results are compared bit by bit.
 """
 
 import json
@@ -25,7 +25,8 @@ def common() -> dict[str, Tensor]:
     return {
         "W_enc": exact(D_MODEL, D_SAE, seed=1),
         "W_dec": exact(D_SAE, D_MODEL, seed=2),
-        "b_enc": exact(D_SAE, seed=3),
+        # Each latent with a fraction of its own: no two z are equal, whose order `torch.topk` does not promise.
+        "b_enc": exact(D_SAE, seed=3) + torch.arange(D_SAE) / 512,
         "b_dec": exact(D_MODEL, seed=4),
     }
 

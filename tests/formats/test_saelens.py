@@ -186,7 +186,7 @@ def test_a_latent_that_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("key", ["scaling_factor", "finetuning_scaling_factor"])
 def test_finetuning_factor(tmp_path, key):
-    factor = 2.0 ** torch.arange(-3, D_SAE - 3)
+    factor = 2.0 ** (torch.arange(D_SAE) % 3 - 1)
     sae = load_sae(written(tmp_path, "standard", {key: factor}, finetuning_scaling_factor=True))
     case = saelens("standard")
     assert sae.metadata["converted_from"]["folded"] == ["finetuning_scaling_factor"]
