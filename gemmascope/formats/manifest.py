@@ -77,8 +77,8 @@ def text(config: SAEConfig, dtype: torch.dtype, weights: Path, digest: str) -> s
     d_model, d_sae = config.shape
     is_topk = config.architecture == "topk"
     if is_topk:
-        check_type("sae.k", config.k, int)
-        assert config.k is not None
+        if config.k is None:
+            raise TypeError("sae.k: expected an int, got NoneType")
         check_int("sae.k", config.k, 1, d_sae)
     elif config.k is not None:
         raise ValueError(f"sae.k: expected None of a JumpReLU SAE, got {config.k!r}")

@@ -5,11 +5,14 @@ import os
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from gemmascope import JumpReLUSAE
+from gemmascope import JumpReLUSAE, load_pretrained_sae, load_sae
 from gemmascope.errors import BadFileError, EnvironmentProblemError
-from tests.formats.test_release import METADATA, assert_same_bits, make_sae, write_gemma_scope_2
+from tests.formats import others
+from tests.formats.test_release import METADATA, arrays, assert_same_bits, make_sae, write_gemma_scope_2
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub is an extra")
 from huggingface_hub import errors  # noqa: E402
@@ -128,6 +131,41 @@ def test_transcoders_are_refused_before_they_are_fetched(hub):
     assert {name for _, name, _ in hub.calls} == {f"{FOLDER}/config.json"}
     make_sae().save(hub.snapshot / FOLDER / "params.npz")
     assert_same_bits(JumpReLUSAE.from_pretrained(repo, FOLDER), make_sae())
+
+
+@pytest.mark.parametrize(
+    ("write", "case", "weights", "config"),
+    [
+        (others.write_saelens, others.saelens("jumprelu"), "sae_weights.safetensors", "cfg.json"),
+        (others.write_sparsify, others.sparsify(), "sae.safetensors", "cfg.json"),
+        (others.write_dictionary_learning, others.dictionary("GatedAutoEncoder"), "ae.pt", "config.json"),
+    ],
+)
+def test_files_of_others_from_the_hub(hub, write, case, weights, config):
+    local = load_sae(write(hub.snapshot / "blocks.3", case.tensors, case.config))
+    for path in ("blocks.3", f"blocks.3/{weights}"):
+        sae = load_pretrained_sae("someone/saes", path, revision="v1")
+        assert type(sae) is type(local)
+        assert sae.metadata == local.metadata | {"repo": "someone/saes", "path": path, "revision": COMMIT}
+        for a, b in zip(sae.parameters(), local.parameters(), strict=True):
+            assert torch.equal(a, b)
+    (hub.snapshot / "blocks.3" / config).unlink()
+    with pytest.raises(BadFileError, match=f"/{config}: expected a file of that name in the repository, found none"):
+        load_pretrained_sae("someone/saes", f"blocks.3/{weights}")
+    with pytest.raises(BadFileError, match=r"/blocks.3/params.safetensors: expected a file of that name"):
+        load_pretrained_sae("someone/saes", "blocks.3")
+
+
+EMBEDDING = "embedding/width_4k/average_l0_6"
+
+
+def test_embedding_saes_from_the_hub(hub):
+    (hub.snapshot / EMBEDDING).mkdir(parents=True)
+    np.savez(hub.snapshot / EMBEDDING / "params.npz", **arrays())
+    for path in (EMBEDDING, EMBEDDING + "/params.npz"):
+        sae = JumpReLUSAE.from_pretrained(REPO, path)
+        assert np.array_equal(sae.W_enc.detach().numpy(), arrays()["W_enc"] / 2)
+        assert sae.metadata == {"embedding_scale": 2.0, "repo": REPO, "path": path, "revision": COMMIT}
 
 
 def test_paths_of_pathlib(hub):

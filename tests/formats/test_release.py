@@ -220,6 +220,49 @@ def test_foreign_config_beside_a_npz_is_left_alone(tmp_path):
     assert JumpReLUSAE.load(tmp_path).metadata == {}
 
 
+EMBEDDING = "embedding/width_4k/average_l0_6"
+
+
+def test_embedding_saes_are_rescaled(tmp_path):
+    """W_enc/√d_model and W_dec·√d_model, with d_model = 4."""
+    folder = tmp_path / EMBEDDING
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **arrays())
+    for place in (folder, folder / "params.npz"):
+        sae = JumpReLUSAE.load(place)
+        assert np.array_equal(sae.W_enc.detach().numpy(), arrays()["W_enc"] / 2)
+        assert np.array_equal(sae.W_dec.detach().numpy(), arrays()["W_dec"] * 2)
+        for key in ("b_enc", "b_dec", "threshold"):
+            assert np.array_equal(getattr(sae, key).detach().numpy(), arrays()[key])
+        assert sae.metadata == {"embedding_scale": 2.0}
+
+
+def test_embedding_saes_are_rescaled_once(tmp_path):
+    """What was saved in a folder of that name is ours, whose config says what it is."""
+    (tmp_path / EMBEDDING).mkdir(parents=True)
+    np.savez(tmp_path / EMBEDDING / "params.npz", **arrays())
+    sae = JumpReLUSAE.load(tmp_path / EMBEDDING)
+    again = tmp_path / "again" / EMBEDDING / "params.npz"
+    sae.save(again)
+    assert_same_bits(JumpReLUSAE.load(again), sae)
+    assert JumpReLUSAE.load(again).metadata == {"embedding_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embedding/layer_3/width_16k/average_l0_71/params.npz", "embedding/params.npz",
+        "my_embedding/width_4k/average_l0_6/params.npz", "embedding/width_4k/average_l0_6/a.npz",
+    ],
+)  # fmt: skip
+def test_folders_that_only_look_like_embeddings(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True)
+    np.savez(tmp_path / name, **arrays())
+    sae = JumpReLUSAE.load(tmp_path / name)
+    assert np.array_equal(sae.W_enc.detach().numpy(), arrays()["W_enc"])
+    assert sae.metadata == {}
+
+
 def test_gemma_scope_2(tmp_path):
     sae = JumpReLUSAE.load(write_gemma_scope_2(tmp_path / "sae"))
     assert sae.is_folded
