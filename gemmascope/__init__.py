@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .activations import harvest
     from .evaluation import evaluate_sae, evaluate_splice
     from .kernels import SparseCode
-    from .saes import JumpReLUSAE
+    from .saes import JumpReLUSAE, accelerate, decelerate
     from .sites import Capture, Site, attach
     from .training import Loss, SAETrainer, TrainConfig, sparse_loss, train
 
@@ -21,7 +21,9 @@ __all__ = [
     "Site",
     "SparseCode",
     "TrainConfig",
+    "accelerate",
     "attach",
+    "decelerate",
     "evaluate_sae",
     "evaluate_splice",
     "harvest",
@@ -35,7 +37,7 @@ if not TYPE_CHECKING:
         "activations": ("harvest",),
         "evaluation": ("evaluate_sae", "evaluate_splice"),
         "kernels": ("SparseCode",),
-        "saes": ("JumpReLUSAE",),
+        "saes": ("JumpReLUSAE", "accelerate", "decelerate"),
         "sites": ("Capture", "Site", "attach"),
         "training": ("Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),
     }
