@@ -57,13 +57,18 @@ def _accelerated_class(theirs: type) -> type:
         "_theirs": theirs,
         "_known": _known_class(theirs),
     }
-    made = type(theirs)(f"Accelerated{theirs.__name__}", (ours, theirs), content)
+    # Theirs comes first among the bases, so that objects of both classes are laid out alike and may change from one to
+    # the other; in the order in which methods are looked up, ours does.
+    before = [base for base in ours.__mro__ if base is not object]
+    kind = type(theirs)
+    meta = type(kind.__name__, (kind,), {"mro": lambda made: [made, *before, *theirs.__mro__]})
+    made = meta(f"Accelerated{theirs.__name__}", (theirs, ours), content)
     return made
 
 
 def _made_anew(theirs: type) -> Any:
     """For copies and pickles: an accelerated module without its contents."""
-    kind = _accelerated_class(theirs)
+    kind: Any = _accelerated_class(theirs)
     return kind.__new__(kind)
 
 

@@ -86,8 +86,8 @@ class SingleLayerTranscoder(Accelerated):
         tokens, latents, values = code.token_indices(), code.indices.long(), code.values.to(W_enc.dtype)
         keep = ~silent[tokens]
         tokens, latents, values = tokens[keep], latents[keep], values[keep]
-        size = (code.n_tokens, code.d_sae)
-        sparse = torch.sparse_coo_tensor(torch.stack([tokens, latents]), values, size, is_coalesced=True)
+        places, size = torch.stack([tokens, latents]), (code.n_tokens, code.d_sae)
+        sparse = torch.sparse_coo_tensor(places, values, size, is_coalesced=True, check_invariants=False)
         return sparse, W_enc[latents]
 
 

@@ -45,8 +45,7 @@ def assert_same_function(make: Callable[[], nn.Module], x: Tensor, *, impl: str 
     assert isinstance(ours, kind)
     # Each code is decoded at once: some normalise, and remember the norm of what they encoded last.
     (f, again), (plain_f, plain), (exact_f, goal) = (
-        (code := one.encode(given), one.decode(code))
-        for one, given in ((ours, x), (theirs, x), (exact, x.double()))
+        (code := one.encode(given), one.decode(code)) for one, given in ((ours, x), (theirs, x), (exact, x.double()))
     )
     x_hat = ours(x)
     assert_within_budget("encode", f, exact_f, plain_f)

@@ -4,6 +4,7 @@ Written for the tests: dense PyTorch, as plain as can be. Each class says that i
 which `accelerate` knows it. tests/interop/ has the same tests with the packages themselves.
 """
 
+from abc import ABC, abstractmethod
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -43,7 +44,13 @@ HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_
 class SAE(nn.Module):
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, **options):
         super().__init__()
-        settings = {"apply_b_dec_to_input": True, "normalize": False, "hook_z": None, "k": 0, "rescale": False} | options
+        settings = {
+            "apply_b_dec_to_input": True,
+            "normalize": False,
+            "hook_z": None,
+            "k": 0,
+            "rescale": False,
+        } | options
         self.cfg = SimpleNamespace(**settings, rescale_acts_by_decoder_norm=settings["rescale"])
         self.W_enc, self.W_dec = drawn(d_in, d_sae, scale=d_in**-0.5), drawn(d_sae, d_out or d_in, scale=0.1)
         self.b_enc, self.b_dec = drawn(d_sae, scale=0.1), drawn(d_out or d_in, scale=0.1)
@@ -216,7 +223,15 @@ class HookedSAETransformer(nn.Module):
 
 
 @of("dictionary_learning.dictionary")
-class AutoEncoder(nn.Module):
+class Dictionary(ABC, nn.Module):
+    """An ABC first, as there: objects of its classes are laid out otherwise than those of nn.Module."""
+
+    @abstractmethod
+    def encode(self, x: Tensor): ...
+
+
+@of("dictionary_learning.dictionary")
+class AutoEncoder(Dictionary):
     def __init__(self, activation_dim: int, dict_size: int):
         super().__init__()
         self.encoder, self.decoder = (
@@ -273,7 +288,7 @@ class GatedAutoEncoder(AutoEncoder):
 
 
 @of("dictionary_learning.dictionary")
-class Matrices(nn.Module):
+class Matrices(Dictionary):
     """W_enc, W_dec and the biases, as some of its dictionaries hold them."""
 
     def __init__(self, activation_dim: int, dict_size: int):
@@ -430,7 +445,10 @@ SignedTopK.__name__ = "TopK"  # as it is called there
 class SingleLayerTranscoder(nn.Module):
     def __init__(self, d_model: int, d_transcoder: int, activation, skip: bool = False):
         super().__init__()
-        self.W_enc, self.W_dec = drawn(d_transcoder, d_model, scale=d_model**-0.5), drawn(d_transcoder, d_model, scale=0.1)
+        self.W_enc, self.W_dec = (
+            drawn(d_transcoder, d_model, scale=d_model**-0.5),
+            drawn(d_transcoder, d_model, scale=0.1),
+        )
         self.b_enc, self.b_dec = drawn(d_transcoder, scale=0.1), drawn(d_model, scale=0.1)
         self.W_skip = drawn(d_model, d_model, scale=0.1) if skip else None
         self.activation_function = activation

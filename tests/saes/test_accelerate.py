@@ -1,5 +1,6 @@
 """`accelerate`: the SAEs of other packages compute the same as before, in the budget of their own fp32."""
 
+import copy
 import sys
 from functools import partial
 from types import ModuleType
@@ -112,12 +113,12 @@ def test_thresholds_below_zero_let_nothing_negative_through():
 
 
 def test_circuit_tracer_keeps_what_is_negative():
-    f, _ = assert_same_function(lambda: s.SingleLayerTranscoder(D, F, s.JumpReLU(torch.full((F,), -0.5))), normal(33, D))
-    assert (f < 0).any()
-    f, _ = assert_same_function(lambda: s.SingleLayerTranscoder(D, F, s.SignedTopK(F - 3)), normal(33, D))
-    assert (f < 0).any()
-    one = lambda: s.SingleLayerTranscoder(D, F, s.JumpReLU(torch.tensor(1.5)))  # noqa: E731
-    assert_same_function(one, normal(33, D))
+    def make(activation):
+        return s.SingleLayerTranscoder(D, F, copy.deepcopy(activation))
+
+    for activation in (s.JumpReLU(torch.full((F,), -0.5)), s.SignedTopK(F - 3), s.JumpReLU(torch.tensor(-0.5))):
+        f, _ = assert_same_function(partial(make, activation), normal(33, D))
+        assert (f < 0).any()
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -437,7 +437,7 @@ def test_a_class_changed_since_is_not_given_back(pair):
 
 
 def test_impl(pair):
-    with pytest.raises(ValueError, match="impl: expected one of 'auto', .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"impl: expected one of 'auto', .*, got 'fast'"):
         accelerate(pair[0], impl="fast")
     assert type(pair[0]) is s.JumpReLUSAE
 
