@@ -112,7 +112,7 @@ def _check_tensors(module: Any, ours: type[Accelerated]) -> None:
             raise TypeError(f"{path}: expected dtype {next(iter(dtypes.values()))}, got {dtype}")
 
 
-def _saes_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _saes_in(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of each SAE of these packages in ``model``, itself included, each once."""
     seen = set()
     for name, module in model.named_modules():
@@ -165,15 +165,13 @@ def accelerate(module: M, *, impl: str = "auto") -> M:
         if problem:
             raise ValueError(f"{path or 'module'}: {problem}")
     for _, sae in found:
-        before = sae._accelerated.strides if isinstance(sae, Accelerated) else None
-        if before is None:
-            ours = _taken_by(type(sae))
-            paths = [path for path, _ in weights(ours)] if ours else []
-            before = {
-                path: tensor.stride() for path in paths if isinstance(tensor := attribute(sae, path), nn.Parameter)
-            }
+        if isinstance(sae, Accelerated):
+            layout = sae._accelerated.layout
+        else:
             sae.__class__ = _accelerated_class(type(sae))
-        sae.__dict__["_accelerated"] = State(impl, before)
+            held = {path: attribute(sae, path) for path, _ in weights(type(sae))}
+            layout = {path: (w.shape, w.stride()) for path, w in held.items() if isinstance(w, nn.Parameter)}
+        sae.__dict__["_accelerated"] = State(impl, layout)
         foreign.lay_out(sae)
     return module
 
@@ -192,8 +190,8 @@ def decelerate(module: M) -> M:
         if "_theirs" not in vars(type(sae)):
             raise ValueError(f"{path or 'module'}: expected the class that accelerate made, got {type(sae).__name__}")
     for _, sae in found:
-        strides = sae._accelerated.strides
+        layout = sae._accelerated.layout
         sae.__class__ = type(sae)._theirs
         del sae.__dict__["_accelerated"]
-        foreign.lay_back(sae, strides)
+        foreign.lay_back(sae, layout)
     return module

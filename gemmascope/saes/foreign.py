@@ -24,10 +24,10 @@ else:
 
 
 class State(NamedTuple):
-    """What an accelerated module remembers: who computes, and the strides that its weights had."""
+    """What an accelerated module remembers: who computes, and the shapes and strides that its weights had."""
 
     impl: str
-    strides: Mapping[str, tuple[int, ...]]
+    layout: Mapping[str, tuple[torch.Size, tuple[int, ...]]]
 
 
 class Accelerated(Base):
@@ -129,11 +129,11 @@ def lay_out(module: Any) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def lay_back(module: Any, strides: Mapping[str, tuple[int, ...]]) -> None:
-    """Every weight with the strides that it had."""
-    for path, stride in strides.items():
+def lay_back(module: Any, layout: Mapping[str, tuple[torch.Size, tuple[int, ...]]]) -> None:
+    """Every weight with the strides that it had, but for one of another shape, which came since."""
+    for path, (shape, stride) in layout.items():
         weight = attribute(module, path)
-        if weight.stride() != stride and not _shares_memory(module, weight):
+        if weight.shape == shape and weight.stride() != stride and not _shares_memory(module, weight):
             before = torch.empty_strided(weight.shape, stride, dtype=weight.dtype, device=weight.device)
             weight.data = before.copy_(weight)
 

@@ -201,6 +201,17 @@ def test_what_is_not_a_number_stays_visible():
             assert ours(x)[2].isnan().all()
 
 
+def test_infinite_inputs():
+    theirs, ours, x = made(partial(s.JumpReLUSAE, D, F)), accelerate(made(partial(s.JumpReLUSAE, D, F))), normal(3, D)
+    x[1, 2] = torch.inf
+    with torch.no_grad():
+        f, z = ours.encode(x), theirs.pre(x)
+        assert torch.equal(f.isnan(), z == -torch.inf)
+        assert torch.equal(f == torch.inf, z == torch.inf)
+        assert f[1].isnan().any()
+        assert_bitwise_equal("others", f[0] != 0, theirs.encode(x)[0] != 0)
+
+
 def test_inference_mode():
     sae, x = accelerate(made(partial(s.JumpReLUSAE, D, F))), normal(5, D)
     sae.W_enc = torch.nn.Parameter(sae.W_enc.detach().clone().contiguous())

@@ -239,6 +239,14 @@ def test_weights_that_share_memory_stay_together():
     assert_bitwise_equal("tied", ours.W_dec, ours.W_enc.T)
 
 
+def test_a_weight_of_another_shape_is_not_laid_back(pair):
+    theirs, ours = pair
+    for sae in pair:
+        sae.W_enc = nn.Parameter(torch.cat([sae.W_enc, sae.W_enc], 1).contiguous())
+    decelerate(ours)
+    assert_bitwise_equal("W_enc", ours.W_enc, theirs.W_enc)
+
+
 # ---- saving, copying
 
 
