@@ -1,4 +1,4 @@
-"""python -m bench run --suite step|kernels|inference|cpu, report, compare, quality."""
+"""python -m bench run --suite step|kernels|inference|cpu|accelerate, report, compare, quality."""
 
 import argparse
 import json

@@ -3,7 +3,7 @@
 import importlib
 from dataclasses import dataclass, replace
 
-from bench.contenders import INFERENCE, OPERATORS, TRAINING, Contender, UnavailableError
+from bench.contenders import INFERENCE, INFERENCE_WITHOUT_MODULE, OPERATORS, TRAINING, Contender, UnavailableError
 
 SKEW = 0.7  # decades by which firing frequencies differ, see `bench.timing.inputs`
 
@@ -23,6 +23,12 @@ CONTENDERS: dict[str, tuple[str, str, dict]] = {
     "saelens_compiled": ("bench.peers.saelens", "SAELens", {"compiled": True}),
     "dictionary_learning": ("bench.peers.dictionary_learning", "DictionaryLearning", {}),
     "sparsify": ("bench.peers.sparsify", "Sparsify", {}),
+    "saelens_called": ("bench.accelerate", "SAELensCalled", {}),
+    "saelens_accelerated": ("bench.accelerate", "SAELensCalled", {"accelerated": True}),
+    "dictionary_learning_called": ("bench.accelerate", "DictionaryLearningCalled", {}),
+    "dictionary_learning_accelerated": ("bench.accelerate", "DictionaryLearningCalled", {"accelerated": True}),
+    "sparsify_called": ("bench.accelerate", "SparsifyCalled", {}),
+    "sparsify_accelerated": ("bench.accelerate", "SparsifyCalled", {"accelerated": True}),
 }
 
 
@@ -116,6 +122,11 @@ class Case:
 PEERS = ("dense", "dense_compiled", "saelens", "saelens_autocast", "dictionary_learning", "sparsify")
 CPU_PEERS = ("dense", "dense_compiled", "saelens", "dictionary_learning", "sparsify")
 DECODERS = ("embedding_bag", "torch_sparse")
+ACCELERATED = tuple(
+    f"{package}_{how}"
+    for package in ("saelens", "dictionary_learning", "sparsify")
+    for how in ("called", "accelerated")
+)
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,10 @@ SUITES = {
             (TRAINING, ("ours_cpu", "ours_pytorch", *CPU_PEERS)),
             (INFERENCE, ("ours_cpu", "ours_pytorch", "products", *CPU_PEERS, *DECODERS)),
         ),
+    ),
+    "accelerate": Suite(
+        "cpu", "fp32", 4, ("gemma-2-2b 16k", "gemma-2-2b 65k"), (1, 64, 4096), (64,),
+        ((INFERENCE_WITHOUT_MODULE, ACCELERATED),),
     ),
 }  # fmt: skip
 

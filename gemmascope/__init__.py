@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .activations import harvest
     from .evaluation import evaluate_sae, evaluate_splice
     from .kernels import SparseCode
-    from .saes import JumpReLUSAE, TopKSAE, Transcoder, load_pretrained_sae, load_sae
+    from .saes import JumpReLUSAE, TopKSAE, Transcoder, accelerate, decelerate, load_pretrained_sae, load_sae
     from .sites import Capture, Site, attach
     from .training import Loss, SAETrainer, TrainConfig, sparse_loss, train
 
@@ -23,7 +23,9 @@ __all__ = [
     "TopKSAE",
     "TrainConfig",
     "Transcoder",
+    "accelerate",
     "attach",
+    "decelerate",
     "evaluate_sae",
     "evaluate_splice",
     "harvest",
@@ -39,7 +41,10 @@ if not TYPE_CHECKING:
         "activations": ("harvest",),
         "evaluation": ("evaluate_sae", "evaluate_splice"),
         "kernels": ("SparseCode",),
-        "saes": ("JumpReLUSAE", "TopKSAE", "Transcoder", "load_pretrained_sae", "load_sae"),
+        "saes": (
+            *("JumpReLUSAE", "TopKSAE", "Transcoder", "accelerate", "decelerate"),
+            *("load_pretrained_sae", "load_sae"),
+        ),
         "sites": ("Capture", "Site", "attach"),
         "training": ("Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),
     }

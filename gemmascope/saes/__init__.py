@@ -1,9 +1,19 @@
 """The sparse autoencoders as torch modules."""
 
+from .accelerate import accelerate, decelerate
 from .jumprelu import JumpReLUSAE
 from .load import load_pretrained_sae, load_sae
 from .protocol import SparseAutoencoder
 from .topk import TopKSAE
 from .transcoder import Transcoder
 
-__all__ = ["JumpReLUSAE", "SparseAutoencoder", "TopKSAE", "Transcoder", "load_pretrained_sae", "load_sae"]
+__all__ = [
+    "JumpReLUSAE",
+    "SparseAutoencoder",
+    "TopKSAE",
+    "Transcoder",
+    "accelerate",
+    "decelerate",
+    "load_pretrained_sae",
+    "load_sae",
+]

@@ -141,7 +141,7 @@ def test_the_check_goes_on_after_a_package_that_fails(monkeypatch, capsys):
     monkeypatch.setattr("bench.contenders.Contender.check_available", missing)
     assert peers.check_packages() == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 11
     assert all(line.endswith("cannot be used: not here") for line in lines)
 
 
