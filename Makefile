@@ -50,11 +50,11 @@ test-gpu:
 	@$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
 
 test-triton36: $(VENV_TRITON36)/.installed
-	$(call PYTEST,$(VENV_TRITON36)) -m "not gpu" $(KERNEL_TESTS) $(ARGS)
+	$(call PYTEST,$(VENV_TRITON36)) -m "not gpu and not slow" $(KERNEL_TESTS) $(ARGS)
 
 # The oldest torch there is support for, with the Triton of its time: those of many a GPU machine.
 test-torch211: $(VENV_TORCH211)/.installed
-	$(call PYTEST,$(VENV_TORCH211)) -m "not gpu" $(KERNEL_TESTS) tests/training tests/saes $(ARGS)
+	$(call PYTEST,$(VENV_TORCH211)) -m "not gpu and not slow" $(KERNEL_TESTS) tests/training tests/saes $(ARGS)
 
 # Without a look for newer versions of itself: nothing is asked of a network.
 PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright

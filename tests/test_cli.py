@@ -115,7 +115,7 @@ def test_info_names_versions_devices_and_every_choice(capsys):
     shown = capsys.readouterr().out
     for package in ("python", "torch", "triton", "transformers", "numpy", "safetensors"):
         assert any(line.startswith(package) for line in shown.splitlines())
-    assert torch.__version__ in shown
+    assert torch.__version__.partition("+")[0] in shown  # a build of CUDA says so in the one place and not in the other
     assert "GiB" in shown
     rows = [line.split() for line in shown.partition("impl='auto'")[2].splitlines() if line.startswith(("cpu", "cuda"))]
     chosen = {(row[0], row[1]): row[2] for row in rows}

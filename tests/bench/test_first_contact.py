@@ -1,5 +1,6 @@
 """The first ten minutes on a GPU, rehearsed without one: the script goes through, its verdict reads what it left."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -99,7 +100,10 @@ def test_rehearsal(tmp_path):
     table = [line.split("\t") for line in (out / "sections.tsv").read_text(encoding="utf-8").splitlines()]
     texts = {name: (out / f"{name}.txt").read_text(encoding="utf-8") for name in chosen}
     assert [name for name, *_ in table] == list(chosen), done.stderr
-    assert {name: status for name, status, _ in table if status != "0"}.keys() <= {"counters"}, texts
+    missing = {"counters"}
+    if importlib.metadata.version("triton").startswith("3.6."):  # whose interpreter needs a numpy before 2.4 for loops
+        missing |= {"wide1m"} if "only 0-dimensional arrays" in texts["wide1m"] else set()
+    assert {name: status for name, status, _ in table if status != "0"}.keys() <= missing, texts
     assert "passed" in texts["units"]
     assert first_contact.last_json(texts["machine"])["pytest"] == pytest.__version__
     names = set(first_contact.last_json(texts["variants"]))

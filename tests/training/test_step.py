@@ -174,9 +174,18 @@ def test_fifty_steps_equal_plain_adam_in_fp64(route, loss, log_threshold):
         assert error < 1e-9, f"{name}: {error:.2g}"
 
 
-@pytest.mark.parametrize("log_threshold", [False, True], ids=["raw", "log"])
-@pytest.mark.parametrize("route", ["sparse", "dense"])
-@pytest.mark.parametrize("impl", IMPLS)
+def _steps_of(impl, route, log_threshold):
+    """Fifty take Triton's interpreter half a minute: two runs, which have both routes and both rules between them."""
+    slow = impl.id == "triton" and (route == "sparse") != log_threshold
+    rule_name = "log" if log_threshold else "raw"
+    marks = [*impl.marks, *[pytest.mark.slow] * slow]
+    return pytest.param(*impl.values, route, log_threshold, id=f"{impl.id}-{route}-{rule_name}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("impl", "route", "log_threshold"),
+    [_steps_of(impl, route, log) for impl in IMPLS for route in ("sparse", "dense") for log in (False, True)],
+)
 def test_fifty_steps_in_fp32(impl, route, log_threshold):
     sizes, arguments = SIZES[impl], (LOSSES["l0"], rule(log_threshold))
     state = start(impl)
