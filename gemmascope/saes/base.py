@@ -3,26 +3,25 @@
 import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..autocast import affine, without_autocast
-from ..checks import FLOATS, check_device, check_floating, check_int, check_number, check_type, dtype_name
+from ..checks import FLOATS, check_device, check_int, check_number, check_type, dtype_name
 from ..errors import BadFileError
 from ..formats import release
 from ..formats.files import shown
 from ..formats.manifest import SAEConfig
 from ..formats.stored import StoredSAE, keys_of
 from ..kernels import SparseCode, density
+from .codec import Codec
 
 NAMES = {"jump_relu": "a JumpReLU SAE", "topk": "a TopK SAE"}
 
 
-class BaseSAE(nn.Module):
+class BaseSAE(Codec):
     """One encoder, one decoder, an input scale C and a pre-encoder bias.
 
         z = (x/C − b_dec)·W_enc + b_enc;   x̂ = C·(f·W_dec + b_dec)
@@ -31,7 +30,6 @@ class BaseSAE(nn.Module):
     that f depends on.
     """
 
-    PARAMETERS: ClassVar[Sequence[str]] = ("W_enc", "b_enc", "W_dec", "b_dec")
     # What a state dict holds beside the parameters: attributes of the same names, and their dtypes there.
     SCALARS: ClassVar[Mapping[str, torch.dtype]] = {"input_scale": torch.float64, "pre_encoder_bias": torch.bool}
     ARCHITECTURE: ClassVar[str]
@@ -85,10 +83,6 @@ class BaseSAE(nn.Module):
         return self.W_dec.shape[1]
 
     @property
-    def d_sae(self) -> int:
-        return self.W_dec.shape[0]
-
-    @property
     def is_folded(self) -> bool:
         return self.input_scale == 1.0 and not self.pre_encoder_bias
 
@@ -140,13 +134,6 @@ class BaseSAE(nn.Module):
         scale = value.item()
         return None if math.isfinite(scale) and scale > 0 else f"expected a finite number > 0, got {scale}"
 
-    def _check_rows(self, name: str, rows: Tensor, width: int) -> None:
-        check_floating(name, rows)
-        if rows.ndim == 0 or rows.shape[-1] != width:
-            raise ValueError(f"{name}: expected shape [..., {width}], got {list(rows.shape)}")
-        if rows.device != self.W_enc.device:
-            raise ValueError(f"{name}: expected device {self.W_enc.device}, got {rows.device}")
-
     def _encoder_input(self, x: Tensor) -> Tensor:
         """x [..., d_model] as the [N, d_model] that W_enc multiplies."""
         self._check_rows("x", x, self.d_model)
@@ -155,46 +142,9 @@ class BaseSAE(nn.Module):
             x = x / self.input_scale
         return x - self.b_dec if self.pre_encoder_bias else x
 
-    def _goes_densely(self, x: Tensor) -> bool:
-        """Whether every latent of every token is needed: for a gradient, or for a graph whose shapes are known."""
-        if torch.compiler.is_compiling():
-            return True
-        tensors = (x, *(getattr(self, name) for name in self.PARAMETERS))
-        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Dense activations [..., d_sae] of x [..., d_model], in the dtype of the weights.
-
-        Differentiable; where no gradient is asked for, filled from the entries of `encode_sparse`. Either way the same
-        latents fire.
-        """
-        if not isinstance(x, Tensor) or self._goes_densely(x):
-            f = self._encode_densely(x)
-        else:
-            f = self.encode_sparse(x).to_dense().to(self.W_enc.dtype)
-        return f.reshape(*x.shape[:-1], self.d_sae)
-
-    def _encode_densely(self, x: Tensor) -> Tensor:
-        """f [N, d_sae] of x [..., d_model] in the dtype of the weights, differentiable."""
-        raise NotImplementedError
-
-    def encode_sparse(self, x: Tensor) -> SparseCode:
-        """Active latents of the tokens of x [..., d_model], flattened to N rows. Not differentiable."""
-        raise NotImplementedError
-
-    @without_autocast
-    def _decode_entries(self, code: SparseCode) -> Tensor:
-        return kernels.decode(code, self.W_dec, self.b_dec, impl=self.impl)
-
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x̂ [..., d_model] of dense activations [..., d_sae], or [N, d_model] of a `SparseCode`."""
-        if isinstance(f, SparseCode):
-            x_hat = self._decode_entries(f)
-        elif not isinstance(f, Tensor):
-            raise TypeError(f"f: expected a torch.Tensor or a SparseCode, got {type(f).__name__}")
-        else:
-            self._check_rows("f", f, self.d_sae)
-            x_hat = affine(f.to(self.W_dec.dtype), self.W_dec, self.b_dec)
+        x_hat = self._decoded(f)
         return x_hat * self.input_scale if self.input_scale != 1.0 else x_hat
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from ..checks import check_number
 from ..formats.manifest import SAEConfig
 from ..kernels import JumpReLUOutput, SparseCode
 from .base import BaseSAE
+from .codec import WideThreshold
 
 
-class JumpReLUSAE(BaseSAE):
+class JumpReLUSAE(WideThreshold, BaseSAE):
     r"""JumpReLU sparse autoencoder (Gemma Scope, arXiv 2408.05147, equations 1-4).
 
         z = (x/C − b_dec)·W_enc + b_enc;   f = z·1[z > θ];   x̂ = C·(f·W_dec + b_dec)
@@ -72,24 +73,6 @@ class JumpReLUSAE(BaseSAE):
         check_number("threshold_init", threshold_init, 0)
         options = {"device": self.W_dec.device, "dtype": torch.promote_types(dtype, torch.float32)}
         self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init, **options))
-
-    def _apply(self, fn, recurse=True):
-        threshold, grad = self.threshold.detach(), self.threshold.grad
-        grad = None if grad is None else grad.detach()
-        super()._apply(fn, recurse)
-        moved = self.threshold
-        if moved.dtype != torch.float32 and moved.dtype != torch.float64:
-            moved.data = threshold.to(device=moved.device, dtype=torch.float32)
-            if grad is not None:
-                moved.grad = grad.to(device=moved.device, dtype=torch.float32)
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Also with ``assign=True`` the threshold keeps its dtype and W_enc stays latent-major."""
-        super()._load_from_state_dict(*args)
-        dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
-        if self.threshold.dtype != dtype:
-            self.threshold = nn.Parameter(self.threshold.detach().to(dtype), self.threshold.requires_grad)
 
     @without_autocast
     def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..autocast import affine, without_autocast
-from ..checks import FLOATS, check_device, check_floating, check_type, dtype_name
+from ..checks import FLOATS, check_device, check_type, dtype_name
 from ..formats import export, transcoders
 from ..formats.export import SKIP, TRANSCODER
 from ..formats.manifest import SAEConfig
 from ..formats.stored import KEYS
 from ..kernels import SparseCode, density
+from .codec import Codec, WideThreshold
 
 
-class Transcoder(nn.Module):
+class Transcoder(WideThreshold, Codec):
     r"""JumpReLU transcoder, with or without a skip connection (arXiv 2406.11944, 2501.18823; Gemma Scope 1 and 2).
 
         z = x·W_enc + b_enc;   f = z·1[z > θ];   ŷ = f·W_dec + b_dec (+ x·W_skipᵀ)
@@ -33,6 +34,8 @@ class Transcoder(nn.Module):
     as above. impl: who computes, see `gemmascope.kernels`. metadata: JSON-able facts. Raises ValueError or TypeError on
     tensors that are not those of a transcoder.
     """
+
+    PARAMETERS = (*Codec.PARAMETERS, "threshold", SKIP)
 
     def __init__(self, tensors: dict[str, Tensor], *, impl: str = "auto", metadata: dict[str, Any] | None = None):
         super().__init__()
@@ -61,37 +64,9 @@ class Transcoder(nn.Module):
     def d_out(self) -> int:
         return self.W_dec.shape[1]
 
-    @property
-    def d_sae(self) -> int:
-        return self.W_dec.shape[0]
-
     def extra_repr(self) -> str:
         skip = "no skip" if self.W_skip is None else "skip"
         return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, {skip}, impl={self.impl!r}"
-
-    def _apply(self, fn, recurse=True):
-        threshold, grad = self.threshold.detach(), self.threshold.grad
-        grad = None if grad is None else grad.detach()
-        super()._apply(fn, recurse)
-        moved = self.threshold
-        if moved.dtype != torch.float32 and moved.dtype != torch.float64:
-            moved.data = threshold.to(device=moved.device, dtype=torch.float32)
-            if grad is not None:
-                moved.grad = grad.to(device=moved.device, dtype=torch.float32)
-        return self
-
-    def _check_rows(self, name: str, rows: Tensor, width: int) -> None:
-        check_floating(name, rows)
-        if rows.ndim == 0 or rows.shape[-1] != width:
-            raise ValueError(f"{name}: expected shape [..., {width}], got {list(rows.shape)}")
-        if rows.device != self.W_enc.device:
-            raise ValueError(f"{name}: expected device {self.W_enc.device}, got {rows.device}")
-
-    def _goes_densely(self, x: Tensor) -> bool:
-        """Whether every latent of every token is needed: for a gradient, or for a graph whose shapes are known."""
-        if torch.compiler.is_compiling():
-            return True
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters()))
 
     def _rows(self, x: Tensor) -> Tensor:
         """x [..., d_in] as the [N, d_in] that W_enc multiplies."""
@@ -102,14 +77,6 @@ class Transcoder(nn.Module):
     def _encode_densely(self, x: Tensor) -> Tensor:
         z = kernels.preactivations(self._rows(x), self.W_enc, self.b_enc, impl=self.impl)
         return kernels.jumprelu(z, z.new_zeros(self.d_sae), self.threshold, impl=self.impl).f.to(self.W_enc.dtype)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Dense activations [..., d_sae] of x [..., d_in], in the dtype of the weights. Differentiable."""
-        if not isinstance(x, Tensor) or self._goes_densely(x):
-            f = self._encode_densely(x)
-        else:
-            f = self.encode_sparse(x).to_dense().to(self.W_enc.dtype)
-        return f.reshape(*x.shape[:-1], self.d_sae)
 
     @without_autocast
     def encode_sparse(self, x: Tensor) -> SparseCode:
@@ -123,23 +90,13 @@ class Transcoder(nn.Module):
 
         x [..., d_in], the input that f is of, adds what the skip connection carries; without it that is left out.
         """
-        if isinstance(f, SparseCode):
-            y = self._decode_entries(f)
-        elif not isinstance(f, Tensor):
-            raise TypeError(f"f: expected a torch.Tensor or a SparseCode, got {type(f).__name__}")
-        else:
-            self._check_rows("f", f, self.d_sae)
-            y = affine(f.to(self.W_dec.dtype), self.W_dec, self.b_dec)
+        y = self._decoded(f)
         if x is None or self.W_skip is None:
             return y
         rows = self._rows(x)
         if len(rows) * self.d_out != y.numel():
             raise ValueError(f"x: expected the input of f, got shape {list(x.shape)}")
         return y + affine(rows, self.W_skip.T, rows.new_zeros(self.d_out)).reshape(y.shape)
-
-    @without_autocast
-    def _decode_entries(self, code: SparseCode) -> Tensor:
-        return kernels.decode(code, self.W_dec, self.b_dec, impl=self.impl)
 
     def forward(self, x: Tensor) -> Tensor:
         """ŷ [..., d_out] of x [..., d_in], in the dtype of x, with the skip connection where there is one.

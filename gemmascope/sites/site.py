@@ -17,16 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_int, check_type
+from ..formats import hook_names
 
 KINDS = ("att", "mlp", "resid")
 
-HOOK_POINTS = {
-    "att": "self_attn.o_proj.input",
-    "mlp": "post_feedforward_layernorm.output",
-    "resid": "output",
-}
+HOOK_POINTS = {"att": hook_names.ATTENTION_OUT, "mlp": hook_names.MLP_OUT, "resid": "output"}
 # TransformerLens's, behind blocks.L. Its hook_mlp_out of a Gemma comes after the norm, as ours does.
-TRANSFORMER_LENS_HOOKS = {"att": "attn.hook_z", "mlp": "hook_mlp_out", "resid": "hook_resid_post"}
+TRANSFORMER_LENS_HOOKS = {kind: hook_names.TRANSFORMER_LENS[point] for kind, point in HOOK_POINTS.items()}
 
 _LAYER = "(0|[1-9][0-9]{0,5})"
 # What the three classes of model call the stack, with and without the wrapper of nnsight around them, which writes
