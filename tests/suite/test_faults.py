@@ -291,7 +291,11 @@ def test_all_of_them_parked(command, monkeypatch, tmp_path, capsys, undisturbed)
 
 
 def documents(file: Path, count: int, words: int = 60) -> Path:
-    file.write_text("".join(json.dumps({"text": f"{i} " + "the of and to " * words}) + "\n" for i in range(count)))
+    """Names of their own: those by the file's would be held out or not by where the test's folder is."""
+    lines = [
+        {"source": "tests", "name": f"document {i}", "text": f"{i} " + "the of and to " * words} for i in range(count)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 
 
