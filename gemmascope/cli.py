@@ -119,7 +119,7 @@ def train(
         fresh=fresh,
         allow=[name for name, allowed in may_change.items() if allowed],
         store=from_store,
-        before=lambda found: say(found.text()),  # on standard error, of which nothing depends
+        before=lambda found: say(found.text()),  # on standard error, on which nothing depends
     )
     if results is not None:
         present(Path(settings.run.out), results)
@@ -180,7 +180,9 @@ def check(
         from .suite.config import ModelSection
 
     section = ModelSection(name=model, revision=revision, dtype=dtype)
-    found = check_sae(CheckConfig(sae, section, tuple(text or ()), site, bos, tokens, context, device))
+    found = check_sae(
+        CheckConfig(sae, section, text=text or (), site=site, bos=bos, tokens=tokens, context=context, device=device)
+    )
     print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     if not found.fits:
         raise typer.Exit(DOES_NOT_FIT)
@@ -234,10 +236,12 @@ def import_foreign(
 
 def dtype_named(name: str | None) -> torch.dtype | None:
     """The dtype of an option; None where it was not given."""
+    if name is None:
+        return None
     names = {dtype_name(dtype): dtype for dtype in DTYPES}
-    if name is None or name in names:
-        return None if name is None else names[name]
-    raise ValueError(f"dtype: expected {' or '.join(names)}, got {name!r}")
+    if name not in names:
+        raise ValueError(f"dtype: expected {' or '.join(names)}, got {name!r}")
+    return names[name]
 
 
 @app.command(name="report")

@@ -25,7 +25,7 @@ def python_documentation() -> list[Document]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees are many objects without cycles: looking for cycles takes as long as parsing."""
+    """Syntax trees are many objects without cycles, among which looking for cycles is time lost."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -5,7 +5,7 @@ A finding is ``ok``, a ``note`` (worth knowing, and no reason to doubt), or ``wr
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ STATUSES = ("ok", "note", "wrong")
 ORDER = ("width", "site", "scale", "bos", "dtype", "fvu", "l0", "model", "tokenizer", "norm", "errors")
 
 HALF = 0.5
-# L0 over what is stated, either way. Other text than the SAE was measured on moves it by a tenth or so.
+# L0 over what is stated, either way.
 L0_NOTE, L0_WRONG = 1.25, 2.0
 # With and without BOS: a difference that chance does not make (t), and that matters (ratio of FVU).
 BOS_T, BOS_RATIO, BOS_HARMS = 4.0, 1.05, 2.0
@@ -104,7 +104,7 @@ def diagnose(
 ) -> Diagnosis:
     """What is right and wrong about ``sae`` on ``activations`` [n, d_model] of the site ``found.site``.
 
-    found: from `fit.survey`. average_l0: the L0 that the name of its folder states. bos: whether the activations are of
+    found: from `fit.survey`. average_l0: the L0 that the SAE states. bos: whether the activations are of
     rows that begin with a BOS; beginnings: from `fit.compare_beginnings`, at ``found.best``. dtype: in which the model
     ran; rounding: from `fit.measure_rounding`. What is not given is left out.
 
@@ -151,7 +151,8 @@ def diagnose(
 
 def _site(found: Survey) -> Finding:
     ranking, (best, factor) = found.ranking, found.best
-    of = f"of {len(ranking)} sites" if len(ranking) > 1 else "the only site of its width"
+    only = "the only site of its width"
+    fits_best = f"of {len(ranking)} sites it fits"
     here = found.fits[found.site]
     if found.stated is not None and best != found.stated:
         kind = "layer" if best.kind == found.stated.kind else "site"
@@ -162,10 +163,11 @@ def _site(found: Survey) -> Finding:
         )
     if found.stated is None:
         scale = "" if factor == 1 else " at another scale"
-        return Finding("site", "note", f"stated nowhere; {of} it fits {best} best{scale}{_next(found)}")
+        where = f"{fits_best} {best} best" if len(ranking) > 1 else f"{only} is {best}, which it fits best"
+        return Finding("site", "note", f"stated nowhere; {where}{scale}{_next(found)}")
     if ranking[0] == best:
-        best_of = f"{of} it fits best there" if len(ranking) > 1 else of
-        return Finding("site", "ok", f"{best}, as stated; {best_of}{_next(found)}")
+        where = f"{fits_best} best there" if len(ranking) > 1 else only
+        return Finding("site", "ok", f"{best}, as stated; {where}{_next(found)}")
     return Finding(
         "site", "note", f"{best}, as stated; nothing fits it much better, {_listed(found, ranking[0])} is least"
     )
@@ -224,6 +226,8 @@ def _bos(found: Beginnings, bos: bool, survey: Survey) -> Finding:
     figures = f"in the first tokens of a text FVU is {_number(here)} {names[0]}, {_number(other)} {names[1]}"
     if not survey.best_fit.fvu < 1:
         return Finding("bos", "note", f"cannot be told while nothing fits: {figures}")
+    if math.isnan(found.t):
+        return Finding("bos", "note", f"cannot be told without figures: {figures}")
     if abs(found.t) <= BOS_T or max(here, other) <= BOS_RATIO * min(here, other):
         return Finding("bos", "note", f"makes no difference that can be told at {survey.best[0]}: {figures}")
     if here < other:
@@ -235,7 +239,9 @@ def _bos(found: Beginnings, bos: bool, survey: Survey) -> Finding:
     return Finding("bos", status, f"perhaps it was trained without BOS: {figures}")
 
 
-def _dtype(sae: Any, activations: Tensor, dtype: torch.dtype | None, rounding: Rounding | None) -> Finding:
+def _dtype(
+    sae: SparseAutoencoder, activations: Tensor, dtype: torch.dtype | None, rounding: Rounding | None
+) -> Finding:
     status, parts = "ok", []
     if dtype is not None:
         status = "note" if dtype.itemsize < 4 else "ok"
@@ -283,8 +289,3 @@ def _errors(fit: Fit) -> Finding:
 
 def _number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
-
-
-def combined(diagnosis: Diagnosis, findings: Sequence[Finding], figures: Mapping[str, Any]) -> Diagnosis:
-    """``diagnosis`` behind other ``findings``, with more ``figures``."""
-    return Diagnosis((*findings, *diagnosis.findings), {**figures, **diagnosis.figures})

@@ -32,8 +32,7 @@ MUCH_LESS = 0.8
 FARTHER_L0 = 2.0
 # Above, no site is taken to fit as it is, and scales are tried over `OCTAVES` instead of one.
 POOR = 0.4
-# An SAE reconstructs at no scale but a narrow range around its own: at a width of 512 latents FVU is back above 1 at
-# a factor of 1.4 or 0.7.
+# An SAE reconstructs at no scale but a narrow range around its own, so that the steps must be small.
 STEPS_PER_OCTAVE, FINE_STEPS = 4, 32
 OCTAVES = 16
 
@@ -74,7 +73,7 @@ def measure_fit(sae: SparseAutoencoder, activations: Tensor, factor: float = 1.0
     Raises as `evaluate_sae`, and TypeError or ValueError for a factor that is no number > 0.
     """
     check_number("factor", factor, 0, open_low=True)
-    metrics = evaluate_sae(sae if factor == 1 else _Rescaled(sae, factor), activations)
+    metrics = evaluate_sae(_at_scale(sae, factor), activations)
     mean, variance = moments("activations", activations)
     square = variance + mean.square().sum().item()
     return Fit(
@@ -86,6 +85,10 @@ def measure_fit(sae: SparseAutoencoder, activations: Tensor, factor: float = 1.0
         top_error_share=metrics.top_error_share,
         top_variance_share=metrics.top_variance_share,
     )
+
+
+def _at_scale(sae: SparseAutoencoder, factor: float) -> SparseAutoencoder:
+    return sae if factor == 1 else _Rescaled(sae, factor)
 
 
 class _Rescaled:
@@ -205,7 +208,7 @@ def _best_factor(sae: SparseAutoencoder, x: Tensor, octaves: int) -> tuple[float
     variance = (exact - exact.mean(0)).square().sum()
 
     def fvu(exponent: float) -> float:
-        x_hat = sae(given * 2.0**exponent).double() / 2.0**exponent
+        x_hat = _at_scale(sae, 2.0**exponent)(given).double()
         found = ((exact - x_hat).square().sum() / variance).item()
         return found if math.isfinite(found) else math.inf
 
@@ -231,7 +234,8 @@ class Beginnings:
     fvu_with: float
     fvu_without: float
     t: float
-    """The rise of FVU without BOS over its standard error, of paired texts: above 0 where BOS helps."""
+    """The rise of FVU without BOS over its standard error, of paired texts: above 0 where BOS helps. NaN where an FVU
+    is."""
 
 
 @torch.no_grad()
@@ -252,13 +256,16 @@ def compare_beginnings(
     for name, x in (("with_bos", with_bos), ("without_bos", without_bos)):
         fvu.append(measure_fit(sae, x.flatten(0, 1), factor).fvu)
         given = x.to(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
-        x_hat = (sae(given * factor) / factor).to(x.device)
+        x_hat = _at_scale(sae, factor)(given).to(x.device)
         errors = (x.double() - x_hat.double()).square().sum((1, 2))
         spread = (x.double() - mean_row(name, x.flatten(0, 1))).square().sum((1, 2))
         deviations.append((errors - fvu[-1] * spread) / spread.mean())  # of each text's part in the ratio of sums
     deviation = (deviations[1] - deviations[0]).std().item() / math.sqrt(len(with_bos))
     rise = fvu[1] - fvu[0]
-    t = 0.0 if rise == 0 else rise / deviation if deviation > 0 else math.copysign(math.inf, rise)
+    if deviation > 0:
+        t = rise / deviation
+    else:  # copysign would make an infinity of NaN
+        t = rise if rise == 0 or math.isnan(rise) else math.copysign(math.inf, rise)
     return Beginnings(len(with_bos), fvu[0], fvu[1], t)
 
 

@@ -13,7 +13,7 @@ from ..activations.packing import as_encoder
 from ..activations.python_docs import python_documentation
 from ..checks import check_int, check_type
 from ..errors import BadFileError
-from ..evaluation.diagnosis import Diagnosis, Finding, combined, diagnose
+from ..evaluation.diagnosis import Diagnosis, Finding, diagnose
 from ..evaluation.fit import (
     SURVEY_TOKENS,
     Beginnings,
@@ -24,7 +24,7 @@ from ..evaluation.fit import (
     survey,
 )
 from ..formats.files import as_path, shown
-from ..saes import JumpReLUSAE
+from ..saes import JumpReLUSAE, SparseAutoencoder, TopKSAE, load_pretrained_sae, load_sae
 from ..sites import Site, special_token_ids
 from ..sites.decoder import find_decoder
 from ..sites.site import as_site
@@ -79,7 +79,7 @@ class CheckConfig:
 def check_sae(config: CheckConfig) -> Diagnosis:
     """Load the SAE, the model and the text of ``config``, run the model on the text, and say whether the SAE fits.
 
-    Raises what `JumpReLUSAE.load`, `load_model` and `read_documents` do; ValueError for a site that the model does not
+    Raises what `load_sae`, `load_model` and `read_documents` do; ValueError for a site that the model does not
     have, too little text and a BOS that the model does not know as one.
     """
     check_type("config", config, CheckConfig)
@@ -90,15 +90,15 @@ def check_sae(config: CheckConfig) -> Diagnosis:
     return check_loaded(sae.to(device), stated_of(path, sae.metadata), loaded, excerpts, config)
 
 
-def load(sae: str | os.PathLike) -> tuple[JumpReLUSAE, str]:
+def load(sae: str | os.PathLike) -> tuple[JumpReLUSAE | TopKSAE, str]:
     """The SAE, and the path by whose names it may state its site."""
     name = os.fspath(sae)
     if os.path.lexists(sae):
-        return JumpReLUSAE.load(sae), os.path.abspath(name)
+        return load_sae(sae), os.path.abspath(name)
     owner, *rest = name.split("/", 2)
     if len(rest) < 2 or owner in ("", ".", "..", "~"):
         raise BadFileError(f"{shown(name)}: expected a file, a folder or OWNER/NAME/PATH on the hub, found none")
-    return JumpReLUSAE.from_pretrained(f"{owner}/{rest[0]}", rest[1]), name
+    return load_pretrained_sae(f"{owner}/{rest[0]}", rest[1]), name
 
 
 def read_excerpts(config: CheckConfig, loaded: Loaded) -> Excerpts:
@@ -112,7 +112,7 @@ def read_excerpts(config: CheckConfig, loaded: Loaded) -> Excerpts:
 
 
 def check_loaded(
-    sae: JumpReLUSAE, stated: Stated, loaded: Loaded, excerpts: Excerpts, config: CheckConfig
+    sae: SparseAutoencoder, stated: Stated, loaded: Loaded, excerpts: Excerpts, config: CheckConfig
 ) -> Diagnosis:
     """The same of what is loaded already; ``stated`` is what the SAE says of itself."""
     site = stated.site if config.site is None else as_site(config.site)
@@ -125,8 +125,8 @@ def check_loaded(
         return Diagnosis(tuple(findings), facts)
 
     run = _Run(loaded.model, excerpts, config)
-    say(f"{loaded.name}: {SURVEY_TOKENS} tokens at {len(candidates)} sites, {config.tokens:,} at one")
     first, rest = run.rows.split_with_sizes([run.rows_of_survey, len(run.rows) - run.rows_of_survey])
+    say(f"{loaded.name}: {first.numel():,} tokens at {len(candidates)} sites, {run.rows.numel():,} at one")
     activations = run.activations(first, candidates)
     found = survey(sae, activations, site, stated.average_l0)
     here = activations[found.site]
@@ -141,7 +141,8 @@ def check_loaded(
         rounding=run.rounding(sae, found.site, first, here),
         dtype=run.dtype,
     )
-    return combined(diagnosis, [*findings, *_tokenizer(loaded, excerpts, config)], facts)
+    findings += _tokenizer(loaded, excerpts, config)
+    return Diagnosis((*findings, *diagnosis.findings), {**facts, **diagnosis.figures})
 
 
 class _Run:
@@ -158,7 +159,7 @@ class _Run:
     def activations(self, rows: Tensor, sites: Sequence[Site]) -> Activations:
         return harvest(self.model, rows, sites, batch_size=max(1, FORWARD_TOKENS // rows.shape[1]))
 
-    def beginnings(self, sae: JumpReLUSAE, found: Survey) -> Beginnings | None:
+    def beginnings(self, sae: SparseAutoencoder, found: Survey) -> Beginnings | None:
         """None where no two documents are long enough."""
         rows = self.excerpts.beginnings(BEGINNINGS, BEGINNING_TOKENS)
         if len(rows) < 2:
@@ -169,7 +170,7 @@ class _Run:
         with_bos, without = (self.activations(each, [site])[site].view(*rows.shape, -1) for each in given)
         return compare_beginnings(sae, with_bos, without, factor)
 
-    def rounding(self, sae: JumpReLUSAE, site: Site, rows: Tensor, activations: Tensor) -> Rounding | None:
+    def rounding(self, sae: SparseAutoencoder, site: Site, rows: Tensor, activations: Tensor) -> Rounding | None:
         """None for a model in float32, and where there is no memory for one."""
         if self.dtype.itemsize >= 4 or not _has_room(self.model):
             return None

@@ -11,7 +11,7 @@ from ..activations import Document, sample_rows
 from ..activations.held_out import HELD_OUT_EVERY
 from ..activations.packing import Encoder, is_held_out
 
-# Of a text that may be huge, no more is looked at.
+# Of a text that may be huge, no more is looked at: in all, and of each document.
 MAX_CHARACTERS = 8 << 20
 DOCUMENT_CHARACTERS = 1 << 15
 
@@ -26,7 +26,8 @@ class Excerpts:
     @classmethod
     def of(cls, documents: Iterable[Document], encoder: Encoder, skipped: Collection[int], tokens: int) -> "Excerpts":
         """The beginnings of ``documents``: of those that `tokenise` holds out, where they have ``tokens`` tokens
-        together, else of all. At most 8 MiB of text is read. skipped: ids that are no text to the model."""
+        together, else of all. Once `MAX_CHARACTERS` are together no more is read. skipped: ids that are no text to the
+        model."""
         held_out: list[str] = []
         others: list[str] = []
         characters = 0

@@ -12,6 +12,8 @@ from ..sites import Site
 _KINDS = {"res": "resid", "resid": "resid", "att": "att", "attn": "att", "mlp": "mlp"}
 _LAYER = re.compile(r"(?<![a-z])layer[_-]?([0-9]{1,6})(?![0-9])", re.IGNORECASE | re.ASCII)
 _L0 = re.compile(r"average_l0_([0-9]{1,9})(?:_[0-9]{1,4})?", re.ASCII)
+# No name says more; a config may, up to infinity.
+_LARGEST_L0 = 10**9
 # So many folders above that of the layer may name the kind: …/gemma-scope-2b-pt-res/snapshots/COMMIT/layer_20.
 _ABOVE = 3
 
@@ -69,4 +71,4 @@ def _l0_named(parts: Sequence[str]) -> float | None:
 
 def _l0_of(metadata: Mapping[str, Any]) -> float | None:
     values: list[Any] = [metadata.get(name) for name in ("average_l0", "l0")]
-    return next((float(value) for value in values if type(value) in (int, float) and value > 0), None)
+    return next((float(value) for value in values if type(value) in (int, float) and 0 < value < _LARGEST_L0), None)

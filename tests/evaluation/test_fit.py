@@ -203,6 +203,24 @@ def test_where_a_bos_helps_and_where_it_does_not(sae):
     assert scaled.fvu_without == pytest.approx(helps.fvu_without, rel=1e-3)
 
 
+def test_beginnings_that_do_not_vary_decide_nothing(sae, by_site):
+    """FVU is NaN there, and so is t: no word of a BOS that is missing."""
+    alike = dictionary(1)[1].expand(4, 8, WIDTH)
+    for with_bos, without in ((alike, beginnings(1, 4)), (beginnings(1, 4), alike)):
+        found = compare_beginnings(sae, with_bos, without)
+        assert math.isnan(found.t)
+        for bos in (True, False):
+            line = finding(diagnosed(sae, by_site, bos=bos, beginnings=found), "bos")
+            assert (line.status, line.text[:34]) == ("note", "cannot be told without figures: in")
+
+
+def test_a_rise_without_any_spread_is_certain(sae):
+    """Every text is the same one."""
+    one, off = (beginnings(1, 1, off).expand(4, 8, WIDTH) for off in (0.0, 2.0))
+    assert compare_beginnings(sae, one, off).t == math.inf
+    assert compare_beginnings(sae, off, one).t == -math.inf
+
+
 def test_chance_decides_nothing(sae):
     """The same in distribution and not the same texts: t is that of noise."""
     other = activations(1, 64 * 8, draw=8).view(64, 8, WIDTH)
@@ -283,6 +301,13 @@ def test_the_wrong_layer_and_the_wrong_site(sae, by_site):
     site = diagnosed(sae, by_site, BESIDE)
     assert site.verdict.startswith("does not fit: the wrong site: at layer_1/mlp FVU is ")
     assert finding(diagnosed(sae, by_site, None), "site").status == "note"
+
+
+def test_the_only_site(sae, by_site):
+    only = {HERE: by_site[HERE]}
+    assert finding(diagnosed(sae, only), "site").text == f"{HERE}, as stated; the only site of its width"
+    text = finding(diagnosed(sae, only, None), "site").text
+    assert text == f"stated nowhere; the only site of its width is {HERE}, which it fits best"
 
 
 def test_no_site_fits(by_site):

@@ -1,18 +1,20 @@
 """`gemmascope check` on a model and SAEs trained for it: what fits, and each way in which something may not."""
 
 import dataclasses
+import inspect
 import json
 import re
 
 import pytest
 import torch
 
+from gemmascope import cli
 from gemmascope.__main__ import main
 from gemmascope.activations import Document
 from gemmascope.activations.packing import as_encoder, is_held_out
 from gemmascope.demo.byte_tokenizer import BOS, byte_tokenizer
 from gemmascope.errors import BadFileError
-from gemmascope.saes import JumpReLUSAE
+from gemmascope.saes import JumpReLUSAE, TopKSAE
 from gemmascope.sites import Site
 from gemmascope.suite import CheckConfig, check_sae, load_model
 from gemmascope.suite import check as job
@@ -192,6 +194,7 @@ def test_the_model_that_the_sae_says(on_model):
         ("attn_out/layer_5_width_65k_l0_medium", {"l0": True}, Stated(Site(5, "att"))),
         ("x/layer_9/average_l0_5_2/params.npz", {"site": "model.layers.1.output"}, Stated(RESID, 5.0)),
         ("x", {"site": "layer_1/resid", "average_l0": 5.25, "model": "m"}, Stated(RESID, 5.25, "m")),
+        ("x", {"l0": 10**400, "average_l0": float("inf")}, Stated()),
         ("res/a/b/c/layer_9/average_l0_0", {"site": "blocks.1", "model": 3, "l0": -1}, Stated()),
         ("res-mlp/layer_9", {"site": None}, Stated()),
         ("player_9/mlp", {}, Stated()),
@@ -279,8 +282,10 @@ def test_what_does_not_fit_is_exit_code_6(command, capsys):
 
 def test_own_text(command, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("Some text of one's own. " * 400)
-    assert main([*command, "--text", str(tmp_path / "*.txt"), "--no-bos"]) in (0, 6)
-    assert "tokens" in capsys.readouterr().out
+    assert main([*command, "--text", str(tmp_path / "*.txt"), "--no-bos", "--json"]) in (0, 6)
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures["bos"] is False
+    assert figures["tokens"] == 611  # the fewest rows of 47 that hold 600
     (tmp_path / "own.txt").write_text("short")
     assert main([*command, "--text", str(tmp_path / "own.txt")]) == 2
     assert "text: expected at least 47 tokens" in capsys.readouterr().err
@@ -306,6 +311,17 @@ def test_wrong_options_are_named(command, capsys, changed, code, message):
     assert f"gemmascope: error: {message}" in err.splitlines()[-1]
 
 
+def test_the_defaults_of_the_command_are_those_of_the_config():
+    """Written out there, so that `gemmascope --help` need not load all this."""
+    options = inspect.signature(cli.check).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(CheckConfig)}
+    for name in ("site", "bos", "tokens", "context", "device"):
+        assert options[name].default == fields[name], name
+    section = {field.name: field.default for field in dataclasses.fields(ModelSection)}
+    for name in ("revision", "dtype"):
+        assert options[name].default == section[name], name
+
+
 @pytest.mark.parametrize("sae", ["none", "./a/b/c", "../a/b", "", "/nowhere/at/all", "~/a/b"])
 def test_an_sae_that_is_not_there(config, sae):
     with pytest.raises(BadFileError, match="expected a file, a folder or OWNER/NAME/PATH on the hub, found none"):
@@ -314,12 +330,27 @@ def test_an_sae_that_is_not_there(config, sae):
 
 def test_an_sae_of_the_hub(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        JumpReLUSAE, "from_pretrained", classmethod(lambda cls, *names: asked.append(names) or "the SAE")
-    )
+    monkeypatch.setattr(job, "load_pretrained_sae", lambda *names: asked.append(names) or "the SAE")
     name = "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
     assert job.load(name) == ("the SAE", name)
     assert asked == [("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")]
+
+
+def test_a_topk_sae(made, config, tmp_path):
+    """Of the same dictionary, whose folder and metadata state nothing but the site."""
+    trained = made.saes[RESID].fold()
+    k = 8
+    sae = TopKSAE(D_MODEL, trained.d_sae, k, pre_encoder_bias=False, metadata={"site": str(RESID)})
+    with torch.no_grad():
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            getattr(sae, name).copy_(getattr(trained, name))
+    sae.save(tmp_path / "topk")
+    found = check_sae(dataclasses.replace(config, sae=tmp_path / "topk"))
+    assert found.verdict == "fits", found.lines()
+    assert finding(found, "site").text.startswith(f"{RESID}, as stated; of 6 sites it fits best there")
+    assert found.figures["l0"] == pytest.approx(k, abs=0.1)
+    elsewhere = check_sae(dataclasses.replace(config, sae=tmp_path / "topk", site="layer_0/resid"))
+    assert elsewhere.verdict.startswith("does not fit: the wrong layer: at layer_0/resid")
 
 
 def test_a_damaged_sae_is_a_bad_file(made, command, tmp_path):
