@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checks import check_int, check_type, dtype_name
 from ..errors import BadFileError, EnvironmentProblemError
 from ..formats.differences import differences
-from ..formats.files import as_path, atomic_write, open_file, read_json, sha256, shown, write_json
+from ..formats.files import as_path, atomic_write, open_file, read_manifest, seal, sha256, shown, write_json
 from ..runs import Run, key_of
 from ..sites import Site
 from .harvester import Harvester
@@ -219,23 +219,13 @@ def _write_manifest(folder: Path, identity: Mapping[str, Any], shards: list[Shar
         "identity": dict(identity),
         "shards": [shard._asdict() for shard in shards],
     }
-    write_json(folder / MANIFEST, content | {"sha256": _digest(content)})
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_json(folder / MANIFEST, content | {"sha256": seal(content)})
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
     path = folder / MANIFEST
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BadFileError(f"{shown(path)}: expected the manifest of an activation store, found something else")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise BadFileError(
-            f"{shown(path)}: expected format_version {FORMAT_VERSION}, found {str(manifest.get('format_version'))[:20]}"
-        )
-    whole = manifest.keys() == _KEYS and manifest["sha256"] == _digest(_without(manifest, "sha256"))
+    manifest = read_manifest(path, FORMAT, FORMAT_VERSION)
+    whole = manifest.keys() == _KEYS and manifest["sha256"] == seal(_without(manifest, "sha256"))
     if not whole or not _is_identity(manifest["identity"]) or not _are_shards(manifest["shards"]):
         raise BadFileError(
             f"{shown(path)}: expected the manifest as it was written, found it changed; delete it, and harvesting into "

@@ -30,7 +30,7 @@ from ..formats.files import (
     json_text,
     open_file,
     parse_json,
-    read_json,
+    read_manifest,
     remove_stale_temporaries,
     sha256_of,
     shown,
@@ -406,13 +406,7 @@ SHARD_KINDS = FILE_KINDS | {"rows": int, "padding": int}
 def _read_manifest(path: Path) -> dict[str, Any]:
     """What a manifest says, without its seal. Raises BadFileError for anything but a sound one of this version."""
     name = shown(path)
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise BadFileError(f"{name}: format: expected {FORMAT!r}, found another file")
-    if found.get("format_version") != FORMAT_VERSION:
-        raise BadFileError(
-            f"{name}: format_version: expected {FORMAT_VERSION}, found {found.get('format_version')!r:.40}"
-        )
+    found = read_manifest(path, FORMAT, FORMAT_VERSION)
     _check_kinds(found, MANIFEST_KINDS, name)
     rest = {key: value for key, value in found.items() if key != "manifest_sha256"}
     if found["manifest_sha256"] != digest(rest):

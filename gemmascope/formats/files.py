@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +289,23 @@ def read_json(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> Any:
     check_int("max_bytes", max_bytes, 0)
     with open_file(path) as file:
         return read_json_of(file, shown(path), max_bytes)
+
+
+def read_manifest(path: str | os.PathLike, format: str, version: int) -> dict[str, Any]:
+    """The object in a JSON file of ours. Raises BadFileError as `read_json` does, and for one that does not say that it
+    is of this ``format`` and ``format_version``."""
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != format:
+        raise BadFileError(f"{shown(path)}: format: expected {format!r}, found another file")
+    if manifest.get("format_version") != version:
+        found = f"{manifest.get('format_version')!r:.40}"
+        raise BadFileError(f"{shown(path)}: format_version: expected {version}, found {found}")
+    return manifest
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a manifest says, in an order that is always the same."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json_of(file: io.BufferedReader, name: str, max_bytes: int) -> Any:

@@ -14,7 +14,7 @@ from .hooks import Call, Forwards, Handle, checkpointing, hooks_at, hooks_of, re
 from .scales import LatentScales
 from .site import Site, by_site
 from .splice import MODES, Reconstruct, Splice
-from .tokens import skipped_ids
+from .tokens import isin, skipped_ids
 from .window import Window, check_mask, start_of
 
 
@@ -33,8 +33,7 @@ class _Splices(Forwards):
         # A multimodal model hands its text model embeddings, so the ids are those of the innermost call that has any.
         input_ids = args[0] if args else kwargs.get("input_ids")
         if self._skipped and isinstance(input_ids, Tensor) and not input_ids.is_floating_point():
-            skipped = torch.tensor(self._skipped, device=input_ids.device, dtype=torch.int64)
-            call.special = torch.isin(input_ids.long(), skipped)
+            call.special = isin(input_ids, self._skipped)
         if self._skipped and call.special is None and call.depth == self._innermost:
             raise ValueError(
                 "input_ids: expected them with the inputs, to leave special tokens alone, found only inputs_embeds; "
@@ -120,7 +119,7 @@ def attach(
     *,
     mode: str = "replace",
     edits: Mapping[Site, Edit | Sequence[Edit]] | Mapping[str, Edit | Sequence[Edit]] | None = None,
-    latent_scales: Mapping[Site, LatentScales] | None = None,
+    latent_scales: Mapping[Site, LatentScales] | Mapping[str, LatentScales] | None = None,
     positions: Tensor | None = None,
 ) -> Attachment:
     """Splice SAEs into ``model``: from now on each site's activation x is replaced by ``sae(x)``, in x's dtype.
@@ -151,10 +150,11 @@ def attach(
     SAEs; `detach_all` takes them out.
 
     Raises ValueError for an empty ``saes``, an unknown site or mode, a width that does not fit, a site that holds an
-    SAE already, edits of a site without SAE, a latent that the SAE does not have, and a unit without scales or of a
-    latent that never fired; TypeError for what is no model, no SAE, no edit, no mask or no token id, and for
-    "with_error" or edits at a site whose function has no ``encode``, ``decode`` and ``d_sae``; EnvironmentProblemError
-    for a model whose attention drops its soft-cap or is tensor-parallel. Nothing is attached then. During a forward:
+    SAE already, edits of a site without SAE, a latent that the SAE does not have, and a unit without scales, with
+    those of another SAE's width or of a latent that never fired; TypeError for what is no model, no SAE, no edit, no
+    scales, no mask or no token id, and for "with_error" or edits at a site whose function has no ``encode``,
+    ``decode`` and ``d_sae``; EnvironmentProblemError for a model whose attention drops its soft-cap or is
+    tensor-parallel. Nothing is attached then. During a forward:
     ValueError without input_ids, for a mask of other rows, or when an SAE changes the shape; EnvironmentProblemError
     when a site did not fire, when the module at it was replaced, when its activations are on the device meta, or when
     gradient checkpointing would compute it again in the backward pass.
@@ -165,16 +165,15 @@ def attach(
     check_choice("mode", mode, MODES)
     edits_at = _edits_at(sae_at, edits)
     scales_at = by_site("latent_scales", {} if latent_scales is None else latent_scales)
+    for site, scales in scales_at.items():
+        check_type(f"latent_scales: {site}", scales, LatentScales)
     if positions is not None:
         check_mask("positions", positions)
     splices = []
     for site, sae in sae_at.items():
-        width = decoder.width(site)
+        decoder.check_fits(site, sae)
         if not callable(sae):
             raise TypeError(f"site {site}: expected a module or function, got {type(sae).__name__}")
-        d_model = getattr(sae, "d_model", width)
-        if d_model != width:
-            raise ValueError(f"site {site}: expected an SAE of d_model {width}, got {d_model}")
         if is_spliced(decoder.layers[site.layer], site.kind):
             raise ValueError(f"site {site}: expected no SAE attached yet, found one; detach it first")
         splices.append(_splice(site, sae, mode, edits_at.get(site, ()), scales_at.get(site)))

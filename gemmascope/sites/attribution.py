@@ -11,11 +11,11 @@ from ..autocast import without_autocast
 from ..checks import check_choice
 from ..kernels import SparseCode
 from .attach import attach
-from .collect import checked_saes, encoded
+from .collect import checked_saes, encoded, kept_tokens
 from .decoder import evaluating, input_device
 from .site import Site
 from .splice import MODES
-from .tokens import TokenInput, forward_arguments, skipped_ids
+from .tokens import forward_arguments
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,11 @@ def attribute(
     check_choice("mode", mode, MODES)
     if not callable(metric):
         raise TypeError(f"metric: expected a function, got {type(metric).__name__}")
-    sae_at, skipped = checked_saes(model, saes), skipped_ids(model, skip_token_ids)
+    sae_at = checked_saes(model, saes)
     for site, sae in sae_at.items():
         if not hasattr(sae, "decode"):
             raise TypeError(f"site {site}: expected an SAE with encode and decode, got {type(sae).__name__}")
-    given = TokenInput(model, skipped)
-    given.check("tokens", tokens, attention_mask)
-    kept = given.counted(tokens, attention_mask).cpu()
-    if not kept.any():
-        raise ValueError("tokens: expected some that are kept, found none but those of skip_token_ids and padding")
+    kept = kept_tokens(model, tokens, attention_mask, skip_token_ids)
     probes = {site: _Probe(sae, mode, kept) for site, sae in sae_at.items()}
     arguments = forward_arguments(tokens, attention_mask, input_device(model))
     with torch.enable_grad(), evaluating(model), attach(model, probes, skip_token_ids=()):
@@ -110,9 +106,8 @@ class _Probe:
             code = encoded(self._sae, inputs.detach())
             self.values = code.values.detach().requires_grad_()
         else:
-            f = self._sae.encode(inputs)
-            code = SparseCode.from_dense(f)
-            self.values = code.values if code.values.requires_grad else code.values.requires_grad_()
+            code = SparseCode.from_dense(self._sae.encode(inputs))
+            self.values = code.values.requires_grad_()
         self.code = code._replace(values=self.values.detach())
         x_hat = self._decoded(code._replace(values=self.values))
         if self._mode == "with_error":

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ..checks import check_int
 from ..errors import BadFileError
 from ..formats.arrays import STORED_DTYPES, Header, read_safetensors
-from ..formats.files import as_path, atomic_write, open_file, read_json, sha256_of, shown, write_json
+from ..formats.files import as_path, atomic_write, open_file, read_manifest, seal, sha256_of, shown, write_json
 from ..kernels import SparseCode
 from ..runs import Run
-from .collect import BATCH_ROWS, Codes, Pass, code_bytes
+from .collect import BATCH_ROWS, Codes, Pass, code_bytes, pieces_of
 from .scales import LatentScales
 from .site import Site
 
@@ -31,6 +31,8 @@ FORMAT, FORMAT_VERSION = "gemmascope-codes", 1
 _KEYS = {"format", "format_version", "sites", "d_sae", "rows", "context", "n_tokens", "shards", "scales", "sha256"}
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _FLOATS = (torch.float32, torch.float64)
+_PARTS = ("values", "indices", "offsets")
+_SCALES = {"max": torch.float32, "mean": torch.float32, "firing_count": torch.int64}
 
 
 def collect_to_store(
@@ -48,7 +50,7 @@ def collect_to_store(
     """`collect`, onto the disk: the codes go to the folder ``out`` a shard at a time.
 
     max_bytes: bound on the codes of a shard, which are what is held on the CPU beside those of one batch: 8 bytes an
-    entry (12 of an fp64 SAE) and 8 a token and a shard, at each site. Other arguments and errors as of `collect`; and
+    entry (12 of an fp64 SAE), 8 a token and 8 a batch, at each site. Other arguments and errors as of `collect`; and
     ValueError for a folder that holds a store or other files, and for a batch whose codes alone are more than
     ``max_bytes``; EnvironmentProblemError when the disk is full or cannot be written. What an interrupted call left in
     the folder is written anew.
@@ -68,9 +70,9 @@ def collect_to_store(
 
 
 class CodeStore:
-    """A folder that `collect_to_store` wrote. Shards are read whole, each by its checksum, when they are asked for.
+    """A folder that `collect_to_store` wrote. Each shard is read whole and checked by its checksum when asked for.
 
-    for codes in CodeStore.open("codes"):  # `Codes` of some rows of tokens after another
+    for codes in CodeStore.open("codes"):  # the `Codes` of one shard after another
         codes[Site(3, "resid")], codes.kept
     """
 
@@ -84,8 +86,8 @@ class CodeStore:
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "CodeStore":
-        """Raises BadFileError for what is no store and one that is damaged; shards are looked into when they are read,
-        and their sizes now."""
+        """Raises BadFileError for what is no store, and for one that is damaged. Of the shards only the sizes are
+        checked now, the rest when they are read."""
         folder = as_path("folder", folder)
         manifest = _read_manifest(folder)
         for file in (*manifest["shards"], manifest["scales"]):
@@ -108,19 +110,18 @@ class CodeStore:
         return (self.read(shard) for shard in range(len(self)))
 
     def read(self, shard: int) -> Codes:
-        """The codes of one shard, its own alone in memory. Raises ValueError for a number beyond the last, BadFileError
+        """The codes of one shard, which alone is read. Raises ValueError for a number beyond the last, BadFileError
         for a file that is missing or not what was written."""
         check_int("shard", shard, 0, len(self) - 1)
         entry = self._shards[shard]
         path, n_rows = self.folder / entry["file"], entry["rows"]
-        parts = ("values", "indices", "offsets")
-        names = {"kept", *(f"{site}/{part}" for site in self.sites for part in parts)}
+        names = {"kept", *(f"{site}/{part}" for site in self.sites for part in _PARTS)}
 
         def check(headers: dict[str, Header]) -> None:
             _check_names(path, headers, names)
             _check_header(path, "kept", headers["kept"], (torch.bool,), (n_rows, self.context))
             for site in self.sites:
-                values, indices, offsets = (headers[f"{site}/{part}"] for part in parts)
+                values, indices, offsets = (headers[f"{site}/{part}"] for part in _PARTS)
                 nnz = values.shape[0] if len(values.shape) == 1 else -1
                 _check_header(path, f"{site}/values", values, _FLOATS, (max(nnz, 0),))
                 _check_header(path, f"{site}/indices", indices, (torch.int32,), (nnz,))
@@ -131,7 +132,7 @@ class CodeStore:
         if kept.view(torch.uint8).max() > 1 or int(kept.sum()) != entry["tokens"]:
             raise BadFileError(f"{shown(path)}: kept: expected True {entry['tokens']} times, found it otherwise")
         for site, d_sae in self.d_sae.items():
-            values, indices, offsets = (tensors[f"{site}/{part}"] for part in parts)
+            values, indices, offsets = (tensors[f"{site}/{part}"] for part in _PARTS)
             code = SparseCode(values, indices, offsets, d_sae)
             try:
                 code.check()
@@ -173,13 +174,7 @@ class _Writer:
         kept = self._pass.kept[self._first : stop]
         pieces: dict[str, list[Tensor]] = {"kept": [kept]}
         for site, parts in self._parts.items():
-            pieces[f"{site}/values"] = [part.values for part in parts]
-            pieces[f"{site}/indices"] = [part.indices for part in parts]
-            starts, total = [torch.zeros(1, dtype=torch.int64, device="cpu")], 0
-            for part in parts:
-                starts.append(part.offsets[1:] + total)
-                total += part.nnz
-            pieces[f"{site}/offsets"] = [torch.cat(starts)]
+            pieces |= {f"{site}/{part}": each for part, each in zip(_PARTS, pieces_of(parts), strict=True)}
         file = _file(len(self._shards))
         facts = {"rows": stop - self._first, "tokens": int(kept.sum())}
         self._shards.append(_write_tensors(self._folder / file, pieces) | facts)
@@ -188,8 +183,7 @@ class _Writer:
     def finish(self, tokens: Tensor) -> None:
         self._write(len(tokens))
         scales = self._pass.latent_scales()
-        names = ("max", "mean", "firing_count")
-        pieces = {f"{site}/{name}": [getattr(each, name)] for site, each in scales.items() for name in names}
+        pieces = {f"{site}/{name}": [getattr(each, name)] for site, each in scales.items() for name in _SCALES}
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -201,7 +195,7 @@ class _Writer:
             "shards": self._shards,
             "scales": _write_tensors(self._folder / SCALES, pieces),
         }
-        write_json(self._folder / MANIFEST, content | {"sha256": _digest(content)})
+        write_json(self._folder / MANIFEST, content | {"sha256": seal(content)})
 
 
 def _write_tensors(path: Path, pieces: Mapping[str, list[Tensor]]) -> dict[str, Any]:
@@ -234,10 +228,6 @@ def _file(shard: int) -> str:
     return f"codes-{shard:06d}.safetensors"
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 # ---- reading
 
 
@@ -263,11 +253,11 @@ def _check_header(path: Path, name: str, header: Header, dtypes: tuple[torch.dty
 
 
 def _read_scales(folder: Path, manifest: Mapping[str, Any]) -> dict[Site, LatentScales]:
-    path, kinds = folder / SCALES, {"max": torch.float32, "mean": torch.float32, "firing_count": torch.int64}
+    path = folder / SCALES
     expected = {
         f"{site}/{name}": (dtype, (d_sae,))
         for site, d_sae in zip(manifest["sites"], manifest["d_sae"], strict=True)
-        for name, dtype in kinds.items()
+        for name, dtype in _SCALES.items()
     }
 
     def check(headers: dict[str, Header]) -> None:
@@ -278,7 +268,7 @@ def _read_scales(folder: Path, manifest: Mapping[str, Any]) -> dict[Site, Latent
     tensors = _read(path, manifest["scales"], check, len(expected))
     found = {}
     for site in manifest["sites"]:
-        largest, mean, count = (tensors[f"{site}/{name}"] for name in kinds)
+        largest, mean, count = (tensors[f"{site}/{name}"] for name in _SCALES)
         if not (largest.isfinite().all() and mean.isfinite().all() and (count >= 0).all()):
             raise BadFileError(f"{shown(path)}: {site}: expected finite scales and counts, found others")
         found[Site.parse(site)] = LatentScales(largest, mean, count, manifest["n_tokens"])
@@ -287,15 +277,9 @@ def _read_scales(folder: Path, manifest: Mapping[str, Any]) -> dict[Site, Latent
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BadFileError(f"{shown(path)}: expected the manifest of a code store, found something else")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise BadFileError(
-            f"{shown(path)}: expected format_version {FORMAT_VERSION}, found {str(manifest.get('format_version'))[:20]}"
-        )
+    manifest = read_manifest(path, FORMAT, FORMAT_VERSION)
     content = {key: value for key, value in manifest.items() if key != "sha256"}
-    if manifest.keys() != _KEYS or manifest["sha256"] != _digest(content) or not _is_whole(manifest):
+    if manifest.keys() != _KEYS or manifest["sha256"] != seal(content) or not _is_whole(manifest):
         raise BadFileError(f"{shown(path)}: expected the manifest as it was written, found it changed")
     return manifest
 
@@ -312,6 +296,7 @@ def _is_whole(manifest: dict[str, Any]) -> bool:
             and [shard["file"] for shard in shards] == [_file(number) for number in range(len(shards))]
             and all(shard["rows"] > 0 and shard["tokens"] >= 0 for shard in shards)
             and sum(shard["rows"] for shard in shards) == manifest["rows"]
+            and sum(shard["tokens"] for shard in shards) == manifest["n_tokens"]
             and _kinds(manifest["scales"]) == file
             and manifest["scales"]["file"] == SCALES
         )

@@ -10,7 +10,7 @@ from ..autocast import without_autocast
 from ..checks import check_int
 from ..errors import EnvironmentProblemError
 from ..kernels import SparseCode
-from .decoder import evaluating, input_device, site_width
+from .decoder import evaluating, find_decoder, input_device
 from .scales import LatentScales, ScaleSums
 from .site import Site, by_site
 from .tap import Tap
@@ -111,11 +111,7 @@ class Pass:
             raise TypeError(f"progress: expected a function, got {type(progress).__name__}")
         check_int("batch_size", batch_size, 1)
         self.saes = checked_saes(model, saes)
-        given = TokenInput(model, skipped_ids(model, skip_token_ids))
-        given.check("tokens", tokens, attention_mask)
-        self.kept = given.counted(tokens, attention_mask).cpu()
-        if not self.kept.any():
-            raise ValueError("tokens: expected some that are kept, found none but those of skip_token_ids and padding")
+        self.kept = kept_tokens(model, tokens, attention_mask, skip_token_ids)
         self._model, self._tokens, self._mask = model, tokens, attention_mask
         self._batch_size, self._progress = batch_size, progress
         self._sums = {site: ScaleSums(sae.d_sae) for site, sae in self.saes.items()}
@@ -156,14 +152,24 @@ class Pass:
 
 def checked_saes(model: nn.Module, saes: Any) -> dict[Site, Any]:
     """``saes`` by Site. Raises as `collect` does."""
-    sae_at = by_site("saes", saes)
+    sae_at, decoder = by_site("saes", saes), find_decoder(model)
     for site, sae in sae_at.items():
-        width = site_width(model, site)
         if not hasattr(sae, "encode") or not hasattr(sae, "d_sae"):
             raise TypeError(f"site {site}: expected an SAE with encode and d_sae, got {type(sae).__name__}")
-        if (d_model := getattr(sae, "d_model", width)) != width:
-            raise ValueError(f"site {site}: expected an SAE of d_model {width}, got {d_model}")
+        decoder.check_fits(site, sae)
     return sae_at
+
+
+def kept_tokens(
+    model: nn.Module, tokens: Tensor, attention_mask: Tensor | None, skip_token_ids: Iterable[int] | None
+) -> Tensor:
+    """Which tokens have a row in a code: bool [rows, context] on the CPU. Raises as `collect` does."""
+    given = TokenInput(model, skipped_ids(model, skip_token_ids))
+    given.check("tokens", tokens, attention_mask)
+    kept = given.counted(tokens, attention_mask).cpu()
+    if not kept.any():
+        raise ValueError("tokens: expected some that are kept, found none but those of skip_token_ids and padding")
+    return kept
 
 
 def encoded(sae: Any, rows: Tensor) -> SparseCode:
@@ -173,9 +179,14 @@ def encoded(sae: Any, rows: Tensor) -> SparseCode:
 
 def _joined(parts: list[SparseCode]) -> SparseCode:
     """Their rows, one after another."""
+    values, indices, offsets = map(torch.cat, pieces_of(parts))
+    return SparseCode(values, indices, offsets, parts[0].d_sae)
+
+
+def pieces_of(parts: list[SparseCode]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Values, indices and offsets of ``parts`` as one code, each in pieces that are to be joined."""
     starts, total = [torch.zeros(1, dtype=torch.int64, device="cpu")], 0
     for part in parts:
         starts.append(part.offsets[1:] + total)
         total += part.nnz
-    values, indices = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "indices"))
-    return SparseCode(values, indices, torch.cat(starts), parts[0].d_sae)
+    return [part.values for part in parts], [part.indices for part in parts], starts

@@ -48,6 +48,12 @@ class Decoder:
         _refuse_sharded(site, self.layers[site.layer].get_submodule("self_attn.o_proj"))
         return self.config.num_attention_heads * self.config.head_dim
 
+    def check_fits(self, site: Site, sae: Any) -> None:
+        """Raise ValueError for a site that there is not and for an SAE that says it is of another width."""
+        width = self.width(site)
+        if (d_model := getattr(sae, "d_model", width)) != width:
+            raise ValueError(f"site {site}: expected an SAE of d_model {width}, got {d_model}")
+
 
 def find_decoder(model: nn.Module) -> Decoder:
     _refuse_wrappers(model)

@@ -99,6 +99,8 @@ class _OneLatent(Edit):
             return self
         if scales is None:
             raise ValueError(f"latent_scales: expected those of the site, for the unit {self.unit!r}, got none")
+        if (n := len(scales.firing_count)) != d_sae:
+            raise ValueError(f"latent_scales: expected those of {d_sae} latents, as the SAE has, got {n}")
         return replace(self, amount=self.amount * scales.unit(self.unit, self.latent), unit=None)
 
     def _edited(self, column: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class _OneLatent(Edit):
         column = code.values.new_zeros(code.n_tokens).index_put((tokens[hit],), code.values[hit])
         edited = self._edited(column)
         at = (rows & (edited != 0)).nonzero()[:, 0]
-        return _rebuilt(code, tokens, ~hit, at, torch.full_like(at, self.latent), edited[at])
+        return _rebuilt(code, tokens, ~hit, (at, torch.full_like(at, self.latent), edited[at]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +221,7 @@ class Patch(Edit):
         into, latents = torch.repeat_interleave(into, lengths), given.indices[entries].long()
         there = patched[latents] & (given.values[entries] != 0)
         values = given.values[entries].to(code.values.dtype)
-        return _rebuilt(code, tokens, kept, into[there], latents[there], values[there])
+        return _rebuilt(code, tokens, kept, (into[there], latents[there], values[there]))
 
 
 def as_edits(site: Any, edits: Any) -> tuple[Edit, ...]:
@@ -259,19 +261,15 @@ def _tensor(latents: Any, like: Tensor) -> Tensor:
 
 
 def _rebuilt(
-    code: SparseCode,
-    tokens: Tensor,
-    kept: Tensor,
-    new_tokens: Tensor | None = None,
-    new_latents: Tensor | None = None,
-    new_values: Tensor | None = None,
+    code: SparseCode, tokens: Tensor, kept: Tensor, new: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> SparseCode:
-    """The entries of ``code``, whose tokens are ``tokens``, where ``kept``, and new ones in places that are free."""
+    """The entries of ``code``, whose tokens are ``tokens``, where ``kept``, and ``new`` ones (tokens, latents, values)
+    in places that are free."""
     tokens, latents, values = tokens[kept], code.indices[kept].long(), code.values[kept]
-    if new_tokens is not None and new_latents is not None and new_values is not None:
-        tokens, latents = torch.cat([tokens, new_tokens]), torch.cat([latents, new_latents])
+    if new is not None:
+        tokens, latents, values = (torch.cat(pair) for pair in zip((tokens, latents, values), new, strict=True))
         order = torch.argsort(tokens * code.d_sae + latents)
-        tokens, latents, values = tokens[order], latents[order], torch.cat([values, new_values])[order]
+        tokens, latents, values = tokens[order], latents[order], values[order]
     offsets = torch.zeros_like(code.offsets)
     offsets[1:] = torch.bincount(tokens, minlength=code.n_tokens).cumsum(0)
     return SparseCode(values, latents.to(torch.int32), offsets, code.d_sae)

@@ -17,7 +17,7 @@ from torch.utils import checkpoint
 from ..errors import EnvironmentProblemError
 from .decoder import Decoder
 from .eager import hold_eager, release_eager
-from .site import Site
+from .site import HOOK_POINTS, Site
 
 
 @dataclass(eq=False)
@@ -215,9 +215,8 @@ def hooks_at(layer: nn.Module, kind: str) -> list[Hook]:
 
 
 def _module_at(layer: nn.Module, kind: str) -> nn.Module:
-    if kind == "resid":
-        return layer
-    return layer.get_submodule("self_attn.o_proj" if kind == "att" else "post_feedforward_layernorm")
+    """Whose input or output it is; the layer itself where the hook point names no module within."""
+    return layer.get_submodule(HOOK_POINTS[kind].rpartition(".")[0])
 
 
 def _hook(layer: nn.Module, hook: _AtSite) -> Handle:

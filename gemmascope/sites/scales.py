@@ -38,7 +38,7 @@ class ScaleSums:
     """What `LatentScales` are made of, batch by batch; 20 bytes a latent."""
 
     def __init__(self, d_sae: int):
-        self._max = torch.zeros(d_sae, dtype=torch.float32, device="cpu")
+        self._max = torch.full((d_sae,), -torch.inf, dtype=torch.float32, device="cpu")
         self._sum = torch.zeros(d_sae, dtype=torch.float64, device="cpu")
         self._count = torch.zeros(d_sae, dtype=torch.int64, device="cpu")
         self._n_tokens = 0
@@ -52,5 +52,6 @@ class ScaleSums:
         self._n_tokens += code.n_tokens
 
     def scales(self) -> LatentScales:
+        largest = self._max.where(self._count > 0, 0)
         mean = (self._sum / self._count.clamp(min=1)).float()
-        return LatentScales(self._max.clone(), mean, self._count.clone(), self._n_tokens)
+        return LatentScales(largest, mean, self._count.clone(), self._n_tokens)

@@ -112,9 +112,11 @@ def by_site(name: str, values: Mapping[Any, Any]) -> dict[Site, Any]:
     if not isinstance(values, Mapping):
         what = "from Site to SAE" if name == "saes" else "by Site"
         raise TypeError(f"{name}: expected a dict {what}, got {type(values).__name__}")
-    found = {as_site(site): value for site, value in values.items()}
-    if len(found) < len(values):
-        raise ValueError(f"{name}: expected each site once, got one by both its Site and its name")
+    found = {}
+    for key, value in values.items():
+        if (site := as_site(key)) in found:
+            raise ValueError(f"{name}: expected each site once, got {site} under several names")
+        found[site] = value
     if name == "saes" and not found:
         raise ValueError("saes: expected at least one site, got none")
     return found

@@ -34,11 +34,11 @@ class Splice:
     def __call__(self, x: Tensor, window: Window) -> Tensor:
         """What takes the place of x [batch, seq, width], in its shape and dtype."""
         if not self.edits:
-            return x if self.mode == "with_error" else self._checked(self.sae(x), x)
+            return x if self.mode == "with_error" else self._checked(self.sae(x), x).to(x.dtype)
         code, edited = self._codes(x, window)
-        x_hat = self._checked(self._decoded(edited, code, x), x)
+        x_hat = self._decoded(edited, code, x)
         if self.mode == "replace":
-            return x_hat
+            return x_hat.to(x.dtype)
         return _moved(x, self._decoded(code, code, x), x_hat)
 
     def _codes(self, x: Tensor, window: Window) -> tuple[Any, Any]:
@@ -62,8 +62,9 @@ class Splice:
         """x̂ of a code, by entries or as a whole matrix as is best for ``like``, so that equal rows of both give equal
         bits."""
         if isinstance(code, SparseCode):
-            return self.sae.decode(code if density.is_sparse(like) else code.to_dense()).reshape(x.shape)
-        return self.sae.decode(code)
+            x_hat = self.sae.decode(code if density.is_sparse(like) else code.to_dense())
+            return self._checked(x_hat, x.flatten(0, 1)).reshape(x.shape)
+        return self._checked(self.sae.decode(code), x)
 
     def _checked(self, x_hat: Any, x: Tensor) -> Tensor:
         if not isinstance(x_hat, Tensor):
@@ -72,15 +73,16 @@ class Splice:
             raise ValueError(
                 f"site {self.site}: expected a reconstruction of shape {list(x.shape)}, got {list(x_hat.shape)}"
             )
-        return x_hat if self.mode == "with_error" and self.edits else x_hat.to(x.dtype)
+        return x_hat
 
 
 def _moved(x: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """x + (after − before), rounded once. Where they are equal, x: also a −0, which the sum would make a 0."""
+    """x + (after − before), rounded once; where they are equal, x to the bit.
+
+    As x − (before − after): x − 0 is x, and −0 + 0 would be 0.
+    """
     wide = torch.promote_types(torch.promote_types(x.dtype, after.dtype), torch.float32)
-    delta = after.to(wide) - before.to(wide)
-    moved = (x.to(wide) + delta).to(x.dtype)
-    return moved if delta.requires_grad else torch.where(delta == 0, x, moved)
+    return (x.to(wide) - (before.to(wide) - after.to(wide))).to(x.dtype)
 
 
 def _wants_gradients(sae: Any, x: Tensor) -> bool:

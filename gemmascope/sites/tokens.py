@@ -87,7 +87,7 @@ class TokenInput:
             raise ValueError("attention_mask: expected 1 at tokens and 0 at padding, got other values")
 
     def _refuse_padding_before_text(self, name: str, tokens: Tensor) -> None:
-        is_pad = _isin(tokens, self._pads)
+        is_pad = isin(tokens, self._pads)
         is_text_later = (~is_pad).long().flip(1).cumsum(1).flip(1) > 0
         padding = is_pad & is_text_later
         if self._ambiguous:
@@ -100,11 +100,12 @@ class TokenInput:
 
     def counted(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Bool, of the shape of ``tokens``."""
-        counted = ~_isin(tokens, self.skipped)
+        counted = ~isin(tokens, self.skipped)
         return counted if attention_mask is None else counted & attention_mask.to(tokens.device).bool()
 
 
-def _isin(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
+def isin(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Which tokens are among ``ids``: bool, of the shape of ``tokens``."""
     return torch.isin(tokens.long(), torch.tensor(ids, dtype=torch.int64, device=tokens.device))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from gemmascope.activations import ActivationStore, Feed, Harvester, Ring, harvest_to_store, store
 from gemmascope.errors import BadFileError, EnvironmentProblemError
-from gemmascope.formats.files import read_json, write_json
+from gemmascope.formats.files import read_json, seal, write_json
 from gemmascope.runs import Run
 from gemmascope.sites import Site
 from tests.activations.superblocks import FakeRows
@@ -431,8 +431,8 @@ def set_to(key, value):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (set_to("format", "other"), "expected the manifest of an activation store, found something else"),
-        (set_to("format_version", 2), "expected format_version 1, found 2"),
+        (set_to("format", "other"), "format: expected 'gemmascope-activations', found another file"),
+        (set_to("format_version", 2), "format_version: expected 1, found 2"),
         (set_to("more", 1), "expected the manifest as it was written"),
         (set_to("identity", {}), "expected the manifest as it was written"),
         (
@@ -449,7 +449,7 @@ def test_another_manifest(source, folder, change, match):
     manifest = read_json(folder / "manifest.json")
     change(manifest)
     content = {name: value for name, value in manifest.items() if name != "sha256"}
-    write_json(folder / "manifest.json", content | {"sha256": store._digest(content)})
+    write_json(folder / "manifest.json", content | {"sha256": seal(content)})
     for action in (ActivationStore.open, lambda folder: written(source, folder)):
         with pytest.raises(BadFileError, match=rf"manifest\.json: {match}"):
             action(folder)
@@ -460,7 +460,7 @@ def test_no_manifest(tmp_path, text):
     with pytest.raises(BadFileError, match=r"manifest\.json: expected a file, found none"):
         ActivationStore.open(tmp_path)
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(BadFileError, match=r"manifest\.json: expected"):
+    with pytest.raises(BadFileError, match=r"manifest\.json: (format: )?expected"):
         ActivationStore.open(tmp_path)
 
 

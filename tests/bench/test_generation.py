@@ -29,6 +29,12 @@ def test_no_time_without_parity(monkeypatch):
     assert "p50_ms" not in failed
 
 
+def test_nan_is_no_parity(monkeypatch):
+    monkeypatch.setattr(generation.Dense, "forward", lambda self, x: torch.full_like(x, torch.nan))
+    rows = generation.measure(SIZES, rounds=1, device=CPU)
+    assert [row["contender"] for row in rows if "failed" in row] == ["dense"]
+
+
 def test_the_command(tmp_path, capsys):
     assert generation.main(["--rounds", "1", "--d-sae", "32", "--save", "--results", str(tmp_path)], SIZES) == 0
     rows = records.read(tmp_path / "generation.jsonl")

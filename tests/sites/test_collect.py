@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gemmascope import SparseCode
 from gemmascope.errors import EnvironmentProblemError
 from gemmascope.sites import (
     Add,
@@ -21,6 +22,7 @@ from gemmascope.sites import (
     collect,
     collect_to_store,
 )
+from gemmascope.sites.scales import ScaleSums
 from tests import tiny_models as tiny
 from tests.helpers import assert_bitwise_equal
 from tests.sites.test_attach import ATT, MLP, RESID, hook_count, random_sae
@@ -87,6 +89,14 @@ def test_scales_are_those_of_the_codes():
         assert (count == 0).any() or (count < len(dense)).any()
         j = int(count.argmax())
         assert (scales.unit("max", j), scales.unit("mean", j)) == (float(scales.max[j]), float(scales.mean[j]))
+
+
+def test_the_largest_of_a_latent_that_fires_below_zero_alone():
+    sums = ScaleSums(3)
+    sums.add(SparseCode.from_dense(torch.tensor([[-2.0, 0, 1], [-1, 0, -3]])))
+    scales = sums.scales()
+    assert scales.max.tolist() == [-1, 0, 1]
+    assert scales.mean.tolist() == [-1.5, 0, -1]
 
 
 def test_padding_and_tokens_of_ones_own():
@@ -199,7 +209,7 @@ class TestRefusals:
             ({"saes": {Site(3, "mlp"): random_sae(MLP)}}, ValueError,
              r"^site layer_3/mlp: expected a layer from 0 to 2"),
             ({"saes": {RESID: SAES[RESID], "blocks.1.hook_resid_post": SAES[RESID]}}, ValueError,
-             r"^saes: expected each site once"),
+             r"^saes: expected each site once, got layer_1/resid under several names$"),
             ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, ValueError,
              r"^tokens: expected some that are kept, found none"),
             ({"tokens": torch.full((2, 3), 99)}, ValueError, r"^tokens: expected ids from 0 to 60, got 99$"),

@@ -13,6 +13,7 @@ from torch import nn
 
 from gemmascope import SparseCode
 from gemmascope.sites import Ablate, Add, Capture, Clamp, LatentScales, Patch, all_sites, attach
+from gemmascope.sites.splice import Splice
 from gemmascope.sites.window import Window
 from tests import tiny_models as tiny
 from tests.helpers import assert_bitwise_equal, lattice
@@ -149,6 +150,17 @@ def test_edits_that_change_nothing_are_the_identity(build, dtype, wrap):
         with attach(model, saes, mode="with_error", edits=dict.fromkeys(saes, edit)):
             assert torch.equal(logits(model, ids), clean)
             assert torch.equal(model(ids).logits.detach(), clean)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_with_error_keeps_the_sign_of_zero(gradients):
+    x = torch.zeros(1, 2, 16)
+    x[:, 1] = -0.0
+    splice = Splice(RESID, random_sae(RESID), "with_error", [Add(3, 0.0)])
+    with torch.set_grad_enabled(gradients):
+        found = splice(x, Window(1, 2, 0))
+    assert found.requires_grad is gradients
+    assert_bitwise_equal("x", found.detach(), x)
 
 
 @every_site
@@ -355,6 +367,11 @@ class TestRefusals:
             ({"edits": {RESID: Add(3, 1.0, "mean")},
               "latent_scales": {RESID: LatentScales(torch.ones(24), torch.ones(24), torch.zeros(24).long(), 5)}},
              ValueError, r"^site layer_1/resid: latent 3: expected one that fires, .* fired on none of 5 tokens$"),
+            ({"edits": {RESID: Add(3, 1.0, "mean")},
+              "latent_scales": {RESID: LatentScales(torch.ones(9), torch.ones(9), torch.ones(9).long(), 5)}},
+             ValueError, r"^site layer_1/resid: latent_scales: expected those of 24 latents, as the SAE has, got 9$"),
+            ({"latent_scales": {RESID: torch.ones(24)}}, TypeError,
+             r"^latent_scales: layer_1/resid: expected a LatentScales, got Tensor$"),
             ({"positions": torch.ones(3)}, TypeError, r"^positions: expected a torch.Tensor of bool, got float32$"),
             ({"positions": torch.ones(1, 1, 1, dtype=torch.bool)}, ValueError,
              r"^positions: expected shape \[columns\] or "),
@@ -411,13 +428,26 @@ class TestRefusals:
         ):
             logits(model, ids)
 
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_an_sae_that_decodes_to_another_shape(self, gradients):
+        """By entries too, where it could be taken for the right one."""
+        sae = random_sae(RESID)
+        decode = sae.decode
+        sae.decode = lambda f: decode(f).mT
+        model = tiny.gemma2()
+        message = r"^site layer_1/resid: expected a reconstruction of shape \[.*\], got \[.*\]$"
+        with (
+            attach(model, {RESID: sae}, edits={RESID: Ablate(0)}),
+            torch.set_grad_enabled(gradients),
+            pytest.raises(ValueError, match=message),
+        ):
+            model(tiny.tokens())
+
     def test_an_sae_whose_code_has_another_shape(self):
         sae = random_sae(RESID)
         sae.encode = lambda x: torch.zeros(2, 9, 5)
         sae.requires_grad_(True)
         message = r"^site layer_1/resid: expected activations of shape \[2, 9, 24\], got shape \[2, 9, 5\]$"
-        with attach(tiny.gemma2(), {RESID: sae}, edits={RESID: Ablate(0)}) as attachment:
-            assert attachment.sites == (RESID,)
         model = tiny.gemma2()
         with attach(model, {RESID: sae}, edits={RESID: Ablate(0)}), pytest.raises(ValueError, match=message):
             model(tiny.tokens())

@@ -200,13 +200,14 @@ def test_codes_of_a_prompt_patched_while_another_is_continued():
         model(others)
     kept = others > 2
     code = sae.encode_sparse(capture[RESID][kept])
-    clean = by_hand(model, ids)
+    clean, generated = by_hand(model, ids), []
     for edit in (Patch(code, kept), Patch(sae.encode_sparse(capture[RESID]))):
         with attach(model, {RESID: sae}, mode="with_error", edits={RESID: edit}):
-            generated = model.generate(ids, **OPTIONS)
+            generated.append(model.generate(ids, **OPTIONS))
             if edit.of is not None:  # without a mask a forward must begin with the other run's tokens, all of them
-                assert torch.equal(generated, by_hand(model, ids))
-    assert not torch.equal(generated, clean)
+                assert torch.equal(generated[0], by_hand(model, ids))
+    assert torch.equal(*generated)  # BOS, which `kept` leaves out, is not spliced
+    assert not torch.equal(generated[0], clean)
 
 
 def test_compiled():
