@@ -152,7 +152,10 @@ class BaseSAE(Codec):
         the active entries alone, by `encode_sparse` and `decode`, unless they are so many that whole matrices are
         faster (`gemmascope.kernels.density`).
         """
-        return self.decode(self._activations(x)).reshape(x.shape).to(x.dtype)
+        f = self._activations(x)
+        x_hat = self.decode(f)
+        # Only entries lose the shape: FSDP2 warns of an output that is a view.
+        return (x_hat.reshape(x.shape) if isinstance(f, SparseCode) else x_hat).to(x.dtype)
 
     @torch.no_grad()
     @without_autocast

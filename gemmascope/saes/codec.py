@@ -75,7 +75,7 @@ class Codec(nn.Module):
         if not isinstance(x, Tensor) or self._goes_densely(x):
             return self.encode(x)
         code = self.encode_sparse(x)
-        return code if density.is_sparse(code) else code.to_dense()
+        return code if density.is_sparse(code) else code.to_dense().reshape(*x.shape[:-1], self.d_sae)
 
     def _decoded(self, f: Tensor | SparseCode) -> Tensor:
         """f·W_dec + b_dec: [..., d_out] of dense activations [..., d_sae], [N, d_out] of a `SparseCode`."""
