@@ -87,7 +87,9 @@ class Transcoder(WideThreshold):
         Differentiable. Where no gradient is asked for it is made from the active entries alone, unless they are so many
         that whole matrices are faster (`gemmascope.kernels.density`).
         """
-        return self.decode(self._activations(x), x).reshape(*x.shape[:-1], self.d_out).to(x.dtype)
+        f = self._activations(x)
+        y = self.decode(f, x)
+        return (y.reshape(*x.shape[:-1], self.d_out) if isinstance(f, SparseCode) else y).to(x.dtype)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
