@@ -21,7 +21,7 @@ from ..checks import check_choice, check_type, dtype_name
 from . import release, writers
 from .files import as_path, shown
 from .folding import fold
-from .manifest import SAEConfig
+from .manifest import CONFIG, SAEConfig
 from .stored import DTYPES, KEYS, TOPK_KEYS, problem_in_values
 
 FORMATS = ("gemma-scope", "gemma-scope-2", "saelens", "circuit-tracer", "safetensors")
@@ -101,9 +101,11 @@ def write(
         moved = f"input_scale {config.input_scale:.6g}{' and the pre-encoder bias' if config.pre_encoder_bias else ''}"
         said.append(f"folded: {moved} moved into the weights, the same function, rounded anew")
         tensors, config = fold(tensors, config)
+    problem = problem_in_values(tensors)  # what was cast or folded may have overflowed
+    if problem:
+        raise ValueError(f"{'dtype' if dtype is not None else 'sae'}: {problem}")
     write_one, names = WRITERS[format]
-    metadata = config.metadata or {}
-    for file in (folder / name for name in names(metadata)):
+    for file in (folder / name for name in names(config.metadata or {})):
         if os.path.lexists(file):
             raise ValueError(f"path: expected a folder without {file.name}, got {shown(folder)}")
     write_one(tensors, config, folder)
@@ -154,11 +156,12 @@ def _write_ours(tensors: dict[str, Tensor], config: SAEConfig, folder: Path) -> 
     release.write(folder, tensors, config)
 
 
+PARAMS = (release.NPZ, release.SAFETENSORS, CONFIG)
 Write = Callable[[dict[str, Tensor], SAEConfig, Path], None]
 WRITERS: dict[str, tuple[Write, Callable[[dict], tuple[str, ...]]]] = {
-    "gemma-scope": (writers.gemma_scope, lambda metadata: (release.NPZ, release.SAFETENSORS, "config.json")),
-    "gemma-scope-2": (writers.gemma_scope_2, lambda metadata: (release.NPZ, release.SAFETENSORS, "config.json")),
+    "gemma-scope": (writers.gemma_scope, lambda metadata: PARAMS),
+    "gemma-scope-2": (writers.gemma_scope_2, lambda metadata: PARAMS),
     "saelens": (writers.saelens, lambda metadata: (writers.SAELENS_WEIGHTS, writers.SAELENS_CONFIG)),
     "circuit-tracer": (writers.circuit_tracer, lambda metadata: (writers.layer_file(metadata),)),
-    "safetensors": (_write_ours, lambda metadata: (release.NPZ, release.SAFETENSORS, "config.json")),
+    "safetensors": (_write_ours, lambda metadata: PARAMS),
 }

@@ -113,12 +113,13 @@ def seal(config: dict[str, Any]) -> str:
 def is_ours(path: Path) -> bool:
     """Whether it is a config of ours, be it damaged."""
     try:
-        return _is_ours(read_json(path, MAX_CONFIG_BYTES))
+        return says_ours(read_json(path, MAX_CONFIG_BYTES))
     except BadFileError:
         return False
 
 
-def _is_ours(config: Any) -> bool:
+def says_ours(config: Any) -> bool:
+    """Whether what a config.json holds is ours, be it damaged."""
     return isinstance(config, dict) and (config.get("format") == FORMAT or not OUR_OWN_KEYS.isdisjoint(config))
 
 
@@ -136,7 +137,7 @@ def read(weights: Path, file: io.BufferedReader | None) -> Manifest:
         )
     name = shown(path)
     config = read_json_of(file, name, MAX_CONFIG_BYTES)
-    if _is_ours(config):
+    if says_ours(config):
         return _read_ours(config, name, weights)
     if isinstance(config, dict) and "hf_hook_point_in" in config:
         return _read_gemma_scope_2(config, name)

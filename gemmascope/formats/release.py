@@ -6,7 +6,6 @@
 * A folder of ``params.safetensors``, the same tensors in the dtype of the module, and ``config.json``, which also holds
   input_scale and pre_encoder_bias: any SAE, folded or not.
 * Gemma Scope 2 (read only): ``params.safetensors`` with the keys in lower case, and DeepMind's ``config.json``.
-
 * Folders of SAELens, sparsify and dictionary_learning (read only): see `saelens`, `sparsify` and `dictionary_learning`.
 
 Dimensions come from the tensors, never from names, and weights of the wrong shape are refused, never transposed. Our
@@ -44,7 +43,17 @@ from .fields import Fields
 from .files import as_path, open_file, read_json_of, remove_stale_temporaries, sha256, sha256_of, shown
 from .manifest import Manifest, SAEConfig
 from .pair import Pair
-from .stored import DTYPES, KEYS, OURS, StoredSAE, at_rest, keys_of, problem_in_headers, problem_in_values
+from .stored import (
+    DTYPES,
+    KEYS,
+    LOWER_CASE,
+    OURS,
+    StoredSAE,
+    at_rest,
+    keys_of,
+    problem_in_headers,
+    problem_in_values,
+)
 
 __all__ = ["KEYS", "SAEConfig", "StoredSAE", "gemma_scope_path", "read", "read_pretrained", "write"]
 
@@ -168,7 +177,7 @@ def _of_embeddings(tensors: dict[str, Tensor], config: SAEConfig) -> StoredSAE:
 
 
 def _canonical(key: str) -> str:
-    return {"w_enc": "W_enc", "w_dec": "W_dec"}.get(key, key)
+    return LOWER_CASE.get(key, key)
 
 
 def _problem_in_headers(

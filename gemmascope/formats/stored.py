@@ -21,6 +21,8 @@ from .manifest import SAEConfig
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 TOPK_KEYS = KEYS[:-1]
+# As Gemma Scope 2 spells them.
+LOWER_CASE = {"w_enc": "W_enc", "w_dec": "W_dec"}
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 MODEL, SAE = "d_model", "d_sae"
 

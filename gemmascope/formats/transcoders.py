@@ -29,12 +29,12 @@ from .export import SKIP, TRANSCODER
 from .files import as_path, open_file, read_json, shown
 from .manifest import MAX_CONFIG_BYTES, SAEConfig
 from .release import NPZ, SAFETENSORS
-from .stored import DTYPES, KEYS, StoredSAE, problem_in_values
+from .stored import DTYPES, KEYS, LOWER_CASE, StoredSAE, problem_in_values
 from .writers import CIRCUIT_TRACER_CONFIG, SKIP_OF_GEMMA_SCOPE_2, THRESHOLD_OF_CIRCUIT_TRACER
 
 LAYER_FILE = re.compile(r"layer_(0|[1-9][0-9]{0,3})\.safetensors")
 LAYER_FOLDER = re.compile(r"layer_(0|[1-9][0-9]{0,3})(?![0-9])")
-OF_GEMMA_SCOPE_2 = {"w_enc": "W_enc", "w_dec": "W_dec", SKIP_OF_GEMMA_SCOPE_2: SKIP}
+OF_GEMMA_SCOPE_2 = LOWER_CASE | {SKIP_OF_GEMMA_SCOPE_2: SKIP}
 OF_CIRCUIT_TRACER = {THRESHOLD_OF_CIRCUIT_TRACER: "threshold"}
 
 
@@ -59,7 +59,7 @@ def is_named_so(path: str | os.PathLike) -> bool:
         found = read_json(config, MAX_CONFIG_BYTES)
         if isinstance(found, dict) and "hf_hook_point_in" in found:
             return _is_transcoder(found)
-        if manifest.is_ours(config):
+        if manifest.says_ours(found):
             return False
     return foreign.named_for_another_kind(os.path.abspath(path)) is not None
 
@@ -107,21 +107,16 @@ def _file_in(folder: Path) -> Path:
 
 
 def _read_gemma_scope(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    config = _config_beside(file)
-    if config is None:
-        metadata = _sites_by_name(file)
-    elif "hf_hook_point_in" in config:
-        metadata = _facts_of(config, file)
-    elif manifest.is_ours(manifest.path_for(file)):
+    config = _config_beside(file) or {}
+    if manifest.says_ours(config):
         raise BadFileError(f"{shown(file)}: expected a transcoder, found an SAE: read it with load_sae")
-    else:
-        metadata = _sites_by_name(file)
+    metadata = _facts_of(config, file) if "hf_hook_point_in" in config else _sites_by_name(file)
 
     def check(headers: dict[str, Header]) -> None:
-        _check_headers(headers, {"w_enc": "W_enc", "w_dec": "W_dec"}, shown(file), dtypes=frozenset({torch.float32}))
+        _check_headers(headers, LOWER_CASE, shown(file), dtypes=frozenset({torch.float32}))
 
     arrays = read_npz(file, check)
-    return {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(key, key): array for key, array in arrays.items()}, metadata
+    return {LOWER_CASE.get(key, key): array for key, array in arrays.items()}, metadata
 
 
 def _sites_by_name(file: Path) -> dict[str, Any]:
@@ -289,8 +284,7 @@ def _check_headers(
                 f"{where}: {key}: expected shape {list(expected[key])} (b_enc has {d_sae} entries, b_dec {d_out}),"
                 f" found {list(header.shape)}"
             )
-        if header.dtype not in ({weights, torch.float32} if key == "threshold" else {weights} & dtypes):
-            raise BadFileError(
-                f"{where}: {key}: expected {' or '.join(sorted(map(dtype_name, dtypes)))} for all, found"
-                f" {dtype_name(header.dtype)}"
-            )
+        allowed = dtypes if key == "W_enc" else {weights, torch.float32} if key == "threshold" else {weights}
+        if header.dtype not in allowed:
+            any_of = " or ".join(sorted(map(dtype_name, allowed)))
+            raise BadFileError(f"{where}: {key}: expected {any_of}, found {dtype_name(header.dtype)}")

@@ -54,7 +54,7 @@ def gemma_scope_2_config(tensors: dict[str, Tensor], config: SAEConfig) -> str:
         "width": len(tensors["b_enc"]),
         "model_name": text_of(metadata, "model"),
         "architecture": "jump_relu",
-        "l0": metadata.get("average_l0", metadata.get("l0")),
+        "l0": l0_of(metadata),
         "affine_connection": "W_skip" in tensors,
         "type": "sae" if is_sae else "transcoder",
     }
@@ -65,6 +65,11 @@ def text_of(metadata: dict[str, Any], key: str) -> str | None:
     """What a free-form fact says, where it is text."""
     value = metadata.get(key)
     return value if isinstance(value, str) else None
+
+
+def l0_of(metadata: dict[str, Any]) -> Any:
+    """The L0 by our name, or by that of Gemma Scope 2's config."""
+    return metadata.get("average_l0", metadata.get("l0"))
 
 
 def saelens(tensors: dict[str, Tensor], config: SAEConfig, folder: Path) -> None:
@@ -84,7 +89,7 @@ def saelens_config(tensors: dict[str, Tensor], config: SAEConfig) -> str:
         "model_name": text_of(metadata, "model"),
         "hook_name": hook,
         "hf_hook_name": site,
-        "average_l0": metadata.get("average_l0", metadata.get("l0")),
+        "average_l0": l0_of(metadata),
     }
     entries = {
         "architecture": architecture if "W_skip" not in tensors else "jumprelu_skip_transcoder",

@@ -48,7 +48,7 @@ def card(format: str, entries: Sequence[Entry], model: str | None, results: Mapp
     lines += [f"In the format {format}, written by gemmascope {__version__}.", ""]
     opened = OPENED_BY[format].replace("FOLDER", json.dumps(entries[0].folder or "."))
     lines += ["```python", opened.replace("KIND", entries[0].kind), "```", "", *_what_they_are(entries)]
-    changed = {change: entry for entry in entries for change in entry.changes}
+    changed = dict.fromkeys(change for entry in entries for change in entry.changes)
     if changed:
         lines += ["", "Changed on the way:", "", *(f"* {plain(change)}" for change in changed)]
     if results is not None:

@@ -9,16 +9,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..autocast import without_autocast
 from ..checks import FLOATS, check_device, check_int, check_number, check_type, dtype_name
 from ..errors import BadFileError
-from ..formats import release
+from ..formats import export, folding, release
+from ..formats.export import KINDS
 from ..formats.files import shown
 from ..formats.manifest import SAEConfig
-from ..formats.stored import StoredSAE, keys_of
-from ..kernels import SparseCode, density
+from ..formats.stored import StoredSAE, keys_of, problem_in_numbers
+from ..kernels import SparseCode
 from .codec import Codec
-
-NAMES = {"jump_relu": "a JumpReLU SAE", "topk": "a TopK SAE"}
 
 
 class BaseSAE(Codec):
@@ -135,9 +135,7 @@ class BaseSAE(Codec):
         return None if math.isfinite(scale) and scale > 0 else f"expected a finite number > 0, got {scale}"
 
     def _encoder_input(self, x: Tensor) -> Tensor:
-        """x [..., d_model] as the [N, d_model] that W_enc multiplies."""
-        self._check_rows("x", x, self.d_model)
-        x = x.reshape(-1, self.d_model).to(self.W_enc.dtype)
+        x = super()._encoder_input(x)
         if self.input_scale != 1.0:
             x = x / self.input_scale
         return x - self.b_dec if self.pre_encoder_bias else x
@@ -154,20 +152,21 @@ class BaseSAE(Codec):
         the active entries alone, by `encode_sparse` and `decode`, unless they are so many that whole matrices are
         faster (`gemmascope.kernels.density`).
         """
-        if not isinstance(x, Tensor) or self._goes_densely(x):
-            return self.decode(self.encode(x)).to(x.dtype)
-        code = self.encode_sparse(x)
-        x_hat = self.decode(code if density.is_sparse(code) else code.to_dense())
-        return x_hat.reshape(x.shape).to(x.dtype)
+        f = self._activations(x)
+        x_hat = self.decode(f)
+        # Only entries lose the shape: FSDP2 warns of an output that is a view.
+        return (x_hat.reshape(x.shape) if isinstance(f, SparseCode) else x_hat).to(x.dtype)
 
-    def _folded(self) -> Self:
-        """A copy with input_scale 1 and no pre-encoder bias, of the same function as far as the biases go."""
-        folded, scale = copy.deepcopy(self), self.input_scale
-        if self.pre_encoder_bias:
-            folded.b_enc.sub_(self.b_dec @ self.W_enc)
-        folded.b_enc.mul_(scale)
-        folded.b_dec.mul_(scale)
-        folded.pre_encoder_bias, folded.input_scale = False, 1.0
+    @torch.no_grad()
+    @without_autocast
+    def fold(self) -> Self:
+        """The same function with input_scale 1 and no pre-encoder bias (arXiv 2408.05147, appendix A), as a copy. See
+        `formats.folding.fold`."""
+        tensors, config = folding.fold(*self.stored())
+        folded = copy.deepcopy(self)
+        for key in tensors.keys() - {"W_enc", "W_dec"}:
+            getattr(folded, key).copy_(tensors[key])
+        folded.input_scale, folded.pre_encoder_bias = config.input_scale, config.pre_encoder_bias
         return folded
 
     # ---- files
@@ -175,6 +174,14 @@ class BaseSAE(Codec):
     def _config(self) -> SAEConfig:
         """What a file says of this SAE beside its tensors."""
         return SAEConfig(self.input_scale, self.pre_encoder_bias, self.metadata, architecture=self.ARCHITECTURE)
+
+    def stored(self) -> StoredSAE:
+        """The tensors, detached, the threshold at least 0, and what goes with them, as `formats` writes them."""
+        config = self._config()
+        tensors = {key: getattr(self, key).detach() for key in keys_of(config)}
+        if "threshold" in tensors:
+            tensors["threshold"] = tensors["threshold"].clamp(min=0)
+        return StoredSAE(tensors, config)
 
     @classmethod
     def _of_config(cls, config: SAEConfig, **options: Any) -> Self:
@@ -188,11 +195,7 @@ class BaseSAE(Codec):
         The weights reload to the same bits, but that thresholds below 0 are written as the 0 they count as. See
         `formats.release.write`.
         """
-        config = self._config()
-        tensors = {key: getattr(self, key).detach() for key in keys_of(config)}
-        if "threshold" in tensors:
-            tensors["threshold"] = tensors["threshold"].clamp(min=0)
-        release.write(path, tensors, config)
+        release.write(path, *self.stored())
 
     @classmethod
     def load(
@@ -234,8 +237,8 @@ class BaseSAE(Codec):
         tensors, config = stored
         if config.architecture != cls.ARCHITECTURE:
             raise BadFileError(
-                f"{name}: expected {NAMES[cls.ARCHITECTURE]}, found {NAMES[config.architecture]}: gemmascope.load_sae"
-                " opens both"
+                f"{name}: expected {KINDS[cls.ARCHITECTURE].name}, found {KINDS[config.architecture].name}:"
+                " gemmascope.load_sae opens both"
             )
         # One latent of width 1, since the constructor draws random weights: the stored ones take their place.
         sae = cls._of_config(
@@ -245,11 +248,9 @@ class BaseSAE(Codec):
             metadata=config.metadata,
             device="cpu",
         )
-        weights = tensors["W_dec"].dtype if dtype is None else dtype
-        dtypes = dict.fromkeys(tensors, weights) | {"threshold": torch.promote_types(weights, torch.float32)}
-        placed = {key: _placed(key, tensor, device, dtypes[key]) for key, tensor in tensors.items()}
-        placed["W_enc"] = placed["W_enc"].T.contiguous().T
-        for key, tensor in placed.items():
+        weights = placed(tensors, device, dtype or tensors["W_dec"].dtype)
+        weights["W_enc"] = weights["W_enc"].T.contiguous().T
+        for key, tensor in weights.items():
             setattr(sae, key, nn.Parameter(tensor.contiguous() if key != "W_enc" else tensor))
         return sae
 
@@ -269,9 +270,11 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: expected {' or '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
 
 
-def _placed(key: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if dtype != tensor.dtype:
-        tensor = tensor.to(dtype)
-        if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor)):
+def placed(tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a file in ``dtype``, the threshold in fp32 at least, on the device. Raises ValueError for a dtype
+    in which a weight is Inf."""
+    found = export.cast(tensors, dtype)
+    for key, tensor in found.items():
+        if tensor is not tensors[key] and problem_in_numbers({key: tensor}):
             raise ValueError(f"dtype: expected one that holds {key}, got {dtype_name(dtype)}, in which it is Inf")
-    return tensor.to(device)
+    return {key: tensor.to(device) for key, tensor in found.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..autocast import affine, without_autocast
 from ..checks import check_floating
-from ..kernels import SparseCode
+from ..kernels import JumpReLUOutput, SparseCode, density
 
 
 class Codec(nn.Module):
@@ -43,6 +43,12 @@ class Codec(nn.Module):
         tensors = (x, *(getattr(self, name) for name in self.PARAMETERS))
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
+    def _encoder_input(self, x: Tensor) -> Tensor:
+        """x [..., width] as the [N, width] that W_enc multiplies."""
+        width = self.W_enc.shape[0]
+        self._check_rows("x", x, width)
+        return x.reshape(-1, width).to(self.W_enc.dtype)
+
     def encode(self, x: Tensor) -> Tensor:
         """Dense activations [..., d_sae] of x [..., width], in the dtype of the weights.
 
@@ -63,6 +69,14 @@ class Codec(nn.Module):
         """Active latents of the tokens of x [..., width], flattened to N rows. Not differentiable."""
         raise NotImplementedError
 
+    def _activations(self, x: Tensor) -> Tensor | SparseCode:
+        """f of x [..., width] in the form that is decoded faster: its entries, where no gradient is asked for and they
+        are few enough (`gemmascope.kernels.density`)."""
+        if not isinstance(x, Tensor) or self._goes_densely(x):
+            return self.encode(x)
+        code = self.encode_sparse(x)
+        return code if density.is_sparse(code) else code.to_dense().reshape(*x.shape[:-1], self.d_sae)
+
     def _decoded(self, f: Tensor | SparseCode) -> Tensor:
         """f·W_dec + b_dec: [..., d_out] of dense activations [..., d_sae], [N, d_out] of a `SparseCode`."""
         if isinstance(f, SparseCode):
@@ -77,12 +91,36 @@ class Codec(nn.Module):
         return kernels.decode(code, self.W_dec, self.b_dec, impl=self.impl)
 
 
-class WideThreshold(nn.Module):
-    """Keeps ``threshold`` [d_sae] in fp32 whatever dtype the module is moved to, or in fp64 with fp64 weights: in bf16
-    it would stop learning, and the gate would move."""
+class WideThreshold(Codec):
+    """A JumpReLU codec: f = z·1[z > θ] with θ = max(``threshold``, 0), for an optimiser may take it below 0.
+
+    ``threshold`` [d_sae] stays in fp32 whatever dtype the module is moved to, or in fp64 with fp64 weights: in bf16 it
+    would stop learning, and the gate would move.
+    """
 
     threshold: nn.Parameter
-    W_dec: nn.Parameter
+
+    @without_autocast
+    def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:
+        """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., width]; differentiable.
+
+        The gate is decided on the fp32 (fp64) pre-activations, the same bits as in `encode_sparse`. The gradient of a
+        threshold below 0 arrives all the same.
+        """
+        z = kernels.preactivations(self._encoder_input(x), self.W_enc, self.b_enc, impl=self.impl)
+        threshold = torch.where(self.threshold < 0, self.threshold - self.threshold.detach(), self.threshold)
+        out = kernels.jumprelu(z, z.new_zeros(self.d_sae), threshold, bandwidth, impl=self.impl)
+        return out._replace(f=out.f.to(self.W_enc.dtype))
+
+    def _encode_densely(self, x: Tensor) -> Tensor:
+        return self.jumprelu(x).f
+
+    @without_autocast
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """Active latents of the tokens of x [..., width], flattened to N rows. Not differentiable."""
+        with torch.no_grad():
+            threshold = self.threshold.clamp(min=0)
+            return kernels.encode(self._encoder_input(x), self.W_enc, self.b_enc, threshold, impl=self.impl)
 
     def _apply(self, fn, recurse=True):
         threshold, grad = self.threshold.detach(), self.threshold.grad

@@ -3,13 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import kernels
-from ..autocast import without_autocast
 from ..checks import check_number
 from ..formats.manifest import SAEConfig
-from ..kernels import JumpReLUOutput, SparseCode
 from .base import BaseSAE
 from .codec import WideThreshold
 
@@ -74,27 +71,6 @@ class JumpReLUSAE(WideThreshold, BaseSAE):
         options = {"device": self.W_dec.device, "dtype": torch.promote_types(dtype, torch.float32)}
         self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init, **options))
 
-    @without_autocast
-    def jumprelu(self, x: Tensor, bandwidth: float = 1e-3) -> JumpReLUOutput:
-        """f [N, d_sae], l0 [N] and firing counts [d_sae] of x [..., d_model]; differentiable.
-
-        The gate is decided on the fp32 (fp64) pre-activations, the same bits as in `encode_sparse`.
-        """
-        z = kernels.preactivations(self._encoder_input(x), self.W_enc, self.b_enc, impl=self.impl)
-        threshold = torch.where(self.threshold < 0, self.threshold - self.threshold.detach(), self.threshold)
-        out = kernels.jumprelu(z, z.new_zeros(self.d_sae), threshold, bandwidth, impl=self.impl)
-        return out._replace(f=out.f.to(self.W_enc.dtype))
-
-    def _encode_densely(self, x: Tensor) -> Tensor:
-        return self.jumprelu(x).f
-
-    @without_autocast
-    def encode_sparse(self, x: Tensor) -> SparseCode:
-        """Active latents of the tokens of x [..., d_model], flattened to N rows. Not differentiable."""
-        with torch.no_grad():
-            threshold = self.threshold.clamp(min=0)
-            return kernels.encode(self._encoder_input(x), self.W_enc, self.b_enc, threshold, impl=self.impl)
-
     @torch.no_grad()
     def project_(self) -> "JumpReLUSAE":
         """Back, in place, to where the recipe keeps an SAE after each update: rows of W_dec of unit norm (arXiv
@@ -107,17 +83,6 @@ class JumpReLUSAE(WideThreshold, BaseSAE):
         self.W_dec.div_(torch.where(norm > 0, norm, 1))
         self.threshold.clamp_(min=0)
         return self
-
-    @torch.no_grad()
-    @without_autocast
-    def fold(self) -> "JumpReLUSAE":
-        """The same function with input_scale 1 and no pre-encoder bias (arXiv 2408.05147, appendix A), as a copy.
-
-        b_enc' = C·b_enc − C·b_dec·W_enc;  b_dec' = C·b_dec;  θ' = C·θ;  W_enc and W_dec unchanged.
-        """
-        folded = self._folded()
-        folded.threshold.clamp_(min=0).mul_(self.input_scale)
-        return folded
 
     @classmethod
     def _of_config(cls, config: SAEConfig, **options: Any) -> "JumpReLUSAE":

@@ -104,13 +104,6 @@ class TopKSAE(BaseSAE):
         fires = ~(values <= 0)
         return values[fires], latents[fires].to(torch.int32), fires.sum(1)
 
-    @torch.no_grad()
-    @without_autocast
-    def fold(self) -> "TopKSAE":
-        """The same function with input_scale 1 and no pre-encoder bias, as a copy: as of `JumpReLUSAE.fold`, since the
-        k largest of C·z are those of z."""
-        return self._folded()
-
     def _config(self) -> SAEConfig:
         return super()._config()._replace(k=self.k)
 

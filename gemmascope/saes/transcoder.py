@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..autocast import affine, without_autocast
-from ..checks import FLOATS, check_device, check_type, dtype_name
+from ..autocast import affine
+from ..checks import check_type
 from ..formats import export, transcoders
 from ..formats.export import SKIP, TRANSCODER
 from ..formats.manifest import SAEConfig
-from ..formats.stored import KEYS
-from ..kernels import SparseCode, density
-from .codec import Codec, WideThreshold
+from ..formats.stored import KEYS, StoredSAE
+from ..kernels import SparseCode
+from .base import check_placement, placed
+from .codec import WideThreshold
 
 
-class Transcoder(WideThreshold, Codec):
+class Transcoder(WideThreshold):
     r"""JumpReLU transcoder, with or without a skip connection (arXiv 2406.11944, 2501.18823; Gemma Scope 1 and 2).
 
         z = x·W_enc + b_enc;   f = z·1[z > θ];   ŷ = f·W_dec + b_dec (+ x·W_skipᵀ)
@@ -35,7 +35,7 @@ class Transcoder(WideThreshold, Codec):
     tensors that are not those of a transcoder.
     """
 
-    PARAMETERS = (*Codec.PARAMETERS, "threshold", SKIP)
+    PARAMETERS = (*WideThreshold.PARAMETERS, "threshold", SKIP)
 
     def __init__(self, tensors: dict[str, Tensor], *, impl: str = "auto", metadata: dict[str, Any] | None = None):
         super().__init__()
@@ -68,23 +68,6 @@ class Transcoder(WideThreshold, Codec):
         skip = "no skip" if self.W_skip is None else "skip"
         return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, {skip}, impl={self.impl!r}"
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """x [..., d_in] as the [N, d_in] that W_enc multiplies."""
-        self._check_rows("x", x, self.d_in)
-        return x.reshape(-1, self.d_in).to(self.W_enc.dtype)
-
-    @without_autocast
-    def _encode_densely(self, x: Tensor) -> Tensor:
-        z = kernels.preactivations(self._rows(x), self.W_enc, self.b_enc, impl=self.impl)
-        return kernels.jumprelu(z, z.new_zeros(self.d_sae), self.threshold, impl=self.impl).f.to(self.W_enc.dtype)
-
-    @without_autocast
-    def encode_sparse(self, x: Tensor) -> SparseCode:
-        """Active latents of the tokens of x [..., d_in], flattened to N rows. Not differentiable."""
-        with torch.no_grad():
-            threshold = self.threshold.clamp(min=0)
-            return kernels.encode(self._rows(x), self.W_enc, self.b_enc, threshold, impl=self.impl)
-
     def decode(self, f: Tensor | SparseCode, x: Tensor | None = None) -> Tensor:
         """ŷ [..., d_out] of dense activations [..., d_sae], or [N, d_out] of a `SparseCode`.
 
@@ -93,7 +76,7 @@ class Transcoder(WideThreshold, Codec):
         y = self._decoded(f)
         if x is None or self.W_skip is None:
             return y
-        rows = self._rows(x)
+        rows = self._encoder_input(x)
         if len(rows) * self.d_out != y.numel():
             raise ValueError(f"x: expected the input of f, got shape {list(x.shape)}")
         return y + affine(rows, self.W_skip.T, rows.new_zeros(self.d_out)).reshape(y.shape)
@@ -104,11 +87,9 @@ class Transcoder(WideThreshold, Codec):
         Differentiable. Where no gradient is asked for it is made from the active entries alone, unless they are so many
         that whole matrices are faster (`gemmascope.kernels.density`).
         """
-        if not isinstance(x, Tensor) or self._goes_densely(x):
-            return self.decode(self.encode(x), x).to(x.dtype)
-        code = self.encode_sparse(x)
-        y = self.decode(code if density.is_sparse(code) else code.to_dense(), x)
-        return y.reshape(*x.shape[:-1], self.d_out).to(x.dtype)
+        f = self._activations(x)
+        y = self.decode(f, x)
+        return (y.reshape(*x.shape[:-1], self.d_out) if isinstance(f, SparseCode) else y).to(x.dtype)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -117,10 +98,14 @@ class Transcoder(WideThreshold, Codec):
         found["threshold"] = found["threshold"].clamp(min=0)
         return found if self.W_skip is None else found | {SKIP: self.W_skip.detach()}
 
+    def stored(self) -> StoredSAE:
+        """`tensors` and what goes with them, as `formats.export.write` takes them."""
+        return StoredSAE(self.tensors, SAEConfig(metadata=self.metadata, architecture=TRANSCODER))
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a folder as Gemma Scope 2 has it, ``params.safetensors`` and ``config.json``, which `load` reads to the
         same bits; of the metadata it holds ``model``, ``site``, ``site_out`` and ``l0``. See `formats.export.write`."""
-        export.write("gemma-scope-2", self.tensors, SAEConfig(metadata=self.metadata, architecture=TRANSCODER), path)
+        export.write("gemma-scope-2", *self.stored(), path)
 
     @classmethod
     def load(
@@ -129,12 +114,10 @@ class Transcoder(WideThreshold, Codec):
         """Read a transcoder of Gemma Scope 1 or 2 or of circuit-tracer. See `formats.transcoders.read`.
 
         device: None is the CPU. dtype: fp32, bf16, fp16 or fp64; None keeps that of the file. Raises BadFileError for
-        what is not exactly one of those files, ValueError or TypeError for bad arguments.
+        what is not exactly one of those files, ValueError for a dtype in which a weight is Inf, ValueError or TypeError
+        for bad arguments.
         """
-        device = check_device("device", "cpu" if device is None else device)
-        if dtype is not None:
-            check_type("dtype", dtype, torch.dtype)
-            if dtype not in FLOATS:
-                raise TypeError(f"dtype: expected {' or '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
+        device, dtype = check_placement(device, dtype)
         stored = transcoders.read(path)
-        return cls(stored.tensors, metadata=stored.config.metadata).to(device=device, dtype=dtype)
+        tensors = stored.tensors
+        return cls(placed(tensors, device, dtype or tensors["W_dec"].dtype), metadata=stored.config.metadata)

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checks import check_choice, check_type
+from ..checks import check_choice
 from ..errors import BadFileError, EnvironmentProblemError
 from ..formats import export, hook_names, transcoders
-from ..formats.export import FORMATS, TRANSCODER
+from ..formats.export import FORMATS
 from ..formats.files import as_path, flush_folder, shown, staging
 from ..formats.manifest import SAEConfig
 from ..formats.release import WIDTH_NAMES
-from ..formats.stored import StoredSAE, keys_of
+from ..formats.writers import l0_of, text_of
 from ..reporting.card import Entry, card
 from ..reporting.results import RESULTS, read_results
 from ..saes import JumpReLUSAE, TopKSAE, Transcoder, load_sae
@@ -86,11 +86,7 @@ def import_sae(
     source, out = as_path("source", source), as_path("out", out)
     if out.suffix in (".npz", ".safetensors"):
         raise ValueError(f"out: expected the name of a folder, got {shown(out)}")
-    if dtype is not None:
-        check_type("dtype", dtype, torch.dtype)
-    sae = load(source)
-    if dtype is not None:
-        sae = sae.to(dtype)
+    sae = load(source, dtype)
     make_way(out)
     sae.save(out)
     return sae
@@ -110,21 +106,9 @@ def make_way(out: Path) -> None:
         raise ValueError(f"out: expected a new or empty folder, got {problem}: {shown(out)}")
 
 
-def load(path: Path) -> JumpReLUSAE | TopKSAE | Transcoder:
+def load(path: Path, dtype: torch.dtype | None = None) -> JumpReLUSAE | TopKSAE | Transcoder:
     """The SAE or transcoder at ``path``, whichever its files say it is."""
-    return Transcoder.load(path) if transcoders.is_named_so(path) else load_sae(path)
-
-
-def stored(sae: JumpReLUSAE | TopKSAE | Transcoder) -> StoredSAE:
-    """The tensors of an SAE or transcoder and what goes with them, as `formats.export.write` takes them."""
-    if isinstance(sae, Transcoder):
-        return StoredSAE(sae.tensors, SAEConfig(metadata=sae.metadata, architecture=TRANSCODER))
-    k = sae.k if isinstance(sae, TopKSAE) else None
-    config = SAEConfig(sae.input_scale, sae.pre_encoder_bias, sae.metadata, architecture=sae.ARCHITECTURE, k=k)
-    tensors = {key: getattr(sae, key).detach() for key in keys_of(config)}
-    if "threshold" in tensors:
-        tensors["threshold"] = tensors["threshold"].clamp(min=0)
-    return StoredSAE(tensors, config)
+    return Transcoder.load(path, dtype=dtype) if transcoders.is_named_so(path) else load_sae(path, dtype=dtype)
 
 
 # ---- sources
@@ -164,7 +148,7 @@ def _write_all(
     entries, models, taken, layers = [], [], set(), {}
     for source in sources:
         sae = load(source.path)
-        tensors, config = stored(sae)
+        tensors, config = sae.stored()
         metadata = config.metadata or {}
         if format == "circuit-tracer" or len(sources) == 1:
             folder = ""
@@ -173,19 +157,21 @@ def _write_all(
         if format == "circuit-tracer":
             _check_layer(layers, metadata.get("layer"), tensors, source.path)
         changes = export.write(format, tensors, config, root / folder, dtype=dtype)
-        site = metadata.get("site") if isinstance(metadata.get("site"), str) else None
+        site = text_of(metadata, "site")
         d_in, d_sae = tensors["W_enc"].shape
         names = (site, hook_names.transformer_lens(site))
         entries.append(Entry(folder, type(sae).__name__, *names, d_in, d_sae, changes, source.row))
-        models += [metadata["model"]] if isinstance(metadata.get("model"), str) else []
+        models.append(text_of(metadata, "model"))
     if layers and sorted(layers) != list(range(len(layers))):
         found = ", ".join(map(str, sorted(layers)))
         raise ValueError(f"sources: expected transcoders of all layers from 0 for circuit-tracer, got {found}")
-    return entries, models[0] if models else None
+    return entries, next(filter(None, models), None)
 
 
 def _check_layer(layers: dict[Any, tuple], layer: Any, tensors: Mapping[str, Any], path: Path) -> None:
     """Add a layer of a set of circuit-tracer to ``layers``, or raise ValueError for one that does not fit in."""
+    if type(layer) is not int:  # which `export.write` refuses
+        return
     shape = (*tensors["W_enc"].shape, export.SKIP in tensors)
     if layer in layers:
         raise ValueError(f"sources: expected one transcoder a layer, got two of layer {layer}: {shown(path)}")
@@ -203,7 +189,7 @@ def _name_of(format: str, config: SAEConfig, d_sae: int, number: int) -> str:
     if found is None:
         return f"sae_{number}"
     layer, kind = found[0], hook_names.KINDS[found[1]]
-    l0 = metadata.get("average_l0", metadata.get("l0"))
+    l0 = l0_of(metadata)
     rounded = round(l0) if isinstance(l0, (int, float)) else None
     width = f"width_{WIDTH_NAMES.get(d_sae, d_sae)}"
     if format == "gemma-scope":

@@ -407,6 +407,23 @@ def test_arguments(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("format", ["gemma-scope-2", "saelens", "circuit-tracer"])
+def test_what_a_dtype_cannot_hold_is_not_written(tmp_path, format):
+    tensors = transcoder_tensors(skip=False)
+    tensors["W_dec"] *= 1e6
+    message = refusal(format, tensors, transcoder_config(), tmp_path / "it", dtype=torch.float16)
+    assert message.startswith("dtype: W_dec: expected finite values, found ")
+    assert not (tmp_path / "it").exists()
+
+
+def test_what_folding_overflows_is_not_written(tmp_path):
+    config = SAEConfig(input_scale=1e38, metadata=METADATA)
+    tensors = tensors_of(make_sae()) | {"b_enc": torch.full((D_SAE,), 1e6)}
+    message = refusal("gemma-scope-2", tensors, config, tmp_path / "it")
+    assert message == "sae: b_enc: expected finite values, found inf"
+    assert not (tmp_path / "it").exists()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentProblemError, match="cannot be written"):

@@ -168,36 +168,27 @@ def by_a_loader_of_the_hub(repo: str, folder: str, loader: str, root: Path, monk
     return sae
 
 
+def gemma_scope_is_read(sae, format: str, loader: str, repo: str, folder: str, tmp_path: Path, monkeypatch):
+    """What SAELens makes of ``sae`` as that ``format`` in a ``folder`` of a repository of DeepMind's."""
+    sae.save(tmp_path / "ours")
+    export_saes([tmp_path / "ours"], format, tmp_path / folder)
+    found = by_a_loader_of_the_hub(f"google/{repo}", folder, loader, tmp_path, monkeypatch)
+    assert_one_function(load_sae(tmp_path / folder), found.encode, found.decode, found)
+    return found
+
+
 def gemma_scope_jumprelu(tmp_path, monkeypatch):
     """Of the least sizes there are names for: SAELens takes d_model from the repository's, d_sae from the folder's."""
     sae = filled(JumpReLUSAE(2304, 4096, pre_encoder_bias=False, metadata=SITE), threshold=80, reach=1)
-    place = tmp_path / "layer_0" / "width_4k" / "average_l0_5"
-    sae.save(tmp_path / "ours")
-    export_saes([tmp_path / "ours"], "gemma-scope", place)
-    found = by_a_loader_of_the_hub(
-        "google/gemma-scope-2b-pt-res",
-        "layer_0/width_4k/average_l0_5",
-        "gemma_2_sae_huggingface_loader",
-        tmp_path,
-        monkeypatch,
-    )
-    assert_one_function(load_sae(place), found.encode, found.decode, found)
+    names = ("gemma_2_sae_huggingface_loader", "gemma-scope-2b-pt-res", "layer_0/width_4k/average_l0_5")
+    gemma_scope_is_read(sae, "gemma-scope", *names, tmp_path, monkeypatch)
 
 
 def gemma_scope_2_jumprelu(tmp_path, monkeypatch):
     sae = filled(JumpReLUSAE(D_IN, D_SAE, pre_encoder_bias=False, metadata=SITE))
-    place = tmp_path / "resid_post" / "layer_0_width_48_l0_medium"
-    sae.save(tmp_path / "ours")
-    export_saes([tmp_path / "ours"], "gemma-scope-2", place)
-    found = by_a_loader_of_the_hub(
-        "google/gemma-scope-2-270m-pt",
-        "resid_post/layer_0_width_48_l0_medium",
-        "gemma_3_sae_huggingface_loader",
-        tmp_path,
-        monkeypatch,
-    )
+    names = ("gemma_3_sae_huggingface_loader", "gemma-scope-2-270m-pt", "resid_post/layer_0_width_48_l0_medium")
+    found = gemma_scope_is_read(sae, "gemma-scope-2", *names, tmp_path, monkeypatch)
     assert found.cfg.metadata.hf_hook_name == "model.layers.0.output"
-    assert_one_function(load_sae(place), found.encode, found.decode, found)
 
 
 # ---- circuit-tracer
@@ -318,7 +309,7 @@ def is_of_this_run(proof: Proof) -> bool:
     )
 
 
-@pytest.mark.parametrize("proof", filter(is_of_this_run, PROOFS), ids=str)
+@pytest.mark.parametrize("proof", [proof for proof in PROOFS if is_of_this_run(proof)], ids=str)
 def test_bit_equal(proof, tmp_path, monkeypatch):
     for folder in ("True", "False"):
         (tmp_path / folder).mkdir()

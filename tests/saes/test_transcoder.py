@@ -86,6 +86,21 @@ def test_a_threshold_at_z_does_not_fire():
     assert transcoder.encode(torch.tensor([2.0])).tolist() == [0.0, 2.0]
 
 
+def test_a_threshold_below_0_counts_as_0(tensors):
+    """One's own optimiser may take it there; its gradient arrives all the same."""
+    transcoder, x = Transcoder(tensors | {"threshold": torch.zeros(D_SAE)}), normal(50, D_IN)
+    with torch.no_grad():
+        expected = transcoder.encode(x)
+        transcoder.threshold.fill_(-1)
+        assert torch.equal(transcoder.encode(x), expected)
+    f = transcoder.encode(x)
+    assert torch.equal(f, expected)
+    assert (x @ tensors["W_enc"] + tensors["b_enc"] < 0).any()
+    transcoder.jumprelu(x, bandwidth=4.0).l0.sum().backward()
+    assert transcoder.threshold.grad is not None
+    assert transcoder.threshold.grad.all()
+
+
 def test_nan_stays_visible(tensors):
     x = normal(3, D_IN)
     x[1, 2] = torch.nan
@@ -139,6 +154,12 @@ def test_save_and_load(tmp_path, tensors, dtype, device):
     assert torch.equal(loaded(x), expected(x))
     assert [p.dtype for p in loaded.parameters()] == [p.dtype for p in expected.parameters()]
     assert loaded.metadata == {key: FACTS[key] for key in ("model", "site", "site_out", "layer")} | {"l0": 21.4}
+
+
+def test_a_dtype_in_which_a_weight_is_inf(tmp_path, tensors):
+    Transcoder(tensors | {"W_dec": tensors["W_dec"] * 1e6}).save(tmp_path / "it")
+    with pytest.raises(ValueError, match="dtype: expected one that holds W_dec, got float16, in which it is Inf"):
+        Transcoder.load(tmp_path / "it", dtype=torch.float16)
 
 
 def test_load_of_circuit_tracer(tmp_path, tensors):

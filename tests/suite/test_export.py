@@ -225,6 +225,14 @@ def test_sets_that_circuit_tracer_cannot_load(tmp_path, layers):
     assert not out.exists()
 
 
+def test_an_sae_is_refused_for_circuit_tracer_whatever_its_layer(tmp_path):
+    sae = make_sae()
+    sae.metadata = {"layer": [1]}
+    sae.save(tmp_path / "sae")
+    message = refusal([tmp_path / "sae"], "circuit-tracer", tmp_path / "out")
+    assert message.startswith("format: expected gemma-scope or ")
+
+
 # ---- the folder
 
 
