@@ -77,7 +77,7 @@ def has_hooks(*modules: nn.Module) -> bool:
 def runs_here(module: nn.Module, *tensors: Any) -> bool:
     """Whether the kernels can do the work: on plain tensors of floats, no gradient asked for, outside a compiler.
 
-    What they cannot do is left to the module's own class, errors about bad arguments included.
+    What they cannot do is left to the module's own class, errors about what is no tensor of floats included.
     """
     if torch.compiler.is_compiling():
         return False
@@ -119,8 +119,6 @@ def rows_of(module: Any, path: str) -> Tensor:
     return rows
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def lay_out(module: Any) -> None:
     """Every weight latent by latent."""
     for path, _ in weights(type(module)):
@@ -172,7 +170,8 @@ def gated(x: Tensor, rows: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor,
     Both are positive where y > max(−b_gate, −e^−r·b_mag), so that the encoder runs on the weights as they are.
     """
     b_gate, r_mag, b_mag = _fp32(b_gate), _fp32(r_mag), _fp32(b_mag)
-    code = above(x, rows, torch.zeros_like(b_mag), torch.maximum(-b_gate, -b_mag * torch.exp(-r_mag)), impl)
+    shrunk = torch.exp(-r_mag.clamp(min=-88))  # finite, as a b_mag of 0 times infinity would be NaN
+    code = above(x, rows, torch.zeros_like(b_mag), torch.maximum(-b_gate, -b_mag * shrunk), impl)
     latents = code.indices.long()
     values = torch.relu(code.values * r_mag.exp()[latents] + b_mag[latents])
     return without_zeros(code._replace(values=values))

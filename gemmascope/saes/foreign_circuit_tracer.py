@@ -60,8 +60,9 @@ class SingleLayerTranscoder(Accelerated):
 
     def decode(self, acts: Tensor, *given: Any, **options: Any) -> Tensor:
         """Its versions with a skip connection in here are given the inputs too."""
-        inputs, code, W_dec = (*given, *options.values()), None, None
-        if foreign.runs_here(self, acts, *inputs) and (self.W_skip is None or len(inputs) == 1):
+        inputs = inspect.signature(super().decode).bind(acts, *given, **options).args[1:]
+        inputs, code, W_dec = () if self.W_skip is None else inputs, None, None
+        if foreign.runs_here(self, acts, *inputs) and (self.W_skip is None or inputs):
             W_dec = rows_of(self, "W_dec")
             code = foreign.entries_of(acts, W_dec)
         if code is None or W_dec is None:

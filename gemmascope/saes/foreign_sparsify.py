@@ -62,7 +62,7 @@ class SparseCoder(Accelerated):
         values = top_acts.to(rows.dtype).to(torch.promote_types(rows.dtype, torch.float32)).reshape(-1)
         # What does not fit into 32 bits is out of range before it is cut off.
         latents = top_indices.clamp(-1, len(rows)).to(torch.int32).reshape(-1)
-        offsets = torch.arange(0, n * k + 1, k, device=values.device) if k else values.new_zeros(n + 1).long()
+        offsets = k * torch.arange(n + 1, device=values.device)
         code = foreign.SparseCode(values, latents, offsets, len(rows))
         return kernels.decode(code, rows, self.b_dec.detach(), impl=self._accelerated.impl)
 

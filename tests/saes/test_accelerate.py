@@ -112,6 +112,18 @@ def test_thresholds_below_zero_let_nothing_negative_through():
     assert (f >= 0).all()
 
 
+def test_a_gate_without_magnitude_is_no_nan():
+    def make():
+        sae = s.GatedSAE(D, F)
+        sae.r_mag.data.fill_(-95.0)  # e^95 is infinite in fp32
+        sae.b_mag.data[::2] = 0.0
+        return sae
+
+    f, _ = assert_same_function(make, normal(33, D))
+    assert f.isfinite().all()
+    assert f.any()
+
+
 def test_circuit_tracer_keeps_what_is_negative():
     def make(activation):
         return s.SingleLayerTranscoder(D, F, copy.deepcopy(activation))
@@ -142,6 +154,9 @@ def test_circuit_tracer_in_entries(skip):
         assert_bitwise_equal("pre", ours.encode(x, apply_activation_function=False), theirs.encode(x, False))
         with pytest.raises(TypeError, match="zero_position"):
             ours.encode_sparse(x, zero_position=slice(1))
+        for given, options in (((), {"inputs": x}), ((x, x), {})):
+            with pytest.raises(TypeError, match=r"unexpected keyword argument 'inputs'|too many positional"):
+                ours.decode(ours.encode(x), *given, **options)
 
 
 @pytest.mark.parametrize("transcode", [False, True])
@@ -163,9 +178,7 @@ def test_sparsify(activation, transcode, monkeypatch):
     assert_within_budget("pre_acts", code.pre_acts, best.pre_acts, same.pre_acts)
     assert torch.equal(code.top_indices.sort(1).values, same.top_indices.sort(1).values)
     assert code.top_indices.dtype == torch.int64
-    for name in ("top_acts",):
-        values = (getattr(each, name).sort(1).values for each in (code, best, same))
-        assert_within_budget(name, *values)
+    assert_within_budget("top_acts", *(each.top_acts.sort(1).values for each in (code, best, same)))
     for wrong in (-1, F, 2**32 + 1):
         with torch.no_grad(), pytest.raises(ValueError, match="indices"):
             ours.decode(code.top_acts, torch.full_like(code.top_indices, wrong))
