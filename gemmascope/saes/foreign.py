@@ -23,6 +23,9 @@ else:
     Base = object
 
 
+Shapes: TypeAlias = dict[str, tuple[str, ...]]
+
+
 class State(NamedTuple):
     """What an accelerated module remembers: who computes, and the shapes and strides that its weights had."""
 
@@ -37,7 +40,7 @@ class Accelerated(Base):
     is d_sae are weights whose memory is laid out latent by latent.
     """
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    SHAPES: ClassVar[Shapes] = {}
     METHODS: ClassVar[tuple[str, ...]] = ("encode", "decode", "forward")
     """What is taken over, so that nobody between may have overridden it."""
     OWN_WEIGHTS: ClassVar[bool] = True
@@ -52,6 +55,14 @@ class Accelerated(Base):
     def why_not(cls, module: Any) -> str | None:
         """Why this one cannot be taken although its class can, or None."""
         return None
+
+
+class Family(NamedTuple):
+    """A package: what of it is taken, by the names of its classes, and what to do with the others."""
+
+    package: str
+    taken: Mapping[str, type[Accelerated]]
+    way_out: str = ""
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -164,6 +175,11 @@ def positive(x: Tensor, rows: Tensor, b_enc: Tensor, threshold: Tensor, impl: st
     return above(x, rows, b_enc, threshold.detach().clamp(min=0), impl)
 
 
+def rectified(x: Tensor, rows: Tensor, b_enc: Tensor, impl: str) -> SparseCode:
+    """f = relu(z)"""
+    return above(x, rows, b_enc, torch.zeros((), device=x.device), impl)
+
+
 def gated(x: Tensor, rows: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, impl: str) -> SparseCode:
     """f = 1[y + b_gate > 0]·relu(e^r·y + b_mag) with y = x·rowsᵀ (arXiv 2404.16014, §3.2).
 
@@ -218,8 +234,10 @@ def entries_of(f: Any, rows: Tensor) -> SparseCode | None:
 
 
 @without_autocast
-def decoded(code: SparseCode, rows: Tensor, b_dec: Tensor, impl: str) -> Tensor:
-    """Σ f_j·rows[j] + b_dec [N, width], in the dtype of ``rows``."""
+def decoded(code: SparseCode, lead: torch.Size, rows: Tensor, b_dec: Tensor, impl: str) -> Tensor:
+    """Σ f_j·rows[j] + b_dec [*lead, width], in the dtype of ``rows``."""
     if density.is_sparse(code):
-        return kernels.decode(code, rows, b_dec.detach(), impl=impl)
-    return affine(code.to_dense().to(rows.dtype), rows, b_dec.detach())
+        x_hat = kernels.decode(code, rows, b_dec.detach(), impl=impl)
+    else:
+        x_hat = affine(code.to_dense().to(rows.dtype), rows, b_dec.detach())
+    return x_hat.reshape(*lead, rows.shape[1])

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from .. import kernels
 from . import foreign
-from .foreign import Accelerated, rows_of
+from .foreign import Accelerated, Family, Shapes, rows_of
 
 
 class SparseCoder(Accelerated):
     """Its `forward` is its own, by way of these two."""
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
+    SHAPES: ClassVar[Shapes] = {
         "encoder.weight": ("d_sae", "d_in"),
         "W_dec": ("d_sae", "d_in"),
         "encoder.bias": ("d_sae",),
@@ -67,6 +67,7 @@ class SparseCoder(Accelerated):
         return kernels.decode(code, rows, self.b_dec.detach(), impl=self._accelerated.impl)
 
 
-PACKAGE = "sparsify"
-WAY_OUT = ""
-TAKEN: dict[str, type[Accelerated]] = {"SparseCoder": SparseCoder}
+FAMILY = Family(
+    "sparsify",
+    {"SparseCoder": SparseCoder},
+)

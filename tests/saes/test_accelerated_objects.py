@@ -420,7 +420,7 @@ def other_activation(sae):
     [
         (transposed, rf"W_enc: expected shape \[{D}, {F}\], got \[{F}, {D}\]"),
         (too_narrow, rf"threshold: expected shape \[{F}\], got \[{F - 1}\]"),
-        (missing, "threshold"),
+        (missing, "threshold: expected a tensor, got no attribute of that name"),
         (no_parameter, "W_enc: expected a Parameter"),
         (of_two_dtypes, "expected dtype torch.float64, got torch.float32"),
         (scaled, "finetuning_scaling_factor: expected none"),
