@@ -102,7 +102,7 @@ class JumpReLUSAE(SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         pre = self.pre(x)
-        return self.hook_sae_acts_post(torch.relu(pre) * (pre > self.threshold))
+        return self.hook_sae_acts_post(self.activation_fn(pre) * (pre > self.threshold))
 
 
 @of("sae_lens.saes.topk_sae")
@@ -174,14 +174,8 @@ class SkipTranscoder(Transcoder):
 
 
 @of("sae_lens.saes.transcoder")
-class JumpReLUTranscoder(Transcoder):
-    def __init__(self, *sizes: int, **options):
-        super().__init__(*sizes, **options)
-        self.threshold = nn.Parameter(1.7 + 0.2 * torch.randn(sizes[1]))
-
-    def encode(self, x: Tensor) -> Tensor:
-        pre = self.pre(x)
-        return self.hook_sae_acts_post(torch.relu(pre) * (pre > self.threshold))
+class JumpReLUTranscoder(JumpReLUSAE, Transcoder):
+    pass
 
 
 @of("sae_lens.saes.transcoder")
@@ -227,7 +221,14 @@ class Dictionary(ABC, nn.Module):
     """An ABC first, as there: objects of its classes are laid out otherwise than those of nn.Module."""
 
     @abstractmethod
-    def encode(self, x: Tensor): ...
+    def encode(self, x: Tensor, **options): ...
+
+    @abstractmethod
+    def decode(self, f: Tensor) -> Tensor: ...
+
+    def forward(self, x: Tensor, output_features: bool = False):
+        f = self.encode(x)
+        return (self.decode(f), f) if output_features else self.decode(f)
 
 
 @of("dictionary_learning.dictionary")
@@ -248,10 +249,6 @@ class AutoEncoder(Dictionary):
 
     def decode(self, f: Tensor) -> Tensor:
         return self.decoder(f) + self.bias
-
-    def forward(self, x: Tensor, output_features: bool = False):
-        f = self.encode(x)
-        return (self.decode(f), f) if output_features else self.decode(f)
 
 
 @of("dictionary_learning.dictionary")
@@ -299,10 +296,6 @@ class Matrices(Dictionary):
 
     def decode(self, f: Tensor) -> Tensor:
         return f @ self.W_dec + self.b_dec
-
-    def forward(self, x: Tensor, output_features: bool = False):
-        f = self.encode(x)
-        return (self.decode(f), f) if output_features else self.decode(f)
 
 
 @of("dictionary_learning.dictionary")
