@@ -148,7 +148,8 @@ def accelerate(module: M, *, impl: str = "auto") -> M:
     The object stays what it is: its class becomes a subclass, made for it, of the one it had, so that ``isinstance``,
     configuration, hooks, parameters, saving and moving are those of its package. Its `encode` and `decode`, and what
     calls them, compute by entries: the same numbers up to rounding, gates decided in fp32. Parameters stay the same
-    objects with the same values; the memory of the weights is laid out latent by latent, of which `decelerate` leaves no trace.
+    objects with the same values; the memory of the weights is laid out latent by latent, of which `decelerate` leaves
+    no trace.
 
     Left to the package's own code: calls that need a gradient (so wrap inference in ``torch.no_grad()``), that are
     compiled, whose hooks ask for pre-activations, or with options that change what is computed.
