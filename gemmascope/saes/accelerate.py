@@ -9,16 +9,16 @@ from torch import nn
 from ..checks import check_tensor, check_type
 from ..kernels import dispatch
 from . import foreign, foreign_circuit_tracer, foreign_dictionary_learning, foreign_saelens, foreign_sparsify
-from .foreign import Accelerated, State, attribute, weights
+from .foreign import Accelerated, Family, State, attribute, weights
 
 M = TypeVar("M", bound=nn.Module)
 
 # By the first name of the modules that the classes come from: nothing is imported to recognise one.
-FAMILIES: dict[str, Any] = {
-    "sae_lens": foreign_saelens,
-    "dictionary_learning": foreign_dictionary_learning,
-    "sparsify": foreign_sparsify,
-    "circuit_tracer": foreign_circuit_tracer,
+FAMILIES: dict[str, Family] = {
+    "sae_lens": foreign_saelens.FAMILY,
+    "dictionary_learning": foreign_dictionary_learning.FAMILY,
+    "sparsify": foreign_sparsify.FAMILY,
+    "circuit_tracer": foreign_circuit_tracer.FAMILY,
 }
 
 
@@ -35,7 +35,7 @@ def _known_class(kind: type) -> type | None:
 
 def _taken_by(kind: type) -> type[Accelerated] | None:
     known = _known_class(kind)
-    return None if known is None else FAMILIES[_root(known)].TAKEN.get(known.__name__)
+    return None if known is None else FAMILIES[_root(known)].taken.get(known.__name__)
 
 
 @functools.cache
@@ -73,13 +73,13 @@ def _made_anew(theirs: type) -> Any:
 
 
 def _problem(module: Any) -> str | None:
-    """Why ``module``, of a class that encodes and decodes, cannot be accelerated, or None."""
+    """Why ``module``, which has a known class, cannot be accelerated, or None."""
     kind = type(module)
-    known = _known_class(kind)
+    known: Any = _known_class(kind)
     ours = _taken_by(kind)
-    if known is None or ours is None:
-        family = FAMILIES[_root(known or kind)]
-        return f"expected one of {family.PACKAGE}'s {', '.join(family.TAKEN)}, got {kind.__name__}{family.WAY_OUT}"
+    if ours is None:
+        family = FAMILIES[_root(known)]
+        return f"expected one of {family.package}'s {', '.join(family.taken)}, got {kind.__name__}{family.way_out}"
     for name in ours.METHODS:
         owner = next(base for base in kind.__mro__ if name in vars(base))
         if name in vars(module):
@@ -88,28 +88,33 @@ def _problem(module: Any) -> str | None:
             return f"{name}: expected the method of {known.__name__}, got that of {owner.__name__}"
     try:
         _check_tensors(module, ours)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return ours.why_not(module)
 
 
 def _check_tensors(module: Any, ours: type[Accelerated]) -> None:
-    """Raise TypeError, ValueError or AttributeError unless the tensors are there, of shapes that fit and one device."""
+    """Raise TypeError or ValueError unless the tensors are there, of shapes that fit and on one device."""
     sizes: dict[str, int] = {}
     device = None
     for path, shape in ours.SHAPES.items():
-        tensor = attribute(module, path)
+        try:
+            tensor = attribute(module, path)
+        except AttributeError:
+            raise TypeError(f"{path}: expected a tensor, got no attribute of that name") from None
         check_tensor(path, tensor, tuple(sizes.get(name, name) for name in shape), device=device)
         sizes |= dict(zip(shape, tensor.shape, strict=True))
         device = tensor.device
         if tensor.is_meta:
             raise ValueError(f"{path}: expected a tensor that holds numbers, got one on the meta device")
-    dtypes = {path: attribute(module, path).dtype for path, _ in weights(ours)}
-    for path, dtype in dtypes.items():
-        if ours.OWN_WEIGHTS and not isinstance(attribute(module, path), nn.Parameter):
-            raise TypeError(f"{path}: expected a Parameter, got {type(attribute(module, path)).__name__}")
-        if dtype != next(iter(dtypes.values())):
-            raise TypeError(f"{path}: expected dtype {next(iter(dtypes.values()))}, got {dtype}")
+    dtype = None
+    for path, _ in weights(ours):
+        weight = attribute(module, path)
+        if ours.OWN_WEIGHTS and not isinstance(weight, nn.Parameter):
+            raise TypeError(f"{path}: expected a Parameter, got {type(weight).__name__}")
+        dtype = dtype or weight.dtype
+        if weight.dtype != dtype:
+            raise TypeError(f"{path}: expected dtype {dtype}, got {weight.dtype}")
 
 
 def _saes_in(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -141,9 +146,10 @@ def accelerate(module: M, *, impl: str = "auto") -> M:
     of circuit-tracer; and a model that holds some, such as a `HookedSAETransformer` or a `TranscoderSet`.
 
     The object stays what it is: its class becomes a subclass, made for it, of the one it had, so that ``isinstance``,
-    configuration, hooks, parameters, saving and moving are those of its package. Its `encode`, `decode` and `forward`
-    compute by entries: the same numbers up to rounding, gates decided in fp32. Parameters stay the same objects with
-    the same values; the memory of the weights is laid out latent by latent, of which `decelerate` leaves no trace.
+    configuration, hooks, parameters, saving and moving are those of its package. Its `encode` and `decode`, and what
+    calls them, compute by entries: the same numbers up to rounding, gates decided in fp32. Parameters stay the same
+    objects with the same values; the memory of the weights is laid out latent by latent, of which `decelerate` leaves
+    no trace.
 
     Left to the package's own code: calls that need a gradient (so wrap inference in ``torch.no_grad()``), that are
     compiled, whose hooks ask for pre-activations, or with options that change what is computed.

@@ -23,6 +23,9 @@ else:
     Base = object
 
 
+Shapes: TypeAlias = dict[str, tuple[str, ...]]
+
+
 class State(NamedTuple):
     """What an accelerated module remembers: who computes, and the shapes and strides that its weights had."""
 
@@ -37,7 +40,7 @@ class Accelerated(Base):
     is d_sae are weights whose memory is laid out latent by latent.
     """
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    SHAPES: ClassVar[Shapes] = {}
     METHODS: ClassVar[tuple[str, ...]] = ("encode", "decode", "forward")
     """What is taken over, so that nobody between may have overridden it."""
     OWN_WEIGHTS: ClassVar[bool] = True
@@ -52,6 +55,14 @@ class Accelerated(Base):
     def why_not(cls, module: Any) -> str | None:
         """Why this one cannot be taken although its class can, or None."""
         return None
+
+
+class Family(NamedTuple):
+    """A package: what of it is taken, by the names of its classes, and what to do with the others."""
+
+    package: str
+    taken: Mapping[str, type[Accelerated]]
+    way_out: str = ""
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -77,7 +88,7 @@ def has_hooks(*modules: nn.Module) -> bool:
 def runs_here(module: nn.Module, *tensors: Any) -> bool:
     """Whether the kernels can do the work: on plain tensors of floats, no gradient asked for, outside a compiler.
 
-    What they cannot do is left to the module's own class, errors about bad arguments included.
+    What they cannot do is left to the module's own class, errors about what is no tensor of floats included.
     """
     if torch.compiler.is_compiling():
         return False
@@ -119,8 +130,6 @@ def rows_of(module: Any, path: str) -> Tensor:
     return rows
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def lay_out(module: Any) -> None:
     """Every weight latent by latent."""
     for path, _ in weights(type(module)):
@@ -166,13 +175,19 @@ def positive(x: Tensor, rows: Tensor, b_enc: Tensor, threshold: Tensor, impl: st
     return above(x, rows, b_enc, threshold.detach().clamp(min=0), impl)
 
 
+def rectified(x: Tensor, rows: Tensor, b_enc: Tensor, impl: str) -> SparseCode:
+    """f = relu(z)"""
+    return above(x, rows, b_enc, torch.zeros((), device=x.device), impl)
+
+
 def gated(x: Tensor, rows: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, impl: str) -> SparseCode:
     """f = 1[y + b_gate > 0]·relu(e^r·y + b_mag) with y = x·rowsᵀ (arXiv 2404.16014, §3.2).
 
     Both are positive where y > max(−b_gate, −e^−r·b_mag), so that the encoder runs on the weights as they are.
     """
     b_gate, r_mag, b_mag = _fp32(b_gate), _fp32(r_mag), _fp32(b_mag)
-    code = above(x, rows, torch.zeros_like(b_mag), torch.maximum(-b_gate, -b_mag * torch.exp(-r_mag)), impl)
+    shrunk = torch.exp(-r_mag.clamp(min=-88))  # finite, as a b_mag of 0 times infinity would be NaN
+    code = above(x, rows, torch.zeros_like(b_mag), torch.maximum(-b_gate, -b_mag * shrunk), impl)
     latents = code.indices.long()
     values = torch.relu(code.values * r_mag.exp()[latents] + b_mag[latents])
     return without_zeros(code._replace(values=values))
@@ -219,8 +234,10 @@ def entries_of(f: Any, rows: Tensor) -> SparseCode | None:
 
 
 @without_autocast
-def decoded(code: SparseCode, rows: Tensor, b_dec: Tensor, impl: str) -> Tensor:
-    """Σ f_j·rows[j] + b_dec [N, width], in the dtype of ``rows``."""
+def decoded(code: SparseCode, lead: torch.Size, rows: Tensor, b_dec: Tensor, impl: str) -> Tensor:
+    """Σ f_j·rows[j] + b_dec [*lead, width], in the dtype of ``rows``."""
     if density.is_sparse(code):
-        return kernels.decode(code, rows, b_dec.detach(), impl=impl)
-    return affine(code.to_dense().to(rows.dtype), rows, b_dec.detach())
+        x_hat = kernels.decode(code, rows, b_dec.detach(), impl=impl)
+    else:
+        x_hat = affine(code.to_dense().to(rows.dtype), rows, b_dec.detach())
+    return x_hat.reshape(*lead, rows.shape[1])

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import foreign
-from .foreign import Accelerated, SparseCode, rows_of
+from .foreign import Accelerated, Family, Shapes, SparseCode, rows_of
 
 
 class SingleLayerTranscoder(Accelerated):
     """Weights that it reads from its file at every call are read so here too."""
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
+    SHAPES: ClassVar[Shapes] = {
         "W_enc": ("d_sae", "d_model"),
         "W_dec": ("d_sae", "d_model"),
         "b_enc": ("d_sae",),
@@ -48,8 +48,7 @@ class SingleLayerTranscoder(Accelerated):
         if kind == "JumpReLU":
             threshold = self.activation_function.threshold.reshape(-1)
             return foreign.without_zeros(foreign.above(x, W_enc, self.b_enc, threshold, impl))
-        zero = torch.zeros((), device=x.device, dtype=torch.float32)
-        return foreign.positive(x, W_enc, self.b_enc, zero, impl)
+        return foreign.rectified(x, W_enc, self.b_enc, impl)
 
     def encode(self, input_acts: Tensor, *given: Any, **options: Any) -> Tensor:
         if given or options or not foreign.runs_here(self, input_acts) or self._kind(self) is None:
@@ -60,14 +59,14 @@ class SingleLayerTranscoder(Accelerated):
 
     def decode(self, acts: Tensor, *given: Any, **options: Any) -> Tensor:
         """Its versions with a skip connection in here are given the inputs too."""
-        inputs, code, W_dec = (*given, *options.values()), None, None
-        if foreign.runs_here(self, acts, *inputs) and (self.W_skip is None or len(inputs) == 1):
+        inputs = inspect.signature(super().decode).bind(acts, *given, **options).args[1:]
+        inputs, code, W_dec = () if self.W_skip is None else inputs, None, None
+        if foreign.runs_here(self, acts, *inputs) and (self.W_skip is None or inputs):
             W_dec = rows_of(self, "W_dec")
             code = foreign.entries_of(acts, W_dec)
         if code is None or W_dec is None:
             return super().decode(acts, *given, **options)
-        x_hat = foreign.decoded(code, W_dec, self.b_dec, self._accelerated.impl)
-        x_hat = x_hat.reshape(*acts.shape[:-1], x_hat.shape[-1])
+        x_hat = foreign.decoded(code, acts.shape[:-1], W_dec, self.b_dec, self._accelerated.impl)
         return x_hat if self.W_skip is None else x_hat + self.compute_skip(*inputs)
 
     def encode_sparse(self, input_acts: Tensor, *given: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -91,6 +90,7 @@ class SingleLayerTranscoder(Accelerated):
         return sparse, W_enc[latents]
 
 
-PACKAGE = "circuit-tracer"
-WAY_OUT = ""
-TAKEN: dict[str, type[Accelerated]] = {"SingleLayerTranscoder": SingleLayerTranscoder}
+FAMILY = Family(
+    "circuit-tracer",
+    {"SingleLayerTranscoder": SingleLayerTranscoder},
+)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import foreign
-from .foreign import Accelerated, SparseCode, rows_of
+from .foreign import Accelerated, Family, Shapes, SparseCode, rows_of
 
 
 class Dictionary(Accelerated):
@@ -15,7 +15,7 @@ class Dictionary(Accelerated):
     W_ENC: ClassVar[str] = "W_enc"
     W_DEC: ClassVar[str] = "W_dec"
     B_DEC: ClassVar[str] = "b_dec"
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
+    SHAPES: ClassVar[Shapes] = {
         "W_dec": ("d_sae", "d_model"),
         "W_enc": ("d_model", "d_sae"),
         "b_enc": ("d_sae",),
@@ -46,9 +46,8 @@ class Dictionary(Accelerated):
         return self._code(self._centred(x).reshape(-1, x.shape[-1]))
 
     def _decoded(self, code: SparseCode, lead: torch.Size) -> Tensor:
-        b_dec = foreign.attribute(self, self.B_DEC)
-        x_hat = foreign.decoded(code, rows_of(self, self.W_DEC), b_dec, self._accelerated.impl)
-        return x_hat.reshape(*lead, x_hat.shape[-1])
+        rows, b_dec = rows_of(self, self.W_DEC), foreign.attribute(self, self.B_DEC)
+        return foreign.decoded(code, lead, rows, b_dec, self._accelerated.impl)
 
     def encode(self, x: Tensor, *given: Any, **options: Any) -> Any:
         if given or options or not self._runs_here(x):
@@ -73,7 +72,7 @@ class Linears(Dictionary):
     """The matrices are those of two nn.Linear."""
 
     W_ENC, W_DEC = "encoder.weight", "decoder.weight"
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
+    SHAPES: ClassVar[Shapes] = {
         "encoder.weight": ("d_sae", "d_model"),
         "decoder.weight": ("d_model", "d_sae"),
         "encoder.bias": ("d_sae",),
@@ -83,18 +82,17 @@ class Linears(Dictionary):
         return (self.encoder, self.decoder)
 
     def _code(self, x: Tensor) -> SparseCode:
-        zero = torch.zeros((), device=x.device, dtype=torch.float32)
-        return foreign.positive(x, rows_of(self, self.W_ENC), self.encoder.bias, zero, self._accelerated.impl)
+        return foreign.rectified(x, rows_of(self, self.W_ENC), self.encoder.bias, self._accelerated.impl)
 
 
 class AutoEncoder(Linears):
     B_DEC = "bias"
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Linears.SHAPES | {"bias": ("d_model",)}
+    SHAPES: ClassVar[Shapes] = Linears.SHAPES | {"bias": ("d_model",)}
 
 
 class AutoEncoderNew(Linears):
     B_DEC = "decoder.bias"
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Linears.SHAPES | {"decoder.bias": ("d_model",)}
+    SHAPES: ClassVar[Shapes] = Linears.SHAPES | {"decoder.bias": ("d_model",)}
 
     def _centred(self, x: Tensor) -> Tensor:
         return x
@@ -102,7 +100,7 @@ class AutoEncoderNew(Linears):
 
 class Gated(Linears):
     B_DEC = "decoder_bias"
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
+    SHAPES: ClassVar[Shapes] = {
         **{name: shape for name, shape in Linears.SHAPES.items() if name != "encoder.bias"},
         **dict.fromkeys(("gate_bias", "r_mag", "mag_bias"), ("d_sae",)),
         "decoder_bias": ("d_model",),
@@ -114,7 +112,7 @@ class Gated(Linears):
 
 
 class JumpReLU(Dictionary):
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Dictionary.SHAPES | {"threshold": ("d_sae",)}
+    SHAPES: ClassVar[Shapes] = Dictionary.SHAPES | {"threshold": ("d_sae",)}
 
     def _centred(self, x: Tensor) -> Tensor:
         return super()._centred(x) if self.apply_b_dec_to_input else x
@@ -126,7 +124,7 @@ class JumpReLU(Dictionary):
 class TopK(Linears):
     """With ``use_threshold`` and other options it is dictionary_learning that encodes."""
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Linears.SHAPES | {"b_dec": ("d_model",)}
+    SHAPES: ClassVar[Shapes] = Linears.SHAPES | {"b_dec": ("d_model",)}
 
     def _code(self, x: Tensor) -> SparseCode:
         return foreign.largest(x, rows_of(self, self.W_ENC), self.encoder.bias, int(self.k), self._accelerated.impl)
@@ -135,7 +133,7 @@ class TopK(Linears):
 class BatchTopK(Linears):
     """By its threshold, as it encodes unless told otherwise."""
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Linears.SHAPES | {"b_dec": ("d_model",), "threshold": ()}
+    SHAPES: ClassVar[Shapes] = Linears.SHAPES | {"b_dec": ("d_model",), "threshold": ()}
 
     def _code(self, x: Tensor) -> SparseCode:
         rows, impl = rows_of(self, self.W_ENC), self._accelerated.impl
@@ -145,7 +143,7 @@ class BatchTopK(Linears):
 class Matryoshka(Dictionary):
     """By its threshold, the latents of its active groups alone."""
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Dictionary.SHAPES | {"threshold": ()}
+    SHAPES: ClassVar[Shapes] = Dictionary.SHAPES | {"threshold": ()}
 
     def _runs_here(self, x: Any) -> bool:
         # Of more dimensions than 2 it silences the second one instead of the latents.
@@ -157,14 +155,15 @@ class Matryoshka(Dictionary):
         return code._replace(d_sae=len(rows))
 
 
-PACKAGE = "dictionary_learning"
-WAY_OUT = ""
-TAKEN: dict[str, type[Accelerated]] = {
-    "AutoEncoder": AutoEncoder,
-    "AutoEncoderNew": AutoEncoderNew,
-    "GatedAutoEncoder": Gated,
-    "JumpReluAutoEncoder": JumpReLU,
-    "AutoEncoderTopK": TopK,
-    "BatchTopKSAE": BatchTopK,
-    "MatryoshkaBatchTopKSAE": Matryoshka,
-}
+FAMILY = Family(
+    "dictionary_learning",
+    {
+        "AutoEncoder": AutoEncoder,
+        "AutoEncoderNew": AutoEncoderNew,
+        "GatedAutoEncoder": Gated,
+        "JumpReluAutoEncoder": JumpReLU,
+        "AutoEncoderTopK": TopK,
+        "BatchTopKSAE": BatchTopK,
+        "MatryoshkaBatchTopKSAE": Matryoshka,
+    },
+)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import foreign
-from .foreign import Accelerated, rows_of
+from .foreign import Accelerated, Family, Shapes, rows_of
 
 
 class SAELens(Accelerated):
-    """Encoder and decoder of a SAE whose code is that of `_code`."""
+    """Encoder and decoder of an SAE whose code is that of `_code`: here a ReLU, as in `StandardSAE`."""
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
+    SHAPES: ClassVar[Shapes] = {
         "W_dec": ("d_sae", "d_in"),
         "W_enc": ("d_in", "d_sae"),
         "b_enc": ("d_sae",),
@@ -46,8 +46,7 @@ class SAELens(Accelerated):
 
     def _code(self, x: Tensor) -> foreign.SparseCode:
         """The active latents of x [N, d_in], as `process_sae_in` gives it."""
-        no_threshold = torch.zeros((), device=x.device, dtype=torch.float32)
-        return foreign.positive(x, rows_of(self, "W_enc"), self.b_enc, no_threshold, self._accelerated.impl)
+        return foreign.rectified(x, rows_of(self, "W_enc"), self.b_enc, self._accelerated.impl)
 
     def _encoded(self, x: Tensor) -> tuple[foreign.SparseCode, torch.Size]:
         x = self.process_sae_in(x)
@@ -58,9 +57,11 @@ class SAELens(Accelerated):
 
     def _decoded(self, code: foreign.SparseCode, lead: torch.Size) -> Tensor:
         """What `decode` returns for the code of tokens of shape ``lead``."""
-        code = self._before_decoding(code)
-        x_hat = foreign.decoded(code, rows_of(self, "W_dec"), self.b_dec, self._accelerated.impl)
-        x_hat = self.hook_sae_recons(x_hat.reshape(*lead, x_hat.shape[-1]))
+        code, rows = self._before_decoding(code), rows_of(self, "W_dec")
+        x_hat = self.hook_sae_recons(foreign.decoded(code, lead, rows, self.b_dec, self._accelerated.impl))
+        return self._after_decoding(x_hat)
+
+    def _after_decoding(self, x_hat: Tensor) -> Tensor:
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -90,19 +91,15 @@ class SAELens(Accelerated):
         state_dict.update({name: tensor.contiguous() for name, tensor in state_dict.items()})
 
 
-class Standard(SAELens):
-    pass
-
-
 class JumpReLU(SAELens):
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = SAELens.SHAPES | {"threshold": ("d_sae",)}
+    SHAPES: ClassVar[Shapes] = SAELens.SHAPES | {"threshold": ("d_sae",)}
 
     def _code(self, x: Tensor) -> foreign.SparseCode:
         return foreign.positive(x, rows_of(self, "W_enc"), self.b_enc, self.threshold, self._accelerated.impl)
 
 
 class Gated(SAELens):
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
+    SHAPES: ClassVar[Shapes] = {
         **{name: shape for name, shape in SAELens.SHAPES.items() if name != "b_enc"},
         **dict.fromkeys(("b_gate", "r_mag", "b_mag"), ("d_sae",)),
     }
@@ -146,23 +143,17 @@ class TopK(SAELens):
 class Transcoder(SAELens):
     """Neither the bias at the input nor what normalises and reshapes the output."""
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "W_enc": ("d_in", "d_sae"),
-        "W_dec": ("d_sae", "d_out"),
-        "b_enc": ("d_sae",),
-        "b_dec": ("d_out",),
-    }
+    SHAPES: ClassVar[Shapes] = SAELens.SHAPES | {"W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
 
-    def _decoded(self, code: foreign.SparseCode, lead: torch.Size) -> Tensor:
-        x_hat = foreign.decoded(code, rows_of(self, "W_dec"), self.b_dec, self._accelerated.impl)
-        return self.hook_sae_recons(x_hat.reshape(*lead, x_hat.shape[-1]))
+    def _after_decoding(self, x_hat: Tensor) -> Tensor:
+        return x_hat
 
     def forward(self, x: Tensor) -> Tensor:
         return self._decoded(*self._encoded(x)) if self._stays_sparse(x) else super().forward(x)
 
 
 class SkipTranscoder(Transcoder):
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Transcoder.SHAPES | {"W_skip": ("d_out", "d_in")}
+    SHAPES: ClassVar[Shapes] = Transcoder.SHAPES | {"W_skip": ("d_out", "d_in")}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._stays_sparse(x):
@@ -171,22 +162,24 @@ class SkipTranscoder(Transcoder):
 
 
 class JumpReLUTranscoder(JumpReLU, Transcoder):
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Transcoder.SHAPES | {"threshold": ("d_sae",)}
+    SHAPES: ClassVar[Shapes] = Transcoder.SHAPES | {"threshold": ("d_sae",)}
 
 
 class JumpReLUSkipTranscoder(JumpReLUTranscoder, SkipTranscoder):
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = SkipTranscoder.SHAPES | {"threshold": ("d_sae",)}
+    SHAPES: ClassVar[Shapes] = SkipTranscoder.SHAPES | {"threshold": ("d_sae",)}
 
 
-PACKAGE = "SAELens"
-WAY_OUT = " (save_inference_model of an SAE in training writes one of them)"
-TAKEN: dict[str, type[Accelerated]] = {
-    "StandardSAE": Standard,
-    "JumpReLUSAE": JumpReLU,
-    "TopKSAE": TopK,
-    "GatedSAE": Gated,
-    "Transcoder": Transcoder,
-    "SkipTranscoder": SkipTranscoder,
-    "JumpReLUTranscoder": JumpReLUTranscoder,
-    "JumpReLUSkipTranscoder": JumpReLUSkipTranscoder,
-}
+FAMILY = Family(
+    "SAELens",
+    {
+        "StandardSAE": SAELens,
+        "JumpReLUSAE": JumpReLU,
+        "TopKSAE": TopK,
+        "GatedSAE": Gated,
+        "Transcoder": Transcoder,
+        "SkipTranscoder": SkipTranscoder,
+        "JumpReLUTranscoder": JumpReLUTranscoder,
+        "JumpReLUSkipTranscoder": JumpReLUSkipTranscoder,
+    },
+    way_out=" (save_inference_model of an SAE in training writes one of them)",
+)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from .. import kernels
 from . import foreign
-from .foreign import Accelerated, rows_of
+from .foreign import Accelerated, Family, Shapes, rows_of
 
 
 class SparseCoder(Accelerated):
     """Its `forward` is its own, by way of these two."""
 
-    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {
+    SHAPES: ClassVar[Shapes] = {
         "encoder.weight": ("d_sae", "d_in"),
         "W_dec": ("d_sae", "d_in"),
         "encoder.bias": ("d_sae",),
@@ -62,11 +62,12 @@ class SparseCoder(Accelerated):
         values = top_acts.to(rows.dtype).to(torch.promote_types(rows.dtype, torch.float32)).reshape(-1)
         # What does not fit into 32 bits is out of range before it is cut off.
         latents = top_indices.clamp(-1, len(rows)).to(torch.int32).reshape(-1)
-        offsets = torch.arange(0, n * k + 1, k, device=values.device) if k else values.new_zeros(n + 1).long()
+        offsets = k * torch.arange(n + 1, device=values.device)
         code = foreign.SparseCode(values, latents, offsets, len(rows))
         return kernels.decode(code, rows, self.b_dec.detach(), impl=self._accelerated.impl)
 
 
-PACKAGE = "sparsify"
-WAY_OUT = ""
-TAKEN: dict[str, type[Accelerated]] = {"SparseCoder": SparseCoder}
+FAMILY = Family(
+    "sparsify",
+    {"SparseCoder": SparseCoder},
+)

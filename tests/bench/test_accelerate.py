@@ -11,7 +11,7 @@ from bench.contenders import Contender
 from bench.timing import run
 from bench.timing.measure import Clock
 from gemmascope.saes.foreign_saelens import SAELens
-from tests.saes import standins
+from tests.saes.standins import saelens as standins
 
 CPU = torch.device("cpu")
 CONTENDERS = ("saelens_called", "saelens_accelerated")

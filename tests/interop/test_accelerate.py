@@ -139,7 +139,7 @@ def test_saelens_batchtopk_as_it_is_stored(tmp_path):
 
 
 @pytest.mark.parametrize("error_term", [False, True])
-def test_a_hooked_transformer(error_term, monkeypatch):
+def test_a_hooked_transformer(error_term):
     sae_lens = package("sae_lens")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -164,7 +164,7 @@ def test_a_hooked_transformer(error_term, monkeypatch):
         with torch.no_grad():
             expected, clean = model(tokens), model.run_with_cache(tokens)[1]
             assert accelerate(model) is model
-            with counted(monkeypatch) as calls:
+            with counted() as calls:
                 found = model(tokens)
             cached = model.run_with_cache(tokens)[1]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -225,13 +225,13 @@ def test_dictionary_learning_what_is_not_taken():
 @pytest.mark.parametrize(
     "options", [{}, {"activation": "groupmax"}, {"transcode": True, "skip_connection": True}], ids=str
 )
-def test_sparsify(options, tmp_path, monkeypatch):
+def test_sparsify(options, tmp_path):
     sparsify = package("sparsify")
     make = lambda: fill(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=8, **options)))  # noqa: E731
     theirs, exact, ours, x = made(make), made(make).double(), accelerate(made(make)), normal(33, D, seed=7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of autocast for GPUs where there is none
-        with torch.no_grad(), counted(monkeypatch) as calls:
+        with torch.no_grad(), counted() as calls:
             found, plain, goal = ours(x), theirs(x), exact(x.double())
         assert type(found) is type(plain)
         for name in ("sae_out", "fvu"):

@@ -11,35 +11,37 @@ import torch
 from gemmascope import accelerate
 from gemmascope.saes import foreign
 from tests.helpers import assert_bitwise_equal, assert_same_not_finite, assert_within_budget, normal
-from tests.saes import standins as s
 from tests.saes.parity import assert_same_function, counted, made
+from tests.saes.standins import circuit_tracer, dictionary_learning, saelens, sparsify
 
 D, F, OUT = 24, 160, 16
 
 AUTOENCODERS = {
-    "saelens standard": partial(s.StandardSAE, D, F),
-    "saelens jumprelu": partial(s.JumpReLUSAE, D, F),
-    "saelens jumprelu folded": partial(s.JumpReLUSAE, D, F, apply_b_dec_to_input=False),
-    "saelens jumprelu normalised": partial(s.JumpReLUSAE, D, F, normalize=True, apply_b_dec_to_input=False),
-    "saelens topk": partial(s.TopKSAE, D, F, k=5),
-    "saelens topk rescaled": partial(s.TopKSAE, D, F, k=5, rescale=True),
-    "saelens gated": partial(s.GatedSAE, D, F),
-    "dictionary AutoEncoder": partial(s.AutoEncoder, D, F),
-    "dictionary AutoEncoderNew": partial(s.AutoEncoderNew, D, F),
-    "dictionary Gated": partial(s.GatedAutoEncoder, D, F),
-    "dictionary JumpRelu": partial(s.JumpReluAutoEncoder, D, F),
-    "dictionary JumpRelu centred": partial(s.JumpReluAutoEncoder, D, F, apply_b_dec_to_input=True),
-    "dictionary TopK": partial(s.AutoEncoderTopK, D, F),
-    "dictionary BatchTopK": partial(s.BatchTopKSAE, D, F),
-    "circuit-tracer relu": partial(s.SingleLayerTranscoder, D, F, torch.relu),
-    "circuit-tracer topk": lambda: s.SingleLayerTranscoder(D, F, s.SignedTopK(5)),
-    "circuit-tracer jumprelu": lambda: s.SingleLayerTranscoder(D, F, s.JumpReLU(1.7 + 0.2 * torch.randn(F))),
+    "saelens standard": partial(saelens.StandardSAE, D, F),
+    "saelens jumprelu": partial(saelens.JumpReLUSAE, D, F),
+    "saelens jumprelu folded": partial(saelens.JumpReLUSAE, D, F, apply_b_dec_to_input=False),
+    "saelens jumprelu normalised": partial(saelens.JumpReLUSAE, D, F, normalize=True, apply_b_dec_to_input=False),
+    "saelens topk": partial(saelens.TopKSAE, D, F, k=5),
+    "saelens topk rescaled": partial(saelens.TopKSAE, D, F, k=5, rescale=True),
+    "saelens gated": partial(saelens.GatedSAE, D, F),
+    "dictionary AutoEncoder": partial(dictionary_learning.AutoEncoder, D, F),
+    "dictionary AutoEncoderNew": partial(dictionary_learning.AutoEncoderNew, D, F),
+    "dictionary Gated": partial(dictionary_learning.GatedAutoEncoder, D, F),
+    "dictionary JumpRelu": partial(dictionary_learning.JumpReluAutoEncoder, D, F),
+    "dictionary JumpRelu centred": partial(dictionary_learning.JumpReluAutoEncoder, D, F, apply_b_dec_to_input=True),
+    "dictionary TopK": partial(dictionary_learning.AutoEncoderTopK, D, F),
+    "dictionary BatchTopK": partial(dictionary_learning.BatchTopKSAE, D, F),
+    "circuit-tracer relu": partial(circuit_tracer.SingleLayerTranscoder, D, F, torch.relu),
+    "circuit-tracer topk": lambda: circuit_tracer.SingleLayerTranscoder(D, F, circuit_tracer.SignedTopK(5)),
+    "circuit-tracer jumprelu": lambda: circuit_tracer.SingleLayerTranscoder(
+        D, F, circuit_tracer.JumpReLU(1.7 + 0.2 * torch.randn(F))
+    ),
 }
 TRANSCODERS = {
-    "relu": partial(s.Transcoder, D, F, OUT),
-    "skip": partial(s.SkipTranscoder, D, F, OUT),
-    "jumprelu": partial(s.JumpReLUTranscoder, D, F, OUT),
-    "jumprelu skip": partial(s.JumpReLUSkipTranscoder, D, F, OUT),
+    "relu": partial(saelens.Transcoder, D, F, OUT),
+    "skip": partial(saelens.SkipTranscoder, D, F, OUT),
+    "jumprelu": partial(saelens.JumpReLUTranscoder, D, F, OUT),
+    "jumprelu skip": partial(saelens.JumpReLUSkipTranscoder, D, F, OUT),
 }
 
 
@@ -65,13 +67,13 @@ def test_by_other_implementations(name, impl):
 
 def test_attention_heads_are_joined_and_split():
     x = normal(2, 3, 4, D // 4, seed=5)
-    _, x_hat = assert_same_function(partial(s.JumpReLUSAE, D, F, hook_z=D // 4), x)
+    _, x_hat = assert_same_function(partial(saelens.JumpReLUSAE, D, F, hook_z=D // 4), x)
     assert x_hat.shape == x.shape
 
 
 def test_matryoshka_with_all_and_with_some_groups():
     def make(active: int):
-        sae = s.MatryoshkaBatchTopKSAE(D, F, group_sizes=(40, 50, 70))
+        sae = dictionary_learning.MatryoshkaBatchTopKSAE(D, F, group_sizes=(40, 50, 70))
         sae.active_groups = active
         return sae
 
@@ -84,10 +86,10 @@ def test_matryoshka_with_all_and_with_some_groups():
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-def test_products_where_many_latents_fire_and_entries_where_few_do(sparse, monkeypatch):
-    sae = accelerate(made(partial(s.JumpReLUSAE, D, F)))
+def test_products_where_many_latents_fire_and_entries_where_few_do(sparse):
+    sae = accelerate(made(partial(saelens.JumpReLUSAE, D, F)))
     sae.threshold.data.fill_(2.0 if sparse else 0.0)
-    with torch.no_grad(), counted(monkeypatch) as calls:
+    with torch.no_grad(), counted() as calls:
         f = sae.encode(normal(33, D))
         assert (0 < f.count_nonzero() < 0.1 * f.numel()) == sparse
         sae.decode(f)
@@ -104,7 +106,7 @@ def test_a_call_and_its_halves_are_the_same_bits():
 
 def test_thresholds_below_zero_let_nothing_negative_through():
     def make():
-        sae = s.JumpReLUSAE(D, F)
+        sae = saelens.JumpReLUSAE(D, F)
         sae.threshold.data.fill_(-0.5)
         return sae
 
@@ -112,11 +114,27 @@ def test_thresholds_below_zero_let_nothing_negative_through():
     assert (f >= 0).all()
 
 
+def test_a_gate_without_magnitude_is_no_nan():
+    def make():
+        sae = saelens.GatedSAE(D, F)
+        sae.r_mag.data.fill_(-95.0)  # e^95 is infinite in fp32
+        sae.b_mag.data[::2] = 0.0
+        return sae
+
+    f, _ = assert_same_function(make, normal(33, D))
+    assert f.isfinite().all()
+    assert f.any()
+
+
 def test_circuit_tracer_keeps_what_is_negative():
     def make(activation):
-        return s.SingleLayerTranscoder(D, F, copy.deepcopy(activation))
+        return circuit_tracer.SingleLayerTranscoder(D, F, copy.deepcopy(activation))
 
-    for activation in (s.JumpReLU(torch.full((F,), -0.5)), s.SignedTopK(F - 3), s.JumpReLU(torch.tensor(-0.5))):
+    for activation in (
+        circuit_tracer.JumpReLU(torch.full((F,), -0.5)),
+        circuit_tracer.SignedTopK(F - 3),
+        circuit_tracer.JumpReLU(torch.tensor(-0.5)),
+    ):
         f, _ = assert_same_function(partial(make, activation), normal(33, D))
         assert (f < 0).any()
 
@@ -124,7 +142,7 @@ def test_circuit_tracer_keeps_what_is_negative():
 @pytest.mark.parametrize("skip", [False, True])
 def test_circuit_tracer_in_entries(skip):
     def make():
-        return s.SingleLayerTranscoder(D, F, s.JumpReLU(1.7 + 0.2 * torch.randn(F)), skip)
+        return circuit_tracer.SingleLayerTranscoder(D, F, circuit_tracer.JumpReLU(1.7 + 0.2 * torch.randn(F)), skip)
 
     theirs, ours, x = made(make), accelerate(made(make)), normal(9, D, seed=7)
     exact = made(make).double()
@@ -142,37 +160,38 @@ def test_circuit_tracer_in_entries(skip):
         assert_bitwise_equal("pre", ours.encode(x, apply_activation_function=False), theirs.encode(x, False))
         with pytest.raises(TypeError, match="zero_position"):
             ours.encode_sparse(x, zero_position=slice(1))
+        for given, options in (((), {"inputs": x}), ((x, x), {})):
+            with pytest.raises(TypeError, match=r"unexpected keyword argument 'inputs'|too many positional"):
+                ours.decode(ours.encode(x), *given, **options)
 
 
 @pytest.mark.parametrize("transcode", [False, True])
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])
 def test_sparsify(activation, transcode, monkeypatch):
     module = ModuleType("sparsify.sparse_coder")
-    module.EncoderOutput = s.EncoderOutput
+    module.EncoderOutput = sparsify.EncoderOutput
     monkeypatch.setitem(sys.modules, "sparsify.sparse_coder", module)
-    make = partial(s.SparseCoder, D, F, activation=activation, transcode=transcode)
+    make = partial(sparsify.SparseCoder, D, F, activation=activation, transcode=transcode)
     theirs, exact, ours, x = made(make), made(make).double(), accelerate(made(make)), normal(33, D, seed=8)
-    with torch.no_grad(), counted(monkeypatch) as calls:
+    with torch.no_grad(), counted() as calls:
         found, plain, goal = ours(x), theirs(x), exact(x.double())
         code, same, best = ours.encode(x), theirs.encode(x), exact.encode(x.double())
     assert calls == {"encode": 0, "decode": 1, "preactivations": 2}
-    assert type(found) is s.ForwardOutput
-    assert type(code) is s.EncoderOutput
+    assert type(found) is sparsify.ForwardOutput
+    assert type(code) is sparsify.EncoderOutput
     for name in ("sae_out", "fvu"):
         assert_within_budget(name, getattr(found, name), getattr(goal, name), getattr(plain, name))
     assert_within_budget("pre_acts", code.pre_acts, best.pre_acts, same.pre_acts)
     assert torch.equal(code.top_indices.sort(1).values, same.top_indices.sort(1).values)
     assert code.top_indices.dtype == torch.int64
-    for name in ("top_acts",):
-        values = (getattr(each, name).sort(1).values for each in (code, best, same))
-        assert_within_budget(name, *values)
+    assert_within_budget("top_acts", *(each.top_acts.sort(1).values for each in (code, best, same)))
     for wrong in (-1, F, 2**32 + 1):
         with torch.no_grad(), pytest.raises(ValueError, match="indices"):
             ours.decode(code.top_acts, torch.full_like(code.top_indices, wrong))
 
 
 def test_bf16_is_closer_to_the_exact_function_than_its_own_arithmetic():
-    make, x = partial(s.JumpReLUSAE, D, F), normal(33, D, seed=9).bfloat16()
+    make, x = partial(saelens.JumpReLUSAE, D, F), normal(33, D, seed=9).bfloat16()
     theirs, ours = made(make).bfloat16(), accelerate(made(make).bfloat16())
     exact = made(make).bfloat16().double()
     with torch.no_grad():
@@ -202,7 +221,11 @@ def test_what_is_not_a_number_stays_visible():
 
 
 def test_infinite_inputs():
-    theirs, ours, x = made(partial(s.JumpReLUSAE, D, F)), accelerate(made(partial(s.JumpReLUSAE, D, F))), normal(3, D)
+    theirs, ours, x = (
+        made(partial(saelens.JumpReLUSAE, D, F)),
+        accelerate(made(partial(saelens.JumpReLUSAE, D, F))),
+        normal(3, D),
+    )
     x[1, 2] = torch.inf
     with torch.no_grad():
         f, z = ours.encode(x), theirs.pre(x)
@@ -213,7 +236,7 @@ def test_infinite_inputs():
 
 
 def test_inference_mode():
-    sae, x = accelerate(made(partial(s.JumpReLUSAE, D, F))), normal(5, D)
+    sae, x = accelerate(made(partial(saelens.JumpReLUSAE, D, F))), normal(5, D)
     sae.W_enc = torch.nn.Parameter(sae.W_enc.detach().clone().contiguous())
     with torch.inference_mode():
         inside = sae(x)
