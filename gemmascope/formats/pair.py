@@ -29,10 +29,9 @@ class Pair(NamedTuple):
         """The folder of what was saved and has not come to its place."""
         return self.weights.with_name(f".new-{self.weights.name}")
 
-    def in_force(self, path: Path) -> Path:
-        """Where the file ``path`` of the pair is now."""
-        new = self.committed / path.name
-        return new if os.path.lexists(new) else path
+    def places(self, path: Path) -> tuple[Path, Path]:
+        """Where the file ``path`` of the pair may be, in the order to look: a writer moves it from first to second."""
+        return self.committed / path.name, path
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[io.BufferedReader, io.BufferedReader | None]]:
@@ -52,7 +51,7 @@ class Pair(NamedTuple):
         raise EnvironmentProblemError(f"{shown(self.weights)}: cannot be read: other processes keep replacing it")
 
     def _open(self, path: Path, files: contextlib.ExitStack) -> io.BufferedReader | None:
-        for place in (self.committed / path.name, path):
+        for place in self.places(path):
             if os.path.lexists(place):
                 try:
                     return files.enter_context(open_file(place))

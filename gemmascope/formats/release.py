@@ -23,6 +23,7 @@ name nearer to the file that says SAE is believed first.
 import contextlib
 import functools
 import io
+import itertools
 import math
 import os
 import re
@@ -112,7 +113,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _is_there(weights: Path) -> bool:
-    return os.path.lexists(Pair(weights, manifest.path_for(weights)).in_force(weights))
+    return any(map(os.path.lexists, Pair(weights, manifest.path_for(weights)).places(weights)))
 
 
 def _check_name(path: PurePath, name: str) -> None:
@@ -312,7 +313,7 @@ def _inside(root: Path, path: PurePosixPath) -> Path:
         files = (weights, foreign.config_for(weights))
     else:
         pair = Pair(weights, manifest.path_for(weights))
-        files = (*pair, *map(pair.in_force, pair))
+        files = itertools.chain.from_iterable(map(pair.places, pair))
     for file in files:
         if not file.resolve().is_relative_to(boundary):
             raise BadFileError(f"{shown(file)}: expected a file inside {shown(root)}, found a link out of it")

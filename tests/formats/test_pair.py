@@ -212,6 +212,25 @@ def test_a_config_that_comes_between_is_read_again(tmp_path, monkeypatch):
     assert opened == ["config.json", "params.npz", "config.json"] * 2
 
 
+def test_weights_that_move_while_they_are_looked_for_are_found(tmp_path, monkeypatch):
+    """A look into the committed folder finds them; before the next look they are at their place."""
+    path = tmp_path / "params.npz"
+    numbered(1).save(path)
+    committed = Pair(path, tmp_path / "config.json").committed
+    committed.mkdir()
+    path.rename(committed / path.name)
+    real = os.path.lexists
+
+    def move_what_was_found(place):
+        found = real(place)
+        if found and os.fspath(place) == os.fspath(committed / path.name):
+            os.replace(place, path)
+        return found
+
+    monkeypatch.setattr(os.path, "lexists", move_what_was_found)
+    assert seed_of(tmp_path) == 1
+
+
 def test_what_is_always_replaced_is_said(tmp_path, monkeypatch):
     path = tmp_path / "params.npz"
     numbered(1).save(path)
