@@ -2,14 +2,14 @@
 
 A Gemma 2 of random weights and 2B's shapes, of one layer by default, generates greedily: as it is, with our SAEs in it,
 steered by one latent a site with the SAE's error kept, and with the same SAEs as dense PyTorch and, with --saelens, as
-SAELens's, all through `attach`. Thresholds are set for the given L0 on the model's own activations. No contender is
-timed whose reconstructions are not those of fp64. The vocabulary is small, so that the SAEs are not lost behind the
-logits.
+SAELens's, all through `attach`. Thresholds are set for the given L0 with the SAEs before in the model; the L0 of the
+text that is generated is in the rows. No contender is timed whose reconstructions of it are not those of fp64. The
+vocabulary is small, so that the SAEs are not lost behind the logits.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from bench.contenders import copy_weights
 from bench.reporting import records
 from bench.timing.measure import Clock, interleaved, percentiles
-from gemmascope import JumpReLUSAE, Site, attach, harvest
+from gemmascope import JumpReLUSAE, Site, attach
 from gemmascope.kernels import preactivations
-from gemmascope.sites import Add, all_sites, site_width
+from gemmascope.sites import Add, Capture, all_sites, site_width
 
 TOLERANCE = 1e-4
 OPTIONS = ("layers", "vocabulary", "d_sae", "l0", "new_tokens")
@@ -64,20 +64,29 @@ def make_model(sizes: Sizes, device: torch.device) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(device).eval()
 
 
-def make_saes(model: nn.Module, sizes: Sizes) -> tuple[dict[Site, JumpReLUSAE], dict[Site, Tensor]]:
-    """An SAE at every site, of about the L0 asked for, and the activations there."""
+def make_saes(model: nn.Module, sizes: Sizes) -> dict[Site, JumpReLUSAE]:
+    """An SAE at every site, of about the L0 asked for on what comes there when those before it are in the model."""
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, sizes.vocabulary, (CALIBRATION_ROWS, CALIBRATION_CONTEXT), generator=generator)
-    activations, saes = harvest(model, tokens, all_sites(model)), {}
     device = next(model.parameters()).device
-    for site, x in activations.items():
-        sae = JumpReLUSAE(site_width(model, site), sizes.d_sae, pre_encoder_bias=False, generator=generator)
+    tokens = torch.randint(3, sizes.vocabulary, (CALIBRATION_ROWS, CALIBRATION_CONTEXT), generator=generator)
+    saes: dict[Site, JumpReLUSAE] = {}
+    for site in all_sites(model):
+        sae = JumpReLUSAE(site_width(model, site), sizes.d_sae, pre_encoder_bias=False, generator=generator).to(device)
+        [x] = activations_at(model, tokens.to(device), [site], saes).values()
         z = preactivations(x, sae.W_enc.detach(), sae.b_enc.detach())
-        threshold = z.flatten().kthvalue(z.numel() - sizes.l0 * len(x)).values.clamp(min=0)
+        threshold = z.flatten().float().cpu().kthvalue(z.numel() - sizes.l0 * len(x)).values.clamp(min=0)
         nn.init.constant_(sae.threshold, float(threshold))
-        saes[site] = sae.requires_grad_(False).to(device)
-        activations[site] = x.to(device)
-    return saes, dict(activations)
+        saes[site] = sae.requires_grad_(False)
+    return saes
+
+
+def activations_at(
+    model: nn.Module, tokens: Tensor, sites: Iterable[Site], saes: Mapping[Site, JumpReLUSAE]
+) -> dict[Site, Tensor]:
+    """[tokens, width] at each of ``sites``, before its SAE, while ``saes`` are in the model."""
+    with Capture(model, sites) as capture, attach(model, saes) if saes else nullcontext():
+        model(tokens, use_cache=False)
+    return {site: capture[site].flatten(0, 1) for site in sites}
 
 
 class Dense(nn.Module):
@@ -136,11 +145,15 @@ def contenders(
 def measure(sizes: Sizes, rounds: int, device: torch.device, with_saelens: bool = False) -> list[dict[str, Any]]:
     """A row a contender: milliseconds a token, or why there are none."""
     model = make_model(sizes, device)
-    saes, activations = make_saes(model, sizes)
-    l0 = [int(sae.encode_sparse(activations[site]).nnz) / len(activations[site]) for site, sae in saes.items()]
-    common = {"kind": "generation", "n_saes": len(saes), "l0": sum(l0) / len(l0), **vars(sizes)}
+    saes = make_saes(model, sizes)
     ids = torch.randint(3, sizes.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(2)).to(device)
     generate = partial(model.generate, ids, max_new_tokens=sizes.new_tokens, min_new_tokens=sizes.new_tokens)
+    with attach(model, saes):
+        text = generate(do_sample=False)
+    activations = activations_at(model, text, saes, saes)
+    l0 = [int(sae.encode_sparse(activations[site]).nnz) / len(activations[site]) for site, sae in saes.items()]
+    found = {"mean_l0": sum(l0) / len(l0), "min_l0": min(l0), "max_l0": max(l0)}
+    common = {"kind": "generation", "n_saes": len(saes), **found, **vars(sizes)}
 
     def call(splicing: Splicing) -> Any:
         with splicing():

@@ -11,6 +11,7 @@ first line says.
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def pytest_addoption(parser):
     defaults.add_options(parser)
     if importlib.util.find_spec("pytest_timeout") is None:
         parser.addini("timeout", "of pytest-timeout, which is not installed")
+
+
+def pytest_configure(config):
+    # What nohup or a shell's background job ignores would be ignored by the tests of signals too.
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        number = getattr(signal, name)
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 
 def pytest_sessionstart(session):

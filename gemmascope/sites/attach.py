@@ -21,6 +21,8 @@ from .window import Window, check_mask, start_of
 class _Splices(Forwards):
     """Puts what a `Splice` makes of it in the place of the activation at each of its sites."""
 
+    deep = False
+
     def __init__(self, decoder: Decoder, splices: Iterable[Splice], skipped: tuple[int, ...], positions: Tensor | None):
         self._splices = {splice.site: splice for splice in splices}
         super().__init__(decoder, self._splices)
@@ -143,11 +145,11 @@ def attach(
     was given it, padding included, whatever a cache holds of it; columns past the mask's last are not spliced. Beams,
     and several sequences a prompt, are rows of their own: ``mask.repeat_interleave(num_beams, 0)``.
 
-    Each forward has its own special tokens, in whichever thread it runs and whatever other forward it runs within. A
-    model that `torch.compile` has seen runs eagerly while SAEs are attached, from the modules that lead to the layers
-    on. The ``hidden_states`` of ``output_hidden_states`` are the spliced residuals, those that the next layer reads
-    (the last one normed, as without SAEs). A copy of an attached model, deep or pickled, is attached to copies of the
-    SAEs; `detach_all` takes them out.
+    Each forward has its own special tokens, in whichever thread it runs and whatever other forward it runs within.
+    ``torch.compile(model)``, before or after, compiles what lies between the hooks; SAEs run as they would without. A
+    model compiled in place, by ``model.compile()``, runs eagerly while SAEs are attached. The ``hidden_states`` of
+    ``output_hidden_states`` are the spliced residuals, those that the next layer reads (the last one normed, as without
+    SAEs). A copy of an attached model, deep or pickled, is attached to copies of the SAEs; `detach_all` takes them out.
 
     Raises ValueError for an empty ``saes``, an unknown site or mode, a width that does not fit, a site that holds an
     SAE already, edits of a site without SAE, a latent that the SAE does not have, and a unit without scales, with

@@ -16,7 +16,7 @@ from torch.utils import checkpoint
 
 from ..errors import EnvironmentProblemError
 from .decoder import Decoder
-from .eager import hold_eager, release_eager
+from .eager import hold_eager, outside_compiled_code, release_eager
 from .site import HOOK_POINTS, Site
 
 
@@ -46,6 +46,9 @@ class Forwards:
     within another. Copies of the model, deep or pickled, carry copies of all of this and depend on nothing here.
     """
 
+    deep = True
+    """Whether nothing between the hooks is compiled either, so that every bit is the eager model's."""
+
     def __init__(self, decoder: Decoder, sites: Iterable[Site]):
         self._widths = {site: decoder.width(site) for site in sites}
         self._innermost, self._stack_name = len(decoder.callers) - 1, decoder.stack_name
@@ -59,11 +62,13 @@ class Forwards:
         """Set the hooks."""
         handles = []
         for depth, module in enumerate(decoder.callers):
-            handles.append(Handle(module, module.register_forward_pre_hook(_Before(self, depth), with_kwargs=True)))
+            handle = module.register_forward_pre_hook(_Before(self, depth), with_kwargs=True)
+            handles.append(Handle(module, handle, self.deep))
         for site in self._widths:
             handles.append(_hook(decoder.layers[site.layer], _AtSite(self, site)))
         for depth, module in enumerate(decoder.callers):
-            handles.append(Handle(module, module.register_forward_hook(_After(self, depth), always_call=True)))
+            handle = module.register_forward_hook(_After(self, depth), always_call=True)
+            handles.append(Handle(module, handle, self.deep))
         return handles
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +151,7 @@ class Forwards:
 
 @dataclass(eq=False)
 class Hook:
-    """One of ours, told from others by its class."""
+    """One of ours, told from others by its class. What it does is no compiler's matter."""
 
     forwards: Forwards
 
@@ -155,6 +160,7 @@ class Hook:
 class _Before(Hook):
     depth: int
 
+    @outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.forwards.before(self.depth, module, args, kwargs)
 
@@ -163,6 +169,7 @@ class _Before(Hook):
 class _After(Hook):
     depth: int
 
+    @outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.forwards.after(self.depth, output)
 
@@ -171,6 +178,7 @@ class _After(Hook):
 class _AtSite(Hook):
     site: Site
 
+    @outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple, output: Any = None) -> Any:
         if self.site.kind == "att":
             replaced = self.forwards.fire(self.site, args[0])
@@ -183,11 +191,11 @@ class _AtSite(Hook):
 
 
 class Handle:
-    """One hook that is set. It keeps its module out of compiled code."""
+    """One hook that is set. It keeps its module's call out of compiled code, as deep as `hold_eager` is told."""
 
-    def __init__(self, module: nn.Module, handle: Any):
+    def __init__(self, module: nn.Module, handle: Any, deep: bool):
         self._module, self._id = module, handle.id
-        hold_eager(module)
+        hold_eager(module, deep)
 
     def remove(self) -> None:
         """Take it out; a second call does nothing."""
@@ -202,10 +210,11 @@ def hooks_of(module: nn.Module) -> list[tuple[int, Hook]]:
 
 def remove(module: nn.Module, key: int) -> None:
     """Take one of `hooks_of` out, if it is there."""
-    if key in module._forward_pre_hooks or key in module._forward_hooks:
+    hook = module._forward_pre_hooks.get(key) or module._forward_hooks.get(key)
+    if isinstance(hook, Hook):
         for kind in ("pre_hooks", "pre_hooks_with_kwargs", "hooks", "hooks_with_kwargs", "hooks_always_called"):
             getattr(module, f"_forward_{kind}").pop(key, None)
-        release_eager(module)
+        release_eager(module, hook.forwards.deep)
 
 
 def hooks_at(layer: nn.Module, kind: str) -> list[Hook]:
@@ -222,13 +231,13 @@ def _module_at(layer: nn.Module, kind: str) -> nn.Module:
 def _hook(layer: nn.Module, hook: _AtSite) -> Handle:
     module = _module_at(layer, hook.site.kind)
     if hook.site.kind == "att":
-        return Handle(module, module.register_forward_pre_hook(hook))
+        return Handle(module, module.register_forward_pre_hook(hook), hook.forwards.deep)
     handle = module.register_forward_hook(hook)
     # What records `output_hidden_states` stays on the layer after its first use; it must come after the splices.
     for key, other in list(module._forward_hooks.items()):
         if getattr(other, "__module__", None) == "transformers.utils.output_capturing":
             module._forward_hooks[key] = module._forward_hooks.pop(key)
-    return Handle(module, handle)
+    return Handle(module, handle, hook.forwards.deep)
 
 
 def check_activation(site: Site, activation: Any, width: int) -> None:

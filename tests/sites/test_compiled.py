@@ -11,7 +11,7 @@ from gemmascope.errors import EnvironmentProblemError
 from gemmascope.evaluation import evaluate_splice
 from gemmascope.sites import Capture, Site, attach
 from tests import tiny_models as tiny
-from tests.sites.test_attach import ATT, MLP, RESID, Constant, hook_count, logits
+from tests.sites.test_attach import ATT, MLP, RESID, Constant, hook_count, logits, random_sae
 
 pytest.importorskip("transformers")
 
@@ -112,6 +112,79 @@ def test_a_model_compiled_while_attached():
         model.compile(backend="eager")
         assert torch.equal(logits(model, ids), expected)
     assert torch.equal(logits(model, ids), clean)
+
+
+class Counting:
+    """A backend that counts the graphs it runs, and the products in them."""
+
+    def __init__(self):
+        self.compiled = self.run = self.products = 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+        products = sum("linear" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*args):
+            self.run += 1
+            self.products += products
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.mark.parametrize("first", ["attach", "compile"])
+def test_what_lies_between_the_saes_is_compiled(first):
+    model, ids = tiny.gemma2(), tiny.tokens()
+    saes = {site: random_sae(site) for site in (RESID, ATT, MLP)}
+    with attach(model, saes):
+        expected = logits(model, ids)
+    clean, backend = logits(model, ids), Counting()
+    compiled = torch.compile(model, backend=backend)
+    if first == "compile":
+        assert torch.equal(logits(compiled, ids), clean)
+    for _ in range(2):
+        with attach(model, saes):
+            assert torch.equal(logits(compiled, ids), expected)
+            so_far = backend.compiled
+            backend.run = backend.products = 0
+            assert torch.equal(logits(compiled, ids), expected)
+            assert backend.compiled == so_far
+            assert backend.products == 7 * len(model.model.layers) + 1  # all that the model has
+        assert torch.equal(logits(compiled, ids), clean)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+def test_gradients_of_what_is_compiled():
+    model, ids = tiny.gemma2(), tiny.tokens()
+    sae, found = random_sae(RESID), []
+    for run in (model, torch.compile(model, backend=Counting())):
+        with attach(model, {RESID: sae}):
+            loss = run(ids).logits.square().mean()
+        found.append(torch.autograd.grad(loss, [sae.W_dec, model.model.embed_tokens.weight]))
+    for one, other in zip(*found, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(other, one)
+
+
+def test_what_is_captured_or_measured_is_not_compiled():
+    model, ids, mean, backend = tiny.gemma2(), tiny.tokens(), torch.ones(16), Counting()
+    expected = evaluate_splice(model, ids, RESID, Constant(), mean)
+    compiled = torch.compile(model, backend=backend)
+    with attach(model, {MLP: random_sae(MLP)}), Capture(model, [RESID]):
+        logits(compiled, ids)
+    assert evaluate_splice(compiled, ids, RESID, Constant(), mean) == expected
+    assert backend.run == 0
+    logits(compiled, ids)
+    assert backend.run > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # within torch
+def test_by_inductor():
+    model, ids, sae = tiny.gemma2(), tiny.tokens(), random_sae(RESID)
+    with attach(model, {RESID: sae}):
+        expected = logits(model, ids)
+        torch.testing.assert_close(logits(torch.compile(model), ids), expected)
 
 
 def test_a_forward_that_goes_around_the_layers():

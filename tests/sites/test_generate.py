@@ -210,13 +210,22 @@ def test_codes_of_a_prompt_patched_while_another_is_continued():
     assert not torch.equal(generated[0], clean)
 
 
-def test_compiled():
-    """Under torch.compile the model runs eagerly while SAEs are attached, and compiled again afterwards."""
+def in_place(model):
+    model.compile(backend="eager")
+
+
+def its_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [in_place, its_forward])
+def test_compiled(compiled):
     model, ids = tiny.gemma2(), prompt()
     clean = by_hand(model, ids)
-    model.compile(backend="eager")
     with attach(model, saes(), **options(rows=2)):
         expected = by_hand(model, ids)
-        assert torch.equal(model.generate(ids, **OPTIONS), expected)
     assert not torch.equal(expected, clean)
+    compiled(model)
+    with attach(model, saes(), **options(rows=2)):
+        assert torch.equal(model.generate(ids, **OPTIONS), expected)
     assert torch.equal(model.generate(ids, **OPTIONS), clean)
