@@ -32,7 +32,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "examples" / "gemma3-270m.toml"
 # Fewer sites, so that the model ends at layer 9; less text; batches half as large, for as many steps.
 QUICK = ("suite.sites=['layer_9/*']", "suite.tokens=200K", "suite.batch_size=512", "evaluate.rows=16")
 PACKAGES = ("transformers", "tokenizers", "gguf")
-KEPT = ("site", "layer", "width", "tokens", "l0", "target_l0", "fvu", "pca_fvu", "random_fvu", "dead_fraction", "gamma")
+KEPT = ("width", "seed", "tokens", "l0", "target_l0", "fvu", "pca_fvu", "random_fvu", "dead_fraction", "gamma")
 SPLICED = ("delta_loss", "ablation_delta_loss", "loss_recovered", "outliers", "fvu_all", "l0_all")
 
 
@@ -70,14 +70,14 @@ def train(arguments: Sequence[str]) -> int:
     return 128 + came[-1] if came and status == 0 else status
 
 
-def rows_of(results: dict[str, Any], judged: Sequence[bars.Verdict], quick: bool) -> list[dict[str, Any]]:
+def rows_of(results: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
     """A row of results an SAE."""
     rows = []
     for sae in results["saes"]:
         site = bars.site_of(sae)
         row = {"kind": "real", "quick": quick, "contender": "ours", "site": site}
-        row |= {name: sae.get(name) for name in (*KEPT[2:], *SPLICED)}
-        row["bars"] = [verdict._asdict() | {"met": verdict.met} for verdict in judged if verdict.site == site]
+        row |= {name: sae.get(name) for name in (*KEPT, *SPLICED)}
+        row["bars"] = [verdict._asdict() | {"met": verdict.met} for verdict in bars.of_sae(site, sae, quick)]
         rows.append(row | {"model": "gemma-3-270m", "seconds": results.get("seconds")})
     return rows
 
@@ -112,7 +112,7 @@ def run(given: argparse.Namespace) -> int:
     print("\n".join(bars.table(judged)))
     if given.save:
         machine = records.provenance(torch.device("cpu"), PACKAGES)
-        rows = [row | {"machine": machine} for row in rows_of(results, judged, given.quick)]
+        rows = [row | {"machine": machine} for row in rows_of(results, given.quick)]
         print(f"appended {len(rows)} rows to {records.append('real', rows, given.results)}")
     return int(not all(verdict.met for verdict in judged))
 

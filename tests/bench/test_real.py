@@ -77,6 +77,12 @@ def test_a_site_without_an_sae_has_missed_all():
     assert len(missed([])) == len(bars.verdicts(ALL))
 
 
+def test_each_of_several_saes_at_a_site_is_judged():
+    rows = [sae("layer_9/mlp", seed=seed, l0=l0) for seed, l0 in ((1, 45.0), (2, 40.0))]
+    assert missed([*ALL, *rows]) == {("layer_9/mlp", "L0")}
+    assert bars.table(bars.verdicts([*ALL, *rows]))[-1] == "35 of 36 bars met"
+
+
 def test_quick_asks_less_of_fewer_sites():
     assert {verdict.site for verdict in bars.verdicts(ALL, quick=True)} == set(bars.QUICK_FVU)
     assert all(bars.QUICK_FVU[site] > bars.FVU[site] for site in bars.QUICK_FVU)
@@ -119,10 +125,13 @@ def test_a_training_that_fails_is_not_judged(ready, capsys, status, ours):
 
 
 def test_saved_rows_say_which_bars_were_met(ready, tmp_path):
-    assert ready.run("--save", "--results", str(tmp_path)) == 0
+    ready.saes = [*ALL, sae("layer_9/att", seed=2, dead_fraction=0.2)]
+    assert ready.run("--save", "--results", str(tmp_path)) == 1
     rows = records.read(tmp_path / "real.jsonl")
-    assert [row["site"] for row in rows] == list(bars.FVU)
-    assert all(row["kind"] == "real" and all(bar["met"] for bar in row["bars"]) for row in rows)
+    assert [row["site"] for row in rows] == [*bars.FVU, "layer_9/att"]
+    assert [row["seed"] for row in rows] == [None] * 5 + [2]
+    assert all(row["kind"] == "real" and all(bar["met"] for bar in row["bars"]) for row in rows[:-1])
+    assert [bar["what"] for bar in rows[-1]["bars"] if not bar["met"]] == ["dead"]
 
 
 def test_what_is_typed_names_model_text_and_changes(ready, tmp_path):
