@@ -28,7 +28,7 @@ from gemmascope.sites import Add, Capture, all_sites, site_width
 
 TOLERANCE = 1e-4
 OPTIONS = ("layers", "vocabulary", "d_sae", "l0", "new_tokens")
-PROMPT, CALIBRATION_ROWS, CALIBRATION_CONTEXT = 8, 4, 64
+PROMPT, CALIBRATION_ROWS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def make_saes(model: nn.Module, sizes: Sizes) -> dict[Site, JumpReLUSAE]:
     """An SAE at every site, of about the L0 asked for on what comes there when those before it are in the model."""
     generator = torch.Generator().manual_seed(1)
     device = next(model.parameters()).device
-    tokens = torch.randint(3, sizes.vocabulary, (CALIBRATION_ROWS, CALIBRATION_CONTEXT), generator=generator)
+    shape = (CALIBRATION_ROWS, PROMPT + sizes.new_tokens)
+    tokens = torch.randint(3, sizes.vocabulary, shape, generator=generator)
     saes: dict[Site, JumpReLUSAE] = {}
     for site in all_sites(model):
         sae = JumpReLUSAE(site_width(model, site), sizes.d_sae, pre_encoder_bias=False, generator=generator).to(device)
@@ -83,10 +84,10 @@ def make_saes(model: nn.Module, sizes: Sizes) -> dict[Site, JumpReLUSAE]:
 def activations_at(
     model: nn.Module, tokens: Tensor, sites: Iterable[Site], saes: Mapping[Site, JumpReLUSAE]
 ) -> dict[Site, Tensor]:
-    """[tokens, width] at each of ``sites``, before its SAE, while ``saes`` are in the model."""
+    """[tokens, width] at each of ``sites``, before its SAE, behind the prompt, while ``saes`` are in the model."""
     with Capture(model, sites) as capture, attach(model, saes) if saes else nullcontext():
         model(tokens, use_cache=False)
-    return {site: capture[site].flatten(0, 1) for site in sites}
+    return {site: capture[site][:, PROMPT:].flatten(0, 1) for site in sites}
 
 
 class Dense(nn.Module):
@@ -147,9 +148,11 @@ def measure(sizes: Sizes, rounds: int, device: torch.device, with_saelens: bool 
     model = make_model(sizes, device)
     saes = make_saes(model, sizes)
     ids = torch.randint(3, sizes.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(2)).to(device)
-    generate = partial(model.generate, ids, max_new_tokens=sizes.new_tokens, min_new_tokens=sizes.new_tokens)
+    options = {"max_new_tokens": sizes.new_tokens, "min_new_tokens": sizes.new_tokens, "do_sample": False}
+    # A model of random weights would say its last token again and again, and no SAE would have the L0 of other text.
+    generate = partial(model.generate, ids, no_repeat_ngram_size=1, **options)
     with attach(model, saes):
-        text = generate(do_sample=False)
+        text = generate()
     activations = activations_at(model, text, saes, saes)
     l0 = [int(sae.encode_sparse(activations[site]).nnz) / len(activations[site]) for site, sae in saes.items()]
     found = {"mean_l0": sum(l0) / len(l0), "min_l0": min(l0), "max_l0": max(l0)}
@@ -157,7 +160,7 @@ def measure(sizes: Sizes, rounds: int, device: torch.device, with_saelens: bool 
 
     def call(splicing: Splicing) -> Any:
         with splicing():
-            return generate(do_sample=False)
+            return generate()
 
     rows, calls = [], {}
     for name, (by_site, splicing) in contenders(model, saes, with_saelens).items():

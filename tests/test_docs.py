@@ -24,6 +24,14 @@ SPEED = {
     "saelens": "SAELens",
     "sparsify": "sparsify (TopK)",
 }
+PACKAGES = {"saelens": "SAELens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify (TopK)"}
+GENERATION = {
+    "model": "the model alone",
+    "ours": "SAEs of this package",
+    "ours_steered": "the same, steered, their error kept",
+    "dense": "the same in dense PyTorch",
+    "saelens": "the same in SAELens",
+}
 QUALITY = {
     "saelens": "SAELens",
     "dictionary_learning": "dictionary_learning",
@@ -113,9 +121,42 @@ def quality_block(date: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(("name", "block"), [("speed", speed_block), ("quality", quality_block)])
-def test_figures_are_those_of_the_rows(name, block):
-    assert_block(README, name, block(marked(README, name)[1]))
+def accelerate_block(date: str) -> str:
+    """Of a call of each module, the latest rows up to ``date``: milliseconds as it comes and accelerated."""
+    rows = [row for row in rows_of("accelerate.jsonl") if row["kind"] == "time" and row["machine"]["date"] <= date]
+    times = {(row["d_sae"], row["tokens"], row["contender"]): row["p50_ms"] for row in rows if row["part"] == "infer"}
+    lines = [f"| latents | tokens | {' | '.join(PACKAGES.values())} |", f"|{'---|' * (2 + len(PACKAGES))}"]
+    for d_sae, tokens in sorted({key[:2] for key in times}):
+        cells = [f"{d_sae:,}", f"{tokens:,}"]
+        for package in PACKAGES:
+            called, accelerated = (times[d_sae, tokens, f"{package}_{how}"] for how in ("called", "accelerated"))
+            cells.append(f"{called:,.0f} → {accelerated:,.0f} ({called / accelerated:.1f} ×)")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def generation_block(date: str) -> str:
+    """Of one run: milliseconds a token, and what the SAEs add to the model's own."""
+    rows = {row["contender"]: row for row in rows_of("generation.jsonl") if row["machine"]["date"] == date}
+    model = rows["model"]["p50_ms"]
+    lines = ["| | ms a token | of which SAEs |", "|---|---|---|"]
+    for contender, label in GENERATION.items():
+        ms = rows[contender]["p50_ms"]
+        lines.append(f"| {label} | {ms:.0f} | {f'{ms - model:.0f}' if contender != 'model' else ''} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "block"),
+    [
+        ("README.md", "speed", speed_block),
+        ("README.md", "quality", quality_block),
+        ("docs/accelerate.md", "accelerate", accelerate_block),
+        ("docs/in-a-model.md", "generation", generation_block),
+    ],
+)
+def test_figures_are_those_of_the_rows(page, name, block):
+    assert_block(ROOT / page, name, block(marked(ROOT / page, name)[1]))
 
 
 # ---- what is named
