@@ -9,8 +9,12 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from gemmascope import accelerate, decelerate
+from gemmascope import Site, accelerate, decelerate
+from tests import tiny_models as tiny
 from tests.helpers import assert_bitwise_equal, assert_within_budget, normal
 from tests.saes.parity import assert_same_function, counted, made
 
@@ -172,6 +176,42 @@ def test_a_hooked_transformer(error_term):
                 torch.testing.assert_close(cached[name], clean[name], rtol=1e-4, atol=1e-5)
             assert calls["encode"] == 2 * (1 + error_term)
             assert calls["preactivations"] == 1 + error_term
+            decelerate(model)
+            assert_bitwise_equal("given back", model(tokens), expected)
+
+
+def test_a_transformer_bridge(tmp_path):
+    """TransformerLens' wrapper of a transformers model, with SAELens's SAEs in it."""
+    sae_lens = package("sae_lens")
+    if not hasattr(sae_lens, "SAETransformerBridge"):
+        pytest.skip("this SAELens has no SAETransformerBridge")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hf_model = tiny.gemma2()
+        words = {str(token): token for token in range(hf_model.config.vocab_size)}
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), bos_token="2", eos_token="1", pad_token="0"
+        ).save_pretrained(tmp_path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        model = sae_lens.SAETransformerBridge.boot_transformers(
+            "google/gemma-2-2b", hf_model=hf_model, tokenizer=tokenizer, device="cpu"
+        )
+        tokens, clean = tiny.tokens(), None
+        for layer, name in enumerate(("hook_resid_post", "hook_mlp_out")):
+            metadata = sae_lens.saes.sae.SAEMetadata(hook_name=f"blocks.{layer}.{name}")
+            config = sae_lens.JumpReLUSAEConfig(tiny.width(Site(layer, "resid")), F, metadata=metadata)
+            sae = fill(sae_lens.JumpReLUSAE(config))
+            with torch.no_grad():
+                clean = model(tokens) if clean is None else clean
+            model.add_sae(sae)
+        with torch.no_grad():
+            expected = model(tokens)
+            assert (expected - clean).abs().max() > 0.01
+            assert accelerate(model) is model
+            with counted() as calls:
+                found = model(tokens)
+            assert calls["encode"] == 2
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             decelerate(model)
             assert_bitwise_equal("given back", model(tokens), expected)
 
