@@ -41,6 +41,8 @@ PROOFS = (
     Proof(SAELENS, "in", "standard", "sae-lens", old=True),
     Proof(SAELENS, "in", "JumpReLU", "sae-lens", old=True),
     Proof(SAELENS, "in", "TopK", "sae-lens", old=True),
+    Proof(SAELENS, "in", "gated", "sae-lens", old=True),
+    Proof(SAELENS, "in", "BatchTopK", "sae-lens", old=True),
     Proof(SAELENS, "out", "JumpReLU", "sae-lens", old=True),
     Proof(SAELENS, "out", "TopK", "sae-lens", old=True),
     Proof(SAELENS, "out", "transcoder", "sae-lens", old=True),
@@ -51,6 +53,8 @@ PROOFS = (
     Proof(DICTIONARY_LEARNING, "in", "standard", "dictionary-learning"),
     Proof(DICTIONARY_LEARNING, "in", "JumpReLU", "dictionary-learning"),
     Proof(DICTIONARY_LEARNING, "in", "TopK", "dictionary-learning"),
+    Proof(DICTIONARY_LEARNING, "in", "gated", "dictionary-learning"),
+    Proof(DICTIONARY_LEARNING, "in", "BatchTopK", "dictionary-learning"),
 )
 
 

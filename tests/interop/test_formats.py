@@ -63,8 +63,10 @@ def filled(module, threshold: int = 6, reach: int = 2):
         parameter.copy_(whole(*parameter.shape, seed=number, reach=reach))
         if parameter.ndim == 1 and len(parameter) == D_SAE and "threshold" not in name:
             parameter += torch.arange(D_SAE) / 64
-    if hasattr(module, "threshold"):
+    if isinstance(getattr(module, "threshold", None), torch.nn.Parameter):
         module.threshold.copy_(whole(*module.threshold.shape, seed=99, reach=reach).abs() + threshold)
+    if hasattr(module, "r_mag"):
+        module.r_mag.zero_()  # of which the exponential is a whole number
     return module
 
 
@@ -147,6 +149,21 @@ def saelens_in_jumprelu(tmp_path, monkeypatch):
 
 def saelens_in_topk(tmp_path, monkeypatch):
     saelens_writes(tmp_path, "topk", k=K)
+
+
+def saelens_in_gated(tmp_path, monkeypatch):
+    saelens_writes(tmp_path, "gated")
+
+
+def saelens_in_batchtopk(tmp_path, monkeypatch):
+    """As SAELens stores it once it is trained: with one threshold in the place of the batch's k."""
+    sae_lens = package("sae-lens")
+    config = sae_lens.BatchTopKTrainingSAEConfig(D_IN, D_SAE, k=K, device="cpu")
+    sae = filled(sae_lens.BatchTopKTrainingSAE(config))
+    sae.topk_threshold.fill_(7)
+    sae.save_inference_model(tmp_path / "it")
+    found = sae_lens.SAE.load_from_disk(tmp_path / "it")
+    assert_one_function(load_sae(tmp_path / "it"), found.encode, found.decode, found)
 
 
 def by_a_loader_of_the_hub(repo: str, folder: str, loader: str, root: Path, monkeypatch):
@@ -273,6 +290,21 @@ def dictionary_learning_topk(tmp_path, monkeypatch):
     dictionary_learning_writes(tmp_path, trainers.AutoEncoderTopK(D_IN, D_SAE, K))
 
 
+def dictionary_learning_gated(tmp_path, monkeypatch):
+    package("dictionary-learning")
+    dictionary_learning_writes(
+        tmp_path, importlib.import_module("dictionary_learning.dictionary").GatedAutoEncoder(D_IN, D_SAE)
+    )
+
+
+def dictionary_learning_batchtopk(tmp_path, monkeypatch):
+    package("dictionary-learning")
+    trainers = importlib.import_module("dictionary_learning.trainers.batch_top_k")
+    dictionary = trainers.BatchTopKSAE(D_IN, D_SAE, K)
+    dictionary.threshold.fill_(7)
+    dictionary_learning_writes(tmp_path, dictionary)
+
+
 HOW = {
     (GEMMA_SCOPE, "both", "JumpReLU"): gemma_scope_jumprelu,
     (GEMMA_SCOPE, "both", "transcoder"): gemma_scope_transcoder,
@@ -282,6 +314,8 @@ HOW = {
     (SAELENS, "in", "standard"): saelens_in_standard,
     (SAELENS, "in", "JumpReLU"): saelens_in_jumprelu,
     (SAELENS, "in", "TopK"): saelens_in_topk,
+    (SAELENS, "in", "gated"): saelens_in_gated,
+    (SAELENS, "in", "BatchTopK"): saelens_in_batchtopk,
     (SAELENS, "out", "JumpReLU"): saelens_out_jumprelu,
     (SAELENS, "out", "TopK"): saelens_out_topk,
     (SAELENS, "out", "transcoder"): saelens_out_transcoder,
@@ -292,6 +326,8 @@ HOW = {
     (DICTIONARY_LEARNING, "in", "standard"): dictionary_learning_standard,
     (DICTIONARY_LEARNING, "in", "JumpReLU"): dictionary_learning_jumprelu,
     (DICTIONARY_LEARNING, "in", "TopK"): dictionary_learning_topk,
+    (DICTIONARY_LEARNING, "in", "gated"): dictionary_learning_gated,
+    (DICTIONARY_LEARNING, "in", "BatchTopK"): dictionary_learning_batchtopk,
 }
 
 
