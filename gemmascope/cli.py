@@ -196,7 +196,10 @@ Weights = Annotated[
 @app.command()
 def export(
     saes: Annotated[
-        list[Path], typer.Argument(metavar="SAE...", help="Files or folders of SAEs, or the folder of a run.")
+        list[str],
+        typer.Argument(
+            metavar="SAE...", help="Files or folders of SAEs, OWNER/NAME/PATH on the hub, or the folder of a run."
+        ),
     ],
     format: Annotated[
         str,
@@ -222,7 +225,12 @@ def export(
 
 @app.command(name="import")
 def import_foreign(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="File or folder of an SAE or a transcoder.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="File or folder of an SAE or a transcoder, or OWNER/NAME/PATH of an SAE on the hub."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="New folder.", show_default=False)],
     dtype: Weights = None,
     debug: Debug = False,

@@ -1,4 +1,4 @@
-"""Do the tests notice? One deliberate mistake at a time in a copy of the kernels: python -m tests.mutants [-k NAME]
+"""Do the tests notice? One deliberate mistake at a time in a copy of the kernels: python -m tests.mutants [-k REGEX]
 
 Every mutant is a textual change of one file of ``kernels/``. The relevant tests run on the changed copy in a subprocess
 and must fail. The unchanged copy runs first and must pass, or a "killed" would prove nothing. Exit status 1 when the
@@ -387,9 +387,14 @@ def run_tests(project: Path, file: str) -> tuple[bool, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
-    parser.add_argument("-k", metavar="NAME", default="", help="only mutants whose name or file contains this")
-    wanted = parser.parse_args(argv).k
-    mutants = [mutant for mutant in MUTANTS if wanted in mutant.name or wanted in mutant.file]
+    parser.add_argument(
+        "-k",
+        metavar="REGEX",
+        default="",
+        help="only mutants in whose 'FILE: NAME' this is found, as in 'decode.py: 32-bit'",
+    )
+    wanted = re.compile(parser.parse_args(argv).k)
+    mutants = [mutant for mutant in MUTANTS if wanted.search(f"{mutant.file}: {mutant.name}")]
     bad = 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         project = Path(folder)

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from ..errors import BadFileError
 from ..formats import release
 from ..formats.files import shown
 from ..formats.stored import StoredSAE
@@ -40,6 +41,18 @@ def load_pretrained_sae(
     device, dtype = check_placement(device, dtype)
     stored = release.read_pretrained(repo, path, revision=revision)
     return _from_stored(stored, f"{shown(repo)}/{shown(path)}", device, dtype)
+
+
+def load_named(
+    name: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> JumpReLUSAE | TopKSAE:
+    """As `load_sae` of a file or folder that is there, else as `load_pretrained_sae` of OWNER/NAME/PATH on the hub."""
+    if os.path.lexists(name):
+        return load_sae(name, device=device, dtype=dtype)
+    owner, *rest = os.fspath(name).split("/", 2)
+    if len(rest) < 2 or not all(rest) or owner in ("", ".", "..", "~"):
+        raise BadFileError(f"{shown(name)}: expected a file, a folder or OWNER/NAME/PATH on the hub, found none")
+    return load_pretrained_sae(f"{owner}/{rest[0]}", rest[1], device=device, dtype=dtype)
 
 
 def _from_stored(

@@ -12,7 +12,6 @@ from ..activations import Activations, harvest, read_documents
 from ..activations.packing import as_encoder
 from ..activations.python_docs import python_documentation
 from ..checks import check_int, check_type
-from ..errors import BadFileError
 from ..evaluation.diagnosis import Diagnosis, Finding, diagnose
 from ..evaluation.fit import (
     SURVEY_TOKENS,
@@ -24,7 +23,8 @@ from ..evaluation.fit import (
     survey,
 )
 from ..formats.files import as_path, shown
-from ..saes import JumpReLUSAE, SparseAutoencoder, TopKSAE, load_pretrained_sae, load_sae
+from ..saes import JumpReLUSAE, SparseAutoencoder, TopKSAE
+from ..saes.load import load_named
 from ..sites import Site, special_token_ids
 from ..sites.decoder import find_decoder
 from ..sites.site import as_site
@@ -92,13 +92,7 @@ def check_sae(config: CheckConfig) -> Diagnosis:
 
 def load(sae: str | os.PathLike) -> tuple[JumpReLUSAE | TopKSAE, str]:
     """The SAE, and the path by whose names it may state its site."""
-    name = os.fspath(sae)
-    if os.path.lexists(sae):
-        return load_sae(sae), os.path.abspath(name)
-    owner, *rest = name.split("/", 2)
-    if len(rest) < 2 or owner in ("", ".", "..", "~"):
-        raise BadFileError(f"{shown(name)}: expected a file, a folder or OWNER/NAME/PATH on the hub, found none")
-    return load_pretrained_sae(f"{owner}/{rest[0]}", rest[1]), name
+    return load_named(sae), os.path.abspath(sae) if os.path.lexists(sae) else os.fspath(sae)
 
 
 def read_excerpts(config: CheckConfig, loaded: Loaded) -> Excerpts:

@@ -18,6 +18,7 @@ from ..formats.writers import l0_of, text_of
 from ..reporting.card import Entry, card
 from ..reporting.results import RESULTS, read_results
 from ..saes import JumpReLUSAE, TopKSAE, Transcoder, load_sae
+from ..saes.load import load_named
 
 CARD = "README.md"
 # Folders of Gemma Scope 2 by our kinds of sites.
@@ -27,7 +28,7 @@ OF_GEMMA_SCOPE_2 = {"resid": "resid_post", "mlp": "mlp_out", "att": "attn_out"}
 class Source(NamedTuple):
     """Where an SAE is. row: its row of the results of a run, if it is of one."""
 
-    path: Path
+    path: str | os.PathLike
     row: Mapping[str, Any] | None = None
 
 
@@ -43,11 +44,11 @@ def export_saes(
 ) -> Exported:
     """Write SAEs and transcoders to the new folder ``out`` in a format of `formats.export.FORMATS`, with a README.md.
 
-    sources: each a file or folder of an SAE or a transcoder that is read here, a folder of circuit-tracer (all of its
-    layers), or that of a finished run (all of its SAEs, with their figures). One SAE is written into ``out`` itself,
-    several into a folder each, named by site, layer, width and L0 as far as these are known; transcoders for
-    circuit-tracer into one folder. dtype: the weights are cast to it first. See `formats.export.write` for what the
-    formats hold.
+    sources: each a file or folder of an SAE or a transcoder that is read here, OWNER/NAME/PATH of an SAE on the hub, a
+    folder of circuit-tracer (all of its layers), or that of a finished run (all of its SAEs, with their figures). One
+    SAE is written into ``out`` itself, several into a folder each, named by site, layer, width and L0 as far as these
+    are known; transcoders for circuit-tracer into one folder. dtype: the weights are cast to it first. See
+    `formats.export.write` for what the formats hold.
 
     ``out`` is there whole or not at all. Raises ValueError or TypeError for what the format cannot hold and for an
     ``out`` that is not new or empty; BadFileError for sources that cannot be read; EnvironmentProblemError when the
@@ -58,7 +59,7 @@ def export_saes(
         raise TypeError(f"sources: expected a list of paths, got {type(sources).__name__}")
     out = as_path("out", out)
     runs: list[Mapping[str, Any]] = []
-    found = [source for path in sources for source in _expand(as_path("sources", path), runs)]
+    found = [source for path in sources for source in _expand(path, runs)]
     if not found:
         raise ValueError("sources: expected at least one SAE, got none")
     make_way(out)
@@ -80,10 +81,11 @@ def import_sae(
 ) -> JumpReLUSAE | TopKSAE | Transcoder:
     """Read an SAE or a transcoder of any format that is read here and save it to the new folder ``out``; returns it.
 
-    An SAE becomes a folder of ours, a transcoder one of Gemma Scope 2's layout. dtype: None keeps that of the file.
-    Raises as `export_saes`.
+    source: a file or folder, or OWNER/NAME/PATH of an SAE on the hub. An SAE becomes a folder of ours, a transcoder one
+    of Gemma Scope 2's layout. dtype: None keeps that of the file. Raises as `export_saes`.
     """
-    source, out = as_path("source", source), as_path("out", out)
+    as_path("source", source)
+    out = as_path("out", out)
     if out.suffix in (".npz", ".safetensors"):
         raise ValueError(f"out: expected the name of a folder, got {shown(out)}")
     sae = load(source, dtype)
@@ -106,16 +108,21 @@ def make_way(out: Path) -> None:
         raise ValueError(f"out: expected a new or empty folder, got {problem}: {shown(out)}")
 
 
-def load(path: Path, dtype: torch.dtype | None = None) -> JumpReLUSAE | TopKSAE | Transcoder:
-    """The SAE or transcoder at ``path``, whichever its files say it is."""
+def load(name: str | os.PathLike, dtype: torch.dtype | None = None) -> JumpReLUSAE | TopKSAE | Transcoder:
+    """The SAE or transcoder at a path, whichever its files say it is, or the SAE of that name on the hub."""
+    return _load_at(Path(name), dtype) if os.path.lexists(name) else load_named(name, dtype=dtype)
+
+
+def _load_at(path: Path, dtype: torch.dtype | None = None) -> JumpReLUSAE | TopKSAE | Transcoder:
     return Transcoder.load(path, dtype=dtype) if transcoders.is_named_so(path) else load_sae(path, dtype=dtype)
 
 
 # ---- sources
 
 
-def _expand(path: Path, runs: list[Mapping[str, Any]]) -> Iterator[Source]:
-    """The SAEs at ``path``; the results of a run go to ``runs``."""
+def _expand(source: str | os.PathLike, runs: list[Mapping[str, Any]]) -> Iterator[Source]:
+    """The SAEs at ``source``; the results of a run go to ``runs``."""
+    path = as_path("sources", source)
     if os.path.lexists(path / RESULTS):
         results = read_results(path)
         runs.append(results)
@@ -124,7 +131,7 @@ def _expand(path: Path, runs: list[Mapping[str, Any]]) -> Iterator[Source]:
     elif layers := transcoders.layer_files(path):
         yield from map(Source, layers)
     else:
-        yield Source(path)
+        yield Source(source)
 
 
 def _inside(run: Path, row: Mapping[str, Any]) -> Path:
@@ -147,7 +154,7 @@ def _write_all(
     """Write each into its folder under ``root``, one in memory at a time; and the model that the first names."""
     entries, models, taken, layers = [], [], set(), {}
     for source in sources:
-        sae = load(source.path)
+        sae = load(source.path) if source.row is None else _load_at(Path(source.path))
         tensors, config = sae.stored()
         metadata = config.metadata or {}
         if format == "circuit-tracer" or len(sources) == 1:
@@ -168,7 +175,7 @@ def _write_all(
     return entries, next(filter(None, models), None)
 
 
-def _check_layer(layers: dict[Any, tuple], layer: Any, tensors: Mapping[str, Any], path: Path) -> None:
+def _check_layer(layers: dict[Any, tuple], layer: Any, tensors: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Add a layer of a set of circuit-tracer to ``layers``, or raise ValueError for one that does not fit in."""
     if type(layer) is not int:  # which `export.write` refuses
         return

@@ -330,7 +330,9 @@ def test_an_sae_that_is_not_there(config, sae):
 
 def test_an_sae_of_the_hub(monkeypatch):
     asked = []
-    monkeypatch.setattr(job, "load_pretrained_sae", lambda *names: asked.append(names) or "the SAE")
+    monkeypatch.setattr(
+        "gemmascope.saes.load.load_pretrained_sae", lambda *names, **_: asked.append(names) or "the SAE"
+    )
     name = "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
     assert job.load(name) == ("the SAE", name)
     assert asked == [("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")]

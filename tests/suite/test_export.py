@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gemmascope import JumpReLUSAE, TopKSAE, Transcoder
+from gemmascope import JumpReLUSAE, TopKSAE, Transcoder, load_sae
 from gemmascope.__main__ import main
 from gemmascope.errors import BadFileError, EnvironmentProblemError
 from gemmascope.formats.export import FORMATS, write
@@ -124,6 +124,32 @@ def test_an_sae_of_a_run_that_is_gone(tmp_path, loose):
 
 
 # ---- single SAEs
+
+
+def test_an_sae_of_the_hub(tmp_path, sae, monkeypatch):
+    """Where nothing of that name is here."""
+    asked = []
+
+    def fetch(repo, path, **placement):
+        asked.append((repo, path))
+        return load_sae(sae, **placement)
+
+    monkeypatch.setattr("gemmascope.saes.load.load_pretrained_sae", fetch)
+    monkeypatch.chdir(tmp_path)
+    export_saes(["google/repository/layer_1/it"], "safetensors", tmp_path / "out")
+    import_sae("google/repository/layer_1/it", tmp_path / "in", dtype=torch.float64)
+    assert asked == [("google/repository", "layer_1/it")] * 2
+    expected = load_sae(sae)
+    assert torch.equal(load_sae(tmp_path / "out").W_enc, expected.W_enc)
+    assert torch.equal(load_sae(tmp_path / "in").W_enc, expected.W_enc.double())
+
+
+@pytest.mark.parametrize("name", ["none", "./a/b/c", "../a/b", "/nowhere/at/all", "a//b"])
+def test_what_is_neither_here_nor_on_the_hub(tmp_path, name):
+    message = refusal([name], "saelens", tmp_path / "out", error=BadFileError)
+    assert message.endswith("expected a file, a folder or OWNER/NAME/PATH on the hub, found none")
+    with pytest.raises(BadFileError, match="OWNER/NAME/PATH on the hub, found none"):
+        import_sae(name, tmp_path / "out")
 
 
 @pytest.mark.parametrize("format", OF_SAES)
