@@ -262,47 +262,21 @@ def sparsify_topk(tmp_path, monkeypatch):
     assert_one_function(load_sae(tmp_path / "it"), encode, decode)
 
 
-def dictionary_learning_writes(tmp_path: Path, dictionary) -> None:
-    filled(dictionary)
-    trainer = {"dict_class": type(dictionary).__name__, "activation_dim": D_IN, "dict_size": D_SAE}
-    tmp_path.joinpath("config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
-    torch.save(dictionary.state_dict(), tmp_path / "ae.pt")
-    assert_one_function(load_sae(tmp_path), dictionary.encode, dictionary.decode, dictionary)
+def dictionary_learning_in(name: str, *arguments, module: str = "dictionary", threshold: float | None = None):
+    """What proves a class of dictionary_learning: files that hold one are read."""
 
+    def proof(tmp_path, monkeypatch):
+        package("dictionary-learning")
+        kind = getattr(importlib.import_module(f"dictionary_learning.{module}"), name)
+        dictionary = filled(kind(D_IN, D_SAE, *arguments))
+        if threshold is not None:
+            dictionary.threshold.fill_(threshold)
+        trainer = {"dict_class": name, "activation_dim": D_IN, "dict_size": D_SAE}
+        tmp_path.joinpath("config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+        torch.save(dictionary.state_dict(), tmp_path / "ae.pt")
+        assert_one_function(load_sae(tmp_path), dictionary.encode, dictionary.decode, dictionary)
 
-def dictionary_learning_standard(tmp_path, monkeypatch):
-    package("dictionary-learning")
-    dictionary_learning_writes(
-        tmp_path, importlib.import_module("dictionary_learning.dictionary").AutoEncoder(D_IN, D_SAE)
-    )
-
-
-def dictionary_learning_jumprelu(tmp_path, monkeypatch):
-    package("dictionary-learning")
-    dictionary_learning_writes(
-        tmp_path, importlib.import_module("dictionary_learning.dictionary").JumpReluAutoEncoder(D_IN, D_SAE)
-    )
-
-
-def dictionary_learning_topk(tmp_path, monkeypatch):
-    package("dictionary-learning")
-    trainers = importlib.import_module("dictionary_learning.trainers.top_k")
-    dictionary_learning_writes(tmp_path, trainers.AutoEncoderTopK(D_IN, D_SAE, K))
-
-
-def dictionary_learning_gated(tmp_path, monkeypatch):
-    package("dictionary-learning")
-    dictionary_learning_writes(
-        tmp_path, importlib.import_module("dictionary_learning.dictionary").GatedAutoEncoder(D_IN, D_SAE)
-    )
-
-
-def dictionary_learning_batchtopk(tmp_path, monkeypatch):
-    package("dictionary-learning")
-    trainers = importlib.import_module("dictionary_learning.trainers.batch_top_k")
-    dictionary = trainers.BatchTopKSAE(D_IN, D_SAE, K)
-    dictionary.threshold.fill_(7)
-    dictionary_learning_writes(tmp_path, dictionary)
+    return proof
 
 
 HOW = {
@@ -323,11 +297,13 @@ HOW = {
     (CIRCUIT_TRACER, "both", "transcoder"): circuit_tracer_transcoder,
     (CIRCUIT_TRACER, "both", "skip transcoder"): circuit_tracer_skip_transcoder,
     (SPARSIFY, "in", "TopK"): sparsify_topk,
-    (DICTIONARY_LEARNING, "in", "standard"): dictionary_learning_standard,
-    (DICTIONARY_LEARNING, "in", "JumpReLU"): dictionary_learning_jumprelu,
-    (DICTIONARY_LEARNING, "in", "TopK"): dictionary_learning_topk,
-    (DICTIONARY_LEARNING, "in", "gated"): dictionary_learning_gated,
-    (DICTIONARY_LEARNING, "in", "BatchTopK"): dictionary_learning_batchtopk,
+    (DICTIONARY_LEARNING, "in", "standard"): dictionary_learning_in("AutoEncoder"),
+    (DICTIONARY_LEARNING, "in", "JumpReLU"): dictionary_learning_in("JumpReluAutoEncoder"),
+    (DICTIONARY_LEARNING, "in", "TopK"): dictionary_learning_in("AutoEncoderTopK", K, module="trainers.top_k"),
+    (DICTIONARY_LEARNING, "in", "gated"): dictionary_learning_in("GatedAutoEncoder"),
+    (DICTIONARY_LEARNING, "in", "BatchTopK"): dictionary_learning_in(
+        "BatchTopKSAE", K, module="trainers.batch_top_k", threshold=7
+    ),
 }
 
 
