@@ -445,7 +445,7 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             arguments = {
                 **dict.fromkeys((*parameters, *second_moments, *gradients), "*fp32"),
                 **{"last_ptr": "*i64", "step_ptr": "*i64", "ok_ptr": "*i32", "D": "i32"},
-                **{"learning_rate": "fp32", "eps": "fp32"},
+                **{"learning_rate_ptr": "*fp64", "eps": "fp32"},
             }
             if source == "entries":
                 rows = f"*{dtype}"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..entries import ByLatent, LatentState, LatentSums, Rule
 from ..reference.training import settle
-from .common import launch
+from .common import device_scalar, launch
 from .decode import GatherConfig
 
 __all__ = ["settle", "update_from_dense", "update_from_entries"]
@@ -51,7 +51,7 @@ def _adam(v, gradient, decay, correction, learning_rate, eps, BETA2: tl.constexp
 def _update_kernel(
     W_enc_ptr, W_dec_ptr, b_enc_ptr, threshold_ptr, W_enc_v_ptr, W_dec_v_ptr, b_enc_v_ptr, threshold_v_ptr,
     last_ptr, W_enc_low_ptr, W_dec_low_ptr, lists_ptr, dz_ptr, dec_ptr, tokens_ptr, along_ptr,
-    enc_rows_ptr, dec_rows_ptr, db_enc_ptr, dthreshold_ptr, ok_ptr, step_ptr, D, learning_rate, eps,
+    enc_rows_ptr, dec_rows_ptr, db_enc_ptr, dthreshold_ptr, ok_ptr, step_ptr, learning_rate_ptr, D, eps,
     BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr, LOG_THRESHOLD: tl.constexpr, FROM_ENTRIES: tl.constexpr,
     LANES: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -64,6 +64,7 @@ def _update_kernel(
     if length <= 0:
         return
     step = tl.load(step_ptr) + 1
+    learning_rate = tl.load(learning_rate_ptr).to(tl.float32)
     decay = _power_of_beta2(step - tl.load(last_ptr + j), LOG2_BETA2).to(tl.float32)
     correction = (1.0 - _power_of_beta2(step, LOG2_BETA2)).to(tl.float32)
     lanes = tl.arange(0, LANES)
@@ -188,8 +189,8 @@ def _launch(
         dthreshold_ptr=dthreshold,
         ok_ptr=ok,
         step_ptr=step,
+        learning_rate_ptr=device_scalar(rule.learning_rate, state.W_dec),
         D=d,
-        learning_rate=rule.learning_rate,
         eps=rule.eps,
         BETA2=rule.beta2,
         LOG2_BETA2=math.log2(rule.beta2),
