@@ -188,7 +188,7 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
     """
     config = residual_config(architecture(x.device), W_dec.dtype)
     (N, d), capacity = x.shape, entries.z.shape[0]
-    n_blocks, width = triton.cdiv(d, config.block_d), capacity + N
+    n_blocks, width = max(1, triton.cdiv(d, config.block_d)), capacity + N
     residual = torch.empty(N, d, dtype=W_dec.dtype, device=x.device)
     l0 = torch.empty(N, dtype=torch.float32, device=x.device)
     sums = torch.empty(width, dtype=torch.float32, device=x.device)

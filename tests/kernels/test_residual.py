@@ -19,11 +19,13 @@ from tests.helpers import (
 from tests.kernels import sanitizer
 from tests.kernels.entries import batch, double, from_pre_activations
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from gemmascope.kernels.gpu import residual as gpu_residual
 from gemmascope.kernels.gpu.residual import VECTORS, WARP_GROUPS, WARPS, ResidualConfig, residual_config, residual_pass
 
-tl = triton.language
 DTYPES = (torch.float32, torch.bfloat16)
 interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
 
@@ -185,6 +187,15 @@ def test_nothing_to_sum(N, capacity, device):
     out = residual_pass(inputs.entries, inputs.x, inputs.W_dec, inputs.b_dec)
     assert_bitwise_equal("residual", out.residual, inputs.b_dec - inputs.x)
     assert (out.u.shape[0], out.l0.tolist()) == (capacity, [0.0] * N)
+
+
+def test_no_columns(device):
+    inputs = batch(6, 12, 0, torch.bfloat16, device)
+    out = residual_pass(*inputs[:4])
+    assert out.residual.shape == (6, 0)
+    assert out.squared_error.tolist() == [0.0] * 6
+    assert out.u[: inputs.nnz].tolist() == [0.0] * inputs.nnz
+    assert out.l0.tolist() == reference.residual_pass(*inputs[:4]).l0.tolist()
 
 
 @pytest.mark.parametrize("missing", [1, 10, 1000])
