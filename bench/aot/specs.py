@@ -380,6 +380,8 @@ def sparse_step(target: str) -> Iterator[Spec]:
 def sparse_step_specs(target: str) -> Iterator[Spec]:
     prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
     entries = {"z_ptr": "*fp32", "latents_ptr": "*i32", "offsets_ptr": "*i64"}
+    # Later entries make tiles too small for warp groups; the first takes tensor memory with Triton 3.9, not with 3.6.
+    matrix = ("HGMMA", "HMMA") if target == "sm_90" else ("HMMA",)
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         config = gpu_residual.residual_config(target, torch_dtype)
         yield Spec(
@@ -405,10 +407,10 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 "FIRST": config.first,
                 "REST": config.rest,
                 "BLOCK_D": config.block_d,
-                "TENSOR_CORES": config.tensor_cores,
+                "PARTS": config.parts,
             },
             num_warps=config.num_warps,
-            expects=("load128", *((matrix_instruction(target, dtype, 64),) if config.tensor_cores else ())),
+            expects=("load128", *(matrix if config.parts else ())),
         )
     yield Spec(
         name="residual_sum_shares",

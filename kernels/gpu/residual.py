@@ -12,14 +12,14 @@ of ‖r‖². A second kernel adds the shares up, first block to last. The block
 take the same columns of W_dec, a slice that stays in the L2 cache, before any takes the next.
 
 On tensor cores both products are exact up to the fp32 sums. A bf16 row times the rounded residual is one of bf16
-operands; for x̂ each z_e is split into three bf16 parts that add up to it, three columns of an operand whose least
-width is eight. Elsewhere the products are fp32.
+operands; for x̂ each z_e is split into three bf16 parts that add up to it, three columns of an operand that is no
+narrower than eight. Elsewhere the products are fp32.
 
 A list longer than the tile goes on in smaller ones, which are gathered a second time for u. The order of every sum
 depends on the token's list alone, so a token's results do not depend on its batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -31,8 +31,6 @@ from .common import architecture, launch
 
 _ACTIVE = tl.constexpr(ACTIVE)
 _LATENT = tl.constexpr(LATENT)
-# Columns of the narrow operand: three parts of a coefficient, or the residual, and zeros or copies to the least width.
-_PARTS = tl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -41,26 +39,31 @@ class ResidualConfig:
     rest: int  # entries of the tiles after it
     block_d: int  # columns of a program
     num_warps: int
-    tensor_cores: bool
+    parts: int  # columns of the narrow operand of tensor cores, at least the three parts of z; 0: no tensor cores
 
 
-# A warp reads 256 columns of a bf16 row as one 16-byte word a lane. Sixteen such words a lane are under way at once in
-# 95 registers; warp-group products read the tile from shared memory, 49 KiB, so four programs share a multiprocessor.
-WARP_GROUPS = ResidualConfig(first=64, rest=32, block_d=256, num_warps=4, tensor_cores=True)
+# A warp reads 256 columns of a bf16 row as one 16-byte word a lane, 16 such words under way at once. Warp groups read
+# the tile from shared memory, 50 KiB with that of the later entries; four programs share a multiprocessor. For operands
+# narrower than 16 Triton 3.6 takes no warp groups and moves the tile through shared memory twice, 17 barriers more.
+WARP_GROUPS = ResidualConfig(first=64, rest=32, block_d=256, num_warps=4, parts=16)
+# Tensor memory: for operands of 16 columns Triton 3.6 fails to compile.
+TENSOR_MEMORY = replace(WARP_GROUPS, parts=8)
 # Where the products take the tile from registers, twice the entries leave half the warps.
-WARPS = ResidualConfig(first=32, rest=32, block_d=256, num_warps=4, tensor_cores=True)
+WARPS = ResidualConfig(first=32, rest=32, block_d=256, num_warps=4, parts=8)
 # fp32 rows, and AMD, whose matrix instructions take 300 registers for these shapes.
-VECTORS = ResidualConfig(first=16, rest=16, block_d=256, num_warps=4, tensor_cores=False)
+VECTORS = ResidualConfig(first=16, rest=16, block_d=256, num_warps=4, parts=0)
 
 # Elements that a program of the second kernel adds up.
 SUM_BLOCK, SUM_WARPS = 512, 4
 
 
 def residual_config(target: str, dtype: torch.dtype) -> ResidualConfig:
-    """target: as `architecture` spells it. The interpreter takes what most GPUs do."""
+    """target: as `architecture` spells it. The interpreter takes what an sm_90 does."""
     if dtype != torch.bfloat16 or target.startswith("gfx"):
         return VECTORS
-    return WARP_GROUPS if target in ("cpu", "sm_90", "sm_100", "sm_103") else WARPS
+    if target in ("sm_90", "cpu"):
+        return WARP_GROUPS
+    return TENSOR_MEMORY if target in ("sm_100", "sm_103") else WARPS
 
 
 @triton.jit
@@ -92,25 +95,25 @@ def _rows(latents_ptr, start, left, W_columns, in_columns, stride_wf, TILE: tl.c
 
 
 @triton.jit
-def _add_rows(acc, f, W, TENSOR_CORES: tl.constexpr):
-    """acc + Σ_e f_e·W_e; on tensor cores [columns, _PARTS], the sums of each part of f."""
-    if TENSOR_CORES:
-        part = tl.arange(0, _PARTS)[None, :]
+def _add_rows(acc, f, W, PARTS: tl.constexpr):
+    """acc + Σ_e f_e·W_e; on tensor cores [columns, PARTS], the sums of each part of f."""
+    if PARTS > 0:
+        part = tl.arange(0, PARTS)[None, :]
         high, middle, low = _split(f)
         zero = tl.zeros_like(high)[:, None]
-        parts = tl.where(part == 1, middle[:, None], tl.where(part == 2, low[:, None], zero))
-        return tl.dot(tl.trans(W), tl.where(part == 0, high[:, None], parts), acc)
+        others = tl.where(part == 1, middle[:, None], tl.where(part == 2, low[:, None], zero))
+        return tl.dot(tl.trans(W), tl.where(part == 0, high[:, None], others), acc)
     else:
         return acc + tl.sum(f[:, None] * W.to(tl.float32), 0)
 
 
 @triton.jit
-def _products(W, residual, TENSOR_CORES: tl.constexpr):
+def _products(W, residual, PARTS: tl.constexpr):
     """⟨W_e, residual⟩ over the columns of the tile."""
-    if TENSOR_CORES:
+    if PARTS > 0:
         # Copies of the residual, not zeros beside it: 0 times an infinite weight would be NaN.
-        copies = tl.broadcast_to(residual[:, None], (residual.shape[0], _PARTS))
-        return tl.sum(tl.where(tl.arange(0, _PARTS)[None, :] == 0, tl.dot(W, copies), 0.0), 1)
+        copies = tl.broadcast_to(residual[:, None], (residual.shape[0], PARTS))
+        return tl.sum(tl.where(tl.arange(0, PARTS)[None, :] == 0, tl.dot(W, copies), 0.0), 1)
     else:
         return tl.sum(W.to(tl.float32) * residual.to(tl.float32)[None, :], 1)
 
@@ -119,7 +122,7 @@ def _products(W, residual, TENSOR_CORES: tl.constexpr):
 def _residual_kernel(
     z_ptr, latents_ptr, offsets_ptr, x_ptr, W_dec_ptr, b_dec_ptr, residual_ptr, shares_ptr, l0_ptr,
     capacity, width, D, stride_xn, stride_xd, stride_wf, stride_wd,
-    FIRST: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr, TENSOR_CORES: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores a row of shares [blocks, width = capacity + N] in parts: those of u by entry, then of ‖r‖² by token."""
     n = tl.program_id(0).to(tl.int64)
@@ -133,16 +136,16 @@ def _residual_kernel(
 
     f = _coefficients(z_ptr, latents_ptr, first, length, FIRST)
     W = _rows(latents_ptr, first, length, W_columns, in_columns, stride_wf, FIRST)
-    if TENSOR_CORES:
-        acc = _add_rows(tl.zeros((BLOCK_D, _PARTS), tl.float32), f, W, TENSOR_CORES)
+    if PARTS > 0:
+        acc = _add_rows(tl.zeros((BLOCK_D, PARTS), tl.float32), f, W, PARTS)
     else:
-        acc = _add_rows(tl.zeros((BLOCK_D,), tl.float32), f, W, TENSOR_CORES)
+        acc = _add_rows(tl.zeros((BLOCK_D,), tl.float32), f, W, PARTS)
     for start in tl.range(FIRST, length, REST, num_stages=1):
         f_rest = _coefficients(z_ptr, latents_ptr, first + start, length - start, REST)
         W_rest = _rows(latents_ptr, first + start, length - start, W_columns, in_columns, stride_wf, REST)
-        acc = _add_rows(acc, f_rest, W_rest, TENSOR_CORES)
-    if TENSOR_CORES:
-        acc = tl.sum(tl.where(tl.arange(0, _PARTS)[None, :] < 3, acc, 0.0), 1)
+        acc = _add_rows(acc, f_rest, W_rest, PARTS)
+    if PARTS > 0:
+        acc = tl.sum(tl.where(tl.arange(0, PARTS)[None, :] < 3, acc, 0.0), 1)
 
     x = tl.load(x_ptr + n * stride_xn + wide_columns * stride_xd, mask=in_columns, other=0.0).to(tl.float32)
     b_dec = tl.load(b_dec_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
@@ -156,11 +159,11 @@ def _residual_kernel(
     # Past the row W is 0 and the residual may be NaN.
     residual = tl.where(in_columns, residual, tl.zeros_like(residual))
     e = tl.arange(0, FIRST)
-    tl.store(shares_ptr + first + e, _products(W, residual, TENSOR_CORES), mask=e < length)
+    tl.store(shares_ptr + first + e, _products(W, residual, PARTS), mask=e < length)
     e_rest = tl.arange(0, REST)
     for start in tl.range(FIRST, length, REST, num_stages=1):
         W_rest = _rows(latents_ptr, first + start, length - start, W_columns, in_columns, stride_wf, REST)
-        u = _products(W_rest, residual, TENSOR_CORES)
+        u = _products(W_rest, residual, PARTS)
         tl.store(shares_ptr + first + start + e_rest, u, mask=e_rest < length - start)
 
     if block == 0:
@@ -217,7 +220,7 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
             FIRST=config.first,
             REST=config.rest,
             BLOCK_D=config.block_d,
-            TENSOR_CORES=config.tensor_cores,
+            PARTS=config.parts,
             num_warps=config.num_warps,
         )
         launch(

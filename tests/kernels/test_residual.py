@@ -24,24 +24,32 @@ import triton
 import triton.language as tl
 
 from gemmascope.kernels.gpu import residual as gpu_residual
-from gemmascope.kernels.gpu.residual import VECTORS, WARP_GROUPS, WARPS, ResidualConfig, residual_config, residual_pass
+from gemmascope.kernels.gpu.residual import (
+    TENSOR_MEMORY,
+    VECTORS,
+    WARP_GROUPS,
+    WARPS,
+    ResidualConfig,
+    residual_config,
+    residual_pass,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
 
 
 ROUTES = {
-    "bfloat16": (torch.bfloat16, True),
-    "bfloat16-vectors": (torch.bfloat16, False),
-    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, 8),
+    "bfloat16-vectors": (torch.bfloat16, 0),
+    "float32": (torch.float32, 0),
 }
 
 
 @pytest.fixture(params=ROUTES)
 def small_tiles(request, monkeypatch) -> torch.dtype:
     """Tiles of 8 entries, then of 4, and 16 columns; the dtype of W_dec."""
-    dtype, tensor_cores = ROUTES[request.param]
-    config = ResidualConfig(first=8, rest=4, block_d=16, num_warps=1, tensor_cores=tensor_cores)
+    dtype, parts = ROUTES[request.param]
+    config = ResidualConfig(first=8, rest=4, block_d=16, num_warps=1, parts=parts)
     monkeypatch.setattr(gpu_residual, "residual_config", lambda target, dtype: config)
     return dtype
 
@@ -79,14 +87,15 @@ def test_shipped_tiles_match_reference(d, dtype, device):
 
 
 @interpreted
-@pytest.mark.parametrize("shipped", [WARP_GROUPS, WARPS, VECTORS], ids=["warp groups", "warps", "vectors"])
+@pytest.mark.parametrize("shipped", [WARP_GROUPS, TENSOR_MEMORY, WARPS, VECTORS])
 def test_every_shipped_tile(monkeypatch, shipped):
     monkeypatch.setattr(gpu_residual, "residual_config", lambda target, dtype: shipped)
     check(*batch(6, 40 + shipped.first, 300, torch.bfloat16))
 
 
 def test_choice_of_the_tile():
-    for target, config in {"sm_80": WARPS, "sm_90": WARP_GROUPS, "sm_120": WARPS, "gfx942": VECTORS}.items():
+    choice = {"sm_80": WARPS, "sm_90": WARP_GROUPS, "sm_100": TENSOR_MEMORY, "sm_120": WARPS, "gfx942": VECTORS}
+    for target, config in choice.items():
         assert residual_config(target, torch.bfloat16) is config
         assert residual_config(target, torch.float32) is VECTORS
 
@@ -332,7 +341,7 @@ def test_operand_offsets_beyond_32_bits(small_tiles, far_row, far_column):
 def test_result_and_entry_offsets_beyond_32_bits(monkeypatch):
     """The last token of a residual of 2³¹ + 2¹⁵ elements, its entries beyond 2³¹."""
     N, d, capacity = 2**16 + 1, 2**15, 2**31 + 3
-    config = ResidualConfig(first=4, rest=4, block_d=d, num_warps=1, tensor_cores=True)
+    config = ResidualConfig(first=4, rest=4, block_d=d, num_warps=1, parts=8)
     monkeypatch.setattr(gpu_residual, "residual_config", lambda target, dtype: config)
     z, latents, tokens = (torch.empty(capacity, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.int32))
     z[-3:], latents[-3:] = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 1], dtype=torch.int32) + ACTIVE
