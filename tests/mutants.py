@@ -248,9 +248,6 @@ RESIDUAL = [
     ("third part dropped", "tl.where(part == 2, low[:, None], zero)", "tl.where(part == 2, zero, zero)"),
     ("third part not added", "tl.arange(0, PARTS)[None, :] < 3", "tl.arange(0, PARTS)[None, :] < 2"),
     ("second part is the first again", "middle = rest.to(tl.bfloat16)", "middle = high"),
-    ("zeros beside the residual", "copies = tl.broadcast_to(residual[:, None], (residual.shape[0], PARTS))",
-     "first_column = tl.arange(0, PARTS)[None, :] == 0\n"
-     "        copies = tl.where(first_column, residual[:, None], tl.zeros_like(residual)[:, None])"),
     ("u of all copies", "tl.where(tl.arange(0, PARTS)[None, :] == 0, tl.dot(W, copies), 0.0)", "tl.dot(W, copies)"),
     ("first tile only", "for start in tl.range(FIRST, length, REST, num_stages=1):\n        f_rest",
      "for start in tl.range(FIRST, FIRST, REST, num_stages=1):\n        f_rest"),

@@ -111,7 +111,7 @@ def _add_rows(acc, f, W, PARTS: tl.constexpr):
 def _products(W, residual, PARTS: tl.constexpr):
     """⟨W_e, residual⟩ over the columns of the tile."""
     if PARTS > 0:
-        # Copies of the residual, not zeros beside it: 0 times an infinite weight would be NaN.
+        # Copies of the residual, of which one counts: no zeros to put beside it.
         copies = tl.broadcast_to(residual[:, None], (residual.shape[0], PARTS))
         return tl.sum(tl.where(tl.arange(0, PARTS)[None, :] == 0, tl.dot(W, copies), 0.0), 1)
     else:
