@@ -372,7 +372,7 @@ def sparse_step(target: str) -> Iterator[Spec]:
     chosen = list(sparse_step_specs(target))
     yield from chosen
     if target == "sm_90":
-        sizes = {"residual_bf16": ("capacity", "D", "stride_xn", "stride_wf"), "latents": ("F",)}
+        sizes = {"residual_bf16": ("capacity", "width", "D", "stride_xn", "stride_wf"), "latents": ("F",)}
         sizes |= dict.fromkeys(("update_entries_bf16", "update_dense_bf16"), ("D",))
         yield from (with_ones(spec, *sizes[spec.name]) for spec in chosen if spec.name in sizes)
 
@@ -380,8 +380,10 @@ def sparse_step(target: str) -> Iterator[Spec]:
 def sparse_step_specs(target: str) -> Iterator[Spec]:
     prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
     entries = {"z_ptr": "*fp32", "latents_ptr": "*i32", "offsets_ptr": "*i64"}
-    config = gpu_residual.CONFIG
-    for dtype in ("bf16", "fp32"):
+    # Later entries make tiles too small for warp groups; the first takes tensor memory with Triton 3.9, not with 3.6.
+    matrix = ("HGMMA", "HMMA") if target == "sm_90" else ("HMMA",)
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        config = gpu_residual.residual_config(target, torch_dtype)
         yield Spec(
             name=f"residual_{dtype}",
             kernel=gpu_residual._residual_kernel,
@@ -391,10 +393,10 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 "W_dec_ptr": f"*{dtype}",
                 "b_dec_ptr": "*fp32",
                 "residual_ptr": f"*{dtype}",
-                "squared_error_ptr": "*fp32",
+                "shares_ptr": "*fp32",
                 "l0_ptr": "*fp32",
-                "u_ptr": "*fp32",
                 "capacity": "i32",
+                "width": "i32",
                 "D": "i32",
                 "stride_xn": "i32",
                 "stride_wf": "i32",
@@ -402,13 +404,29 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             constants={
                 "stride_xd": 1,
                 "stride_wd": 1,
-                "LANES": config.lanes,
+                "FIRST": config.first,
+                "REST": config.rest,
                 "BLOCK_D": config.block_d,
-                "NUM_STAGES": config.num_stages,
+                "PARTS": config.parts,
             },
             num_warps=config.num_warps,
-            expects=prefetch,
+            expects=("load128", *(matrix if config.parts else ())),
         )
+    yield Spec(
+        name="residual_sum_shares",
+        kernel=gpu_residual._sum_shares_kernel,
+        arguments={
+            "shares_ptr": "*fp32",
+            "sums_ptr": "*fp32",
+            "last_ptr": "*i64",
+            "capacity": "i32",
+            "width": "i32",
+            "n_blocks": "i32",
+        },
+        constants={"BLOCK": gpu_residual.SUM_BLOCK},
+        num_warps=gpu_residual.SUM_WARPS,
+        unaligned=("n_blocks", "last_ptr"),
+    )
     config = gpu_latents.CONFIG
     for suffix, options in (("", False), ("_all_options", True)):
         floats = ("scale", "bandwidth", "half_bandwidth", "frequency_slope", "tanh_slope", "tanh_scale")
