@@ -1,5 +1,7 @@
 """The update by Triton against the fp64 reference and plain dense Adam: python -m pytest tests/test_update.py"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,17 +22,17 @@ from tests.kernels.entries import double
 
 pytest.importorskip("triton")
 from gemmascope.kernels.gpu import update as gpu_update
-from gemmascope.kernels.gpu.decode import GatherConfig
-from gemmascope.kernels.gpu.update import settle, update_from_dense, update_from_entries
+from gemmascope.kernels.gpu.update import UpdateConfig, settle, update_from_dense, update_from_entries
 
 RULE = Rule(learning_rate=1e-2, beta2=0.999, eps=1e-8, log_threshold=False)
 LOG = RULE._replace(log_threshold=True)
+SMALL = UpdateConfig(block_d=16, unroll=2, num_warps=1, long=4, lanes=2, long_warps=1, long_programs=3)
 interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(gpu_update, "CONFIG", GatherConfig(lanes=4, block_d=16, num_warps=1, num_stages=3))
+    monkeypatch.setattr(gpu_update, "CONFIG", SMALL)
 
 
 def uniform(*shape, seed):
@@ -328,7 +330,8 @@ def far_state(F, d):
 @pytest.mark.parametrize("source", ["entries", "dense"])
 def test_offsets_beyond_32_bits(source, monkeypatch):
     """The last latent of weights of 2³¹ + 2¹⁵ elements, and entries, tokens and gradients as far out."""
-    monkeypatch.setattr(gpu_update, "CONFIG", GatherConfig(lanes=4, block_d=4096, num_warps=1, num_stages=3))
+    config = replace(SMALL, block_d=4096, long=2**30)
+    monkeypatch.setattr(gpu_update, "CONFIG", config)
     F, d = 2**16 + 1, 2**15
     state, near = far_state(F, d)
     ok, step = scalars()
