@@ -39,7 +39,7 @@ class UpdateConfig:
     block_d: int  # columns taken together
     unroll: int  # entries whose rows are on their way together, in each lane
     num_warps: int
-    long: int  # entries from which a list is long: a power of two
+    long: int  # entries from which a list is long
     lanes: int  # partial sums of a long list
     long_warps: int
     long_programs: int  # that look for long lists, for each column block
@@ -81,8 +81,8 @@ def _root(v, unbias, eps):
 
 @triton.jit
 def _over(numerator, root):
-    """numerator/root in 3 instructions for the 9 of a division, which tests for roots beyond 2^±126; one of a second
-    moment is never there."""
+    """numerator/root in 3 instructions instead of the 8 of a division, which looks for roots beyond 2^±126: that of an
+    fp32 second moment is never there."""
     inverse = tl.rsqrt(root)
     return numerator * (inverse * inverse)
 
@@ -138,7 +138,7 @@ def _update_columns(
     W_dec -= _over(learning_rate * dW_dec, _root(dec_v, unbias, eps))
     tl.store(W_dec_v_ptr + at, dec_v, mask=in_row, eviction_policy="evict_first")
     tl.store(W_dec_ptr + at, W_dec, mask=in_row)
-    return W_dec
+    return tl.where(in_row, W_dec, 0.0)  # 0/0 and 0·NaN beyond the row would spoil its norm
 
 
 @triton.jit

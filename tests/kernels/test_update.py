@@ -224,6 +224,14 @@ def test_a_latent_depends_on_its_entries_alone(small_tiles, lengths):
 
 
 @interpreted
+@pytest.mark.parametrize("lengths", [[2, 3], [5, 9]], ids=["short", "long"])
+def test_columns_beyond_the_row_do_not_count(small_tiles, lengths):
+    """Without eps they are 0/0."""
+    _, after, _ = check_entries(N_LONG, 2, 37, RULE._replace(eps=0.0), sums=sums_of_lists(lengths, N_LONG))
+    assert after.W_dec.isfinite().all()
+
+
+@interpreted
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("table", [0, 1], ids=["residual", "x"])
 def test_what_is_not_finite_shows(small_tiles, table, value):
