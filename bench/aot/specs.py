@@ -373,8 +373,11 @@ def sparse_step(target: str) -> Iterator[Spec]:
     yield from chosen
     if target == "sm_90":
         sizes = {"residual_bf16": ("capacity", "width", "D", "stride_xn", "stride_wf"), "latents": ("F",)}
-        sizes |= dict.fromkeys(("update_entries_bf16", "update_dense_bf16"), ("D",))
+        sizes |= {"update_long_lists_bf16": ("F",)}
         yield from (with_ones(spec, *sizes[spec.name]) for spec in chosen if spec.name in sizes)
+        # A width that the blocks of columns do not fill.
+        narrow = (spec for spec in update_specs(target, 640) if spec.name.endswith("bf16"))
+        yield from (replace(spec, name=f"{spec.name}_640") for spec in narrow)
 
 
 def sparse_step_specs(target: str) -> Iterator[Spec]:
@@ -452,46 +455,62 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             },
             num_warps=config.num_warps,
         )
+    yield from update_specs(target)
+
+
+def update_specs(target: str, d: int = 2304) -> Iterator[Spec]:
+    """The width is a constant of these kernels."""
     config = gpu_update.CONFIG
-    parameters = ("W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "threshold_ptr")
-    second_moments = ("W_enc_v_ptr", "W_dec_v_ptr", "b_enc_v_ptr", "threshold_v_ptr")
-    gradients = ("db_enc_ptr", "dthreshold_ptr")
+    rows = ("enc_rows_ptr", "dec_rows_ptr")
     low = ("W_enc_low_ptr", "W_dec_low_ptr")
+    of_latents = ("b_enc_ptr", "threshold_ptr", "b_enc_v_ptr", "threshold_v_ptr", "db_enc_ptr", "dthreshold_ptr")
     of_entries = {"dz_ptr": "*fp32", "dec_ptr": "*fp32", "tokens_ptr": "*i32", "along_ptr": "*fp32"}
     for source in ("entries", "dense"):
         for dtype in ("bf16", "fp32"):
             arguments = {
-                **dict.fromkeys((*parameters, *second_moments, *gradients), "*fp32"),
-                **{"last_ptr": "*i64", "step_ptr": "*i64", "ok_ptr": "*i32", "D": "i32"},
+                **dict.fromkeys(("W_enc_ptr", "W_dec_ptr", "W_enc_v_ptr", "W_dec_v_ptr"), "*fp32"),
+                **{"last_ptr": "*i64", "step_ptr": "*i64", "ok_ptr": "*i32"},
                 **{"learning_rate_ptr": "*fp64", "eps": "fp32"},
             }
             if source == "entries":
-                rows = f"*{dtype}"
-                arguments |= of_entries | {"lists_ptr": "*i64"}
+                arguments |= of_entries | {"lists_ptr": "*i64", "squares_ptr": "*fp32"}
+                arguments |= dict.fromkeys(rows, f"*{dtype}")
             else:
-                rows = "*fp32"
-                arguments |= {"lists_ptr": "*i32"}
-            arguments |= {"enc_rows_ptr": rows, "dec_rows_ptr": rows}
+                arguments |= {"lists_ptr": "*i32", **dict.fromkeys(rows, "*fp32")}
             if dtype == "bf16":
                 arguments |= dict.fromkeys(low, "*bf16")
-            absent = {name: None for name in (*low, *of_entries) if name not in arguments}
+            constants = {
+                "D": d,
+                "BETA2": 0.999,
+                "LOG2_BETA2": math.log2(0.999),
+                "LONG": config.long,
+                "UNROLL": config.unroll,
+                "BLOCK_D": config.block_d,
+                **{name: None for name in (*low, *of_entries, "squares_ptr") if name not in arguments},
+            }
             yield Spec(
                 name=f"update_{source}_{dtype}",
                 kernel=gpu_update._update_kernel,
-                arguments=arguments,
+                arguments={**arguments, **dict.fromkeys(of_latents, "*fp32")},
                 constants={
-                    **absent,
-                    "BETA2": 0.999,
-                    "LOG2_BETA2": math.log2(0.999),
+                    **constants,
                     "LOG_THRESHOLD": dtype == "bf16",
                     "FROM_ENTRIES": source == "entries",
-                    "LANES": config.lanes,
-                    "BLOCK_D": config.block_d,
-                    "NUM_STAGES": config.num_stages,
+                    "BLOCKS": math.ceil(d / config.block_d),
                 },
                 num_warps=config.num_warps,
-                expects=prefetch if source == "entries" and not target.startswith("gfx") else (),
+                expects=("load128", "store128"),
             )
+            if source == "entries":
+                yield Spec(
+                    name=f"update_long_lists_{dtype}",
+                    kernel=gpu_update._long_lists_kernel,
+                    arguments={"F": "i32"} | {name: arguments[name] for name in arguments if name != low[1]},
+                    constants={"LISTS": 16, "LANES": config.lanes}
+                    | {name: constants[name] for name in constants if name != low[1]},
+                    num_warps=config.long_warps,
+                    expects=("load128",),
+                )
 
 
 OPERATORS = (jumprelu, encode, training_encode, dense, decode, sparse_step)
