@@ -124,7 +124,7 @@ class SAETrainer:
     dtype: fp64 is for comparisons, on a CPU.
 
     A step whose loss is not finite, or whose gradients are so large that second moments or weights might not be after
-    it (`losses.gradient_bound`), changes nothing but the count of skipped steps.
+    it (`kernels.reference.conclusion.gradient_bound`), changes nothing but the count of skipped steps.
 
     The SAE may be loaded, changed in place and copied at any time, and cast or moved there and back: the next step
     trains what it then is, or raises ValueError when it is of another shape, dtype or device than at the start. Second
@@ -257,7 +257,7 @@ class SAETrainer:
         except torch.OutOfMemoryError as error:
             memory = self.memory(replace(config, batch_size=len(x)), sae.d_model, x.device)
             raise EnvironmentProblemError(memory.advice(self._available)) from error
-        self._pending.append(_Job(x, step, route, *_to_host(figures.pack())))
+        self._pending.append(_Job(x, step, route, *_to_host(figures.packed)))
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""
