@@ -22,6 +22,7 @@ from .snapshot import Checked, check_facts, check_keys, check_same, check_tensor
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
 from .unfold import check_fits, unfolded
+from .upload import uploaded
 
 # Steps that a GPU is given before the host looks at the figures of the first of them.
 RUN_AHEAD = 4
@@ -206,12 +207,13 @@ class SAETrainer:
     def update(self, x_raw: Tensor) -> None:
         """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device.
 
-        On a GPU it returns before the step is made. Raises ValueError or TypeError for another batch, ValueError for an
+        On a GPU it returns before the step is made, and activations on the host are copied there beside the steps under
+        way (`upload.uploaded`). Raises ValueError or TypeError for another batch, ValueError for an
         SAE that is not what it was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
         """
         self.check_batch(x_raw)
         given = x_raw.detach()
-        x = given.to(self.state.b_dec_v)
+        x = uploaded(given, self.state.b_dec_v).to(self.state.b_dec_v)
         x = x / self.sae.input_scale if x is given else x.div_(self.sae.input_scale)
         self._launch(x, self.step, self.route)
         self.step += 1

@@ -2,13 +2,13 @@
 
 from ..reference.training import settle
 from ..transpose import by_latent
-from .centre import centre
-from .conclude import conclude
+from .centring import centre
+from .conclusion import conclude
 from .decode import decode_backward, decode_forward
 from .dense import dense_backward, dense_encode
 from .encode import encode_forward, preactivations
 from .entries import encode_entries
-from .finish import finish
+from .finishing import finish
 from .jumprelu import jumprelu_backward, jumprelu_forward
 from .latents import encoder_times, latent_pass, weight_gradients
 from .residual import residual_pass
