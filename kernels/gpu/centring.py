@@ -3,8 +3,8 @@
     centred_n = x_n − b_dec, rounded to the dtype of the products;   Σ_n x_n;   ‖centred‖
 
 x [N, d] and b_dec [d] fp32. A program does one part of the tokens and a block of columns: it leaves the sum of x over
-them and the norm of what it centred, in an order that depends on the shape alone. `tokens.py` and `conclusion.py` add the
-parts up. x is read once.
+them and the norm of what it centred, in an order that depends on the shape alone. `tokens.py` and `conclusion.py` add
+the parts up. x is read once.
 """
 
 from dataclasses import dataclass

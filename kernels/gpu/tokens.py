@@ -3,10 +3,10 @@
     s_n = ∂L/∂l0_n of the penalty;   spread_n = ‖x_n − m‖², m = mean_n x_n;   share_n = ‖r_n‖²/spread_n, 0 where r_n is
     ‖f‖ and Σ tanh(c·f) over the active entries;   Σ_n r_n, column by column
 
-x [N, d] fp32, r [N, d] fp32 or bf16; all sums are fp32. The mean comes from the parts of its sum that `centring.py` left,
-which every program adds up itself. With a penalty on the mean L0 of the batch each adds up the L0 of all tokens too.
-What is summed over tokens is left by program; every order depends on the shapes and the lists alone. The entries of
-neighbouring tokens are neighbours, so a program goes through its own without asking which token they are of.
+x [N, d] fp32, r [N, d] fp32 or bf16; all sums are fp32. The mean comes from the parts of its sum that `centring.py`
+left, which every program adds up itself. With a penalty on the mean L0 of the batch each adds up the L0 of all tokens
+too. What is summed over tokens is left by program; every order depends on the shapes and the lists alone. The entries
+of neighbouring tokens are neighbours, so a program goes through its own without asking which token they are of.
 
 With l = l0_n, or its mean: s = λ/N ("linear"), or (2/N)·λ·factor·(l − target) ("quadratic"); λ is read from the device.
 """
