@@ -44,7 +44,7 @@ def check_scalar(name: str, value: float | Tensor, device: torch.device, low: fl
         check_tensor(name, value, (), MASTER, device)
         if value.device.type != "cpu":  # a look at it would wait for the device
             return
-        value = float(value)
+        value = float(value.detach())
     check_number(name, value, low)
 
 
@@ -167,11 +167,16 @@ def validate_latent_pass(
     validate_objective(objective, device)
 
 
-def validate_objective(objective: Objective, device: torch.device) -> None:
+def validate_objective(objective: Objective, device: torch.device | None) -> None:
+    """device: that of slopes that come as tensors; None where they are numbers only."""
     check_type("objective", objective, Objective)
     check_bandwidth("objective.bandwidth", objective.bandwidth)
     for name in ("frequency_slope", "tanh_slope"):
-        check_scalar(f"objective.{name}", getattr(objective, name), device)
+        slope = getattr(objective, name)
+        if device is None:
+            check_number(f"objective.{name}", slope)
+        else:
+            check_scalar(f"objective.{name}", slope, device)
     check_number("objective.tanh_scale", objective.tanh_scale)
     check_type("objective.ste_to_z", objective.ste_to_z, bool)
 
@@ -234,7 +239,7 @@ def validate_dense_backward(
             check_plain(f"code.{name}", getattr(code, name))
     check_tensor("threshold", threshold, (d_sae,), _threshold_dtype(u), device)
     check_tensor("s", s, (n,), _threshold_dtype(u), device)
-    validate_objective(objective, device)
+    validate_objective(objective, None)
 
 
 def check_state(state: LatentState) -> None:

@@ -17,7 +17,7 @@ _ops = torch.ops.gemmascope_cpu
 
 def _numbers(values: Rule | Objective) -> list:
     """Numbers that may come as tensors."""
-    return [float(value) if isinstance(value, Tensor) else value for value in values]
+    return [float(value.detach()) if isinstance(value, Tensor) else value for value in values]
 
 
 def encode_entries(

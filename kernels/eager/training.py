@@ -221,8 +221,9 @@ def _adam_(weight: Tensor, v: Tensor, gradient: Tensor, decay: Tensor, rule: Rul
     A gradient of 0 with a decay of 1 leaves a row bit for bit as it was.
     """
     v.mul_(decay).addcmul_(gradient, gradient, value=1 - rule.beta2)
+    rate = rule.learning_rate.detach() if isinstance(rule.learning_rate, Tensor) else rule.learning_rate
     root = correction**0.5
-    weight.addcdiv_(gradient, v.sqrt().add_(rule.eps * root), value=-float(rule.learning_rate) * root)
+    weight.addcdiv_(gradient, v.sqrt().add_(rule.eps * root), value=-float(rate) * root)
 
 
 def update_from_entries(

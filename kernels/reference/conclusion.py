@@ -36,7 +36,7 @@ def as_number(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A number that may come as a tensor, to calculate with it in the dtype of ``like``; without waiting for a GPU."""
     if not isinstance(value, Tensor):
         return value
-    return float(value) if value.device.type == "cpu" else value.to(like.dtype)
+    return float(value.detach()) if value.device.type == "cpu" else value.to(like.dtype)
 
 
 # ---- the penalty
