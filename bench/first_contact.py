@@ -27,6 +27,7 @@ from bench.ours import Ours
 from bench.timing.inputs import construct
 from bench.timing.measure import Clock
 from gemmascope.kernels import encode_entries
+from gemmascope.training.step import Scheduled, sparse_step
 
 REHEARSAL = bool(os.environ.get("FIRST_CONTACT_REHEARSAL"))
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
@@ -123,6 +124,31 @@ def update_variants(clock: Clock) -> Iterator[tuple[str, float]]:
             yield f"backward and update ({lanes}, {columns}, {warps})", median_ms(contender.backward, clock)
 
 
+def graph_variants(clock: Clock) -> Iterator[tuple[str, float]]:
+    """A step as it is launched, and the same captured in a CUDA graph and replayed; a CPU calls it in both places."""
+    contender = ours(COMMON)
+    state, x, loss, rule = contender.state, contender.inputs.x, contender.inputs.loss, contender.inputs.rule
+    scheduled = Scheduled.of(loss, rule, len(x), None if state.W_enc_low is None else 0)
+    memory = scheduled.values().to(DEVICE)
+    given, capacity = scheduled.like(memory), contender.capacity
+
+    def step() -> object:
+        return sparse_step(state, x, loss, rule, capacity, given)
+
+    yield "step, launched", median_ms(step, clock)
+    replay: Callable[[], object] = step
+    if DEVICE.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        replay = graph.replay
+    before = int(state.updates)
+    yield "step, replayed", median_ms(replay, clock)
+    contender.check_made()
+    if int(state.updates) <= before:
+        raise RuntimeError("the replayed steps made no update")
+
+
 def scratch_variants(clock: Clock) -> Iterator[tuple[str, float]]:
     from gemmascope.kernels.gpu import encode_gemm
 
@@ -144,7 +170,7 @@ def encoding(sizes: tuple[int, int, int, float]) -> tuple[Callable[[], object], 
 
 def variants() -> dict[str, Any]:
     clock, found = Clock(DEVICE), {}
-    for group in (encode_variants, update_variants, scratch_variants):
+    for group in (encode_variants, update_variants, graph_variants, scratch_variants):
         try:
             for name, ms in group(clock):
                 found[name] = ms
@@ -262,6 +288,11 @@ PREDICTIONS = (
         "one warp a latent makes backward and update faster at 16k",
         quotient("variants", "backward and update (4, 256, 4)", "backward and update (1, 256, 1)"),
         over(1),
+    ),
+    Prediction(
+        "a captured step is faster, by less than a fifth",
+        quotient("variants", "step, launched", "step, replayed"),
+        between(1, 1.2),
     ),
     Prediction("encode at 1M takes over 36 ms", value("variants", ENCODE_WIDE + "1 GiB of scratch"), over(36)),
     Prediction(

@@ -209,7 +209,8 @@ def latent_pass(
 ) -> LatentSums:
     """What the entries contribute to the gradients, latent by latent: the formulas of `entries.py`.
 
-    u: [capacity] of `residual_pass`. transposed: of `by_latent`. threshold: θ [F] fp32. s: [N] fp32, ∂L/∂l0_n.
+    u: [capacity] of `residual_pass`. transposed: of `by_latent`. threshold: θ [F] fp32. s: [N] fp32, ∂L/∂l0_n. The
+    slopes of ``objective`` may be 0-d fp32 or fp64 tensors on the device, which a captured launch reads anew.
 
     Returns `LatentSums`: the coefficients of each entry in the order of ``transposed``, db_enc, dθ, ⟨dW_dec[j],
     W_dec[j]⟩ and how often each latent fired, all [F]. Sums are fp32, in an order that depends on the latent alone.
@@ -268,7 +269,8 @@ def update_from_entries(
 
     state: contiguous tensors, fp32 (fp64: plain PyTorch), changed in place. residual, x_centred: [N, d] of one float
     dtype, as `residual_pass` and `encode_entries` had them. ok: int32 scalar on the device; with 0 nothing is written.
-    step: int64 scalar on the device, updates made so far.
+    step: int64 scalar on the device, updates made so far. The learning rate of ``rule`` may be a 0-d fp32 or fp64
+    tensor there, which a captured launch reads anew.
 
     The gradient of a latent's decoder row loses its component along the row, and after the step the row returns to unit
     norm. A latent that was idle for k updates first pays the decay β2^k that its second moments owe, so that the result
@@ -324,7 +326,7 @@ def dense_backward(
     """dz [N, F] in the memory and dtype of ``u``, db_enc [F] and dθ [F] fp32, from u = r·W_decᵀ without its 2/N.
 
     u: [N, F] fp16, bf16 or fp32, overwritten. code: of `dense_encode` by the same implementation. threshold: [F] fp32.
-    s: [N] fp32, ∂L/∂l0_n.
+    s: [N] fp32, ∂L/∂l0_n. The slopes of ``objective`` are numbers here.
     """
     if not torch.compiler.is_compiling():
         validation.check_overwritten(u)

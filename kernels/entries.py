@@ -25,6 +25,8 @@ from torch import Tensor
 # Added to the latent of an entry that is active, that is, above the threshold and not merely in the window.
 ACTIVE = 1 << 30
 LATENT = ACTIVE - 1
+# What keeps updates back until the host mends it, as bits: entries did not fit, or a copy was not that of its weight.
+ROOM, COPIES = 1, 2
 # What encoding may hold for a chunk of tokens: fp32 z, of which only the kept entries are written, and a bit for each.
 SCRATCH_BYTES = 1 << 30
 
@@ -82,8 +84,10 @@ class Objective(NamedTuple):
     """What the entries need to know of the loss."""
 
     bandwidth: float
-    frequency_slope: float = 0.0  # t_j = frequency_slope · firing_count_j
-    tanh_slope: float = 0.0  # adds tanh_slope·(1 − tanh²(tanh_scale·f)) to u: λ·c/N of a penalty λ·tanh(c·f)
+    # The slopes: a float, or a 0-d tensor on the device, which a captured launch reads anew. 0.0, not a tensor of it,
+    # means that there is no such penalty.
+    frequency_slope: float | Tensor = 0.0  # t_j = frequency_slope · firing_count_j
+    tanh_slope: float | Tensor = 0.0  # adds tanh_slope·(1 − tanh²(tanh_scale·f)) to u: λ·c/N of a penalty λ·tanh(c·f)
     tanh_scale: float = 0.0
     ste_to_z: bool = False
 
@@ -91,7 +95,7 @@ class Objective(NamedTuple):
 class Rule(NamedTuple):
     """Adam with β1 = 0."""
 
-    learning_rate: float
+    learning_rate: float | Tensor  # or a 0-d tensor on the device, which a captured launch reads anew
     beta2: float
     eps: float
     log_threshold: bool  # Adam moves log θ instead of θ
@@ -111,3 +115,41 @@ class LatentState(NamedTuple):
     last: Tensor  # [F] int64, updates made when the latent was last touched
     W_enc_low: Tensor | None = None  # [F, d] bf16 copies that the products read; None: they read the weights
     W_dec_low: Tensor | None = None
+
+
+# ---- around the operators: what a step does before and after them, see `reference/conclusion.py`
+
+
+class Penalty(NamedTuple):
+    """The sparsity penalty, a multiple of λ: of l0, of the latents' frequencies, of tanh(c·f)."""
+
+    coefficient: float | Tensor  # λ, or a 0-d tensor of it on the device
+    of_l0: str  # "linear": λ·mean l0_n; "quadratic": λ·factor·mean (l0_n − target)²; "none"
+    factor: float = 1.0
+    target: float = 0.0
+    of_batch: bool = False  # the mean of the batch takes the place of each l0_n
+    frequency_scale: float | None = None  # s of λ·Σ_j p_j²/s, p_j the share of tokens that latent j fires on
+    tanh_scale: float | None = None  # c of λ·mean_n Σ_j tanh(c·f_nj)
+
+
+class Centred(NamedTuple):
+    """How many parts there are is up to the implementation; so it is in what follows."""
+
+    x: Tensor  # [N, d] x − b_dec, or x without a pre-encoder bias, as the products read it
+    column_sums: Tensor  # [parts, d] of x itself, by parts of the tokens
+    norms: Tensor  # [parts] of the rounded x − b_dec; ‖x − b_dec‖ is theirs
+
+
+class TokenSums(NamedTuple):
+    s: Tensor  # [N] ∂L/∂l0_n
+    spread: Tensor  # [N] ‖x_n − mean x‖²
+    shares: Tensor  # [N] ‖r_n‖²/spread_n, 0 where r_n is
+    f_norms: Tensor  # [parts], ‖f‖ is theirs
+    tanh_sums: Tensor | None  # [parts] of tanh(c·f); None without that penalty
+    residual_sums: Tensor  # [parts, d] of r
+
+
+class Conclusion(NamedTuple):
+    ok: Tensor  # int32 scalar: 1 when the update may be made
+    number: Tensor  # int64 scalar: which update it is, counted from 1
+    figures: Tensor  # [9] fp64, those of `training.step.StepFigures` in its order

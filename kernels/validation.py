@@ -1,5 +1,7 @@
 """Argument checks of the operators: ValueError or TypeError naming the argument, what was expected and what came."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,16 @@ def check_bandwidth(name: str, bandwidth: float) -> None:
     """A finite number > 0, in fp32 too: one that vanished there would divide by 0."""
     check_number(name, bandwidth, 0, open_low=True)
     check_number(name, bandwidth, SMALLEST_NORMAL, LARGEST)
+
+
+def check_scalar(name: str, value: float | Tensor, device: torch.device, low: float = -math.inf) -> None:
+    """A finite number of at least ``low``, or a 0-d tensor of one on ``device``, where a GPU's is trusted."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, (), MASTER, device)
+        if value.device.type != "cpu":  # a look at it would wait for the device
+            return
+        value = float(value.detach())
+    check_number(name, value, low)
 
 
 # ---- inference
@@ -152,14 +164,20 @@ def validate_latent_pass(
     check_tensor("u", u, (entries.z.shape[0],), (threshold.dtype,), device)
     check_by_latent(transposed, entries.z.shape[0], threshold.shape[0] + 1, device)
     check_tensor("s", s, (entries.offsets.shape[0] - 1,), (threshold.dtype,), device)
-    validate_objective(objective)
+    validate_objective(objective, device)
 
 
-def validate_objective(objective: Objective) -> None:
+def validate_objective(objective: Objective, device: torch.device | None) -> None:
+    """device: that of slopes that come as tensors; None where they are numbers only."""
     check_type("objective", objective, Objective)
     check_bandwidth("objective.bandwidth", objective.bandwidth)
-    for name in ("frequency_slope", "tanh_slope", "tanh_scale"):
-        check_number(f"objective.{name}", getattr(objective, name))
+    for name in ("frequency_slope", "tanh_slope"):
+        slope = getattr(objective, name)
+        if device is None:
+            check_number(f"objective.{name}", slope)
+        else:
+            check_scalar(f"objective.{name}", slope, device)
+    check_number("objective.tanh_scale", objective.tanh_scale)
     check_type("objective.ste_to_z", objective.ste_to_z, bool)
 
 
@@ -221,7 +239,7 @@ def validate_dense_backward(
             check_plain(f"code.{name}", getattr(code, name))
     check_tensor("threshold", threshold, (d_sae,), _threshold_dtype(u), device)
     check_tensor("s", s, (n,), _threshold_dtype(u), device)
-    validate_objective(objective)
+    validate_objective(objective, None)
 
 
 def check_state(state: LatentState) -> None:
@@ -247,9 +265,9 @@ def check_state(state: LatentState) -> None:
             raise ValueError(f"state.{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
 
-def check_rule(rule: Rule) -> None:
+def check_rule(rule: Rule, device: torch.device) -> None:
     check_type("rule", rule, Rule)
-    check_number("rule.learning_rate", rule.learning_rate, 0)
+    check_scalar("rule.learning_rate", rule.learning_rate, device, 0)
     check_number("rule.beta2", rule.beta2, 0, 1, open_low=True)
     if rule.beta2 == 1:
         raise ValueError("rule.beta2: expected a number below 1, with which moments would stay as they are, got 1")
@@ -277,7 +295,7 @@ def validate_update_from_entries(
     check_by_latent(transposed, "capacity", d_sae + 1, device)
     _check_sums(sums, transposed, d_sae, (state.W_dec.dtype,))
     _check_tables(residual, x_centred, d_model, device)
-    check_rule(rule)
+    check_rule(rule, device)
     _check_scalars(ok, step, device)
 
 
@@ -293,7 +311,7 @@ def validate_update_from_dense(
     check_tensor("db_enc", db_enc, (d_sae,), dtype, device)
     check_tensor("dthreshold", dthreshold, (d_sae,), dtype, device)
     check_tensor("touched", touched, (d_sae,), (torch.int32,), device)
-    check_rule(rule)
+    check_rule(rule, device)
     _check_scalars(ok, step, device)
 
 

@@ -41,6 +41,12 @@ TESTS = {
     "gpu/latents.py": ["tests/kernels/test_latents.py", "-k", "not shipped and not float32"],
     "gpu/update.py": ["tests/kernels/test_update.py", "-k", "not owed"],
     "transpose.py": ["tests/kernels/test_latents.py", "-k", "by_latent"],
+    "gpu/centring.py": ["tests/kernels/test_conclusion.py", "-k", "centre or not_finite_stays"],
+    "gpu/tokens.py": ["tests/kernels/test_conclusion.py", "-k", "token or missing or share or tanh_has"],
+    "gpu/conclusion.py": [
+        *("tests/kernels/test_conclusion.py", "-k", "figures or median or skipped or stall or touched"),
+    ],
+    "gpu/finishing.py": ["tests/kernels/test_conclusion.py", "-k", "finish"],
 }
 
 JUMPRELU = [
@@ -386,6 +392,108 @@ TRANSPOSE = [
      "torch.sort((entries.latents & LATENT).flip(0), stable=True)\n    order = entries.latents.shape[0] - 1 - order"),
 ]  # fmt: skip
 
+CENTRING = [
+    ("b_dec is left in", "x -= tl.load(b_dec_ptr", "x -= 0 * tl.load(b_dec_ptr"),
+    ("sums of the centred", "        sums += x\n", ""),
+    ("last tile of a part only", "        sums += x\n", "        sums = x\n"),
+    ("norm of the last tile only", "squares += tl.where(mask", "squares = tl.where(mask"),
+    ("norm of what is masked", "tl.where(mask, rounded * rounded, 0.0)", "rounded * rounded"),
+    ("norm of what was not rounded", "rounded = centred.to(tl.float32)", "rounded = x"),
+    ("squared norm", "norm = tl.sqrt(tl.sum(tl.sum(squares, 0), 0))", "norm = tl.sum(tl.sum(squares, 0), 0)"),
+    ("parts overlap", "mask = (rows < last)[:, None]", "mask = (rows < N)[:, None]"),
+    ("column past the row", "(rows < last)[:, None] & in_columns[None, :]", "(rows < last)[:, None]"),
+    ("parts share their norms", "norms_ptr + part * tl.num_programs(0) + tl.program_id(0)",
+     "norms_ptr + tl.program_id(0)"),
+    ("tokens of the last part lost", "triton.cdiv(triton.cdiv(N, config.parts), config.block_n)",
+     "max(1, triton.cdiv(N, config.parts) // config.block_n)\n    tokens_per_part = tokens_per_part"),
+]  # fmt: skip
+
+TOKENS = [
+    ("sum for mean", "mean = tl.sum(sums, 0) / N", "mean = tl.sum(sums, 0)"),
+    ("mean of masked parts", "(parts_of_sum < parts)[:, None] & in_columns[None, :]", "in_columns[None, :]"),
+    ("deviation of masked columns", "tl.where(mask, deviation * deviation, 0.0)", "deviation * deviation"),
+    ("spread of the last block", "spread += tl.sum", "spread = tl.sum"),
+    ("0/0 for a residual of 0", "tl.where(squared_error == 0, 1.0, spread)", "spread"),
+    ("share upside down", "shares = squared_error / tl.where", "shares = 1 / squared_error * tl.where"),
+    ("s of the sum of L0", "tl.sum(totals, 0) / N\n        s", "tl.sum(totals, 0)\n        s"),
+    ("mean L0 of the last tile", "totals += tl.load(l0_ptr", "totals = tl.load(l0_ptr"),
+    ("s without its 2", "(2.0 * (coefficient * factor) / N)", "((coefficient * factor) / N)"),
+    ("s without 1/N", "s += (coefficient / N).to(tl.float32)", "s += coefficient.to(tl.float32)"),
+    ("λ in fp32", "coefficient = tl.load(coefficient_ptr).to(tl.float64)",
+     "coefficient = tl.load(coefficient_ptr).to(tl.float32).to(tl.float64) * 1.0000001"),
+    ("window entries are activations", "other=0) >= _ACTIVE", "other=0) >= 0"),
+    ("norm of the last tile of entries", "squares += f * f", "squares = f * f"),
+    ("first entries of each block missing", "for start in range(0, length, BLOCK_E):",
+     "for start in range(BLOCK_E, length, BLOCK_E):"),
+    ("entries past the capacity", "tl.minimum(block * BLOCK_N + BLOCK_N, N)), capacity)",
+     "tl.minimum(block * BLOCK_N + BLOCK_N, N)), 1 << 20)"),
+    ("entries of all later tokens", "tl.load(offsets_ptr + tl.minimum(block * BLOCK_N + BLOCK_N, N))",
+     "tl.load(offsets_ptr + N)"),
+    ("tanh of its argument", "tanh_sums += _tanh(tanh_scale * f)", "tanh_sums += tanh_scale * f"),
+    ("tanh cancels near 0", "tl.where(b < 0.0625, series,", "tl.where(b < 0.0, series,"),
+    ("series too far out", "tl.where(b < 0.0625, series,", "tl.where(b < 4.0, series,"),
+    ("tanh without its sign", "tl.where(a < 0, -1.0, 1.0)", "1.0"),
+    ("residual sums of one block", "residual_sums_ptr + block.to(tl.int64) * D + columns",
+     "residual_sums_ptr + columns"),
+]  # fmt: skip
+
+CONCLUSION = [
+    ("threshold of idle latents", "threshold = tl.where(touched > 0, threshold, 0.0)", "threshold = threshold"),
+    ("NaN threshold hidden", "tl.where(threshold == threshold, threshold, float(\"inf\"))",
+     "tl.where(threshold == threshold, threshold, 0.0)"),
+    ("starts for lengths", "other=0) - touched", "other=0)"),
+    ("share not squared", "tl.sum(share * share, 0)", "tl.sum(share, 0)"),
+    ("encoder's copy not compared", "(W_enc.to(tl.float32) != W_enc_low.to(tl.float32)) | ", "False | "),
+    ("decoder's copy not compared", " | (W_dec.to(tl.float32) != W_dec_low.to(tl.float32))", ""),
+    ("first column only", "tl.load(column_ptr).to(tl.int64)", "0 * tl.load(column_ptr).to(tl.int64)"),
+    ("copies of the first block only", "differ = _total(sums_ptr + 2 * blocks, blocks,",
+     "differ = _total(sums_ptr + 2 * blocks, 1,"),
+    ("last tile of a total", "totals += values * values if SQUARED else values",
+     "totals = values * values if SQUARED else values"),
+    ("upper median", "<= (length - 1) // 2", "<= length // 2"),
+    ("median below", "(values < trial) & (places < length)", "(values <= trial) & (places < length)"),
+    ("median hides NaN", "tl.where(tl.sum(nans, 0) > 0, float(\"nan\"), found.to(tl.float32, bitcast=True))",
+     "found.to(tl.float32, bitcast=True)"),
+    ("sum for mean of L0", "l0 = _total(l0_ptr, N, False, BLOCK) / N", "l0 = _total(l0_ptr, N, False, BLOCK)"),
+    ("no penalty of L0", "loss += coefficient.to(tl.float32) * l0", "loss += 0.0"),
+    ("factor forgotten", "loss += (coefficient * factor)", "loss += (coefficient)"),
+    ("excess not squared", "tl.where(places < N, excess * excess, 0.0)", "tl.where(places < N, excess, 0.0)"),
+    ("excess of masked tokens", "tl.where(places < N, excess * excess, 0.0)", "excess * excess"),
+    ("frequency scale upside down", "coefficient / frequency_scale", "coefficient * frequency_scale"),
+    ("tanh penalty not of the mean", "BLOCK) * (coefficient / N)", "BLOCK) * (coefficient)"),
+    ("bound without s", "theta * u + tl.sum(slopes, 0)", "theta * u"),
+    ("signs of s cancel", "slopes += tl.abs(tl.load(s_ptr + places, mask=places < N, other=0.0))",
+     "slopes += tl.load(s_ptr + places, mask=places < N, other=0.0)"),
+    ("bound without x", "(x_norm * dz <= limit) & ", ""),
+    ("bound without f", "bounded = bounded & (error * f_norm / root_n <= limit)", "bounded = bounded"),
+    ("bound without q", "(q <= limit) & (theta * q <= limit)", "(q == q)"),
+    ("no bound", "may_be_made, free = finite & bounded, stalled == 0", "may_be_made, free = finite, stalled == 0"),
+    ("Inf is finite", "finite = tl.abs(loss) < float(\"inf\")", "finite = loss == loss"),
+    ("room for what is not finite", "(n_entries > capacity) & finite", "(n_entries > capacity)"),
+    ("no room for the last", "n_entries > capacity", "n_entries >= capacity"),
+    ("stall forgotten", "stalled = tl.load(stalled_ptr)", "stalled = tl.load(stalled_ptr) * 0"),
+    ("stalled steps are counted as skipped", "((may_be_made == 0) & free)", "(may_be_made == 0)"),
+    ("made while stalled", "ok = (may_be_made & free)", "ok = may_be_made"),
+    ("number of the update before", "tl.load(updates_ptr) + 1", "tl.load(updates_ptr)"),
+    ("FVU of sums", "(_total(spread_ptr, N, False, BLOCK) / N)", "_total(spread_ptr, N, False, BLOCK)"),
+]  # fmt: skip
+
+FINISHING = [
+    ("moves without permission", "    if tl.load(ok_ptr) == 0:\n        return\n", ""),
+    ("update not counted", "tl.store(updates_ptr, number)", "tl.store(updates_ptr, number - 1)"),
+    ("since of those that fired", "tl.where(fired, 0, since)", "since"),
+    ("one token a step", "other=0) + n_tokens", "other=0) + 1"),
+    ("first parts only", "for start in range(0, parts, BLOCK_N):", "for start in range(0, BLOCK_N, BLOCK_N):"),
+    ("last parts only", "totals += tl.load(sums_ptr", "totals = tl.load(sums_ptr"),
+    ("2/N missing", "gradient = tl.sum(totals, 0) * scale", "gradient = tl.sum(totals, 0)"),
+    ("encoder's part added", "gradient -= tl.load(of_encoder_ptr", "gradient += tl.load(of_encoder_ptr"),
+    ("correction of the update before", "tl.exp2(number.to(tl.float64)", "tl.exp2((number - 1).to(tl.float64)"),
+    ("moments do not decay", "v = BETA2 * tl.load(v_ptr", "v = tl.load(v_ptr"),
+    ("eps inside the root", "(tl.sqrt(v / correction) + eps)", "tl.sqrt(v / correction + eps)"),
+    ("column past the row", "(rows < parts)[:, None] & in_columns[None, :]", "(rows < parts)[:, None]"),
+    ("latents past the last", "tl.where(fired, 0, since), mask=in_latents)", "tl.where(fired, 0, since))"),
+]  # fmt: skip
+
 MUTANTS = [
     Mutant(name, file, old, new)
     for file, mutants in (
@@ -399,6 +507,10 @@ MUTANTS = [
         ("gpu/latents.py", LATENTS),
         ("gpu/update.py", UPDATE),
         ("transpose.py", TRANSPOSE),
+        ("gpu/centring.py", CENTRING),
+        ("gpu/tokens.py", TOKENS),
+        ("gpu/conclusion.py", CONCLUSION),
+        ("gpu/finishing.py", FINISHING),
     )
     for name, old, new in mutants
 ]

@@ -10,14 +10,18 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from gemmascope.kernels.gpu import centring as gpu_centring
+from gemmascope.kernels.gpu import conclusion as gpu_conclusion
 from gemmascope.kernels.gpu import decode as gpu_decode
 from gemmascope.kernels.gpu import dense as gpu_dense
 from gemmascope.kernels.gpu import encode as gpu_encode
 from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
 from gemmascope.kernels.gpu import entries as gpu_entries
+from gemmascope.kernels.gpu import finishing as gpu_finishing
 from gemmascope.kernels.gpu import jumprelu as gpu_jumprelu
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
+from gemmascope.kernels.gpu import tokens as gpu_tokens
 from gemmascope.kernels.gpu import update as gpu_update
 
 
@@ -513,7 +517,117 @@ def update_specs(target: str, d: int = 2304) -> Iterator[Spec]:
                 )
 
 
-OPERATORS = (jumprelu, encode, training_encode, dense, decode, sparse_step)
+def around_the_step(target: str) -> Iterator[Spec]:
+    """What a training step does before and after its passes."""
+    chosen = list(around_the_step_specs())
+    yield from chosen
+    if target == "sm_90":  # sizes of 1 are compile-time constants, which the interpreter does not show
+        sizes = {
+            "centre_bf16": ("N", "D"),
+            "tokens_bf16": ("N", "D", "capacity", "parts"),
+            "touched": ("N", "F", "D"),
+            "conclude": ("N", "capacity", "x_parts", "f_parts", "blocks"),
+            "finish": ("F", "D", "parts", "latent_blocks", "n_tokens"),
+        }
+        yield from (with_ones(spec, *sizes[spec.name]) for spec in chosen if spec.name in sizes)
+
+
+def around_the_step_specs() -> Iterator[Spec]:
+    sums = dict.fromkeys(("sums_ptr", "norms_ptr"), "*fp32")
+    config = gpu_centring.CONFIG
+    for dtype in ("bf16", "fp32"):
+        yield Spec(
+            name=f"centre_{dtype}",
+            kernel=gpu_centring._centre_kernel,
+            arguments={
+                **{"x_ptr": "*fp32", "b_dec_ptr": "*fp32", "centred_ptr": f"*{dtype}", **sums},
+                **dict.fromkeys(("N", "D", "tokens_per_part"), "i32"),
+            },
+            constants={"BLOCK_N": config.block_n, "BLOCK_D": config.block_d},
+            num_warps=config.num_warps,
+            expects=("load128",),
+        )
+    config = gpu_tokens.CONFIG
+    vectors = ("squared_error_ptr", "l0_ptr", "s_ptr", "spread_ptr", "shares_ptr", "f_norms_ptr", "residual_sums_ptr")
+    for dtype, options in (("bf16", False), ("fp32", False), ("bf16", True)):
+        arguments = {
+            **{"z_ptr": "*fp32", "latents_ptr": "*i32", "offsets_ptr": "*i64", "x_ptr": "*fp32"},
+            **{"column_sums_ptr": "*fp32", "residual_ptr": f"*{dtype}", "coefficient_ptr": "*fp64"},
+            **dict.fromkeys(vectors, "*fp32"),
+            **dict.fromkeys(("N", "D", "capacity", "parts"), "i32"),
+            **dict.fromkeys(("factor", "target", "tanh_scale"), "fp32"),
+        }
+        yield Spec(
+            name=f"tokens_{dtype}{'_all_options' if options else ''}",
+            kernel=gpu_tokens._tokens_kernel,
+            arguments=arguments | ({"tanh_sums_ptr": "*fp32"} if options else {}),
+            constants={
+                **({} if options else {"tanh_sums_ptr": None}),
+                **{"OF_L0": "quadratic" if options else "linear", "OF_BATCH": options},
+                **{"PARTS": gpu_centring.CONFIG.parts, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d},
+                "BLOCK_E": config.block_e,
+            },
+            num_warps=config.num_warps,
+            expects=("load128",),
+        )
+    config = gpu_conclusion.CONFIG
+    weights = {"W_enc_ptr": "*fp32", "W_dec_ptr": "*fp32", "W_enc_low_ptr": "*bf16", "W_dec_low_ptr": "*bf16"}
+    for suffix, copies, from_lists in (("", True, True), ("_dense_fp32", False, False)):
+        absent = dict.fromkeys(("W_enc_low_ptr", "W_dec_low_ptr", "column_ptr"))
+        arguments = {
+            **{"threshold_ptr": "*fp32", "lists_ptr": "*i64" if from_lists else "*i32", "firing_count_ptr": "*i32"},
+            **weights,
+            **{"column_ptr": "*fp64", "sums_ptr": "*fp32"},
+            **dict.fromkeys(("N", "F", "D"), "i32"),
+        }
+        yield Spec(
+            name=f"touched{suffix}",
+            kernel=gpu_conclusion._touched_kernel,
+            arguments=arguments if copies else {key: kind for key, kind in arguments.items() if key not in absent},
+            constants={**({} if copies else absent), "FROM_LISTS": from_lists, "BLOCK_F": config.block_f},
+            num_warps=config.warps_f,
+        )
+    vectors = ("squared_error_ptr", "l0_ptr", "s_ptr", "spread_ptr", "shares_ptr", "x_norms_ptr", "f_norms_ptr")
+    for suffix, options in (("", False), ("_all_options", True)):
+        arguments = {
+            **dict.fromkeys((*vectors, "sums_ptr"), "*fp32"),
+            **{"coefficient_ptr": "*fp64", "ok_ptr": "*i32", "number_ptr": "*i64", "figures_ptr": "*fp64"},
+            **dict.fromkeys(("n_entries_ptr", "stalled_ptr", "skipped_ptr", "updates_ptr"), "*i64"),
+            **dict.fromkeys(("N", "capacity", "x_parts", "f_parts", "blocks"), "i32"),
+            **dict.fromkeys(("factor", "target", "frequency_scale", "tanh_scale", "bandwidth", "limit"), "fp32"),
+            "root_n": "fp32",
+        }
+        yield Spec(
+            name=f"conclude{suffix}",
+            kernel=gpu_conclusion._conclude_kernel,
+            arguments=arguments | ({"tanh_sums_ptr": "*fp32"} if options else {}),
+            constants={
+                **({} if options else {"tanh_sums_ptr": None}),
+                **{"OF_L0": "quadratic" if options else "linear", "OF_BATCH": False, "HAS_FREQUENCY": options},
+                **{"STE_TO_Z": options, "HAS_COPIES": True, "HAS_CAPACITY": True, "BLOCK": config.block},
+            },
+            num_warps=config.num_warps,
+        )
+    config = gpu_finishing.CONFIG
+    yield Spec(
+        name="finish",
+        kernel=gpu_finishing._finish_kernel,
+        arguments={
+            **dict.fromkeys(("b_dec_ptr", "v_ptr", "sums_ptr", "of_encoder_ptr"), "*fp32"),
+            **dict.fromkeys(("since_ptr", "updates_ptr", "number_ptr"), "*i64"),
+            **{"firing_count_ptr": "*i32", "learning_rate_ptr": "*fp64", "ok_ptr": "*i32"},
+            **dict.fromkeys(("F", "D", "parts", "latent_blocks", "n_tokens"), "i32"),
+            **dict.fromkeys(("scale", "eps"), "fp32"),
+        },
+        constants={
+            **{"BETA2": 0.999, "LOG2_BETA2": math.log2(0.999)},
+            **{"BLOCK_F": config.block_f, "BLOCK_D": config.block_d, "BLOCK_N": config.block_n},
+        },
+        num_warps=config.num_warps,
+    )
+
+
+OPERATORS = (jumprelu, encode, training_encode, dense, decode, sparse_step, around_the_step)
 
 
 def specs(target: str) -> list[Spec]:

@@ -9,36 +9,36 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..checks import check_tensor, check_type, dtype_name
 from ..kernels import Objective, reference
+from ..kernels.entries import Penalty
+from ..kernels.reference import conclusion
 from ..saes import JumpReLUSAE
 from .config import Loss
 
 
+def penalty(loss: Loss) -> Penalty:
+    """What the sums over tokens and latents need to know of ``loss``."""
+    of_l0, factor = {"l0": "linear", "tanh": "none"}.get(loss.sparsity, "quadratic"), 1.0
+    if loss.target_l0 is not None:
+        factor = 2 / loss.target_l0 if loss.sparsity == "quadratic_l0" else loss.target_l0**-2
+    return Penalty(
+        loss.l0_coefficient,
+        of_l0,
+        factor,
+        loss.target_l0 or 0.0,
+        of_batch=loss.l0_of == "batch",
+        frequency_scale=loss.frequency_scale,
+        tanh_scale=loss.tanh_scale if loss.sparsity == "tanh" else None,
+    )
+
+
 def l0_penalty(loss: Loss, l0: Tensor) -> tuple[Tensor, Tensor]:
     """The part of the sparsity penalty S that depends on l0 [N], and s [N] = ∂S/∂l0_n."""
-    n = l0.shape[0]
-    if loss.l0_of == "batch":
-        l0 = l0.mean().expand(n)
-    if loss.sparsity == "l0":
-        return loss.l0_coefficient * l0.mean(), torch.full_like(l0, loss.l0_coefficient / n)
-    if loss.target_l0 is None:  # tanh
-        return l0.new_zeros(()), torch.zeros_like(l0)
-    weight = loss.l0_coefficient * (2 / loss.target_l0 if loss.sparsity == "quadratic_l0" else loss.target_l0**-2)
-    excess = l0 - loss.target_l0
-    return weight * excess.square().mean(), excess * (2 * weight / n)
+    return conclusion.l0_penalty(penalty(loss), l0)
 
 
 def frequency_penalty(loss: Loss, firing_count: Tensor, n: int) -> Tensor | float:
     """λ·Σ_j p_j²/s for firing_count [d_sae] over n tokens; 0 without a ``frequency_scale``."""
-    if loss.frequency_scale is None:
-        return 0.0
-    return (firing_count.float() / n).square().sum() * (loss.l0_coefficient / loss.frequency_scale)
-
-
-def tanh_penalty(loss: Loss, f: Tensor, n: int) -> Tensor | float:
-    """The `tanh` penalty over n tokens. f: activations of any shape, inactive ones 0."""
-    if loss.sparsity != "tanh":
-        return 0.0
-    return torch.tanh(loss.tanh_scale * f).sum() * (loss.l0_coefficient / n)
+    return conclusion.frequency_penalty(penalty(loss), firing_count, n)
 
 
 def objective(loss: Loss, n: int) -> Objective:
@@ -53,32 +53,6 @@ def objective(loss: Loss, n: int) -> Objective:
     )
 
 
-def gradient_bound(
-    loss: Loss, squared_error: Tensor, s: Tensor, x_centred: Tensor, f_norm: Tensor, threshold: Tensor, touched: Tensor
-) -> Tensor:
-    """[] What no element of the gradients of the latents exceeds, nor θ·dθ: from scalars that every route has.
-
-    With E = √squared_error the mean of ‖r_n‖ is at most E, so that, for decoder rows of unit norm and by the formulas
-    of `kernels.entries`, the sums over the entries of a latent are at most
-
-        Σ_n |u_nj| ≤ U = 2E + N·tanh_slope
-        Σ_n |q_nj| ≤ Q = (θ·U + Σ_n |s_n| + N·t)/ε,  t ≤ N·frequency_slope,  θ the largest that was touched
-        Σ_n |dz_nj| ≤ U, or U + Q where the estimator passes to z too
-        |dW_enc| ≤ ‖x‖·Σ_n |dz_nj|;  |dW_dec| ≤ 2E·‖f‖/√N
-
-    squared_error: [] mean_n ‖r_n‖². s: [N] of `l0_penalty`. x_centred: [N, d_model]. f_norm: [] of all activations.
-    threshold: [d_sae]. touched: [d_sae], whether a latent has entries.
-    """
-    n = len(s)
-    weights, error = objective(loss, n), 2 * squared_error.sqrt()
-    theta = torch.where(touched > 0, threshold, 0).amax()
-    u = error + n * weights.tanh_slope
-    q = (theta * u + s.abs().sum() + n * n * weights.frequency_slope) / weights.bandwidth + loss.pre_act_coefficient
-    dz = u + loss.pre_act_coefficient + (q if loss.ste_to_z else 0)
-    x_norm = torch.linalg.vector_norm(x_centred, dtype=dz.dtype)
-    return torch.stack((dz, x_norm * dz, error * f_norm / n**0.5, q, theta * q)).amax()
-
-
 class LossAndGradients(NamedTuple):
     loss: Tensor  # []
     squared_error: Tensor  # [] mean_n ‖x − x̂‖²
@@ -87,7 +61,7 @@ class LossAndGradients(NamedTuple):
     n_entries: Tensor  # [] latents above the threshold or in its window, over all tokens
     residual: Tensor  # [N, d_model] x̂ − x
     gradients: reference.Parameters
-    bound: Tensor  # [] of `gradient_bound`
+    bound: Tensor  # [] of `kernels.reference.conclusion.gradient_bound`
 
 
 def check_batch(sae: JumpReLUSAE, x: Tensor, loss: Loss) -> None:
@@ -123,8 +97,9 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     firing_count = (z > theta).sum(0).to(torch.int32)
     residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x
     l0, weights = active.sum(1), objective(loss, n)
-    squared_error, (penalty, s) = residual.square().sum(1).mean(), l0_penalty(loss, l0)
-    total = squared_error + penalty + frequency_penalty(loss, firing_count, n) + tanh_penalty(loss, f, n)
+    squared_error, sparsity = residual.square().sum(1).mean(), penalty(loss)
+    s, tanh = conclusion.l0_penalty(sparsity, l0)[1], conclusion.tanh_sum(sparsity, f)
+    total = conclusion.total_loss(sparsity, squared_error, l0, firing_count, tanh)
 
     g = residual * (2 / n)
     u = g @ sae.W_dec.T
@@ -147,5 +122,7 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     gradients = reference.Parameters((dz.T @ centred).T, db_enc, f.T @ g, db_dec, dthreshold)
     is_entry = torch.maximum(active, inside)
     touched = torch.ones_like(theta) if loss.pre_act_coefficient else is_entry.amax(0)
-    bound = gradient_bound(loss, squared_error, s, centred, torch.linalg.vector_norm(f), theta, touched)
+    norms = torch.linalg.vector_norm(centred), torch.linalg.vector_norm(f)
+    coefficient = loss.pre_act_coefficient
+    bound = conclusion.gradient_bound(weights, coefficient, squared_error, s, *norms, theta, touched)
     return LossAndGradients(total, squared_error, l0.mean(), firing_count, is_entry.sum(), residual, gradients, bound)

@@ -12,22 +12,30 @@ from torch import Tensor
 
 from .. import kernels
 from ..autocast import without_autocast
+from ..kernels.implementations import operator
+from ..kernels.reference.conclusion import total_loss
 from ..saes import JumpReLUSAE
 from .config import Loss
-from .losses import check_batch
-from .step import sparse_gradients
+from .losses import check_batch, penalty
+from .step import sparse_pass
 
 
 class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, pre_encoder_bias, loss, impl):
-        x_centred, threshold = x - b_dec if pre_encoder_bias else x, threshold.clamp(min=0)
-        entries = kernels.encode_entries(x_centred, W_enc, b_enc, threshold, loss.bandwidth, impl=impl)
+        threshold = threshold.clamp(min=0)
+        centred = operator("centre", impl)(x, b_dec if pre_encoder_bias else None, x.dtype)
+        entries = kernels.encode_entries(centred.x, W_enc, b_enc, threshold, loss.bandwidth, impl=impl)
         weights = (W_enc.T, W_dec, b_dec, threshold)
-        out = sparse_gradients(impl, entries, x, x_centred, *weights, loss, pre_encoder_bias)
-        dW_enc, dW_dec = kernels.weight_gradients(out.transposed, out.sums, out.residual, x_centred, impl=impl)
-        ctx.save_for_backward(dW_enc.T, out.sums.db_enc, dW_dec, out.db_dec, out.sums.dthreshold)
-        return out.loss
+        tokens, out, transposed, sums, of_encoder = sparse_pass(
+            impl, entries, x, centred, *weights, loss, pre_encoder_bias
+        )
+        dW_enc, dW_dec = kernels.weight_gradients(transposed, sums, out.residual, centred.x, impl=impl)
+        db_dec = tokens.residual_sums.sum(0) * (2 / len(x))
+        if of_encoder is not None:
+            db_dec = db_dec - of_encoder
+        ctx.save_for_backward(dW_enc.T, sums.db_enc, dW_dec, db_dec, sums.dthreshold)
+        return total_loss(penalty(loss), out.squared_error.mean(), out.l0, sums.firing_count, tokens.tanh_sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .. import kernels
 from ..checks import dtype_name
 from ..kernels import LatentState, choose
+from ..kernels.entries import COPIES as COPIES
+from ..kernels.entries import ROOM as ROOM
+from ..kernels.reference import conclusion
 from ..saes import JumpReLUSAE
 
-# What keeps updates back until the host mends it: bits of `TrainState.stalled`.
-ROOM, COPIES = 1, 2
 MASTER_DTYPES = (torch.float32, torch.float64)
 
 
@@ -220,17 +221,19 @@ class TrainState:
         else:
             p.data = laid_out
 
-    def copies_differ(self) -> Tensor | None:
-        """Bool scalar: whether a column of the weights, each step another one, differs from what the copies have there,
-        as after ``sae.W_dec.data[3] = row``, which leaves no other trace. None where that needs no look: without
+    def next_column(self) -> int | None:
+        """The column of the weights, each step another one, that is to be compared with what the copies have there; a
+        difference, as after ``sae.W_dec.data[3] = row``, leaves no other trace. None where that needs no look: without
         copies, and when `ready` has just made them."""
         if self.W_enc_low is None or self.W_dec_low is None or self._fresh:
             return None
         column = self.turn % self.sae.d_model
         self.turn += 1
-        weights = torch.stack((self.sae.W_enc.data[column], self.sae.W_dec.data[:, column]))
-        copies = torch.stack((self.W_enc_low[:, column], self.W_dec_low[:, column]))
-        return (weights.bfloat16() != copies).any()
+        return column
+
+    def copies_differ(self) -> Tensor | None:
+        """Bool scalar: whether the copies differ from the weights in `next_column`; None where that needs no look."""
+        return conclusion.copies_differ(self.latents, self.next_column())
 
     def resume(self) -> None:
         """Let updates be made again, the next one with new copies: once `stalled` was seen and room made if need be."""

@@ -13,6 +13,10 @@ The first two never ask the device for a number. An update is withheld on the de
   repeats the steps.
 
 Each raises ValueError for an SAE that is not the one training began with, see `TrainState.ready`.
+
+What differs from one step to the next besides tensors are the learning rate, λ with what follows from it, and the
+column of the weights that is compared with the copies: `Scheduled`. The kernels read them from the device, so that a
+sparse step by the kernels can be captured in a CUDA graph and replayed with other values in them.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -24,16 +28,19 @@ from torch import Tensor
 
 from .. import kernels
 from ..autocast import without_autocast
-from ..kernels import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Rule
+from ..kernels import ByLatent, Entries, LatentState, LatentSums, Residual, Rule
+from ..kernels.entries import Centred, Penalty, TokenSums
+from ..kernels.implementations import operator
+from ..kernels.reference.conclusion import fidelity, move, pack, permission, spread_and_shares, tanh_sum
 from .config import Loss
-from .losses import frequency_penalty, gradient_bound, l0_penalty, loss_and_gradients, objective, tanh_penalty
+from .losses import l0_penalty, loss_and_gradients, objective, penalty
 from .memory import dense_tile
-from .state import COPIES, ROOM, TrainState
+from .state import TrainState
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one step measured, as scalars on the device."""
+    """What one step measured, as fp64 scalars on the device."""
 
     loss: Tensor
     squared_error: Tensor
@@ -50,14 +57,58 @@ class StepFigures:
     """1 when the update was made, 0 when it was withheld, whatever for."""
     skipped: Tensor
     """Updates withheld so far because the loss or what they would have made was not finite."""
+    packed: Tensor
+    """All of them in one tensor, so that one copy brings them to the host."""
 
-    def pack(self) -> Tensor:
-        """All of them in one fp64 tensor, so that one copy brings them to the host."""
-        return torch.stack([getattr(self, field.name).double() for field in fields(self)])
+    @classmethod
+    def of(cls, packed: Tensor) -> "StepFigures":
+        return cls(*packed.unbind(), packed)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> dict[str, float]:
-        return {field.name: value for field, value in zip(fields(cls), packed.tolist(), strict=True)}
+        names = [field.name for field in fields(cls) if field.name != "packed"]
+        return dict(zip(names, packed.tolist(), strict=True))
+
+
+class Scheduled(NamedTuple):
+    """The numbers of a step that are others in the next one: floats, or 0-d fp64 tensors on the device of the SAE.
+
+    Those of a penalty that the loss does not have are None, and so is the column where none is compared.
+    """
+
+    learning_rate: float | Tensor
+    l0_coefficient: float | Tensor
+    frequency_slope: float | Tensor | None
+    tanh_slope: float | Tensor | None
+    column: int | Tensor | None
+
+    @classmethod
+    def of(cls, loss: Loss, rule: Rule, n: int, column: int | None) -> "Scheduled":
+        """Those of a step on n tokens, calculated on the host in fp64."""
+        weights = objective(loss, n)
+        return cls(
+            rule.learning_rate,
+            loss.l0_coefficient,
+            None if loss.frequency_scale is None else weights.frequency_slope,
+            None if loss.sparsity != "tanh" else weights.tanh_slope,
+            column,
+        )
+
+    def values(self) -> Tensor:
+        """What `like` takes, on the host: pinned where there is a GPU, so that a copy of it need not wait."""
+        numbers = [number for number in self if number is not None]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=torch.cuda.is_available())
+
+    def like(self, values: Tensor) -> "Scheduled":
+        """The same as parts of one tensor, whose values may be replaced before a captured step is replayed."""
+        parts = dict(
+            zip([name for name, number in self._asdict().items() if number is not None], values.unbind(), strict=True)
+        )
+        return self._replace(**parts)
+
+    def to(self, device: torch.device) -> "Scheduled":
+        """On a device, without waiting for it."""
+        return self.like(self.values().to(device, non_blocking=True))
 
 
 @contextmanager
@@ -79,122 +130,118 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _centred(state: TrainState, x: Tensor) -> Tensor:
-    x = x - state.sae.b_dec if state.sae.pre_encoder_bias else x
-    return x.to(state.encoder_rows.dtype)
-
-
-def _fidelity(x: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean squared error, FVU of x [N, d_model] and that of its median token, as in `evaluation.variance`.
-
-    errors: [N], ‖x̂_n − x_n‖².
-    """
-    spread = torch.linalg.vector_norm(x - x.mean(0), dim=1).square_()
-    by_token = torch.where(errors == 0, errors, errors / spread)
-    return errors.mean(), errors.mean() / spread.mean(), by_token.median()
-
-
-def gradient_limit(dtype: torch.dtype) -> float:
-    """What gradients of latents may be for an update to be made: 2⁴⁰ in fp32.
-
-    Second moments are then at most 2⁸⁰ of 2¹²⁸. The rest is for what `gradient_bound` leaves out: decoder rows that a
-    user gave another norm than 1, and the gradient of b_dec, to which every latent adds.
-    """
-    return torch.finfo(dtype).max ** 0.5 / 2**24
-
-
-def _permission(state: TrainState, loss: Tensor, bound: Tensor, fits: Tensor | bool) -> Tensor:
-    """int32 scalar: 1 when the update may be made. Counts what is withheld."""
-    finite, differ = loss.isfinite(), state.copies_differ()
-    may_be_made = finite & (bound <= gradient_limit(bound.dtype))
-    if differ is not None:
-        state.stalled |= COPIES * differ
-    if fits is not True:  # room would not help a batch that is not finite, whose NaN are all entries
-        state.stalled |= ROOM * (~fits & finite)
-    free = state.stalled == 0
-    state.skipped += ~may_be_made & free
-    return (may_be_made & free).to(torch.int32)
-
-
-def _finish(state: TrainState, db_dec: Tensor, firing_count: Tensor, n: int, rule: Rule, ok: Tensor) -> None:
-    """The decoder's bias by Adam, and the counters; nothing moves unless ``ok``."""
-    b_dec, allowed = state.sae.b_dec.data, ok > 0
-    v = rule.beta2 * state.b_dec_v + (1 - rule.beta2) * db_dec.square()
-    correction = (1 - torch.pow(rule.beta2, (state.updates + 1).double())).to(v.dtype)
-    moved = b_dec - rule.learning_rate * db_dec / ((v / correction).sqrt() + rule.eps)
-    b_dec.copy_(torch.where(allowed, moved, b_dec))
-    state.b_dec_v.copy_(torch.where(allowed, v, state.b_dec_v))
-    since = torch.where(firing_count > 0, 0, state.tokens_since_fired + n)
-    state.tokens_since_fired.copy_(torch.where(allowed, since, state.tokens_since_fired))
-    state.updates += ok
-
-
-class SparseGradients(NamedTuple):
+class SparsePass(NamedTuple):
     """What the entries say of the loss and of every gradient but those of the weights, which `transposed`, `sums` and
-    `residual` still hold by entry."""
+    `out.residual` still hold by entry."""
 
-    loss: Tensor
-    errors: Tensor  # [N], ‖r_n‖²
-    l0: Tensor
+    tokens: TokenSums
+    out: Residual
     transposed: ByLatent
     sums: LatentSums
-    residual: Tensor
-    db_dec: Tensor
-    bound: Tensor
+    of_encoder: Tensor | None
+    """What the pre-encoder bias takes from the gradient of b_dec [d_model], if there is one."""
 
 
-def sparse_gradients(
+def sparse_pass(
     impl: str,
     entries: Entries,
     x: Tensor,
-    x_centred: Tensor,
+    centred: Centred,
     W_enc: Tensor,
     W_dec: Tensor,
     b_dec: Tensor,
     threshold: Tensor,
     loss: Loss,
     pre_encoder_bias: bool,
-) -> SparseGradients:
+    scheduled: Scheduled | None = None,
+) -> SparsePass:
     """From the entries of x [N, d_model] on. W_enc and W_dec: [d_sae, d_model], as the products read them."""
-    n = x.shape[0]
-    stored = torch.arange(len(entries.z), dtype=torch.int64, device=x.device) < entries.offsets[-1]
-    f = torch.where(stored & (entries.latents >= ACTIVE), entries.z, 0)
-    tanh, f_norm = tanh_penalty(loss, f, n), torch.linalg.vector_norm(f)
-    del stored, f
     out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
+    tokens = operator("token_pass", impl)(entries, x, centred, out, _penalty(loss, scheduled))
     transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
-    penalty, s = l0_penalty(loss, out.l0)
-    sums = kernels.latent_pass(entries, out.u, transposed, threshold, s, objective(loss, n), impl=impl)
-    squared_error = out.squared_error.mean()
-    total = squared_error + penalty + frequency_penalty(loss, sums.firing_count, n) + tanh
-    db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
-    if pre_encoder_bias:
-        db_dec = db_dec - kernels.encoder_times(W_enc, sums.db_enc, impl=impl)
-    bound = gradient_bound(loss, squared_error, s, x_centred, f_norm, threshold, transposed.offsets.diff())
-    return SparseGradients(total, out.squared_error, out.l0.mean(), transposed, sums, out.residual, db_dec, bound)
+    weights = _objective(loss, len(x), scheduled)
+    sums = kernels.latent_pass(entries, out.u, transposed, threshold, tokens.s, weights, impl=impl)
+    of_encoder = kernels.encoder_times(W_enc, sums.db_enc, impl=impl) if pre_encoder_bias else None
+    return SparsePass(tokens, out, transposed, sums, of_encoder)
+
+
+def _penalty(loss: Loss, scheduled: Scheduled | None) -> Penalty:
+    found = penalty(loss)
+    return found if scheduled is None else found._replace(coefficient=scheduled.l0_coefficient)
+
+
+def _objective(loss: Loss, n: int, scheduled: Scheduled | None) -> kernels.Objective:
+    found = objective(loss, n)
+    if scheduled is None:
+        return found
+    slopes = {"frequency_slope": scheduled.frequency_slope, "tanh_slope": scheduled.tanh_slope}
+    return found._replace(**{name: slope for name, slope in slopes.items() if slope is not None})
 
 
 @torch.no_grad()
 @without_autocast
-def sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None) -> StepFigures:
+def sparse_step(
+    state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None, scheduled: Scheduled | None = None
+) -> StepFigures:
     """Update ``state`` by the loss on x [N, d_model] fp32, divided by the input scale. capacity: room for entries; the
-    reference, which knows how many there are, also takes None."""
+    reference, which knows how many there are, also takes None. scheduled: takes the place of the learning rate of
+    ``rule``, of λ and of the column whose copies are compared, for a step that is captured; by default those of
+    ``loss``, ``rule`` and `TrainState.next_column`, on the device where the kernels run."""
     sae, impl, latents = state.sae, state.impl, state.ready()
-    x_centred, W_enc, W_dec = _centred(state, x), state.encoder_rows, state.decoder_rows
-    tf32 = state.compute_dtype == "tf32"
+    if scheduled is None:
+        scheduled = Scheduled.of(loss, rule, len(x), state.next_column())
+        if impl == "triton":
+            scheduled = scheduled.to(x.device)
+    rule = rule._replace(learning_rate=scheduled.learning_rate)
+    W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
+    centred = operator("centre", impl)(x, b_dec if sae.pre_encoder_bias else None, W_enc.dtype)
     entries = kernels.encode_entries(
-        x_centred, W_enc.T, sae.b_enc, sae.threshold, loss.bandwidth, capacity, tf32=tf32, impl=impl
+        centred.x,
+        W_enc.T,
+        sae.b_enc,
+        sae.threshold,
+        loss.bandwidth,
+        capacity,
+        tf32=state.compute_dtype == "tf32",
+        impl=impl,
     )
-    weights = (W_enc, W_dec, sae.b_dec, sae.threshold)
-    out = sparse_gradients(impl, entries, x, x_centred, *weights, loss, sae.pre_encoder_bias)
-    n_entries = entries.offsets[-1]
-    ok = _permission(state, out.loss, out.bound, n_entries <= len(entries.z))
+    weights = (W_enc, W_dec, b_dec, sae.threshold)
+    found = sparse_pass(impl, entries, x, centred, *weights, loss, sae.pre_encoder_bias, scheduled)
+    tokens, out, transposed, sums, of_encoder = found
+    conclusion = operator("conclude", impl)(
+        latents,
+        out.squared_error,
+        out.l0,
+        tokens,
+        centred.norms,
+        transposed,
+        sums.firing_count,
+        entries.offsets[-1],
+        len(entries.z),
+        _penalty(loss, scheduled),
+        _objective(loss, len(x), scheduled),
+        scheduled.column,
+        state.stalled,
+        state.skipped,
+        state.updates,
+    )
     kernels.update_from_entries(
-        latents, out.transposed, out.sums, out.residual, x_centred, rule, ok, state.updates, impl=impl
+        latents, transposed, sums, out.residual, centred.x, rule, conclusion.ok, state.updates, impl=impl
     )
-    _finish(state, out.db_dec, out.sums.firing_count, x.shape[0], rule, ok)
-    fidelity = _fidelity(x, out.errors)
-    return StepFigures(out.loss, *fidelity, out.l0, n_entries, state.stalled, ok, state.skipped)
+    operator("finish", impl)(
+        b_dec,
+        state.b_dec_v,
+        state.tokens_since_fired,
+        state.updates,
+        tokens.residual_sums,
+        of_encoder,
+        sums.firing_count,
+        len(x),
+        rule,
+        conclusion.ok,
+        conclusion.number,
+    )
+    return StepFigures.of(conclusion.figures)
 
 
 @torch.no_grad()
@@ -211,67 +258,95 @@ def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigu
 def _dense_step(
     state: TrainState, latents: LatentState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]
 ) -> StepFigures:
-    sae, impl, n = state.sae, state.impl, x.shape[0]
-    x_centred = _centred(state, x)
+    sae, impl, n, b_dec, sparsity = state.sae, state.impl, x.shape[0], state.sae.b_dec.data, penalty(loss)
+    centred = operator("centre", impl)(x, b_dec if sae.pre_encoder_bias else None, state.encoder_rows.dtype)
 
     def encode(tile: slice):
         weights = (state.encoder_rows[tile].T, sae.b_enc[tile], sae.threshold[tile])
         tf32 = state.compute_dtype == "tf32"
-        return kernels.dense_encode(x_centred, *weights, loss.bandwidth, tf32=tf32, impl=impl)
+        return kernels.dense_encode(centred.x, *weights, loss.bandwidth, tf32=tf32, impl=impl)
 
-    x_hat, l0, tanh, counts, touched, f_norms, n_entries = sae.b_dec.expand(x.shape), 0.0, 0.0, [], [], [], 0
+    x_hat, l0, tanh, counts, touched, f_norms, n_entries = b_dec.expand(x.shape), 0.0, [], [], [], [], 0
     for tile in tiles:
         code = encode(tile)
         x_hat = x_hat + matmul(code.f, state.decoder_rows[tile])
         l0, n_entries = l0 + code.l0, n_entries + code.n_entries
-        tanh = tanh + tanh_penalty(loss, code.f, n)
+        tanh.append(tanh_sum(sparsity, code.f))
         counts.append(code.firing_count)
         touched.append(code.touched)
         f_norms.append(torch.linalg.vector_norm(code.f, dtype=x.dtype))
     assert isinstance(l0, Tensor)  # a sum over at least one tile
     assert isinstance(n_entries, Tensor)
-    firing_count = torch.cat(counts)
-    residual = x_hat - x
-    penalty, s = l0_penalty(loss, l0)
-    errors = residual.square().sum(1)
-    squared_error = errors.mean()
-    total = squared_error + penalty + frequency_penalty(loss, firing_count, n) + tanh
-
-    f_norm = torch.linalg.vector_norm(torch.stack(f_norms))
-    bound = gradient_bound(loss, squared_error, s, x_centred, f_norm, sae.threshold, torch.cat(touched))
-    ok = _permission(state, total, bound, True)
+    firing_count, residual = torch.cat(counts), x_hat - x
     low, g = (t.to(state.decoder_rows.dtype) for t in (residual, residual * (2 / n)))
-    db_dec = low.sum(0, dtype=x.dtype) * (2 / n)
+    errors, s = residual.square().sum(1), l0_penalty(loss, l0)[1]
+    tokens = TokenSums(
+        s,
+        *spread_and_shares(x, centred.column_sums, errors),
+        torch.stack(f_norms),
+        None if sparsity.tanh_scale is None else torch.stack(tanh),
+        low.sum(0, dtype=x.dtype)[None],
+    )
+    conclusion = operator("conclude", impl)(
+        latents,
+        errors,
+        l0,
+        tokens,
+        centred.norms,
+        torch.cat(touched),
+        firing_count,
+        n_entries,
+        None,
+        sparsity,
+        objective(loss, n),
+        state.next_column(),
+        state.stalled,
+        state.skipped,
+        state.updates,
+    )
+    of_encoder = None
     for tile in tiles:
         code = code if len(tiles) == 1 else encode(tile)
         u = low @ state.decoder_rows[tile].T
         dz, db_enc, dthreshold = kernels.dense_backward(u, code, sae.threshold[tile], s, objective(loss, n), impl=impl)
         if sae.pre_encoder_bias:
-            db_dec = db_dec - kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
+            part = kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
+            of_encoder = part if of_encoder is None else of_encoder + part
         kernels.update_from_dense(
             LatentState._make(None if t is None else t[tile] for t in latents),
-            matmul(dz.T, x_centred),
+            matmul(dz.T, centred.x),
             matmul(code.f.T, g),
             db_enc,
             dthreshold,
             code.touched,
             rule,
-            ok,
+            conclusion.ok,
             state.updates,
             impl=impl,
         )
-    _finish(state, db_dec, firing_count, n, rule, ok)
-    fidelity = _fidelity(x, errors)
-    return StepFigures(total, *fidelity, l0.mean(), n_entries, state.stalled, ok, state.skipped)
+    operator("finish", impl)(
+        b_dec,
+        state.b_dec_v,
+        state.tokens_since_fired,
+        state.updates,
+        tokens.residual_sums,
+        of_encoder,
+        firing_count,
+        n,
+        rule,
+        conclusion.ok,
+        conclusion.number,
+    )
+    return StepFigures.of(conclusion.figures)
 
 
 @torch.no_grad()
 @without_autocast
 def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: Tensor | None = None) -> StepFigures:
     """The same update by `loss_and_gradients`, in fp32. dead: bool [d_sae], for the pre-activation loss."""
-    latents, out = state.ready(), loss_and_gradients(state.sae, x, loss, dead)
-    ok = _permission(state, out.loss, out.bound, True)
-    gradients = out.gradients
+    latents, out, n = state.ready(), loss_and_gradients(state.sae, x, loss, dead), x.shape[0]
+    ok = permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
+    gradients, number = out.gradients, state.updates + 1
     kernels.update_from_dense(
         latents,
         gradients.W_enc.T,
@@ -284,6 +359,8 @@ def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: T
         state.updates,
         impl="reference",
     )
-    _finish(state, gradients.b_dec, out.firing_count, x.shape[0], rule, ok)
-    fidelity = _fidelity(x, out.residual.square().sum(1))
-    return StepFigures(out.loss, *fidelity, out.l0, out.n_entries, state.stalled, ok, state.skipped)
+    counters = (state.tokens_since_fired, state.updates)
+    move(state.sae.b_dec.data, state.b_dec_v, *counters, gradients.b_dec, out.firing_count, n, rule, ok, number)
+    errors = out.residual.square().sum(1)
+    means = fidelity(errors, *spread_and_shares(x, x.sum(0)[None], errors))
+    return StepFigures.of(pack(out.loss, *means, out.l0, out.n_entries, state.stalled, ok, state.skipped))

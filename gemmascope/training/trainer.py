@@ -22,6 +22,7 @@ from .snapshot import Checked, check_facts, check_keys, check_same, check_tensor
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
 from .unfold import check_fits, unfolded
+from .upload import uploaded
 
 # Steps that a GPU is given before the host looks at the figures of the first of them.
 RUN_AHEAD = 4
@@ -124,7 +125,7 @@ class SAETrainer:
     dtype: fp64 is for comparisons, on a CPU.
 
     A step whose loss is not finite, or whose gradients are so large that second moments or weights might not be after
-    it (`losses.gradient_bound`), changes nothing but the count of skipped steps.
+    it (`kernels.reference.conclusion.gradient_bound`), changes nothing but the count of skipped steps.
 
     The SAE may be loaded, changed in place and copied at any time, and cast or moved there and back: the next step
     trains what it then is, or raises ValueError when it is of another shape, dtype or device than at the start. Second
@@ -206,12 +207,13 @@ class SAETrainer:
     def update(self, x_raw: Tensor) -> None:
         """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device.
 
-        On a GPU it returns before the step is made. Raises ValueError or TypeError for another batch, ValueError for an
+        On a GPU it returns before the step is made, and activations on the host are copied there beside the steps under
+        way (`upload.uploaded`). Raises ValueError or TypeError for another batch, ValueError for an
         SAE that is not what it was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
         """
         self.check_batch(x_raw)
         given = x_raw.detach()
-        x = given.to(self.state.b_dec_v)
+        x = uploaded(given, self.state.b_dec_v).to(self.state.b_dec_v)
         x = x / self.sae.input_scale if x is given else x.div_(self.sae.input_scale)
         self._launch(x, self.step, self.route)
         self.step += 1
@@ -257,7 +259,7 @@ class SAETrainer:
         except torch.OutOfMemoryError as error:
             memory = self.memory(replace(config, batch_size=len(x)), sae.d_model, x.device)
             raise EnvironmentProblemError(memory.advice(self._available)) from error
-        self._pending.append(_Job(x, step, route, *_to_host(figures.pack())))
+        self._pending.append(_Job(x, step, route, *_to_host(figures.packed)))
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""

@@ -15,6 +15,11 @@ from .inference import preactivations
 _ops = torch.ops.gemmascope_cpu
 
 
+def _numbers(values: Rule | Objective) -> list:
+    """Numbers that may come as tensors."""
+    return [float(value.detach()) if isinstance(value, Tensor) else value for value in values]
+
+
 def encode_entries(
     x: Tensor,
     W_enc: Tensor,
@@ -57,7 +62,7 @@ def latent_pass(
         *transposed,
         threshold.contiguous(),
         s.float().contiguous(),
-        *objective,
+        *_numbers(objective),
     )
     return LatentSums(dec, dz, tokens, db_enc, dthreshold, along, count)
 
@@ -104,7 +109,7 @@ def update_from_entries(
         sums.dthreshold,
         residual.contiguous(),
         x_centred.contiguous(),
-        *rule,
+        *_numbers(rule),
         int(step) + 1,
     )
 
@@ -129,7 +134,7 @@ def dense_backward(
         code.firing_count,
         threshold.contiguous(),
         s.float().contiguous(),
-        *objective,
+        *_numbers(objective),
     )
     return u, db_enc, dthreshold
 
@@ -154,6 +159,6 @@ def update_from_dense(
         db_enc,
         dthreshold,
         touched,
-        *rule,
+        *_numbers(rule),
         int(step) + 1,
     )

@@ -1,5 +1,6 @@
 """Plain PyTorch written for speed: what a CPU runs where the native backend was not built."""
 
+from ..reference.conclusion import centre, conclude, finish, token_pass
 from .inference import (
     decode_backward,
     decode_forward,
@@ -24,6 +25,8 @@ from .training import (
 
 __all__ = [
     "by_latent",
+    "centre",
+    "conclude",
     "decode_backward",
     "decode_forward",
     "dense_backward",
@@ -31,12 +34,14 @@ __all__ = [
     "encode_entries",
     "encode_forward",
     "encoder_times",
+    "finish",
     "jumprelu_backward",
     "jumprelu_forward",
     "latent_pass",
     "preactivations",
     "residual_pass",
     "settle",
+    "token_pass",
     "update_from_dense",
     "update_from_entries",
     "weight_gradients",

@@ -94,7 +94,7 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> 
 
 def _penalised(u: Tensor, f: Tensor, objective: Objective) -> Tensor:
     """u, and the slope of a tanh penalty: 1/cosh² = 1 − tanh², without its cancellation."""
-    if not objective.tanh_slope:
+    if not isinstance(objective.tanh_slope, Tensor) and objective.tanh_slope == 0:
         return u
     return u + objective.tanh_slope * torch.cosh(objective.tanh_scale * f).reciprocal_().square_()
 
@@ -221,8 +221,9 @@ def _adam_(weight: Tensor, v: Tensor, gradient: Tensor, decay: Tensor, rule: Rul
     A gradient of 0 with a decay of 1 leaves a row bit for bit as it was.
     """
     v.mul_(decay).addcmul_(gradient, gradient, value=1 - rule.beta2)
+    rate = rule.learning_rate.detach() if isinstance(rule.learning_rate, Tensor) else rule.learning_rate
     root = correction**0.5
-    weight.addcdiv_(gradient, v.sqrt().add_(rule.eps * root), value=-rule.learning_rate * root)
+    weight.addcdiv_(gradient, v.sqrt().add_(rule.eps * root), value=-float(rate) * root)
 
 
 def update_from_entries(

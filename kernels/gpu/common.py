@@ -31,8 +31,8 @@ def launch(kernel, grid: tuple[int, ...], *arguments, on: Tensor, **named) -> No
 
 
 def device_scalar(value: float | Tensor, on: Tensor) -> Tensor:
-    """A number as a 0-d fp64 tensor on the device of ``on``, without waiting for it. A tensor is taken as it is, so that
-    a captured launch reads what it holds when it is replayed."""
+    """A number as a 0-d fp64 tensor on the device of ``on``, without waiting for it. A tensor is taken as it is, so
+    that a captured launch reads what it holds when it is replayed."""
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=on.device)
 
 

@@ -5,6 +5,7 @@ nothing of the code written for speed, which is judged against it.
 """
 
 from .autoencoder import Forward, Parameters, sae_backward, sae_forward, sae_loss
+from .conclusion import centre, conclude, finish, token_pass
 from .gates import activation, compute_dtype, gate, greater, nan_or_zero, threshold_gradient, window, without_autocast
 from .inference import (
     decode_backward,
@@ -33,7 +34,9 @@ __all__ = [
     "Parameters",
     "activation",
     "by_latent",
+    "centre",
     "compute_dtype",
+    "conclude",
     "decode_backward",
     "decode_forward",
     "dense_backward",
@@ -41,6 +44,7 @@ __all__ = [
     "encode_entries",
     "encode_forward",
     "encoder_times",
+    "finish",
     "gate",
     "greater",
     "jumprelu_backward",
@@ -54,6 +58,7 @@ __all__ = [
     "sae_loss",
     "settle",
     "threshold_gradient",
+    "token_pass",
     "update_from_dense",
     "update_from_entries",
     "weight_gradients",

@@ -37,7 +37,7 @@ def _active_and_window(z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[
 
 def _with_tanh_slope(u: Tensor, f: Tensor, objective: Objective) -> Tensor:
     """∂L/∂f: u, and the slope of a penalty λ·tanh(c·f), of which tanh' = 1/cosh² does not cancel as 1 − tanh² does."""
-    if objective.tanh_slope == 0:
+    if not isinstance(objective.tanh_slope, Tensor) and objective.tanh_slope == 0:
         return u
     return u + objective.tanh_slope * torch.cosh(objective.tanh_scale * f).reciprocal().square()
 

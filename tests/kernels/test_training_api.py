@@ -1,5 +1,7 @@
 """The public operators of the training step: one step by them alone, what they refuse, room that grows by itself."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from gemmascope import kernels
 from gemmascope.kernels import api
 from gemmascope.kernels.dispatch import triton_problem
 from tests.helpers import assert_bitwise_equal, normal
+from tests.kernels.native import needs_native
 
 N, D, F = 5, 6, 7
 OBJECTIVE = kernels.Objective(0.3)
@@ -89,6 +92,20 @@ BAD = [
     ("latent_pass", 2, "x", TypeError, "transposed: expected a ByLatent, got str"),
     ("latent_pass", 4, torch.zeros(N - 1), ValueError, r"s: expected shape \[5\], got \[4\]"),
     ("latent_pass", 5, OBJECTIVE._replace(bandwidth=0.0), ValueError, "objective.bandwidth: expected a finite number"),
+    (
+        "latent_pass",
+        5,
+        OBJECTIVE._replace(tanh_slope=torch.zeros(1)),
+        ValueError,
+        r"objective.tanh_slope: expected shape \[\], got \[1\]",
+    ),
+    (
+        "latent_pass",
+        5,
+        OBJECTIVE._replace(frequency_slope=torch.tensor(math.nan)),
+        ValueError,
+        "objective.frequency_slope: expected a finite number",
+    ),
     ("latent_pass", 5, OBJECTIVE._replace(ste_to_z=1), TypeError, "objective.ste_to_z: expected a bool, got int"),
     ("weight_gradients", 1, (1, 2), TypeError, "sums: expected a LatentSums, got tuple"),
     ("weight_gradients", 3, torch.zeros(N, D + 1), ValueError, r"x_centred: expected shape \[5, 6\], got \[5, 7\]"),
@@ -103,11 +120,39 @@ BAD = [
         ValueError,
         "rule.beta2: expected a finite number > 0 and ≤ 1",
     ),
+    (
+        "update_from_entries",
+        5,
+        RULE._replace(learning_rate=torch.ones((), dtype=torch.int64)),
+        TypeError,
+        "rule.learning_rate: expected dtype float32 or float64, got int64",
+    ),
+    (
+        "update_from_entries",
+        5,
+        RULE._replace(learning_rate=torch.ones((), device="meta")),
+        ValueError,
+        "rule.learning_rate: expected device cpu, got meta",
+    ),
+    (
+        "update_from_entries",
+        5,
+        RULE._replace(learning_rate=torch.tensor(-1.0)),
+        ValueError,
+        "rule.learning_rate: expected a finite number ≥ 0, got -1.0",
+    ),
     ("update_from_entries", 6, torch.ones(()), TypeError, "ok: expected dtype int32, got float32"),
     ("update_from_entries", 7, torch.zeros(1, dtype=torch.int64), ValueError, r"step: expected shape \[\], got \[1\]"),
     ("settle", 2, 0.0, ValueError, "beta2: expected a finite number > 0 and ≤ 1, got 0.0"),
     ("dense_encode", 3, torch.zeros(F, dtype=torch.bfloat16), TypeError, "threshold: expected dtype float32, got bf"),
     ("dense_backward", 0, torch.zeros(N, F + 1), ValueError, r"code.f: expected shape \[5, 8\], got \[5, 7\]"),
+    (
+        "dense_backward",
+        4,
+        OBJECTIVE._replace(tanh_slope=torch.zeros(())),
+        TypeError,
+        "objective.tanh_slope: expected a number, got Tensor",
+    ),
     ("dense_backward", 1, None, TypeError, "code: expected a DenseCode, got NoneType"),
     ("update_from_dense", 1, torch.zeros(F, D + 1), ValueError, r"dW_enc: expected shape \[7, 6\], got \[7, 7\]"),
     ("update_from_dense", 5, torch.ones(F), TypeError, "touched: expected dtype int32, got float32"),
@@ -126,6 +171,29 @@ def test_messages(name, position, value, error, message):
 def test_unknown_implementations_are_refused(name):
     with pytest.raises(ValueError, match="impl: expected one of"):
         getattr(kernels, name)(*Step().arguments(name), impl="cuda")
+
+
+@pytest.mark.parametrize("impl", ["reference", "pytorch", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_that_come_as_tensors_are_the_same_numbers(impl, dtype):
+    """To the bit: rates and slopes that fp32 holds."""
+    found = []
+    for tensors in (False, True):
+        step = Step()
+        given = step.arguments("latent_pass"), step.arguments("update_from_entries")
+        objective, rule = OBJECTIVE._replace(frequency_slope=0.125, tanh_slope=0.25, tanh_scale=2.0), given[1][5]
+        rule = rule._replace(learning_rate=2.0**-7)
+        if tensors:
+            slopes = {name: torch.tensor(getattr(objective, name), dtype=dtype) for name in objective._fields[1:3]}
+            objective = objective._replace(**slopes)
+            rule = rule._replace(learning_rate=torch.tensor(rule.learning_rate, dtype=dtype))
+        given[0][5], given[1][5] = objective, rule
+        sums = kernels.latent_pass(*given[0], impl=impl)
+        kernels.update_from_entries(*given[1], impl=impl)
+        n = int(given[0][2].offsets[-1])
+        found.append((sums.dz[:n], sums.dthreshold, given[1][0].W_dec, given[1][0].W_enc, given[1][0].threshold))
+    for i, (number, tensor) in enumerate(zip(*found, strict=True)):
+        assert_bitwise_equal(str(i), tensor, number)
 
 
 @needs_triton

@@ -1,0 +1,116 @@
+"""The end of a training step: the decoder's bias by Adam with β1 = 0, and the counters; nothing moves unless ``ok``.
+
+    db_dec = (2/N)·Σ_n r_n − W_enc·db_enc;   v ← β2·v + (1 − β2)·db_dec²;   k: which update this is, counted from 1
+    b_dec ← b_dec − lr·db_dec/(√(v/(1 − β2^k)) + eps);   tokens since latent j fired ← 0 where it did, else + N
+
+One launch: some programs do a block of latents, the others a block of columns, for which each adds up the parts of the
+residual's sum in their order. The first of them counts the update; the others do not read that counter, but k. Sums are
+fp32, the power of β2 fp64.
+"""
+
+import math
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..entries import Rule
+from .common import device_scalar, launch
+
+
+@dataclass(frozen=True)
+class FinishConfig:
+    block_f: int  # latents of a program
+    block_d: int  # columns of a program
+    block_n: int  # parts taken together
+    num_warps: int
+
+
+CONFIG = FinishConfig(block_f=1024, block_d=64, block_n=32, num_warps=4)
+
+
+@triton.jit
+def _finish_kernel(
+    b_dec_ptr, v_ptr, since_ptr, updates_ptr, sums_ptr, of_encoder_ptr, firing_count_ptr, learning_rate_ptr, ok_ptr,
+    number_ptr, F, D, parts, latent_blocks, n_tokens, scale, eps,
+    BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if tl.load(ok_ptr) == 0:
+        return
+    pid = tl.program_id(0)
+    number = tl.load(number_ptr)
+    if pid == 0:
+        tl.store(updates_ptr, number)
+    if pid < latent_blocks:
+        j = pid * BLOCK_F + tl.arange(0, BLOCK_F)
+        in_latents = j < F
+        fired = tl.load(firing_count_ptr + j, mask=in_latents, other=0) > 0
+        since = tl.load(since_ptr + j, mask=in_latents, other=0) + n_tokens
+        tl.store(since_ptr + j, tl.where(fired, 0, since), mask=in_latents)
+    else:
+        columns = (pid - latent_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+        in_columns = columns < D
+        totals = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for start in range(0, parts, BLOCK_N):
+            rows = start + tl.arange(0, BLOCK_N)
+            mask = (rows < parts)[:, None] & in_columns[None, :]
+            totals += tl.load(sums_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0)
+        gradient = tl.sum(totals, 0) * scale
+        if of_encoder_ptr is not None:
+            gradient -= tl.load(of_encoder_ptr + columns, mask=in_columns, other=0.0)
+        power = tl.exp2(number.to(tl.float64) * tl.full((), LOG2_BETA2, tl.float64))
+        correction = (1.0 - power).to(tl.float32)
+        learning_rate = tl.load(learning_rate_ptr).to(tl.float32)
+        v = BETA2 * tl.load(v_ptr + columns, mask=in_columns, other=0.0) + (1.0 - BETA2) * (gradient * gradient)
+        b_dec = tl.load(b_dec_ptr + columns, mask=in_columns, other=0.0)
+        b_dec -= learning_rate * gradient / (tl.sqrt(v / correction) + eps)
+        tl.store(v_ptr + columns, v, mask=in_columns)
+        tl.store(b_dec_ptr + columns, b_dec, mask=in_columns)
+
+
+def finish(
+    b_dec: Tensor,
+    b_dec_v: Tensor,
+    tokens_since_fired: Tensor,
+    updates: Tensor,
+    residual_sums: Tensor,
+    of_encoder: Tensor | None,
+    firing_count: Tensor,
+    n: int,
+    rule: Rule,
+    ok: Tensor,
+    number: Tensor,
+) -> None:
+    """By the contract of `reference.conclusion.finish`. Every SAE has a latent."""
+    config, F, d = CONFIG, firing_count.shape[0], b_dec.shape[0]
+    latent_blocks = triton.cdiv(F, config.block_f)
+    launch(
+        _finish_kernel,
+        (latent_blocks + triton.cdiv(d, config.block_d),),
+        on=b_dec,
+        b_dec_ptr=b_dec,
+        v_ptr=b_dec_v,
+        since_ptr=tokens_since_fired,
+        updates_ptr=updates,
+        sums_ptr=residual_sums.contiguous(),
+        of_encoder_ptr=of_encoder,
+        firing_count_ptr=firing_count,
+        learning_rate_ptr=device_scalar(rule.learning_rate, b_dec),
+        ok_ptr=ok,
+        number_ptr=number,
+        F=F,
+        D=d,
+        parts=residual_sums.shape[0],
+        latent_blocks=latent_blocks,
+        n_tokens=n,
+        scale=2 / n,
+        eps=rule.eps,
+        BETA2=rule.beta2,
+        LOG2_BETA2=math.log2(rule.beta2),
+        BLOCK_F=config.block_f,
+        BLOCK_D=config.block_d,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )
