@@ -18,6 +18,7 @@ from gemmascope.kernels.gpu import entries as gpu_entries
 from gemmascope.kernels.gpu import jumprelu as gpu_jumprelu
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
+from gemmascope.kernels.gpu import transpose as gpu_transpose
 from gemmascope.kernels.gpu import update as gpu_update
 
 
@@ -409,6 +410,7 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             num_warps=config.num_warps,
             expects=prefetch,
         )
+    yield from transpose(entries)
     config = gpu_latents.CONFIG
     for suffix, options in (("", False), ("_all_options", True)):
         floats = ("scale", "bandwidth", "half_bandwidth", "frequency_slope", "tanh_slope", "tanh_scale")
@@ -474,6 +476,42 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 num_warps=config.num_warps,
                 expects=prefetch if source == "entries" and not target.startswith("gfx") else (),
             )
+
+
+def transpose(entries: dict[str, str]) -> Iterator[Spec]:
+    """The counting sort by latent, of 16,384 latents and 4,096 tokens. entries: types of pointers to them."""
+    config = gpu_transpose.CONFIG
+    read = {name: entries[name] for name in ("latents_ptr", "offsets_ptr")} | {"tokens_ptr": "*i32"}
+    sizes = dict.fromkeys(("N", "F", "capacity", "per_latent"), "i32")
+    grouping = {"GROUP": config.group, "BINS": 128}
+    yield Spec(
+        name="transpose_mark",
+        kernel=gpu_transpose._mark_kernel,
+        arguments={**read, **dict.fromkeys(("marks_ptr", "counts_ptr", "groups_ptr"), "*i32"), **sizes},
+        constants={**grouping, "BLOCK": config.mark},
+        num_warps=config.num_warps,
+        expects=("atomic",),
+    )
+    yield Spec(
+        name="transpose_starts",
+        kernel=gpu_transpose._starts_kernel,
+        arguments={
+            **dict.fromkeys(("counts_ptr", "groups_ptr", "starts_ptr"), "*i32"),
+            "offsets_ptr": "*i64",
+            **dict.fromkeys(("n_blocks", "per_latent"), "i32"),
+        },
+        constants=grouping,
+        num_warps=config.num_warps,
+        expects=("load128", "store128"),
+    )
+    yield Spec(
+        name="transpose_place",
+        kernel=gpu_transpose._place_kernel,
+        arguments={**read, **dict.fromkeys(("marks_ptr", "starts_ptr"), "*i32"), "order_ptr": "*i64", **sizes},
+        constants={"BLOCK": config.place},
+        num_warps=config.num_warps,
+        expects=("load128",),
+    )
 
 
 OPERATORS = (jumprelu, encode, training_encode, dense, decode, sparse_step)

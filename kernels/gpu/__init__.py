@@ -1,7 +1,6 @@
 """The Triton kernels, one operator a file: formula, kernel, launcher."""
 
 from ..reference.training import settle
-from ..transpose import by_latent
 from .decode import decode_backward, decode_forward
 from .dense import dense_backward, dense_encode
 from .encode import encode_forward, preactivations
@@ -9,6 +8,7 @@ from .entries import encode_entries
 from .jumprelu import jumprelu_backward, jumprelu_forward
 from .latents import encoder_times, latent_pass, weight_gradients
 from .residual import residual_pass
+from .transpose import by_latent
 from .update import update_from_dense, update_from_entries
 
 __all__ = [
