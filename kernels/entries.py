@@ -82,8 +82,8 @@ class Objective(NamedTuple):
     """What the entries need to know of the loss."""
 
     bandwidth: float
-    frequency_slope: float = 0.0  # t_j = frequency_slope · firing_count_j
-    tanh_slope: float = 0.0  # adds tanh_slope·(1 − tanh²(tanh_scale·f)) to u: λ·c/N of a penalty λ·tanh(c·f)
+    frequency_slope: float | Tensor = 0.0  # t_j = frequency_slope · firing_count_j
+    tanh_slope: float | Tensor = 0.0  # adds tanh_slope·(1 − tanh²(tanh_scale·f)) to u: λ·c/N of a penalty λ·tanh(c·f)
     tanh_scale: float = 0.0
     ste_to_z: bool = False
 

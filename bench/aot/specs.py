@@ -20,6 +20,7 @@ from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
 from gemmascope.kernels.gpu import transpose as gpu_transpose
 from gemmascope.kernels.gpu import update as gpu_update
+from gemmascope.kernels.gpu import weighted_sum as gpu_weighted_sum
 
 
 @dataclass(frozen=True)
@@ -413,7 +414,8 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
     yield from transpose(entries)
     config = gpu_latents.CONFIG
     for suffix, options in (("", False), ("_all_options", True)):
-        floats = ("scale", "bandwidth", "half_bandwidth", "frequency_slope", "tanh_slope", "tanh_scale")
+        floats = ("scale", "bandwidth", "half_bandwidth", "tanh_scale")
+        slopes = ("frequency_slope_ptr", "tanh_slope_ptr")
         outputs = ("dec_ptr", "dz_ptr", "db_enc_ptr", "dthreshold_ptr", "along_ptr")
         yield Spec(
             name=f"latents{suffix}",
@@ -427,14 +429,41 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 "count_ptr": "*i32",
                 "F": "i32",
                 **dict.fromkeys(floats, "fp32"),
+                **(dict.fromkeys(slopes, "*fp64") if options else {}),
             },
             constants={
-                **dict.fromkeys(("HAS_FREQUENCY", "HAS_TANH", "STE_TO_Z"), options),
+                **({} if options else dict.fromkeys(slopes)),
+                "STE_TO_Z": options,
                 "BLOCK_F": config.block_f,
                 "LANES": config.lanes,
+                "LONG": config.long,
+                "LONG_LANES": config.long_lanes,
+            },
+            num_warps=config.num_warps,
+        )
+    for dtype, config in (
+        ("bf16", gpu_weighted_sum.ROWS),
+        ("fp32", gpu_weighted_sum.ROWS),
+        ("", gpu_weighted_sum.GROUPS),
+    ):
+        table = {"table_ptr": f"*{dtype or 'fp32'}", "out_ptr": "*fp32"}
+        yield Spec(
+            name=f"encoder_times_{dtype or 'groups'}",
+            kernel=gpu_weighted_sum._sum_rows_kernel,
+            arguments={
+                **({"coefficients_ptr": "*fp32"} if dtype else {}),
+                **table,
+                **dict.fromkeys(("ROWS", "GROUP", "D", "stride_row"), "i32"),
+            },
+            constants={
+                **({} if dtype else {"coefficients_ptr": None}),
+                "stride_column": 1,
+                "LANES": config.lanes,
+                "BLOCK_D": config.block_d,
                 "NUM_STAGES": config.num_stages,
             },
             num_warps=config.num_warps,
+            expects=prefetch,
         )
     config = gpu_update.CONFIG
     parameters = ("W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "threshold_ptr")

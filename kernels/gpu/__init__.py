@@ -6,10 +6,11 @@ from .dense import dense_backward, dense_encode
 from .encode import encode_forward, preactivations
 from .entries import encode_entries
 from .jumprelu import jumprelu_backward, jumprelu_forward
-from .latents import encoder_times, latent_pass, weight_gradients
+from .latents import latent_pass, weight_gradients
 from .residual import residual_pass
 from .transpose import by_latent
 from .update import update_from_dense, update_from_entries
+from .weighted_sum import encoder_times
 
 __all__ = [
     "by_latent",
