@@ -38,8 +38,10 @@ TESTS = {
     "gpu/dense.py": ["tests/kernels/test_dense.py", "-k", "not every_tiling and not repeats"],
     "gpu/decode.py": ["tests/kernels/test_decode.py", "-k", "not float16"],
     "gpu/residual.py": ["tests/kernels/test_residual.py", "-k", "not float32 and not shipped"],
-    "gpu/latents.py": ["tests/kernels/test_latents.py", "-k", "not shipped and not float32"],
+    "gpu/latents.py": ["tests/kernels/test_latents.py", "-k", "not shipped and not float32 and not encoder_times"],
+    "gpu/weighted_sum.py": ["tests/kernels/test_latents.py", "-k", "encoder_times"],
     "gpu/update.py": ["tests/kernels/test_update.py", "-k", "not owed"],
+    "gpu/transpose.py": ["tests/kernels/test_transpose.py", "-k", "not shipped and not one_latent"],
     "transpose.py": ["tests/kernels/test_latents.py", "-k", "by_latent"],
     "gpu/centring.py": ["tests/kernels/test_conclusion.py", "-k", "centre or not_finite_stays"],
     "gpu/tokens.py": ["tests/kernels/test_conclusion.py", "-k", "token or missing or share or tanh_has"],
@@ -306,8 +308,8 @@ LATENTS = [
     ("sign of the penalty", "du + (s + penalty)", "du - (s + penalty)"),
     ("1/bandwidth missing", "-(threshold * du + (s + penalty)) / bandwidth", "-(threshold * du + (s + penalty))"),
     ("frequency of one group only",
-     "        fired = tl.zeros((BLOCK_F, LANES), tl.int32)\n        for start in tl.range(0, longest,",
-     "        fired = tl.zeros((BLOCK_F, LANES), tl.int32)\n        for start in tl.range(0, LANES,"),
+     "        fired = tl.zeros((LISTS, LANES), tl.int32)\n        for start in range(0, longest,",
+     "        fired = tl.zeros((LISTS, LANES), tl.int32)\n        for start in range(0, LANES,"),
     ("frequency of window entries too", "(tl.load(latents_ptr + entries, mask=valid, other=0) >= _ACTIVE).to(tl.int32)",
      "valid.to(tl.int32)"),
     ("along is left at zero", "        along += f * du\n", ""),
@@ -317,17 +319,40 @@ LATENTS = [
     ("sign of the straight-through part", "dz -= q", "dz += q"),
     ("2/N missing in dec", "tl.store(dec_ptr + places + start, scale * f", "tl.store(dec_ptr + places + start, f"),
     ("2/N is 1/N", "scale=2 / s.shape[0]", "scale=1 / s.shape[0]"),
-    ("first group only", "    along = tl.zeros((BLOCK_F, LANES), tl.float32)\n    for start in tl.range(0, longest,",
-     "    along = tl.zeros((BLOCK_F, LANES), tl.float32)\n    for start in tl.range(0, LANES,"),
+    ("first group only", "    along = tl.zeros((LISTS, LANES), tl.float32)\n    for start in range(0, longest,",
+     "    along = tl.zeros((LISTS, LANES), tl.float32)\n    for start in range(0, LANES,"),
     ("last group only", "db_enc += dz", "db_enc = dz"),
     ("entries in their first order", "tl.load(order_ptr + places + start, mask=valid, other=0)\n        active",
      "(places + start)\n        active"),
     ("latents past the last", "j + 1, mask=in_latents, other=0)", "j + 1)"),
     ("32-bit places", "places = first[:, None]", "places = first.to(tl.int32)[:, None]"),
     ("32-bit entries", "mask=valid, other=0)\n        active", "mask=valid, other=0).to(tl.int32)\n        active"),
-    ("encoder_times drops the last list", "torch.arange(0, F + group, group,", "torch.arange(0, F, group,"),
+    ("long lists twice", "is_short = in_latents & (length <= LONG)", "is_short = in_latents"),
+    ("long lists never", "if entries > LONG:", "if entries > 2 * LONG:"),
+    ("a list of every latent beside a long one", "if entries > LONG:", "if entries >= 0:"),
+    ("lists just not long", "(length <= LONG)", "(length < LONG)"),
+    ("long lists past the last latent", "end = tl.minimum(tl.program_id(0) * BLOCK_F + BLOCK_F, F)",
+     "end = tl.program_id(0) * BLOCK_F + BLOCK_F"),
+    ("slopes that are not 0 taken for none", "None if not isinstance(slope, Tensor) and slope == 0 else",
+     "None if slope != 0 else"),
     ("weight gradients exchanged", "return sum_rows(sums.dz, x_centred), sum_rows(sums.dec, residual)",
      "return sum_rows(sums.dec, residual), sum_rows(sums.dz, x_centred)"),
+]  # fmt: skip
+
+WEIGHTED_SUM = [
+    ("last group dropped", "triton.cdiv(rows, group), d,", "rows // group, d,"),
+    ("group past the last row", "last = tl.minimum(first + GROUP, ROWS)", "last = first + GROUP"),
+    ("groups overlap", "first = tl.program_id(1) * GROUP", "first = tl.program_id(1) * (GROUP - 1)"),
+    ("coefficients left out", "coefficients[:, None] * table if", "table if"),
+    ("rows with the coefficient 0 are read", "counts = coefficients != 0", "counts = counts & True"),
+    ("rows with a NaN coefficient are not read", "counts = coefficients != 0",
+     "counts = (coefficients < 0) | (coefficients > 0)"),
+    ("rows past the group", "mask=counts, other=0.0)", "mask=rows < ROWS, other=0.0)"),
+    ("last rows only", "acc += coefficients", "acc = coefficients"),
+    ("columns past the row", "counts[:, None] & in_columns[None, :]", "counts[:, None]"),
+    ("32-bit rows", "rows.to(tl.int64)[:, None] * stride_row", "rows[:, None] * stride_row"),
+    ("table taken for contiguous", "columns.to(tl.int64)[None, :] * stride_column", "columns.to(tl.int64)[None, :]"),
+    ("groups summed into one place", "tl.program_id(1).to(tl.int64) * D + columns", "columns"),
 ]  # fmt: skip
 
 UPDATE = [
@@ -494,6 +519,31 @@ FINISHING = [
     ("latents past the last", "tl.where(fired, 0, since), mask=in_latents)", "tl.where(fired, 0, since))"),
 ]  # fmt: skip
 
+GPU_TRANSPOSE = [
+    ("active entries behind", "other=F) & _LATENT", "other=F)"),
+    ("what lies beyond the last entry", "mask=entries < stored, other=F)", "mask=entries < capacity, other=F)"),
+    ("entries past the capacity", "stored = tl.minimum(tl.load(offsets_ptr + N), capacity)",
+     "stored = tl.load(offsets_ptr + N)"),
+    ("block of the mark", "words = blocks * _WORDS + tokens // 32 % _WORDS", "words = blocks + tokens // 32 % _WORDS"),
+    ("bit of the mark", "1 << tokens % 32, mask=valid", "1 << tokens % 31, mask=valid"),
+    ("marks overwrite each other", "tl.atomic_or(marks_ptr + words, 1 << tokens % 32, mask=valid, sem=\"relaxed\")",
+     "tl.store(marks_ptr + words, 1 << tokens % 32, mask=valid)"),
+    ("counts overwrite each other", "tl.atomic_add(counts_ptr + blocks, 1, mask=valid, sem=\"relaxed\")",
+     "tl.store(counts_ptr + blocks, 1, mask=valid)"),
+    ("counts of masked entries", "counts_ptr + blocks, 1, mask=valid", "counts_ptr + blocks, 1, mask=blocks >= 0"),
+    ("groups of masked entries", "BINS, mask=valid)", "BINS)"),
+    ("group of its own counted before", "mask=bins < group", "mask=bins <= group"),
+    ("starts behind their entries", "tl.cumsum(counts, 0) - counts", "tl.cumsum(counts, 0)"),
+    ("no last offset", "(blocks <= n_blocks)", "(blocks < n_blocks)"),
+    ("offsets of every block", "(blocks % per_latent == 0) &", "(blocks >= 0) &"),
+    ("rank in its own word only", "words[None, :] < own, -1,", "words[None, :] < own, 0,"),
+    ("rank of whole words", "before = ~(-1 << tokens % 32)[:, None]", "before = (0 * tokens)[:, None]"),
+    ("rank counts the token itself", "~(-1 << tokens % 32)", "~(-2 << tokens % 32)"),
+    ("place of masked entries", "entries.to(tl.int64), mask=valid)", "entries.to(tl.int64))"),
+    ("sorts where it should count", "n_blocks > MARKS_BYTES", "n_blocks >= MARKS_BYTES"),
+    ("too few programs", "(triton.cdiv(possible, config.place),)", "(possible // config.place,)"),
+]  # fmt: skip
+
 MUTANTS = [
     Mutant(name, file, old, new)
     for file, mutants in (
@@ -505,12 +555,14 @@ MUTANTS = [
         ("gpu/decode.py", DECODE),
         ("gpu/residual.py", RESIDUAL),
         ("gpu/latents.py", LATENTS),
+        ("gpu/weighted_sum.py", WEIGHTED_SUM),
         ("gpu/update.py", UPDATE),
         ("transpose.py", TRANSPOSE),
         ("gpu/centring.py", CENTRING),
         ("gpu/tokens.py", TOKENS),
         ("gpu/conclusion.py", CONCLUSION),
         ("gpu/finishing.py", FINISHING),
+        ("gpu/transpose.py", GPU_TRANSPOSE),
     )
     for name, old, new in mutants
 ]

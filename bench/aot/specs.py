@@ -22,7 +22,9 @@ from gemmascope.kernels.gpu import jumprelu as gpu_jumprelu
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
 from gemmascope.kernels.gpu import tokens as gpu_tokens
+from gemmascope.kernels.gpu import transpose as gpu_transpose
 from gemmascope.kernels.gpu import update as gpu_update
+from gemmascope.kernels.gpu import weighted_sum as gpu_weighted_sum
 
 
 @dataclass(frozen=True)
@@ -434,9 +436,11 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
         num_warps=gpu_residual.SUM_WARPS,
         unaligned=("n_blocks", "last_ptr"),
     )
+    yield from transpose(entries)
     config = gpu_latents.CONFIG
     for suffix, options in (("", False), ("_all_options", True)):
-        floats = ("scale", "bandwidth", "half_bandwidth", "frequency_slope", "tanh_slope", "tanh_scale")
+        floats = ("scale", "bandwidth", "half_bandwidth", "tanh_scale")
+        slopes = ("frequency_slope_ptr", "tanh_slope_ptr")
         outputs = ("dec_ptr", "dz_ptr", "db_enc_ptr", "dthreshold_ptr", "along_ptr")
         yield Spec(
             name=f"latents{suffix}",
@@ -450,14 +454,41 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 "count_ptr": "*i32",
                 "F": "i32",
                 **dict.fromkeys(floats, "fp32"),
+                **(dict.fromkeys(slopes, "*fp64") if options else {}),
             },
             constants={
-                **dict.fromkeys(("HAS_FREQUENCY", "HAS_TANH", "STE_TO_Z"), options),
+                **({} if options else dict.fromkeys(slopes)),
+                "STE_TO_Z": options,
                 "BLOCK_F": config.block_f,
                 "LANES": config.lanes,
+                "LONG": config.long,
+                "LONG_LANES": config.long_lanes,
+            },
+            num_warps=config.num_warps,
+        )
+    for dtype, config in (
+        ("bf16", gpu_weighted_sum.ROWS),
+        ("fp32", gpu_weighted_sum.ROWS),
+        ("", gpu_weighted_sum.GROUPS),
+    ):
+        table = {"table_ptr": f"*{dtype or 'fp32'}", "out_ptr": "*fp32"}
+        yield Spec(
+            name=f"encoder_times_{dtype or 'groups'}",
+            kernel=gpu_weighted_sum._sum_rows_kernel,
+            arguments={
+                **({"coefficients_ptr": "*fp32"} if dtype else {}),
+                **table,
+                **dict.fromkeys(("ROWS", "GROUP", "D", "stride_row"), "i32"),
+            },
+            constants={
+                **({} if dtype else {"coefficients_ptr": None}),
+                "stride_column": 1,
+                "LANES": config.lanes,
+                "BLOCK_D": config.block_d,
                 "NUM_STAGES": config.num_stages,
             },
             num_warps=config.num_warps,
+            expects=prefetch,
         )
     yield from update_specs(target)
 
@@ -624,6 +655,42 @@ def around_the_step_specs() -> Iterator[Spec]:
             **{"BLOCK_F": config.block_f, "BLOCK_D": config.block_d, "BLOCK_N": config.block_n},
         },
         num_warps=config.num_warps,
+    )
+
+
+def transpose(entries: dict[str, str]) -> Iterator[Spec]:
+    """The counting sort by latent, of 16,384 latents and 4,096 tokens. entries: types of pointers to them."""
+    config = gpu_transpose.CONFIG
+    read = {name: entries[name] for name in ("latents_ptr", "offsets_ptr")} | {"tokens_ptr": "*i32"}
+    sizes = dict.fromkeys(("N", "F", "capacity", "per_latent"), "i32")
+    grouping = {"GROUP": config.group, "BINS": 128}
+    yield Spec(
+        name="transpose_mark",
+        kernel=gpu_transpose._mark_kernel,
+        arguments={**read, **dict.fromkeys(("marks_ptr", "counts_ptr", "groups_ptr"), "*i32"), **sizes},
+        constants={**grouping, "BLOCK": config.mark},
+        num_warps=config.num_warps,
+        expects=("atomic",),
+    )
+    yield Spec(
+        name="transpose_starts",
+        kernel=gpu_transpose._starts_kernel,
+        arguments={
+            **dict.fromkeys(("counts_ptr", "groups_ptr", "starts_ptr"), "*i32"),
+            "offsets_ptr": "*i64",
+            **dict.fromkeys(("n_blocks", "per_latent"), "i32"),
+        },
+        constants=grouping,
+        num_warps=config.num_warps,
+        expects=("load128", "store128"),
+    )
+    yield Spec(
+        name="transpose_place",
+        kernel=gpu_transpose._place_kernel,
+        arguments={**read, **dict.fromkeys(("marks_ptr", "starts_ptr"), "*i32"), "order_ptr": "*i64", **sizes},
+        constants={"BLOCK": config.place},
+        num_warps=config.num_warps,
+        expects=("load128",),
     )
 
 
