@@ -1,4 +1,4 @@
-"""The product of `encode_entries` in CUDA C++ for Hopper: a second road, built and taken only on request."""
+"""The product of `encode_entries` in CUDA C++ for Hopper cards, built and taken only on request."""
 
 from .build import asked
 from .product import product_of_entries, takes

@@ -140,10 +140,10 @@ struct Machine {
   ColumnPair *columns(int group, int parity) const { return &own().columns[GROUP * (2 * group + parity)]; }
 
   void wait_full(int stage, uint32_t parity) const {
-    c.wait([=, this] { return own().full[stage].done(parity); });
+    c.wait([=, *this] { return own().full[stage].done(parity); });
   }
   void wait_empty(int stage, uint32_t parity) const {
-    c.wait([=, this] { return own().empty[stage].done(parity); });
+    c.wait([=, *this] { return own().empty[stage].done(parity); });
   }
   void expect(int stage, uint32_t bytes) const { own().full[stage].bytes += bytes, own().full[stage].arrive(); }
   void release(int stage, int thread) const {
@@ -158,7 +158,7 @@ struct Machine {
   }
   void load(const Matrix &from, int rows, int stage, uint32_t to, int depth, int row, int first, int end) const {
     for (int block = first; block < end; ++block)  // it reaches one block sooner than the other
-      c.loads.push_back([=, this, &from] {
+      c.loads.push_back([=, *this, &from] {
         Block &there = c.blocks[block];
         for (int r = 0; r < rows; ++r)
           for (int k = 0; k < DEPTH; ++k) {
@@ -184,7 +184,7 @@ struct Machine {
     int thread = c.running % GROUP;
     float *d = acc;
     ++c.self().open;
-    c.self().products.push_back([=, this] {
+    c.self().products.push_back([=, *this] {
       for (int half = 0; half < 2; ++half) {
         int row = thread / WARP * 16 + thread % WARP / 4 + 8 * half;
         float of_x[16];
