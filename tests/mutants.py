@@ -26,6 +26,8 @@ class Mutant(NamedTuple):
     new: str
 
 
+CUDA_TESTS = ["tests/kernels/test_cuda.py", "-k", "not compiles and not builds"]
+
 # The tests that must notice a mutant of a file: one dtype, to be quick; "float16" is in "bfloat16".
 TESTS = {
     "gpu/jumprelu.py": ["tests/kernels/test_jumprelu.py", "-k", "not compiled and not opcheck and not float16"],
@@ -49,6 +51,10 @@ TESTS = {
         *("tests/kernels/test_conclusion.py", "-k", "figures or median or skipped or stall or touched"),
     ],
     "gpu/finishing.py": ["tests/kernels/test_conclusion.py", "-k", "finish"],
+    "cuda/product.py": ["tests/kernels/test_cuda.py", "-k", "checked or refused"],
+    "cuda/csrc/pipeline.h": CUDA_TESTS,
+    "cuda/csrc/gate.h": CUDA_TESTS,
+    "cuda/csrc/tile.h": CUDA_TESTS,
 }
 
 JUMPRELU = [
@@ -544,6 +550,53 @@ GPU_TRANSPOSE = [
     ("too few programs", "(triton.cdiv(possible, config.place),)", "(possible // config.place,)"),
 ]  # fmt: skip
 
+CUDA_PRODUCT = [
+    ("bits not checked", "torch.equal(bits[:, :F], kept) and ", ""),
+    ("bits beyond F not checked", " and not bits[:, F:].any()", ""),
+    ("z not checked", " and torch.equal(z, torch.where(kept, exact, -1e9))", ""),
+]
+
+CUDA_PIPELINE = [
+    ("stage loaded while it is read", "      machine.wait_empty(stage, (step / STAGES + 1) & 1);\n", ""),
+    ("waits for the wrong emptying", "(step / STAGES + 1) & 1", "(step / STAGES) & 1"),
+    ("waits for the wrong filling", "machine.wait_full(stage, step / STAGES & 1)", "machine.wait_full(stage, 1)"),
+    ("stage read before it is there", "      machine.wait_full(stage, step / STAGES & 1);\n", ""),
+    ("stage released while it is read", "product_wait<1>(acc)", "product_wait<2>(acc)"),
+    ("gate before the product", "product_wait<0>(acc)", "product_wait<1>(acc)"),
+    ("last stage of a tile not released",
+     "product_wait<0>(acc);\n    machine.release((step - 1) % STAGES, thread);", "product_wait<0>(acc);"),
+    ("biases overwritten", "machine.columns(group, parity)", "machine.columns(group, 0)"),
+    ("biases read before they are there", "    machine.group_barrier(group);", "    //"),
+    ("halves of W_enc in one place", "share * ROW_BYTES", "0"),
+    ("first half of W_enc twice", "tile.latent + share)", "tile.latent)"),
+    ("a tile added to the one before", "k + i > 0", "1"),
+    ("first 16 of d only", "descriptor(x + 32 * i)", "descriptor(x)"),
+    ("rows of the first warpgroup", " + group * GROUP_TOKENS * ROW_BYTES", ""),
+    ("stagger without steps", "k_steps < STAGGER + 1 ? k_steps - 1 : STAGGER", "STAGGER"),
+    ("columns beyond F", "tile.latent + LATENTS <= p.F)", "true)"),
+    ("odd column of the end", "column + 1 < p.F", "column + 2 < p.F"),
+]  # fmt: skip
+
+CUDA_GATE = [
+    ("a tie kept", "!(z <= threshold)", "!(z < threshold)"),
+    ("NaN hidden", "!(z <= threshold)", "(z > threshold)"),
+    ("-Inf hidden", " | !(fabsf(z) < INFINITY)", ""),
+    ("window closed", "< half_bandwidth);", "<= half_bandwidth);"),
+    ("column after the last", "8 * j + 1 < width", "8 * j < width"),
+    ("rows after the last", "    if (row < p.N) {", "    if (true) {"),
+    ("words after the last", "row < p.N && word + i < n_words", "row < p.N"),
+    ("bits of a quad in one place", "words[w] <<= 2 * q", "words[w] <<= q"),
+    ("words of a quad exchanged", "word = latent / 32 + 2 * q", "word = latent / 32 + 6 - 2 * q"),
+    ("half of a quad", "mine | machine.shuffle_xor(theirs, 2)", "mine"),
+]  # fmt: skip
+
+CUDA_TILE = [
+    ("rows of 8 one apart", "uint64_t(8 * ROW_BYTES >> 4)", "uint64_t(ROW_BYTES >> 4)"),
+    ("last band taken for whole", "rows = rows < TOGETHER ? rows : TOGETHER;", "rows = TOGETHER;"),
+    ("two blocks, one tile", "* CLUSTER + rank)", "* CLUSTER)"),
+    ("no bands", "TOGETHER * cdiv(F, LATENTS), first", "1 * cdiv(F, LATENTS), first"),
+]  # fmt: skip
+
 MUTANTS = [
     Mutant(name, file, old, new)
     for file, mutants in (
@@ -563,6 +616,10 @@ MUTANTS = [
         ("gpu/conclusion.py", CONCLUSION),
         ("gpu/finishing.py", FINISHING),
         ("gpu/transpose.py", GPU_TRANSPOSE),
+        ("cuda/product.py", CUDA_PRODUCT),
+        ("cuda/csrc/pipeline.h", CUDA_PIPELINE),
+        ("cuda/csrc/gate.h", CUDA_GATE),
+        ("cuda/csrc/tile.h", CUDA_TILE),
     )
     for name, old, new in mutants
 ]
