@@ -154,14 +154,14 @@ def test_three_parts_are_the_coefficient(device):
     assert torch.equal(parts.bfloat16().double()[:, exact], parts[:, exact])
 
 
-def test_large_coefficients_lose_nothing(device):
+def test_parts_of_a_coefficient_lose_nothing(device):
     """Each part of z matters: of 1 + 2⁻²⁰ the first is 1, of 1 + 2⁻⁹ + 2⁻¹⁸ the third is 2⁻¹⁸."""
     z = torch.tensor([[1 + 2.0**-20], [1 + 2.0**-9 + 2.0**-18], [3e38], [2.0**-130]])
     entries = Entries(*(t.to(device) for t in from_pre_activations(z, torch.zeros(1))))
     W_dec = torch.tensor([[1.0, -0.5]], dtype=torch.bfloat16, device=device)
     zeros = torch.zeros(2, device=device)
-    # Less the first part, what is left fits into bf16.
-    x = z.bfloat16().float().to(device) * W_dec.float()
+    # Near enough that bf16 holds what is left.
+    x = torch.tensor([[1.0], [1 + 2.0**-9], [torch.tensor(3e38).bfloat16().item()], [0.0]], device=device) * W_dec
     out = residual_pass(entries, x, W_dec, zeros)
     expected = (z.double() * W_dec.double().cpu() - x.double().cpu()).to(torch.bfloat16)
     assert_bitwise_equal("residual", out.residual.cpu(), expected)
