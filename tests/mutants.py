@@ -292,7 +292,6 @@ LATENTS = [
     ("latents past the last", "j + 1, mask=in_latents, other=0)", "j + 1)"),
     ("32-bit places", "places = first[:, None]", "places = first.to(tl.int32)[:, None]"),
     ("32-bit entries", "mask=valid, other=0)\n        active", "mask=valid, other=0).to(tl.int32)\n        active"),
-    ("long lists twice", "is_short = in_latents & (length <= LONG)", "is_short = in_latents"),
     ("long lists never", "if entries > LONG:", "if entries > 2 * LONG:"),
     ("a list of every latent beside a long one", "if entries > LONG:", "if entries >= 0:"),
     ("lists just not long", "(length <= LONG)", "(length < LONG)"),
