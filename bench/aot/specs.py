@@ -463,7 +463,7 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 "NUM_STAGES": config.num_stages,
             },
             num_warps=config.num_warps,
-            expects=prefetch,
+            expects=("load128",) if dtype else prefetch,
         )
     config = gpu_update.CONFIG
     parameters = ("W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "threshold_ptr")
