@@ -371,8 +371,6 @@ GPU_TRANSPOSE = [
      "tl.store(marks_ptr + words, 1 << tokens % 32, mask=valid)"),
     ("counts overwrite each other", "tl.atomic_add(counts_ptr + blocks, 1, mask=valid, sem=\"relaxed\")",
      "tl.store(counts_ptr + blocks, 1, mask=valid)"),
-    ("counts of masked entries", "counts_ptr + blocks, 1, mask=valid", "counts_ptr + blocks, 1, mask=blocks >= 0"),
-    ("groups of masked entries", "BINS, mask=valid)", "BINS)"),
     ("group of its own counted before", "mask=bins < group", "mask=bins <= group"),
     ("starts behind their entries", "tl.cumsum(counts, 0) - counts", "tl.cumsum(counts, 0)"),
     ("no last offset", "(blocks <= n_blocks)", "(blocks < n_blocks)"),

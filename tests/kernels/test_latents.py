@@ -305,6 +305,9 @@ def test_encoder_times_of_bad_input(bad, device):
     assert encoder_times(W_enc, db_enc).isfinite().tolist() == [True, False, True]
     db_enc[3] = bad
     assert not encoder_times(W_enc, db_enc).isfinite().any()
+    W_enc, db_enc = normal(9, 3, device=device), torch.zeros(9, device=device)
+    db_enc[6] = bad  # the only coefficient of its group that is not 0
+    assert not encoder_times(W_enc, db_enc).isfinite().any()
 
 
 def test_encoder_times_repeats_in_two_launches(device):
