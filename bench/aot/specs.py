@@ -488,7 +488,7 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 "NUM_STAGES": config.num_stages,
             },
             num_warps=config.num_warps,
-            expects=prefetch,
+            expects=("load128",) if dtype else prefetch,
         )
     yield from update_specs(target)
 

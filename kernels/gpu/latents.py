@@ -38,9 +38,9 @@ class LatentConfig:
     num_warps: int
 
 
-# Most lists take one group or two, so nothing is fetched ahead: buffers would need barriers. A latent is the work of
-# one warp, a long list that of all four. 128 registers a thread; eight entries a thread for long lists took 215.
-CONFIG = LatentConfig(block_f=32, lanes=16, long=64, long_lanes=512, num_warps=4)
+# Most lists take a group or two, so nothing is fetched ahead: buffers would need barriers. A latent is the work of one
+# warp, a long list that of all four. 116 to 122 registers a thread with every option; 16 lanes spill.
+CONFIG = LatentConfig(block_f=32, lanes=8, long=64, long_lanes=512, num_warps=4)
 
 
 @triton.jit

@@ -28,8 +28,9 @@ class SumConfig:
     num_stages: int
 
 
-# As in `decode.py`: a warp reads 256 columns of a bf16 row as one 16-byte word a lane.
-ROWS = SumConfig(lanes=4, block_d=256, num_warps=1, num_stages=3)
+# A warp reads 256 columns of a bf16 row as one 16-byte word a lane. Nothing is fetched ahead, so that a group of rows
+# with no coefficient but 0 is passed over: at a million latents that is half of them, and there are warps enough.
+ROWS = SumConfig(lanes=4, block_d=256, num_warps=1, num_stages=1)
 GROUPS = SumConfig(lanes=64, block_d=32, num_warps=8, num_stages=3)
 
 # At most this many groups, of no fewer rows than this: the partial sums stay small.
@@ -50,13 +51,16 @@ def _sum_rows_kernel(
     acc = tl.zeros((LANES, BLOCK_D), tl.float32)
     for start in tl.range(first, last, LANES, num_stages=NUM_STAGES):
         rows = start + tl.arange(0, LANES)
-        counts = rows < last
+        table_rows = table_columns + rows.to(tl.int64)[:, None] * stride_row
         if coefficients_ptr is not None:
-            coefficients = tl.load(coefficients_ptr + rows, mask=counts, other=0.0)
+            coefficients = tl.load(coefficients_ptr + rows, mask=rows < last, other=0.0)
             counts = coefficients != 0
-        mask = counts[:, None] & in_columns[None, :]
-        table = tl.load(table_columns + rows.to(tl.int64)[:, None] * stride_row, mask=mask, other=0.0).to(tl.float32)
-        acc += coefficients[:, None] * table if coefficients_ptr is not None else table
+            if tl.max(counts.to(tl.int32), 0) > 0:
+                mask = counts[:, None] & in_columns[None, :]
+                acc += coefficients[:, None] * tl.load(table_rows, mask=mask, other=0.0).to(tl.float32)
+        else:
+            mask = (rows < last)[:, None] & in_columns[None, :]
+            acc += tl.load(table_rows, mask=mask, other=0.0)
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * D + columns, tl.sum(acc, 0), mask=in_columns)
 
 

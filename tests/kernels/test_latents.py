@@ -135,10 +135,10 @@ def test_nothing_at_all(device):
 @interpreted
 def test_long_lists_leave_the_others_alone(small_tiles):
     """Each latent's sums, bit for bit, whatever lists stand beside its own."""
-    z = normal(20, 8, seed=1)
-    z[4:, 1], z[:, 2], z[3:, 5] = -9, 1.5, -9
-    threshold, s = torch.full((8,), 0.9), 0.01 * normal(20, seed=2).abs()
-    u = normal(20, 8, seed=3)
+    lengths = torch.tensor([5, 20, 6, 5, 6, 3])
+    z = 1.5 + 0.1 * normal(20, 6, seed=1)
+    z[torch.arange(20)[:, None] >= lengths] = -9
+    threshold, s, u = torch.full((6,), 0.9), 0.01 * normal(20, seed=2).abs(), normal(20, 6, seed=3)
 
     def sums(columns):
         entries = from_pre_activations(z[:, columns], threshold[columns])
@@ -147,11 +147,10 @@ def test_long_lists_leave_the_others_alone(small_tiles):
         lists = by_latent(entries, len(columns))
         return latent_pass(entries, of_entries, lists, threshold[columns], s, OBJECTIVES["all"])[3:]
 
-    columns = [2, 1, 0, 5, 7]
     for name, together, alone in zip(
         ("db_enc", "dthreshold", "along", "firing_count"),
-        sums(columns),
-        map(torch.cat, zip(*(sums([c]) for c in columns), strict=True)),
+        sums([0, 1, 2, 3, 4, 5]),
+        map(torch.cat, zip(*(sums([j]) for j in range(6)), strict=True)),
         strict=True,
     ):
         assert_bitwise_equal(name, together, alone)
@@ -305,6 +304,9 @@ def test_encoder_times_of_bad_input(bad, device):
     W_enc[2, 1] = bad
     assert encoder_times(W_enc, db_enc).isfinite().tolist() == [True, False, True]
     db_enc[3] = bad
+    assert not encoder_times(W_enc, db_enc).isfinite().any()
+    W_enc, db_enc = normal(9, 3, device=device), torch.zeros(9, device=device)
+    db_enc[6] = bad  # the only coefficient of its group that is not 0
     assert not encoder_times(W_enc, db_enc).isfinite().any()
 
 
