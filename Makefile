@@ -29,11 +29,11 @@ KERNEL_TESTS = $(filter-out %/test_packaging.py tests/interop/%,$(shell grep -rl
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo native test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers real test-interop install clean
+.PHONY: help demo native native-cuda test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers real test-interop install clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | native | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | real | test-interop | install | clean"
+	@echo "make demo | native | native-cuda | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | real | test-interop | install | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
@@ -75,6 +75,11 @@ $(VENV)/.native: $(VENV)/.installed $(wildcard kernels/cpu/csrc/*) kernels/cpu/b
 	GEMMASCOPE_NATIVE=1 $(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(VENV)/bin/python -c "from gemmascope.kernels.cpu import build; exit(build.problem())"
 	touch $@
+
+# The product of encode_entries in CUDA C++, for Hopper cards; GEMMASCOPE_CUDA=1 takes it. Needs nvcc, no GPU. With the
+# machine's own torch: make native-cuda PYTHON=python3
+native-cuda:
+	$(GPU_PYTHON) -m gemmascope.kernels.cuda
 
 SANITIZERS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX_RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)

@@ -22,7 +22,9 @@ from gemmascope.kernels.gpu import jumprelu as gpu_jumprelu
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
 from gemmascope.kernels.gpu import tokens as gpu_tokens
+from gemmascope.kernels.gpu import transpose as gpu_transpose
 from gemmascope.kernels.gpu import update as gpu_update
+from gemmascope.kernels.gpu import weighted_sum as gpu_weighted_sum
 
 
 @dataclass(frozen=True)
@@ -376,16 +378,21 @@ def sparse_step(target: str) -> Iterator[Spec]:
     chosen = list(sparse_step_specs(target))
     yield from chosen
     if target == "sm_90":
-        sizes = {"residual_bf16": ("capacity", "D", "stride_xn", "stride_wf"), "latents": ("F",)}
-        sizes |= dict.fromkeys(("update_entries_bf16", "update_dense_bf16"), ("D",))
+        sizes = {"residual_bf16": ("capacity", "width", "D", "stride_xn", "stride_wf"), "latents": ("F",)}
+        sizes |= {"update_long_lists_bf16": ("F",)}
         yield from (with_ones(spec, *sizes[spec.name]) for spec in chosen if spec.name in sizes)
+        # A width that the blocks of columns do not fill.
+        narrow = (spec for spec in update_specs(target, 640) if spec.name.endswith("bf16"))
+        yield from (replace(spec, name=f"{spec.name}_640") for spec in narrow)
 
 
 def sparse_step_specs(target: str) -> Iterator[Spec]:
     prefetch = ("load128",) if target.startswith("gfx") else ("cp.async",)
     entries = {"z_ptr": "*fp32", "latents_ptr": "*i32", "offsets_ptr": "*i64"}
-    config = gpu_residual.CONFIG
-    for dtype in ("bf16", "fp32"):
+    # Later entries make tiles too small for warp groups; the first takes tensor memory with Triton 3.9, not with 3.6.
+    matrix = ("HGMMA", "HMMA") if target == "sm_90" else ("HMMA",)
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        config = gpu_residual.residual_config(target, torch_dtype)
         yield Spec(
             name=f"residual_{dtype}",
             kernel=gpu_residual._residual_kernel,
@@ -395,10 +402,10 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 "W_dec_ptr": f"*{dtype}",
                 "b_dec_ptr": "*fp32",
                 "residual_ptr": f"*{dtype}",
-                "squared_error_ptr": "*fp32",
+                "shares_ptr": "*fp32",
                 "l0_ptr": "*fp32",
-                "u_ptr": "*fp32",
                 "capacity": "i32",
+                "width": "i32",
                 "D": "i32",
                 "stride_xn": "i32",
                 "stride_wf": "i32",
@@ -406,16 +413,34 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             constants={
                 "stride_xd": 1,
                 "stride_wd": 1,
-                "LANES": config.lanes,
+                "FIRST": config.first,
+                "REST": config.rest,
                 "BLOCK_D": config.block_d,
-                "NUM_STAGES": config.num_stages,
+                "PARTS": config.parts,
             },
             num_warps=config.num_warps,
-            expects=prefetch,
+            expects=("load128", *(matrix if config.parts else ())),
         )
+    yield Spec(
+        name="residual_sum_shares",
+        kernel=gpu_residual._sum_shares_kernel,
+        arguments={
+            "shares_ptr": "*fp32",
+            "sums_ptr": "*fp32",
+            "last_ptr": "*i64",
+            "capacity": "i32",
+            "width": "i32",
+            "n_blocks": "i32",
+        },
+        constants={"BLOCK": gpu_residual.SUM_BLOCK},
+        num_warps=gpu_residual.SUM_WARPS,
+        unaligned=("n_blocks", "last_ptr"),
+    )
+    yield from transpose(entries)
     config = gpu_latents.CONFIG
     for suffix, options in (("", False), ("_all_options", True)):
-        floats = ("scale", "bandwidth", "half_bandwidth", "frequency_slope", "tanh_slope", "tanh_scale")
+        floats = ("scale", "bandwidth", "half_bandwidth", "tanh_scale")
+        slopes = ("frequency_slope_ptr", "tanh_slope_ptr")
         outputs = ("dec_ptr", "dz_ptr", "db_enc_ptr", "dthreshold_ptr", "along_ptr")
         yield Spec(
             name=f"latents{suffix}",
@@ -429,55 +454,98 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
                 "count_ptr": "*i32",
                 "F": "i32",
                 **dict.fromkeys(floats, "fp32"),
+                **(dict.fromkeys(slopes, "*fp64") if options else {}),
             },
             constants={
-                **dict.fromkeys(("HAS_FREQUENCY", "HAS_TANH", "STE_TO_Z"), options),
+                **({} if options else dict.fromkeys(slopes)),
+                "STE_TO_Z": options,
                 "BLOCK_F": config.block_f,
                 "LANES": config.lanes,
-                "NUM_STAGES": config.num_stages,
+                "LONG": config.long,
+                "LONG_LANES": config.long_lanes,
             },
             num_warps=config.num_warps,
         )
+    for dtype, config in (
+        ("bf16", gpu_weighted_sum.ROWS),
+        ("fp32", gpu_weighted_sum.ROWS),
+        ("", gpu_weighted_sum.GROUPS),
+    ):
+        table = {"table_ptr": f"*{dtype or 'fp32'}", "out_ptr": "*fp32"}
+        yield Spec(
+            name=f"encoder_times_{dtype or 'groups'}",
+            kernel=gpu_weighted_sum._sum_rows_kernel,
+            arguments={
+                **({"coefficients_ptr": "*fp32"} if dtype else {}),
+                **table,
+                **dict.fromkeys(("ROWS", "GROUP", "D", "stride_row"), "i32"),
+            },
+            constants={
+                **({} if dtype else {"coefficients_ptr": None}),
+                "stride_column": 1,
+                "LANES": config.lanes,
+                "BLOCK_D": config.block_d,
+                "NUM_STAGES": config.num_stages,
+            },
+            num_warps=config.num_warps,
+            expects=prefetch,
+        )
+    yield from update_specs(target)
+
+
+def update_specs(target: str, d: int = 2304) -> Iterator[Spec]:
+    """The width is a constant of these kernels."""
     config = gpu_update.CONFIG
-    parameters = ("W_enc_ptr", "W_dec_ptr", "b_enc_ptr", "threshold_ptr")
-    second_moments = ("W_enc_v_ptr", "W_dec_v_ptr", "b_enc_v_ptr", "threshold_v_ptr")
-    gradients = ("db_enc_ptr", "dthreshold_ptr")
+    rows = ("enc_rows_ptr", "dec_rows_ptr")
     low = ("W_enc_low_ptr", "W_dec_low_ptr")
+    of_latents = ("b_enc_ptr", "threshold_ptr", "b_enc_v_ptr", "threshold_v_ptr", "db_enc_ptr", "dthreshold_ptr")
     of_entries = {"dz_ptr": "*fp32", "dec_ptr": "*fp32", "tokens_ptr": "*i32", "along_ptr": "*fp32"}
     for source in ("entries", "dense"):
         for dtype in ("bf16", "fp32"):
             arguments = {
-                **dict.fromkeys((*parameters, *second_moments, *gradients), "*fp32"),
-                **{"last_ptr": "*i64", "step_ptr": "*i64", "ok_ptr": "*i32", "D": "i32"},
+                **dict.fromkeys(("W_enc_ptr", "W_dec_ptr", "W_enc_v_ptr", "W_dec_v_ptr"), "*fp32"),
+                **{"last_ptr": "*i64", "step_ptr": "*i64", "ok_ptr": "*i32"},
                 **{"learning_rate_ptr": "*fp64", "eps": "fp32"},
             }
             if source == "entries":
-                rows = f"*{dtype}"
-                arguments |= of_entries | {"lists_ptr": "*i64"}
+                arguments |= of_entries | {"lists_ptr": "*i64", "squares_ptr": "*fp32"}
+                arguments |= dict.fromkeys(rows, f"*{dtype}")
             else:
-                rows = "*fp32"
-                arguments |= {"lists_ptr": "*i32"}
-            arguments |= {"enc_rows_ptr": rows, "dec_rows_ptr": rows}
+                arguments |= {"lists_ptr": "*i32", **dict.fromkeys(rows, "*fp32")}
             if dtype == "bf16":
                 arguments |= dict.fromkeys(low, "*bf16")
-            absent = {name: None for name in (*low, *of_entries) if name not in arguments}
+            constants = {
+                "D": d,
+                "BETA2": 0.999,
+                "LOG2_BETA2": math.log2(0.999),
+                "LONG": config.long,
+                "UNROLL": config.unroll,
+                "BLOCK_D": config.block_d,
+                **{name: None for name in (*low, *of_entries, "squares_ptr") if name not in arguments},
+            }
             yield Spec(
                 name=f"update_{source}_{dtype}",
                 kernel=gpu_update._update_kernel,
-                arguments=arguments,
+                arguments={**arguments, **dict.fromkeys(of_latents, "*fp32")},
                 constants={
-                    **absent,
-                    "BETA2": 0.999,
-                    "LOG2_BETA2": math.log2(0.999),
+                    **constants,
                     "LOG_THRESHOLD": dtype == "bf16",
                     "FROM_ENTRIES": source == "entries",
-                    "LANES": config.lanes,
-                    "BLOCK_D": config.block_d,
-                    "NUM_STAGES": config.num_stages,
+                    "BLOCKS": math.ceil(d / config.block_d),
                 },
                 num_warps=config.num_warps,
-                expects=prefetch if source == "entries" and not target.startswith("gfx") else (),
+                expects=("load128", "store128"),
             )
+            if source == "entries":
+                yield Spec(
+                    name=f"update_long_lists_{dtype}",
+                    kernel=gpu_update._long_lists_kernel,
+                    arguments={"F": "i32"} | {name: arguments[name] for name in arguments if name != low[1]},
+                    constants={"LISTS": 16, "LANES": config.lanes}
+                    | {name: constants[name] for name in constants if name != low[1]},
+                    num_warps=config.long_warps,
+                    expects=("load128",),
+                )
 
 
 def around_the_step(target: str) -> Iterator[Spec]:
@@ -587,6 +655,42 @@ def around_the_step_specs() -> Iterator[Spec]:
             **{"BLOCK_F": config.block_f, "BLOCK_D": config.block_d, "BLOCK_N": config.block_n},
         },
         num_warps=config.num_warps,
+    )
+
+
+def transpose(entries: dict[str, str]) -> Iterator[Spec]:
+    """The counting sort by latent, of 16,384 latents and 4,096 tokens. entries: types of pointers to them."""
+    config = gpu_transpose.CONFIG
+    read = {name: entries[name] for name in ("latents_ptr", "offsets_ptr")} | {"tokens_ptr": "*i32"}
+    sizes = dict.fromkeys(("N", "F", "capacity", "per_latent"), "i32")
+    grouping = {"GROUP": config.group, "BINS": 128}
+    yield Spec(
+        name="transpose_mark",
+        kernel=gpu_transpose._mark_kernel,
+        arguments={**read, **dict.fromkeys(("marks_ptr", "counts_ptr", "groups_ptr"), "*i32"), **sizes},
+        constants={**grouping, "BLOCK": config.mark},
+        num_warps=config.num_warps,
+        expects=("atomic",),
+    )
+    yield Spec(
+        name="transpose_starts",
+        kernel=gpu_transpose._starts_kernel,
+        arguments={
+            **dict.fromkeys(("counts_ptr", "groups_ptr", "starts_ptr"), "*i32"),
+            "offsets_ptr": "*i64",
+            **dict.fromkeys(("n_blocks", "per_latent"), "i32"),
+        },
+        constants=grouping,
+        num_warps=config.num_warps,
+        expects=("load128", "store128"),
+    )
+    yield Spec(
+        name="transpose_place",
+        kernel=gpu_transpose._place_kernel,
+        arguments={**read, **dict.fromkeys(("marks_ptr", "starts_ptr"), "*i32"), "order_ptr": "*i64", **sizes},
+        constants={"BLOCK": config.place},
+        num_warps=config.num_warps,
+        expects=("load128",),
     )
 
 

@@ -99,7 +99,7 @@ def bar_lines(bars: Sequence[Row]) -> list[str]:
     table = [["bar", "at least", "found", ""]]
     for bar in bars:
         found = "-" if bar["ratio"] is None else f"{bar['ratio']:.2f}"
-        name = f"{bar['part']}: {bar['contender']} / {bar['ours']}"
+        name = f"{bar['part']}: {bar['contender']} / {bar['ours']}{', every case' if bar['everywhere'] else ''}"
         table.append([name, f"{bar['at_least']:g}", found, words[bar["met"]]])
     return aligned(table)
 

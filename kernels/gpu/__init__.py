@@ -1,7 +1,6 @@
 """The Triton kernels, one operator a file: formula, kernel, launcher."""
 
 from ..reference.training import settle
-from ..transpose import by_latent
 from .centring import centre
 from .conclusion import conclude
 from .decode import decode_backward, decode_forward
@@ -10,10 +9,12 @@ from .encode import encode_forward, preactivations
 from .entries import encode_entries
 from .finishing import finish
 from .jumprelu import jumprelu_backward, jumprelu_forward
-from .latents import encoder_times, latent_pass, weight_gradients
+from .latents import latent_pass, weight_gradients
 from .residual import residual_pass
 from .tokens import token_pass
+from .transpose import by_latent
 from .update import update_from_dense, update_from_entries
+from .weighted_sum import encoder_times
 
 __all__ = [
     "by_latent",

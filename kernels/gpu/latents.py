@@ -9,8 +9,10 @@ For entry e = (token n, latent j), with f_e = z_e where active, else 0, and u_e 
 and, for those who want gradients in memory, dW_enc[j] = Σ_e dz_e·(x_n − b_dec) and dW_dec[j] = Σ_e (2/N)·f_e·r_n;
 `update.py` forms these two in registers instead. Everything is fp32.
 
-A program does a few latents, a group of entries of each at a time. Entry i of a latent is added to partial sum
-i mod `lanes`, then the partial sums are added: no atomics, and every sum depends on its latent alone.
+A program does a few latents, a group of entries of each at a time, and then those of its latents whose lists are long
+one by one, with more entries in a group: a list that fires on every third token would keep the others waiting. Entry i
+of a latent is added to partial sum i mod `lanes`, for a long list i mod `long_lanes`, then the partial sums are added:
+no atomics, and every sum depends on its latent alone.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..entries import ACTIVE, ByLatent, Entries, LatentSums, Objective
-from .common import launch
+from .common import device_scalar, launch
 from .decode import _gather_sum
 
 _ACTIVE = tl.constexpr(ACTIVE)
@@ -31,49 +33,46 @@ _ACTIVE = tl.constexpr(ACTIVE)
 class LatentConfig:
     block_f: int  # latents of a program
     lanes: int  # entries of a latent taken together
+    long: int  # entries of the longest list that is not long
+    long_lanes: int
     num_warps: int
-    num_stages: int
 
 
-# Most lists are short, the longest have one entry a token: many lists a program, prefetched. Four warps hold the tile
-# in 95 registers a thread; two take 150, and one spills.
-CONFIG = LatentConfig(block_f=8, lanes=32, num_warps=4, num_stages=3)
-
-# `encoder_times` sums the rows in at most this many lists, of no fewer rows than this: its partial sums stay small.
-_LISTS, _LIST_ROWS = 1024, 64
+# Most lists take one group or two, so nothing is fetched ahead: buffers would need barriers. A latent is the work of
+# one warp, a long list that of all four. 128 registers a thread; eight entries a thread for long lists took 215.
+CONFIG = LatentConfig(block_f=32, lanes=16, long=64, long_lanes=512, num_warps=4)
 
 
 @triton.jit
-def _latents_kernel(
-    z_ptr, latents_ptr, tokens_ptr, u_ptr, order_ptr, offsets_ptr, threshold_ptr, s_ptr,
+def _sum_lists(
+    j, mask, first, length,
+    z_ptr, latents_ptr, tokens_ptr, u_ptr, order_ptr, threshold_ptr, s_ptr,
     dec_ptr, dz_ptr, tokens_out_ptr, db_enc_ptr, dthreshold_ptr, along_ptr, count_ptr,
-    F, scale, bandwidth, half_bandwidth, frequency_slope, tanh_slope, tanh_scale,
-    HAS_FREQUENCY: tl.constexpr, HAS_TANH: tl.constexpr, STE_TO_Z: tl.constexpr,
-    BLOCK_F: tl.constexpr, LANES: tl.constexpr, NUM_STAGES: tl.constexpr,
+    scale, bandwidth, half_bandwidth, frequency_slope_ptr, tanh_slope_ptr, tanh_scale,
+    STE_TO_Z: tl.constexpr, LISTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    in_latents = j < F
-    first = tl.load(offsets_ptr + j, mask=in_latents, other=0)
-    last = tl.load(offsets_ptr + j + 1, mask=in_latents, other=0)
-    longest = tl.max(last - first, 0).to(tl.int32)
-    threshold = tl.load(threshold_ptr + j, mask=in_latents, other=0.0)[:, None]
+    """Latents j [LISTS], ``LANES`` entries of each at a time. Those that ``mask`` leaves out have the length 0, and
+    nothing is stored of them."""
+    longest = tl.max(length, 0)
+    last = (first + length)[:, None]
     places = first[:, None] + tl.arange(0, LANES)[None, :]
+    threshold = tl.load(threshold_ptr + j, mask=mask, other=0.0)[:, None]
 
-    penalty = tl.zeros((BLOCK_F, 1), tl.float32)
-    if HAS_FREQUENCY:
-        fired = tl.zeros((BLOCK_F, LANES), tl.int32)
-        for start in tl.range(0, longest, LANES, num_stages=NUM_STAGES):
-            valid = places + start < last[:, None]
+    penalty = tl.zeros((LISTS, 1), tl.float32)
+    if frequency_slope_ptr is not None:
+        fired = tl.zeros((LISTS, LANES), tl.int32)
+        for start in range(0, longest, LANES):
+            valid = places + start < last
             entries = tl.load(order_ptr + places + start, mask=valid, other=0)
             fired += (tl.load(latents_ptr + entries, mask=valid, other=0) >= _ACTIVE).to(tl.int32)
-        penalty += frequency_slope * tl.sum(fired, 1).to(tl.float32)[:, None]
+        penalty += tl.load(frequency_slope_ptr).to(tl.float32) * tl.sum(fired, 1).to(tl.float32)[:, None]
 
-    count = tl.zeros((BLOCK_F, LANES), tl.int32)
-    db_enc = tl.zeros((BLOCK_F, LANES), tl.float32)
-    dthreshold = tl.zeros((BLOCK_F, LANES), tl.float32)
-    along = tl.zeros((BLOCK_F, LANES), tl.float32)
-    for start in tl.range(0, longest, LANES, num_stages=NUM_STAGES):
-        valid = places + start < last[:, None]
+    count = tl.zeros((LISTS, LANES), tl.int32)
+    db_enc = tl.zeros((LISTS, LANES), tl.float32)
+    dthreshold = tl.zeros((LISTS, LANES), tl.float32)
+    along = tl.zeros((LISTS, LANES), tl.float32)
+    for start in range(0, longest, LANES):
+        valid = places + start < last
         entries = tl.load(order_ptr + places + start, mask=valid, other=0)
         active = tl.load(latents_ptr + entries, mask=valid, other=0) >= _ACTIVE
         tokens = tl.load(tokens_ptr + entries, mask=valid, other=0)
@@ -82,10 +81,10 @@ def _latents_kernel(
         s = tl.load(s_ptr + tokens, mask=valid, other=0.0).to(tl.float32)
         f = tl.where(active, z, 0.0)
         along += f * du
-        if HAS_TANH:
+        if tanh_slope_ptr is not None:
             # 1 − tanh²(a) = 4t/(1 + t)² with t = exp(−2|a|), without cancellation
             t = tl.exp(-2.0 * tl.abs(tanh_scale * f))
-            du += tanh_slope * (4.0 * t / ((1.0 + t) * (1.0 + t)))
+            du += tl.load(tanh_slope_ptr).to(tl.float32) * (4.0 * t / ((1.0 + t) * (1.0 + t)))
         inside = valid & (tl.abs(z - threshold) < half_bandwidth)
         q = tl.where(inside, -(threshold * du + (s + penalty)) / bandwidth, 0.0)
         dz = tl.where(active, du, 0.0)
@@ -97,10 +96,50 @@ def _latents_kernel(
         tl.store(dec_ptr + places + start, scale * f, mask=valid)
         tl.store(dz_ptr + places + start, dz, mask=valid)
         tl.store(tokens_out_ptr + places + start, tokens, mask=valid)
-    tl.store(db_enc_ptr + j, tl.sum(db_enc, 1), mask=in_latents)
-    tl.store(dthreshold_ptr + j, tl.sum(dthreshold, 1), mask=in_latents)
-    tl.store(along_ptr + j, tl.sum(along, 1), mask=in_latents)
-    tl.store(count_ptr + j, tl.sum(count, 1), mask=in_latents)
+    tl.store(db_enc_ptr + j, tl.sum(db_enc, 1), mask=mask)
+    tl.store(dthreshold_ptr + j, tl.sum(dthreshold, 1), mask=mask)
+    tl.store(along_ptr + j, tl.sum(along, 1), mask=mask)
+    tl.store(count_ptr + j, tl.sum(count, 1), mask=mask)
+
+
+@triton.jit
+def _latents_kernel(
+    z_ptr, latents_ptr, tokens_ptr, u_ptr, order_ptr, offsets_ptr, threshold_ptr, s_ptr,
+    dec_ptr, dz_ptr, tokens_out_ptr, db_enc_ptr, dthreshold_ptr, along_ptr, count_ptr,
+    F, scale, bandwidth, half_bandwidth, frequency_slope_ptr, tanh_slope_ptr, tanh_scale,
+    STE_TO_Z: tl.constexpr, BLOCK_F: tl.constexpr, LANES: tl.constexpr, LONG: tl.constexpr, LONG_LANES: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    in_latents = j < F
+    first = tl.load(offsets_ptr + j, mask=in_latents, other=0)
+    length = (tl.load(offsets_ptr + j + 1, mask=in_latents, other=0) - first).to(tl.int32)
+    is_short = in_latents & (length <= LONG)
+    _sum_lists(
+        j, is_short, first, tl.where(is_short, length, 0),
+        z_ptr, latents_ptr, tokens_ptr, u_ptr, order_ptr, threshold_ptr, s_ptr,
+        dec_ptr, dz_ptr, tokens_out_ptr, db_enc_ptr, dthreshold_ptr, along_ptr, count_ptr,
+        scale, bandwidth, half_bandwidth, frequency_slope_ptr, tanh_slope_ptr, tanh_scale,
+        STE_TO_Z, BLOCK_F, LANES,
+    )  # fmt: skip
+    if tl.max(length, 0) > LONG:
+        end = tl.minimum(tl.program_id(0) * BLOCK_F + BLOCK_F, F)
+        for latent in range(tl.program_id(0) * BLOCK_F, end):
+            start = tl.load(offsets_ptr + latent)
+            entries = (tl.load(offsets_ptr + latent + 1) - start).to(tl.int32)
+            if entries > LONG:
+                one = tl.arange(0, 1)
+                _sum_lists(
+                    latent + one, one == 0, start + one, entries + one,
+                    z_ptr, latents_ptr, tokens_ptr, u_ptr, order_ptr, threshold_ptr, s_ptr,
+                    dec_ptr, dz_ptr, tokens_out_ptr, db_enc_ptr, dthreshold_ptr, along_ptr, count_ptr,
+                    scale, bandwidth, half_bandwidth, frequency_slope_ptr, tanh_slope_ptr, tanh_scale,
+                    STE_TO_Z, 1, LONG_LANES,
+                )  # fmt: skip
+
+
+def _on_device(slope: float | Tensor, on: Tensor) -> Tensor | None:
+    """None: there is no such penalty. A tensor is one whatever it holds, which the host does not look at."""
+    return None if not isinstance(slope, Tensor) and slope == 0 else device_scalar(slope, on)
 
 
 def latent_pass(
@@ -137,15 +176,14 @@ def latent_pass(
             scale=2 / s.shape[0] if s.shape[0] else 0.0,
             bandwidth=objective.bandwidth,
             half_bandwidth=objective.bandwidth / 2,
-            frequency_slope=objective.frequency_slope,
-            tanh_slope=objective.tanh_slope,
+            frequency_slope_ptr=_on_device(objective.frequency_slope, u),
+            tanh_slope_ptr=_on_device(objective.tanh_slope, u),
             tanh_scale=objective.tanh_scale,
-            HAS_FREQUENCY=objective.frequency_slope != 0,
-            HAS_TANH=objective.tanh_slope != 0,
             STE_TO_Z=objective.ste_to_z,
             BLOCK_F=config.block_f,
             LANES=config.lanes,
-            NUM_STAGES=config.num_stages,
+            LONG=config.long,
+            LONG_LANES=config.long_lanes,
             num_warps=config.num_warps,
         )
     return LatentSums(dec, dz, tokens, db_enc, dthreshold, along, count)
@@ -162,16 +200,3 @@ def weight_gradients(
         return _gather_sum(coefficients, sums.tokens, transposed.offsets, table=table, bias=None, out=out)
 
     return sum_rows(sums.dz, x_centred), sum_rows(sums.dec, residual)
-
-
-def encoder_times(W_enc: Tensor, db_enc: Tensor) -> Tensor:
-    """Σ_j db_enc_j·W_enc[j] for W_enc [F, d] of any float dtype: what the pre-encoder bias takes from its gradient.
-
-    [d] fp32. A product of W_enc in bf16 would round db_enc too; this does not.
-    """
-    F, d = W_enc.shape
-    group = max(_LIST_ROWS, triton.cdiv(F, _LISTS))
-    rows = torch.arange(F, dtype=torch.int32, device=W_enc.device)
-    offsets = torch.arange(0, F + group, group, device=W_enc.device).clamp_(max=F)
-    partial = torch.empty(offsets.shape[0] - 1, d, dtype=torch.float32, device=W_enc.device)
-    return _gather_sum(db_enc.contiguous(), rows, offsets, table=W_enc, bias=None, out=partial).sum(0)

@@ -1,4 +1,4 @@
-"""The update of the training step: gradients, projection, Adam, unit norm and copies of each latent, in one kernel.
+"""The update of the training step: gradients, projection, Adam, unit norm and copies of each latent, in one pass.
 
 For a latent j with entries, k = step + 1 updates after this one and `last` of them when it was last touched:
 
@@ -8,15 +8,21 @@ For a latent j with entries, k = step + 1 updates after this one and `last` of t
 
 A latent without entries has zero gradients: under Adam with β1 = 0 it stays where it is, and the decay of its v is
 owed until it is touched again, so skipping it changes nothing. With `ok` = 0 nothing is written at all. The gradients
-are summed from the entries in registers, dW_enc = Σ dz·(x − b_dec) and dW_dec = Σ dec·r, or read from memory.
+are summed from the entries in registers, dW_enc = Σ dz·(x − b_dec) and dW_dec = Σ dec·r, or read from memory. The state
+and all arithmetic are fp32, the powers of β2 fp64. The host reads neither `ok` nor `step` nor the length of a list.
 
-The state and all arithmetic are fp32, the powers of β2 fp64. One program does a latent, column block by column block,
-then goes over its decoder row again to divide by the norm. Entry i of the latent is added to partial sum i mod `lanes`,
-so the result depends on the latent's entries alone. The host reads neither `ok` nor `step`.
+One warp does a latent, column block by column block, entry after entry, then goes over its decoder row again to divide
+by the norm. A list of `long` entries or more would keep it busy long after all others: such lists are done first, by a
+program for each column block, in which entry i is added to partial sum i mod `lanes`. It leaves the row's squares in
+memory, from which the ordinary program, in the second launch, takes the norm. Two long lists begin at least `long`
+entries apart, so the latent's offset divided by `long` is a place in memory that is its own. Every sum depends on the
+latent's entries alone.
 """
 
 import math
+from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,14 +30,29 @@ from torch import Tensor
 from ..entries import ByLatent, LatentState, LatentSums, Rule
 from ..reference.training import settle
 from .common import device_scalar, launch
-from .decode import GatherConfig
 
 __all__ = ["settle", "update_from_dense", "update_from_entries"]
 
 
-# The two gathers and the update of a block take 64 registers on sm_90 (fp32 rows: 72), hence 28 warps a multiprocessor;
-# twice the columns or lanes take 110 and leave 16.
-CONFIG = GatherConfig(lanes=4, block_d=256, num_warps=4, num_stages=3)
+@dataclass(frozen=True)
+class UpdateConfig:
+    block_d: int  # columns taken together
+    unroll: int  # entries whose rows are on their way together, in each lane
+    num_warps: int
+    long: int  # entries from which a list is long
+    lanes: int  # partial sums of a long list
+    long_warps: int
+    long_programs: int  # that look for long lists, for each column block
+
+
+# One warp reads 256 columns of a row and needs no other to sum them: by count a latent of 17 entries takes 11,500
+# instructions on sm_90, where four warps took 41,000, and 64 registers. Four entries are fetched in about 1,000 cycles,
+# so that a list of 64, with 9 blocks, should be over within .1 ms.
+CONFIG = UpdateConfig(block_d=256, unroll=4, num_warps=1, long=64, lanes=8, long_warps=8, long_programs=1024)
+
+# Columns of a thread, whatever their type: 16 bytes of fp32. For 8, as bf16 has them, each store would first exchange
+# its values among the threads.
+_COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
@@ -41,19 +62,144 @@ def _power_of_beta2(exponent, LOG2_BETA2: tl.constexpr):
 
 
 @triton.jit
-def _adam(v, gradient, decay, correction, learning_rate, eps, BETA2: tl.constexpr):
-    """The second moments, brought up to date, and the step to subtract."""
-    v = v * decay + (1.0 - BETA2) * (gradient * gradient)
-    return v, learning_rate * gradient / (tl.sqrt(v / correction) + eps)
+def _factors(step, last, learning_rate_ptr, LOG2_BETA2: tl.constexpr):
+    """The decay that v owes, 1/(1 − β2^k) and the learning rate, in fp32."""
+    decay = _power_of_beta2(step - last, LOG2_BETA2)
+    unbias = 1.0 / (1.0 - _power_of_beta2(step, LOG2_BETA2))
+    return decay.to(tl.float32), unbias.to(tl.float32), tl.load(learning_rate_ptr).to(tl.float32)
+
+
+@triton.jit
+def _second_moment(v, gradient, decay, BETA2: tl.constexpr):
+    return v * decay + (1.0 - BETA2) * (gradient * gradient)
+
+
+@triton.jit
+def _root(v, unbias, eps):
+    return tl.sqrt(v * unbias) + eps
+
+
+@triton.jit
+def _over(numerator, root):
+    """numerator/root in 3 instructions instead of the 8 of a division, which looks for roots beyond 2^±126: that of an
+    fp32 second moment is never there."""
+    inverse = tl.rsqrt(root)
+    return numerator * (inverse * inverse)
+
+
+@triton.jit
+def _in_row(columns, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which of the columns there are: all of them, and the compiler knows it, where the blocks fill the row."""
+    if D % BLOCK_D == 0:
+        return tl.full((BLOCK_D,), True, tl.int1)
+    else:
+        return columns < D
+
+
+@triton.jit
+def _columns_from(column, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    columns = tl.max_contiguous(column + tl.arange(0, BLOCK_D), _COLUMNS)
+    return columns, _in_row(columns, D, BLOCK_D)
+
+
+@triton.jit
+def _entry(dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, entry, in_row, D: tl.constexpr):
+    """The two coefficients of an entry, each with its row's columns of a table."""
+    row = tl.load(tokens_ptr + entry).to(tl.int64) * D
+    x = tl.load(enc_table + row, mask=in_row, other=0.0).to(tl.float32)
+    r = tl.load(dec_table + row, mask=in_row, other=0.0).to(tl.float32)
+    return tl.load(dz_ptr + entry), x, tl.load(dec_ptr + entry), r
+
+
+@triton.jit
+def _update_columns(
+    W_enc_ptr, W_dec_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row, dW_enc, dW_dec, along,
+    decay, unbias, learning_rate, eps, BETA2: tl.constexpr,
+):  # fmt: skip
+    """Projection and Adam of the columns ``at``; returns the decoder row's, whose norm is still to be divided by.
+
+    What passes by once is the first that the caches may give up, before the rows that the entries gather.
+    """
+    W_enc = tl.load(W_enc_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
+    W_dec = tl.load(W_dec_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
+    enc_v = tl.load(W_enc_v_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
+    dec_v = tl.load(W_dec_v_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
+
+    enc_v = _second_moment(enc_v, dW_enc, decay, BETA2)
+    W_enc -= _over(learning_rate * dW_enc, _root(enc_v, unbias, eps))
+    tl.store(W_enc_v_ptr + at, enc_v, mask=in_row, eviction_policy="evict_first")
+    tl.store(W_enc_ptr + at, W_enc, mask=in_row, eviction_policy="evict_first")
+    if W_enc_low_ptr is not None:
+        low = W_enc.to(W_enc_low_ptr.dtype.element_ty)
+        tl.store(W_enc_low_ptr + at, low, mask=in_row, eviction_policy="evict_first")
+
+    dW_dec -= along * W_dec
+    dec_v = _second_moment(dec_v, dW_dec, decay, BETA2)
+    W_dec -= _over(learning_rate * dW_dec, _root(dec_v, unbias, eps))
+    tl.store(W_dec_v_ptr + at, dec_v, mask=in_row, eviction_policy="evict_first")
+    tl.store(W_dec_ptr + at, W_dec, mask=in_row)
+    return tl.where(in_row, W_dec, 0.0)  # 0/0 and 0·NaN beyond the row would spoil its norm
+
+
+@triton.jit
+def _long_lists_kernel(
+    W_enc_ptr, W_dec_ptr, W_enc_v_ptr, W_dec_v_ptr, last_ptr, W_enc_low_ptr, lists_ptr, dz_ptr, dec_ptr, tokens_ptr,
+    along_ptr, enc_rows_ptr, dec_rows_ptr, squares_ptr, ok_ptr, step_ptr, learning_rate_ptr, F, eps,
+    D: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr, LONG: tl.constexpr, LISTS: tl.constexpr,
+    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The long lists among LISTS that lie as far apart as they can (neighbours may be alike), for a block of columns.
+
+    squares: [capacity // LONG, blocks], at the place of the list.
+    """
+    if tl.load(ok_ptr) == 0:
+        return
+    candidates = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, LISTS)
+    exists = candidates < F
+    firsts = tl.load(lists_ptr + candidates, mask=exists, other=0)
+    is_long = tl.load(lists_ptr + candidates + 1, mask=exists, other=0) - firsts >= LONG
+    j = tl.min(tl.where(is_long, candidates, F), 0)
+    if j >= F:
+        return
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = _in_row(columns, D, BLOCK_D)
+    enc_table, dec_table = enc_rows_ptr + columns[None, :], dec_rows_ptr + columns[None, :]
+    lanes = tl.arange(0, LANES)
+    step = tl.load(step_ptr) + 1
+    while j < F:
+        first = tl.load(lists_ptr + j)
+        length = (tl.load(lists_ptr + j + 1) - first).to(tl.int32)
+        enc_sums = tl.zeros((LANES, BLOCK_D), tl.float32)
+        dec_sums = tl.zeros((LANES, BLOCK_D), tl.float32)
+        for start in range(0, length, LANES * UNROLL):
+            for i in tl.static_range(UNROLL):
+                place = start + i * LANES + lanes
+                valid = place < length
+                rows = tl.load(tokens_ptr + first + place, mask=valid, other=0).to(tl.int64)[:, None] * D
+                dz = tl.load(dz_ptr + first + place, mask=valid, other=0.0)[:, None]
+                dec = tl.load(dec_ptr + first + place, mask=valid, other=0.0)[:, None]
+                mask = valid[:, None] & in_row[None, :]
+                enc_sums += dz * tl.load(enc_table + rows, mask=mask, other=0.0).to(tl.float32)
+                dec_sums += dec * tl.load(dec_table + rows, mask=mask, other=0.0).to(tl.float32)
+
+        decay, unbias, learning_rate = _factors(step, tl.load(last_ptr + j), learning_rate_ptr, LOG2_BETA2)
+        at = j.to(tl.int64) * D + columns
+        W_dec = _update_columns(
+            W_enc_ptr, W_dec_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row, tl.sum(enc_sums, 0),
+            tl.sum(dec_sums, 0), tl.load(along_ptr + j), decay, unbias, learning_rate, eps, BETA2,
+        )  # fmt: skip
+        place = first // LONG * tl.num_programs(1) + tl.program_id(1)
+        tl.store(squares_ptr + place, tl.sum(W_dec * W_dec, 0))
+        j = tl.min(tl.where(is_long & (candidates > j), candidates, F), 0)
 
 
 @triton.jit
 def _update_kernel(
     W_enc_ptr, W_dec_ptr, b_enc_ptr, threshold_ptr, W_enc_v_ptr, W_dec_v_ptr, b_enc_v_ptr, threshold_v_ptr,
     last_ptr, W_enc_low_ptr, W_dec_low_ptr, lists_ptr, dz_ptr, dec_ptr, tokens_ptr, along_ptr,
-    enc_rows_ptr, dec_rows_ptr, db_enc_ptr, dthreshold_ptr, ok_ptr, step_ptr, learning_rate_ptr, D, eps,
-    BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr, LOG_THRESHOLD: tl.constexpr, FROM_ENTRIES: tl.constexpr,
-    LANES: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
+    enc_rows_ptr, dec_rows_ptr, db_enc_ptr, dthreshold_ptr, squares_ptr, ok_ptr, step_ptr, learning_rate_ptr, eps,
+    D: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr, LOG_THRESHOLD: tl.constexpr,
+    FROM_ENTRIES: tl.constexpr, LONG: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """lists: the offsets of the latents' entries, rows by token; or, not FROM_ENTRIES, touched, gradients by latent."""
     if tl.load(ok_ptr) == 0:
@@ -64,87 +210,81 @@ def _update_kernel(
     if length <= 0:
         return
     step = tl.load(step_ptr) + 1
-    learning_rate = tl.load(learning_rate_ptr).to(tl.float32)
-    decay = _power_of_beta2(step - tl.load(last_ptr + j), LOG2_BETA2).to(tl.float32)
-    correction = (1.0 - _power_of_beta2(step, LOG2_BETA2)).to(tl.float32)
-    lanes = tl.arange(0, LANES)
+    decay, unbias, learning_rate = _factors(step, tl.load(last_ptr + j), learning_rate_ptr, LOG2_BETA2)
 
     if FROM_ENTRIES:
         along = tl.load(along_ptr + j)
+        whole = length - length % UNROLL
+        dz_ptr += first
+        dec_ptr += first
+        tokens_ptr += first
     else:
         products = tl.zeros((BLOCK_D,), tl.float32)
         for column in range(0, D, BLOCK_D):
-            columns = column + tl.arange(0, BLOCK_D)
-            in_columns = columns < D
-            dW_dec = tl.load(dec_rows_ptr + j * D + columns, mask=in_columns, other=0.0).to(tl.float32)
-            products += dW_dec * tl.load(W_dec_ptr + j * D + columns, mask=in_columns, other=0.0)
+            columns, in_row = _columns_from(column, D, BLOCK_D)
+            dW_dec = tl.load(dec_rows_ptr + j * D + columns, mask=in_row, other=0.0)
+            products += dW_dec * tl.load(W_dec_ptr + j * D + columns, mask=in_row, other=0.0)
         along = tl.sum(products, 0)
 
-    squares = tl.zeros((BLOCK_D,), tl.float32)
-    for column in range(0, D, BLOCK_D):
-        columns = column + tl.arange(0, BLOCK_D)
-        in_columns = columns < D
-        row = j * D + columns
-        if FROM_ENTRIES:
-            enc_sums = tl.zeros((LANES, BLOCK_D), tl.float32)
-            dec_sums = tl.zeros((LANES, BLOCK_D), tl.float32)
-            for start in tl.range(0, length, LANES, num_stages=NUM_STAGES):
-                valid = start + lanes < length
-                entries = first + start + lanes
-                rows = tl.load(tokens_ptr + entries, mask=valid, other=0).to(tl.int64)[:, None] * D + columns[None, :]
-                dz = tl.load(dz_ptr + entries, mask=valid, other=0.0)[:, None]
-                dec = tl.load(dec_ptr + entries, mask=valid, other=0.0)[:, None]
-                mask = valid[:, None] & in_columns[None, :]
-                enc_sums += dz * tl.load(enc_rows_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-                dec_sums += dec * tl.load(dec_rows_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-            dW_enc, dW_dec = tl.sum(enc_sums, 0), tl.sum(dec_sums, 0)
-        else:
-            dW_enc = tl.load(enc_rows_ptr + row, mask=in_columns, other=0.0).to(tl.float32)
-            dW_dec = tl.load(dec_rows_ptr + row, mask=in_columns, other=0.0).to(tl.float32)
+    if squares_ptr is None or length < LONG:
+        squares = tl.zeros((BLOCK_D,), tl.float32)
+        for column in range(0, D, BLOCK_D):
+            columns, in_row = _columns_from(column, D, BLOCK_D)
+            at = j * D + columns
+            if FROM_ENTRIES:
+                dW_enc = tl.zeros((BLOCK_D,), tl.float32)
+                dW_dec = tl.zeros((BLOCK_D,), tl.float32)
+                enc_table, dec_table = enc_rows_ptr + columns, dec_rows_ptr + columns
+                for start in range(0, whole, UNROLL):
+                    for i in tl.static_range(UNROLL):
+                        dz, x, dec, r = _entry(dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, start + i, in_row, D)
+                        dW_enc += dz * x
+                        dW_dec += dec * r
+                for i in range(whole, length):
+                    dz, x, dec, r = _entry(dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, i, in_row, D)
+                    dW_enc += dz * x
+                    dW_dec += dec * r
+            else:
+                dW_enc = tl.load(enc_rows_ptr + at, mask=in_row, other=0.0)
+                dW_dec = tl.load(dec_rows_ptr + at, mask=in_row, other=0.0)
+            W_dec = _update_columns(
+                W_enc_ptr, W_dec_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row, dW_enc, dW_dec, along,
+                decay, unbias, learning_rate, eps, BETA2,
+            )  # fmt: skip
+            squares += W_dec * W_dec
+        square = tl.sum(squares, 0)
+    else:
+        blocks = tl.arange(0, triton.next_power_of_2(BLOCKS))
+        place = first // LONG * BLOCKS + blocks
+        square = tl.sum(tl.load(squares_ptr + place, mask=blocks < BLOCKS, other=0.0), 0)
 
-        v = tl.load(W_enc_v_ptr + row, mask=in_columns, other=0.0)
-        v, change = _adam(v, dW_enc, decay, correction, learning_rate, eps, BETA2)
-        W_enc = tl.load(W_enc_ptr + row, mask=in_columns, other=0.0) - change
-        tl.store(W_enc_v_ptr + row, v, mask=in_columns)
-        tl.store(W_enc_ptr + row, W_enc, mask=in_columns)
-        if W_enc_low_ptr is not None:
-            tl.store(W_enc_low_ptr + row, W_enc.to(W_enc_low_ptr.dtype.element_ty), mask=in_columns)
-
-        W_dec = tl.load(W_dec_ptr + row, mask=in_columns, other=0.0)
-        v = tl.load(W_dec_v_ptr + row, mask=in_columns, other=0.0)
-        v, change = _adam(v, dW_dec - along * W_dec, decay, correction, learning_rate, eps, BETA2)
-        W_dec -= change
-        tl.store(W_dec_v_ptr + row, v, mask=in_columns)
-        tl.store(W_dec_ptr + row, W_dec, mask=in_columns)
-        squares += W_dec * W_dec
-
-    v = tl.load(b_enc_v_ptr + j)
-    v, change = _adam(v, tl.load(db_enc_ptr + j), decay, correction, learning_rate, eps, BETA2)
+    gradient = tl.load(db_enc_ptr + j)
+    v = _second_moment(tl.load(b_enc_v_ptr + j), gradient, decay, BETA2)
     tl.store(b_enc_v_ptr + j, v)
-    tl.store(b_enc_ptr + j, tl.load(b_enc_ptr + j) - change)
+    tl.store(b_enc_ptr + j, tl.load(b_enc_ptr + j) - learning_rate * gradient / _root(v, unbias, eps))
 
     threshold = tl.load(threshold_ptr + j)
     gradient = tl.load(dthreshold_ptr + j)
     if LOG_THRESHOLD:
         gradient *= threshold  # dL/dt = θ·dL/dθ for θ = exp(t)
-    v = tl.load(threshold_v_ptr + j)
-    v, change = _adam(v, gradient, decay, correction, learning_rate, eps, BETA2)
+    v = _second_moment(tl.load(threshold_v_ptr + j), gradient, decay, BETA2)
+    change = learning_rate * gradient / _root(v, unbias, eps)
     threshold = threshold * tl.exp(-change) if LOG_THRESHOLD else threshold - change
     tl.store(threshold_v_ptr + j, v)
     tl.store(threshold_ptr + j, tl.where(threshold < 0, 0.0, threshold))  # a maximum would hide NaN
 
-    norm = tl.sqrt(tl.sum(squares, 0))
-    # What follows reads what other threads of the program stored, and overwrites what they read.
+    inverse_norm = tl.div_rn(1.0, tl.sqrt_rn(square))
+    # What follows may read what other threads of the program stored, and overwrites what they read.
     tl.debug_barrier()
     tl.store(last_ptr + j, step)
     for column in range(0, D, BLOCK_D):
-        columns = column + tl.arange(0, BLOCK_D)
-        in_columns = columns < D
-        row = j * D + columns
-        W_dec = tl.load(W_dec_ptr + row, mask=in_columns, other=0.0) / norm
-        tl.store(W_dec_ptr + row, W_dec, mask=in_columns)
+        columns, in_row = _columns_from(column, D, BLOCK_D)
+        at = j * D + columns
+        W_dec = tl.load(W_dec_ptr + at, mask=in_row, other=0.0) * inverse_norm
+        tl.store(W_dec_ptr + at, W_dec, mask=in_row, eviction_policy="evict_first")
         if W_dec_low_ptr is not None:
-            tl.store(W_dec_low_ptr + row, W_dec.to(W_dec_low_ptr.dtype.element_ty), mask=in_columns)
+            low = W_dec.to(W_dec_low_ptr.dtype.element_ty)
+            tl.store(W_dec_low_ptr + at, low, mask=in_row, eviction_policy="evict_first")
 
 
 def _launch(
@@ -163,42 +303,61 @@ def _launch(
     F, d = state.W_dec.shape
     if F == 0:
         return
+    blocks = triton.cdiv(d, config.block_d)
+    shared = {
+        "on": state.W_dec,
+        "W_enc_ptr": state.W_enc,
+        "W_dec_ptr": state.W_dec,
+        "W_enc_v_ptr": state.W_enc_v,
+        "W_dec_v_ptr": state.W_dec_v,
+        "last_ptr": state.last,
+        "W_enc_low_ptr": state.W_enc_low,
+        "lists_ptr": lists,
+        "dz_ptr": sums.dz if sums else None,
+        "dec_ptr": sums.dec if sums else None,
+        "tokens_ptr": sums.tokens if sums else None,
+        "along_ptr": sums.along if sums else None,
+        "enc_rows_ptr": enc_rows.contiguous(),
+        "dec_rows_ptr": dec_rows.contiguous(),
+        "squares_ptr": None,
+        "ok_ptr": ok,
+        "step_ptr": step,
+        "learning_rate_ptr": device_scalar(rule.learning_rate, state.W_dec),
+        "eps": rule.eps,
+        "D": d,
+        "BETA2": rule.beta2,
+        "LOG2_BETA2": math.log2(rule.beta2),
+        "LONG": config.long,
+        "UNROLL": config.unroll,
+        "BLOCK_D": config.block_d,
+    }
+    most_long = len(sums.dz) // config.long if sums else 0
+    if most_long > 0:
+        programs = min(F, config.long_programs)
+        shared["squares_ptr"] = torch.empty(most_long, blocks, dtype=torch.float32, device=state.W_dec.device)
+        launch(
+            _long_lists_kernel,
+            (programs, blocks),
+            **shared,
+            F=F,
+            LISTS=triton.next_power_of_2(triton.cdiv(F, programs)),
+            LANES=config.lanes,
+            num_warps=config.long_warps,
+        )
     launch(
         _update_kernel,
         (F,),
-        on=state.W_dec,
-        W_enc_ptr=state.W_enc,
-        W_dec_ptr=state.W_dec,
+        **shared,
         b_enc_ptr=state.b_enc,
         threshold_ptr=state.threshold,
-        W_enc_v_ptr=state.W_enc_v,
-        W_dec_v_ptr=state.W_dec_v,
         b_enc_v_ptr=state.b_enc_v,
         threshold_v_ptr=state.threshold_v,
-        last_ptr=state.last,
-        W_enc_low_ptr=state.W_enc_low,
         W_dec_low_ptr=state.W_dec_low,
-        lists_ptr=lists,
-        dz_ptr=sums.dz if sums else None,
-        dec_ptr=sums.dec if sums else None,
-        tokens_ptr=sums.tokens if sums else None,
-        along_ptr=sums.along if sums else None,
-        enc_rows_ptr=enc_rows.contiguous(),
-        dec_rows_ptr=dec_rows.contiguous(),
         db_enc_ptr=db_enc,
         dthreshold_ptr=dthreshold,
-        ok_ptr=ok,
-        step_ptr=step,
-        learning_rate_ptr=device_scalar(rule.learning_rate, state.W_dec),
-        D=d,
-        eps=rule.eps,
-        BETA2=rule.beta2,
-        LOG2_BETA2=math.log2(rule.beta2),
         LOG_THRESHOLD=rule.log_threshold,
         FROM_ENTRIES=sums is not None,
-        LANES=config.lanes,
-        BLOCK_D=config.block_d,
-        NUM_STAGES=config.num_stages,
+        BLOCKS=blocks,
         num_warps=config.num_warps,
     )
 

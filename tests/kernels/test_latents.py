@@ -15,13 +15,16 @@ from tests.helpers import (
     lattice,
     normal,
     shape_cases,
+    transposed,
 )
 from tests.kernels import sanitizer
 from tests.kernels.entries import BANDWIDTH, batch, double, from_pre_activations
 
 pytest.importorskip("triton")
 from gemmascope.kernels.gpu import latents as gpu_latents
-from gemmascope.kernels.gpu.latents import LatentConfig, encoder_times, latent_pass, weight_gradients
+from gemmascope.kernels.gpu import weighted_sum as gpu_weighted_sum
+from gemmascope.kernels.gpu.latents import LatentConfig, latent_pass, weight_gradients
+from gemmascope.kernels.gpu.weighted_sum import encoder_times
 from gemmascope.kernels.transpose import by_latent
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
@@ -37,7 +40,8 @@ BY_ENTRY = ("dec", "dz", "tokens")
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(gpu_latents, "CONFIG", LatentConfig(block_f=4, lanes=4, num_warps=1, num_stages=3))
+    config = LatentConfig(block_f=4, lanes=4, long=6, long_lanes=8, num_warps=1)
+    monkeypatch.setattr(gpu_latents, "CONFIG", config)
 
 
 def of_batch(inputs, seed=9):
@@ -70,14 +74,24 @@ def test_matches_reference(small_tiles, N, F, objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_shipped_tiles_match_reference(objective, device):
-    check(*of_batch(batch(gpu_latents.CONFIG.lanes + 9, 2 * gpu_latents.CONFIG.block_f + 3, 3, device=device)),
-          OBJECTIVES[objective])  # fmt: skip
+    """Lists of some groups of entries, and some long ones of as many."""
+    config = gpu_latents.CONFIG
+    N, F = config.long_lanes + 9, config.block_f + 3
+    z = normal(N, F, seed=1) - torch.linspace(0, 3, F)
+    threshold = torch.full((F,), 0.9)
+    entries = Entries(*(t.to(device) for t in from_pre_activations(z, threshold)))
+    lengths = by_latent(entries, F).offsets.diff()
+    assert ((lengths > config.lanes) & (lengths <= config.long)).any()
+    assert (lengths > config.long).any()
+    u, s = normal(len(entries.z), device=device), 0.01 * normal(N, device=device, seed=2).abs()
+    check(entries, u, by_latent(entries, F), threshold.to(device), s, OBJECTIVES[objective])
 
 
 @interpreted
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 6, 7, 8, 9, 17])
 def test_lists_around_the_gather(small_tiles, tokens):
-    """The second latent has an entry on every token, the first and the third on the first two."""
+    """The second latent has an entry on every token, from seven on a long list; the first and the third on the first
+    two."""
     z = torch.full((tokens, 3), -9.0)
     z[:, 1], z[:2] = 1.5, 1.0
     entries = from_pre_activations(z, torch.full((3,), 0.9))
@@ -118,6 +132,50 @@ def test_nothing_at_all(device):
     assert not sums.db_enc.any()
 
 
+@interpreted
+def test_long_lists_leave_the_others_alone(small_tiles):
+    """Each latent's sums, bit for bit, whatever lists stand beside its own."""
+    z = normal(20, 8, seed=1)
+    z[4:, 1], z[:, 2], z[3:, 5] = -9, 1.5, -9
+    threshold, s = torch.full((8,), 0.9), 0.01 * normal(20, seed=2).abs()
+    u = normal(20, 8, seed=3)
+
+    def sums(columns):
+        entries = from_pre_activations(z[:, columns], threshold[columns])
+        nnz, of_entries = int(entries.offsets[-1]), torch.zeros(len(entries.z))
+        of_entries[:nnz] = u[:, columns][entries.tokens[:nnz], entries.latents[:nnz] & LATENT]
+        lists = by_latent(entries, len(columns))
+        return latent_pass(entries, of_entries, lists, threshold[columns], s, OBJECTIVES["all"])[3:]
+
+    columns = [2, 1, 0, 5, 7]
+    for name, together, alone in zip(
+        ("db_enc", "dthreshold", "along", "firing_count"),
+        sums(columns),
+        map(torch.cat, zip(*(sums([c]) for c in columns), strict=True)),
+        strict=True,
+    ):
+        assert_bitwise_equal(name, together, alone)
+
+
+@pytest.mark.parametrize("objective", ["frequency", "tanh", "all"])
+def test_slopes_on_the_device(objective, device):
+    """The same bits as from numbers; a slope that holds 0 changes nothing, and one that changes is read anew."""
+    inputs = of_batch(batch(6, 10, 3, device=device))
+    nnz, given = int(inputs[2].offsets[-1]), OBJECTIVES[objective]
+
+    def compare(slopes, expected):
+        actual = latent_pass(*inputs, given._replace(frequency_slope=slopes[0], tanh_slope=slopes[1]))
+        for name, a, b in zip(actual._fields, actual, latent_pass(*inputs, expected), strict=True):
+            assert_bitwise_equal(name, *((a[:nnz], b[:nnz]) if name in BY_ENTRY else (a, b)))
+
+    numbers = given.frequency_slope, given.tanh_slope
+    slopes = [torch.tensor(n, dtype=torch.float64, device=device) for n in numbers]
+    compare(slopes, given)
+    for slope in slopes:
+        slope.mul_(0)
+    compare(slopes, given._replace(frequency_slope=0.0, tanh_slope=0.0))
+
+
 def test_penalty_of_a_scalar_slope_expanded(device):
     entries, u, transposed, threshold, _ = of_batch(batch(6, 10, 3, device=device))
     s = torch.tensor(0.02, device=device).expand(6)
@@ -153,7 +211,8 @@ def test_steep_tanh_penalty_has_no_cancellation(device):
 
 
 def test_repeats_bit_for_bit(device):
-    inputs = of_batch(batch(40, 30, 3, device=device))
+    inputs = of_batch(batch(200, gpu_latents.CONFIG.block_f + 3, 3, device=device))
+    assert (inputs[2].offsets.diff() > gpu_latents.CONFIG.long).any()
     nnz = int(inputs[2].offsets[-1])
     first = latent_pass(*inputs, OBJECTIVES["all"])
     for seed in (1, 2):
@@ -211,10 +270,63 @@ def test_weight_gradients(layout, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("lists", "rows", "F"), [(1024, 64, 1), (1024, 64, 65), (3, 2, 13), (3, 2, 12), (3, 2, 5)])
-def test_encoder_times(lists, rows, F, dtype, device, monkeypatch):
-    monkeypatch.setattr(gpu_latents, "_LISTS", lists)
-    monkeypatch.setattr(gpu_latents, "_LIST_ROWS", rows)
+@pytest.mark.parametrize(
+    ("groups", "rows", "F"), [(1024, 64, 1), (1024, 64, 65), (3, 2, 13), (3, 2, 12), (3, 2, 5), (99, 2, 150)]
+)
+def test_encoder_times(groups, rows, F, dtype, device, monkeypatch):
+    monkeypatch.setattr(gpu_weighted_sum, "_GROUPS", groups)
+    monkeypatch.setattr(gpu_weighted_sum, "_GROUP_ROWS", rows)
     W_enc, db_enc = normal(F, 7, dtype=dtype, device=device), normal(F, device=device, seed=1)
+    db_enc[1::3] = 0
     exact = db_enc.double() @ W_enc.double()
     assert_within_budget("product", encoder_times(W_enc, db_enc), exact, db_enc @ W_enc.float())
+
+
+@pytest.mark.parametrize("layout", [transposed, every_other])
+def test_encoder_times_of_any_strides(layout, device):
+    W_enc, db_enc = layout(normal(70, 300, device=device)), normal(70, device=device, seed=1)
+    exact = db_enc.double() @ W_enc.double()
+    assert_within_budget("product", encoder_times(W_enc, db_enc), exact, db_enc @ W_enc)
+
+
+def test_encoder_times_of_nothing(device):
+    for F, d in ((0, 3), (3, 0), (0, 0)):
+        W_enc, db_enc = torch.zeros(F, d, device=device), torch.ones(F, device=device)
+        assert_bitwise_equal("product", encoder_times(W_enc, db_enc), torch.zeros(d, device=device))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_encoder_times_of_bad_input(bad, device):
+    """Whatever a row holds is seen unless its coefficient is 0, and a bad coefficient is."""
+    W_enc, db_enc = normal(5, 3, device=device), torch.tensor([1.0, 0.0, -2.0, 3.0, 0.5], device=device)
+    expected = encoder_times(W_enc, db_enc)
+    W_enc[1, 1] = bad
+    assert_bitwise_equal("unread", encoder_times(W_enc, db_enc), expected)
+    W_enc[2, 1] = bad
+    assert encoder_times(W_enc, db_enc).isfinite().tolist() == [True, False, True]
+    db_enc[3] = bad
+    assert not encoder_times(W_enc, db_enc).isfinite().any()
+
+
+def test_encoder_times_repeats_in_two_launches(device):
+    W_enc, db_enc = normal(150, 300, device=device), normal(150, device=device, seed=1)
+    first = encoder_times(W_enc, db_enc)
+    for seed in (1, 2):
+        with sanitizer.sanitize(race=True, seed=seed) as report:
+            again = encoder_times(W_enc, db_enc)
+        assert_bitwise_equal("product", again, first)
+        if not W_enc.is_cuda:
+            assert report.launches == 2
+
+
+@interpreted
+def test_encoder_times_beyond_32_bits():
+    """The last two rows of a table of 2³¹ elements and more, all others with the coefficient 0; the eighth block of
+    columns, of the last group."""
+    F, d = 1 << 20, 2049
+    W_enc, db_enc = torch.empty(F, d, dtype=torch.bfloat16), torch.zeros(F)
+    W_enc[-2:], db_enc[-2:] = normal(2, d).bfloat16(), torch.tensor([2.0, -0.5])
+    with sanitizer.sanitize(race=False, programs=lambda dims: [8 * dims[1] - 1]):
+        rows = gpu_weighted_sum._sum_rows(db_enc, W_enc, 256, gpu_weighted_sum.ROWS)
+    block = slice(7 * 256, 8 * 256)
+    assert_bitwise_equal("partial", rows[-1, block], (2 * W_enc[-2].float() - 0.5 * W_enc[-1].float())[block])

@@ -1,5 +1,7 @@
 """The update by Triton against the fp64 reference and plain dense Adam: python -m pytest tests/test_update.py"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,17 +22,17 @@ from tests.kernels.entries import double
 
 pytest.importorskip("triton")
 from gemmascope.kernels.gpu import update as gpu_update
-from gemmascope.kernels.gpu.decode import GatherConfig
-from gemmascope.kernels.gpu.update import settle, update_from_dense, update_from_entries
+from gemmascope.kernels.gpu.update import UpdateConfig, settle, update_from_dense, update_from_entries
 
 RULE = Rule(learning_rate=1e-2, beta2=0.999, eps=1e-8, log_threshold=False)
 LOG = RULE._replace(log_threshold=True)
+SMALL = UpdateConfig(block_d=16, unroll=2, num_warps=1, long=4, lanes=2, long_warps=1, long_programs=3)
 interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(gpu_update, "CONFIG", GatherConfig(lanes=4, block_d=16, num_warps=1, num_stages=3))
+    monkeypatch.setattr(gpu_update, "CONFIG", SMALL)
 
 
 def uniform(*shape, seed):
@@ -67,6 +69,21 @@ def random_sums(N, F, device="cpu", active=0.4, seed=10) -> tuple[ByLatent, Late
     return ByLatent(order.to(device), offsets.to(device)), LatentSums(*(t.to(device) for t in sums))
 
 
+def sums_of_lists(lengths, N, device="cpu", seed=10) -> tuple[ByLatent, LatentSums]:
+    """Lists of these lengths, of random tokens, without room for more. What a latent has depends on its place alone."""
+    F, parts = len(lengths), []
+    for j, length in enumerate(lengths):
+        tokens = torch.randperm(N, generator=torch.Generator().manual_seed(seed + j))[:length].sort().values.int()
+        parts.append((*(normal(length, seed=seed + j + shift) for shift in (100, 200)), tokens))
+    entries = (torch.cat(part) for part in zip(*parts, strict=True))
+    totals = (torch.cat([normal(1, seed=seed + j + shift) for j in range(F)]) for shift in (300, 400, 500))
+    sums = LatentSums(*entries, *totals, torch.zeros(F, dtype=torch.int32))
+    offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+    return ByLatent(torch.arange(len(sums.dec)).to(device), offsets.to(device)), LatentSums(
+        *(t.to(device) for t in sums)
+    )
+
+
 def scalars(ok=1, step=20, device="cpu"):
     return torch.tensor(ok, dtype=torch.int32, device=device), torch.tensor(step, device=device)
 
@@ -86,9 +103,9 @@ def run_entries(update, state, sums, rows, rule, ok, step):
     return state
 
 
-def check_entries(N, F, d, rule, dtype=torch.float32, low=False, device="cpu"):
-    """The state after one update from entries, which agrees with the reference."""
-    state, sums = random_state(F, d, low, device), random_sums(N, F, device)
+def check_entries(N, F, d, rule, dtype=torch.float32, low=False, device="cpu", sums=None):
+    """The state before and after one update from entries, which agrees with the reference, and the entries."""
+    state, sums = random_state(F, d, low, device), sums or random_sums(N, F, device)
     rows = tuple(normal(N, d, dtype=dtype, device=device, seed=seed) for seed in (20, 21))
     rest = (rule, *scalars(device=device))
     actual = run_entries(update_from_entries, clone(state), sums, rows, *rest)
@@ -123,10 +140,118 @@ def test_latents_without_entries_stay_bit_for_bit(low, device):
             assert not torch.equal(b[~idle], a[~idle]), name
 
 
+N_LONG = 9  # tokens; a list is long from SMALL.long = 4 entries, and 4 of a long one are fetched together
+LISTS = {
+    "one": [1],
+    "one of every token": [N_LONG],
+    "around the bound": [0, 1, 2, 3, 4, 5, 3, 4, 0],
+    "around the gather": [7, 8, 9, 0, 3, 8],
+    "long ones side by side": [4, 4, 4, 4, 4, 4, 4],
+    "long ones of every token": [N_LONG] * 5,
+    "long ones that start anywhere": [1, 4, 2, 4, 3, 7, 1, 1, 5, 1],
+    "only short ones": [3, 3, 3, 3],
+}
+
+
 @interpreted
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 9])
-def test_lists_around_the_gather(small_tiles, tokens):
-    check_entries(tokens, 3, 37, RULE)
+@pytest.mark.parametrize(("name", "d"), [("around the bound", 1), *((name, d) for name in LISTS for d in (16, 37))])
+def test_lists_of_all_lengths(small_tiles, name, d):
+    lengths = LISTS[name]
+    sums = sums_of_lists(lengths, N_LONG)
+    _, after, _ = check_entries(N_LONG, len(lengths), d, LOG, torch.bfloat16, True, sums=sums)
+    touched = torch.tensor(lengths) > 0
+    norms = after.W_dec[touched].double().norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=3e-7, atol=0.0)
+    assert_bitwise_equal("W_enc_low", after.W_enc_low[touched], after.W_enc[touched].bfloat16())
+    assert_bitwise_equal("W_dec_low", after.W_dec_low[touched], after.W_dec[touched].bfloat16())
+
+
+@pytest.mark.parametrize("d", [5, 2 * gpu_update.CONFIG.block_d])
+def test_shipped_tiles_with_long_lists(d, device):
+    long = gpu_update.CONFIG.long
+    lengths = [long - 1, long, 0, 3 * long, long + 1, 2 * long + 5]
+    sums = sums_of_lists(lengths, 3 * long, device)
+    check_entries(3 * long, len(lengths), d, LOG, torch.bfloat16, True, device, sums)
+
+
+def launches(monkeypatch) -> list[tuple[str, tuple]]:
+    """Fills with the kernels and grids of the launches to come."""
+    seen, launch = [], gpu_update.launch
+
+    def noting(kernel, grid, *arguments, **named):
+        seen.append((kernel.__name__, grid))
+        launch(kernel, grid, *arguments, **named)
+
+    monkeypatch.setattr(gpu_update, "launch", noting)
+    return seen
+
+
+@interpreted
+def test_grids_do_not_look_at_the_lists(small_tiles, monkeypatch):
+    """They are the same with one list of all entries, with one entry a latent and with none."""
+    seen = launches(monkeypatch)
+    d, rest = 37, (RULE, *scalars())
+    rows = normal(8, d), normal(8, d, seed=1)
+    for lengths in ([8, 0, 0, 0, 0, 0, 0, 0], [1] * 8, [0, 4, 0, 4, 0, 0, 0, 0]):
+        run_entries(update_from_entries, random_state(8, d), sums_of_lists(lengths, 8), rows, *rest)
+    assert seen == 3 * [("_long_lists_kernel", (3, 3)), ("_update_kernel", (8,))]
+
+
+@interpreted
+def test_nothing_looks_for_long_lists_where_there_is_no_room_for_one(small_tiles, monkeypatch):
+    seen = launches(monkeypatch)
+    check_entries(3, 1, 5, RULE, sums=sums_of_lists([3], 3))
+    assert seen == [("_update_kernel", (1,))]
+
+
+@interpreted
+@pytest.mark.parametrize("lengths", [[0, 1, 2, 3], [4, 5, 8, 9]], ids=["short", "long"])
+def test_a_latent_depends_on_its_entries_alone(small_tiles, lengths):
+    """The same bits whatever its neighbours have and wherever its list begins."""
+    d, before, k = 19, 7, len(lengths)
+    rows = normal(N_LONG, d), normal(N_LONG, d, seed=1)
+    mine = slice(before, before + k)
+    alone = LatentState(*(t[mine].clone() for t in random_state(before + k, d, True)))
+    transposed, sums = sums_of_lists(lengths, N_LONG)
+    update_from_entries(alone, transposed, sums, *rows, RULE, *scalars())
+    for others in ([0] * before, [1, 5, 0, 9, 2, 4, 4], [9] * before):
+        state, (_, theirs) = random_state(before + k, d, True), sums_of_lists(others, N_LONG, seed=50)
+        together = LatentSums(*(torch.cat(parts) for parts in zip(theirs, sums, strict=True)))
+        offsets = torch.nn.functional.pad(torch.tensor(others + lengths).cumsum(0), (1, 0))
+        update_from_entries(state, ByLatent(None, offsets), together, *rows, RULE, *scalars())
+        for name, a, b in zip(state._fields, state, alone, strict=True):
+            assert_bitwise_equal(name, a[mine], b)
+
+
+@interpreted
+@pytest.mark.parametrize("lengths", [[2, 3], [5, 9]], ids=["short", "long"])
+def test_columns_beyond_the_row_do_not_count(small_tiles, lengths):
+    """Without eps they are 0/0."""
+    _, after, _ = check_entries(N_LONG, 2, 37, RULE._replace(eps=0.0), sums=sums_of_lists(lengths, N_LONG))
+    assert after.W_dec.isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("table", [0, 1], ids=["residual", "x"])
+def test_what_is_not_finite_shows(small_tiles, table, value):
+    """In the latents that have an entry of the token, in short lists and long ones, and in no other."""
+    d, lengths = 37, [2, 5, 3, 9, 0, 4]
+    state, (transposed, sums) = random_state(len(lengths), d, True), sums_of_lists(lengths, N_LONG)
+    rows = [normal(N_LONG, d), normal(N_LONG, d, seed=1)]
+    rows[table][4, 30] = value
+    eager, rest = clone(state), (transposed, sums, *rows, RULE, *scalars())
+    update_from_entries(state, *rest)
+    reference.update_from_entries(eager, *rest)
+    lists = sums.tokens.split(lengths)
+    hit = torch.tensor([4 in tokens.tolist() for tokens in lists])
+    assert hit[torch.tensor(lengths) >= SMALL.long].any()
+    assert hit[torch.tensor(lengths) < SMALL.long].any()
+    assert not hit.all()
+    for name, a, b in zip(state._fields, state, eager, strict=True):
+        assert_same_not_finite(name, a, b)
+    for weight in ((state.W_dec, state.W_enc)[table], (state.W_dec_low, state.W_enc_low)[table]):
+        assert torch.equal(~weight.isfinite().all(1), hit)
 
 
 @interpreted
@@ -162,13 +287,13 @@ def test_both_sources_agree(device):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("source", ["entries", "dense"])
+@pytest.mark.parametrize("source", ["entries", "long entries", "dense"])
 def test_nothing_changes_without_permission(source, device):
-    N, F, d = 4, 3, 5
+    N, F, d = gpu_update.CONFIG.long if source == "long entries" else 4, 3, 5
     state, (transposed, sums) = random_state(F, d, True, device), random_sums(N, F, device)
     after, rest = clone(state), (RULE, *scalars(ok=0, device=device))
     rows = [torch.full((N, d), torch.nan, device=device)] * 2
-    if source == "entries":
+    if source != "dense":
         update_from_entries(after, transposed, sums, *rows, *rest)
     else:
         gradients = [torch.full((F, d), torch.nan, device=device)] * 2
@@ -197,8 +322,9 @@ def test_threshold_never_falls_below_zero_and_shows_nan(rule, device):
 
 
 def test_repeats_bit_for_bit(device):
-    state, sums = random_state(12, 19, True, device), random_sums(9, 12, device)
-    rows = normal(9, 19, device=device), normal(9, 19, device=device, seed=1)
+    long = gpu_update.CONFIG.long
+    state, sums = random_state(12, 19, True, device), sums_of_lists([0, 1, 5, long] * 3, long, device)
+    rows = normal(long, 19, device=device), normal(long, 19, device=device, seed=1)
     first = run_entries(update_from_entries, clone(state), sums, rows, RULE, *scalars(device=device))
     for seed in (1, 2):
         with sanitizer.sanitize(race=True, seed=seed):
@@ -325,11 +451,12 @@ def far_state(F, d):
 
 
 @interpreted
-@pytest.mark.parametrize("source", ["entries", "dense"])
+@pytest.mark.parametrize("source", ["entries", "long entries", "dense"])
 def test_offsets_beyond_32_bits(source, monkeypatch):
     """The last latent of weights of 2³¹ + 2¹⁵ elements, and entries, tokens and gradients as far out."""
-    monkeypatch.setattr(gpu_update, "CONFIG", GatherConfig(lanes=4, block_d=4096, num_warps=1, num_stages=3))
     F, d = 2**16 + 1, 2**15
+    long = 2 if source == "long entries" else 2**30
+    monkeypatch.setattr(gpu_update, "CONFIG", replace(SMALL, block_d=d, long=long, long_programs=1))
     state, near = far_state(F, d)
     ok, step = scalars()
     data = normal(2, d, seed=1)

@@ -1,4 +1,5 @@
 // Encoding: z of blocks of latents and tokens, as it is or the entries found in it, put in order.
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -20,7 +21,7 @@ float screen_limit(const Kernels& k, int64_t N, int64_t d) {
   // Beyond the largest depth the bound says little; with fewer columns or tokens rounding W costs what it saves. Where
   // more than the limit is left, fp32 for the whole block is faster. Few tokens have a sum of their own.
   constexpr int64_t LARGEST_DEPTH = 1 << 17, SMALLEST_DEPTH = 32, FEWEST_TOKENS = 16;
-  constexpr float LIMIT = 0.05f;
+  constexpr float LIMIT = 0.06f;
   if (N <= k.few_tokens || d == 0 || d > LARGEST_DEPTH) return -1.0f;
   Screening asked = screening;
   if (!asked.automatic) return asked.limit;
@@ -155,10 +156,14 @@ Selection encode_blocks(
   std::vector<optional<ScreenScratch>> screens(max_parts());
   // Where screening gives up, fp32 needs the tokens packed: by whom it happens first.
   std::vector<std::once_flag> is_packed(screened ? token_blocks : 0);
+  // Where it mostly gives up, the other blocks are not screened at all; z is the same either way.
+  std::atomic<int64_t> given_up{0}, kept_on{0};
+  auto pays = [&] { return given_up <= 2 + kept_on; };
   deal(row_blocks, 1, [&](int64_t part, int64_t b, int64_t) {
     int64_t first = blocks.first_latent(b), rows = blocks.latents(b);
     const float *bias = blocks.b_enc + first, *theta = threshold + first;
-    if (screened) {
+    bool on_grid = screened && pays();
+    if (on_grid) {
       if (!screens[part]) screens[part].emplace(k, d);
       ScreenScratch& screen = *screens[part];
       t.grid_rows(
@@ -170,7 +175,7 @@ Selection encode_blocks(
       Entry* room = found[part].room(rows * tokens);
       int32_t* to = counts.data() + b * N + first_token;
       int64_t count = -1;
-      if (screened) {
+      if (on_grid && pays()) {
         ScreenScratch& screen = *screens[part];
         int64_t first_panel = blocks.first_panel(token_block);
         count = t.screen_entries(
@@ -178,9 +183,10 @@ Selection encode_blocks(
             blocks.x, data<int32_t>(grid) + first_panel * pairs * k.tokens,
             token_grids.data() + first_panel * k.tokens, tokens, first, first_token, theta, bandwidth, limit,
             screen.room, room, to);
-        if (count < 0) std::call_once(is_packed[token_block], [&] { blocks.pack(token_block); });
+        ++(count < 0 ? given_up : kept_on);
       }
       if (count < 0) {
+        if (screened) std::call_once(is_packed[token_block], [&] { blocks.pack(token_block); });
         if (!scratch[part]) scratch[part].emplace(blocks);
         float* z = mutable_data<float>(scratch[part]->z);
         blocks.product(b, token_block, mutable_data<float>(scratch[part]->rows), z);
