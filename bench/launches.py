@@ -170,7 +170,7 @@ def table(recorder: Recorder) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--compute-dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--calls", action="store_true", help="every call in its order")
     arguments = parser.parse_args(argv)

@@ -430,18 +430,14 @@ CENTRING = [
     ("norm of what is masked", "tl.where(mask, rounded * rounded, 0.0)", "rounded * rounded"),
     ("norm of what was not rounded", "rounded = centred.to(tl.float32)", "rounded = x"),
     ("squared norm", "norm = tl.sqrt(tl.sum(tl.sum(squares, 0), 0))", "norm = tl.sum(tl.sum(squares, 0), 0)"),
-    ("parts overlap", "mask = (rows < last)[:, None]", "mask = (rows < N)[:, None]"),
     ("column past the row", "(rows < last)[:, None] & in_columns[None, :]", "(rows < last)[:, None]"),
     ("parts share their norms", "norms_ptr + part * tl.num_programs(0) + tl.program_id(0)",
      "norms_ptr + tl.program_id(0)"),
-    ("tokens of the last part lost", "triton.cdiv(triton.cdiv(N, config.parts), config.block_n)",
-     "max(1, triton.cdiv(N, config.parts) // config.block_n)\n    tokens_per_part = tokens_per_part"),
 ]  # fmt: skip
 
 TOKENS = [
     ("sum for mean", "mean = tl.sum(sums, 0) / N", "mean = tl.sum(sums, 0)"),
     ("mean of masked parts", "(parts_of_sum < parts)[:, None] & in_columns[None, :]", "in_columns[None, :]"),
-    ("deviation of masked columns", "tl.where(mask, deviation * deviation, 0.0)", "deviation * deviation"),
     ("spread of the last block", "spread += tl.sum", "spread = tl.sum"),
     ("0/0 for a residual of 0", "tl.where(squared_error == 0, 1.0, spread)", "spread"),
     ("share upside down", "shares = squared_error / tl.where", "shares = 1 / squared_error * tl.where"),

@@ -62,7 +62,8 @@ class StepFigures:
 
     @classmethod
     def of(cls, packed: Tensor) -> "StepFigures":
-        return cls(*packed.unbind(), packed)
+        names = (field.name for field in fields(cls))
+        return cls(packed=packed, **dict(zip(names, packed.unbind(), strict=False)))
 
     @classmethod
     def unpack(cls, packed: Tensor) -> dict[str, float]:

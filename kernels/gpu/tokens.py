@@ -68,7 +68,7 @@ def _tokens_kernel(
         sums = tl.load(column_sums_ptr + parts_of_sum[:, None] * D + columns[None, :], mask=sums_mask, other=0.0)
         mean = tl.sum(sums, 0) / N
         deviation = tl.load(x_ptr + row_starts + columns[None, :], mask=mask, other=0.0) - mean[None, :]
-        spread += tl.sum(tl.where(mask, deviation * deviation, 0.0), 1)
+        spread += tl.sum(deviation * deviation, 1)  # 0 − 0 past the row
         residual = tl.load(residual_ptr + row_starts + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(residual_sums_ptr + block.to(tl.int64) * D + columns, tl.sum(residual, 0), mask=in_columns)
     squared_error = tl.load(squared_error_ptr + rows, mask=in_rows, other=0.0)

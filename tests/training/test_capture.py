@@ -5,6 +5,7 @@ become. So the step must ask the host for nothing, and two steps that differ in 
 for the same operators and launches with the same arguments, up to what their tensors hold.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -56,13 +57,18 @@ def test_it_launches_no_more_than_it_must():
     assert not [call for call in calls if not call.in_operator and call.name != "clamp_"]
 
 
-@pytest.mark.parametrize("name", ["l0", "target_l0", "batch"])
-def test_a_replay_sees_the_schedule(name):
-    """Other rates, λ and columns are other numbers in tensors, not other arguments."""
-    losses = {"l0": Loss(0.1, 0.1), "target_l0": Loss(0.1, 0.1, "target_l0", 4.0)}
-    losses["batch"] = Loss(0.1, 0.1, "target_l0", 4.0, l0_of="batch")
-    loss, found = losses[name], {}
-    other = Loss(0.9, 0.1, loss.sparsity, loss.target_l0, loss.l0_of)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Loss(0.1, 0.1),
+        Loss(0.1, 0.1, "target_l0", 4.0, l0_of="batch"),
+        Loss(0.1, 0.1, "tanh", frequency_scale=0.2, ste_to_z=True),
+    ],
+    ids=["l0", "batch", "tanh and frequency"],
+)
+def test_a_replay_sees_the_schedule(loss):
+    """Other rates, λ, slopes and columns are other numbers in tensors, not other arguments."""
+    other, found = replace(loss, l0_coefficient=0.9), {}
     for rule, weights, column in ((EARLY, loss, 1), (LATE, other, 5)):
         recorder, figures, state = recorded(loss, lambda _, g=(weights, rule, column): scheduled(*g))
         found[column] = recorder.calls, figures.loss.item(), state.sae.W_dec.detach().clone()
