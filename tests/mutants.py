@@ -41,6 +41,7 @@ TESTS = {
     "gpu/latents.py": ["tests/kernels/test_latents.py", "-k", "not shipped and not float32"],
     "gpu/update.py": ["tests/kernels/test_update.py", "-k", "not owed"],
     "transpose.py": ["tests/kernels/test_latents.py", "-k", "by_latent"],
+    "entries.py": ["tests/kernels/test_encode.py", "tests/kernels/test_entries.py", "-k", "chunk or scratch or read"],
 }
 
 JUMPRELU = [
@@ -130,7 +131,6 @@ ENCODE_GEMM = [
     ("unaligned descriptor", "matrix.data_ptr() % 16 == 0", "True"),
     ("tf32 always", "if not tf32 or (amd", "if (amd"),
     ("tf32 on every AMD card", "if not tf32 or (amd and arch != \"gfx942\"):", "if not tf32:"),
-    ("chunks of any size", "tokens - tokens % config.block_m if", "tokens if"),
 ]  # fmt: skip
 
 ENCODE = [
@@ -169,6 +169,15 @@ ENTRIES = [
     ("waits for the device", "    return entries._replace(",
      "    entries.offsets[-1].item()\n    return entries._replace("),
     ("tf32 dropped", "launch_config(x, W_enc, tf32)", "launch_config(x, W_enc)"),
+]  # fmt: skip
+
+CHUNKS = [
+    ("1 GiB for a million latents", "min(CHUNK_TOKENS, WIDE_SCRATCH_BYTES // each)", "1"),
+    ("more scratch than allowed", "min(CHUNK_TOKENS, WIDE_SCRATCH_BYTES // each)", "CHUNK_TOKENS"),
+    ("bits not counted", "4 * d_sae + 4 * math.ceil(d_sae / 32)", "4 * d_sae"),
+    ("no token fits", "most = max(1, SCRATCH", "most = max(0, SCRATCH"),
+    ("chunks not balanced", "tile * math.ceil(tiles / math.ceil(tiles / tiles_per_chunk))", "tile * tiles_per_chunk"),
+    ("chunks of any size", "    tile = min(CHUNK_TILE, most)\n", "    tile = 1\n"),
 ]  # fmt: skip
 
 DENSE = [
@@ -349,6 +358,7 @@ MUTANTS = [
         ("gpu/latents.py", LATENTS),
         ("gpu/update.py", UPDATE),
         ("transpose.py", TRANSPOSE),
+        ("entries.py", CHUNKS),
     )
     for name, old, new in mutants
 ]

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..entries import tokens_per_chunk
 from .common import launch, register
-from .encode_gemm import EncodeConfig, encode_gemm, launch_config, tokens_per_chunk, words_per_row
+from .encode_gemm import EncodeConfig, encode_gemm, launch_config, words_per_row
 
 # Latents per program of the compaction: 128 words, four for each lane of one warp, which needs no barrier. Work goes by
 # the word: one lane per latent was compiled too, and its registers leave half as many rows under way.
@@ -104,7 +105,7 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple
     if N == 0 or F == 0:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
     config = launch_config(x, W_enc)
-    rows = tokens_per_chunk(F, config)
+    rows = tokens_per_chunk(N, F)
     values, indices, nnz = [], [], 0
     for start in range(0, N, rows):
         chunk = _encode_chunk(x[start : start + rows], W_enc, b_enc.contiguous(), threshold.contiguous(), config)

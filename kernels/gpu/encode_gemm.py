@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..entries import SCRATCH_BYTES
 from .common import architecture, launch
 
 
@@ -238,12 +237,6 @@ def launch_config(x: Tensor, W_enc: Tensor, tf32: bool = False) -> EncodeConfig:
 
 def words_per_row(F: int) -> int:
     return triton.cdiv(F, 32)
-
-
-def tokens_per_chunk(F: int, config: EncodeConfig) -> int:
-    """Tokens whose scratch fits SCRATCH_BYTES, in whole tiles where it can be, and at least one."""
-    tokens = max(1, SCRATCH_BYTES // (4 * F + 4 * words_per_row(F)))
-    return tokens - tokens % config.block_m if tokens > config.block_m else tokens
 
 
 def encode_gemm(

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..entries import ACTIVE, Entries
+from ..entries import ACTIVE, Entries, tokens_per_chunk
 from .common import launch
 from .encode import SEGMENT, _count, _popcount
-from .encode_gemm import encode_gemm, launch_config, tokens_per_chunk, words_per_row
+from .encode_gemm import encode_gemm, launch_config, words_per_row
 
 _ACTIVE = tl.constexpr(ACTIVE)
 
@@ -82,8 +82,8 @@ def encode_entries(
     """By the contract of `reference_training.encode_entries`; z and tokens beyond the last entry are undefined.
 
     Launches without waiting for the device. Any strides; x whose rows start on 16-byte boundaries and latent-major
-    W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `SCRATCH_BYTES` at most, or that of
-    one token, and 8 bytes for each `SEGMENT` latents of a token.
+    W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `scratch_bytes` of `tokens_per_chunk`
+    tokens, and 8 bytes for each `SEGMENT` latents of a token.
     """
     N, F = x.shape[0], W_enc.shape[1]
     z_out = x.new_empty(capacity, dtype=torch.float32)
@@ -92,7 +92,7 @@ def encode_entries(
     if N == 0 or F == 0:
         return Entries(z_out, latents, tokens, torch.zeros(N + 1, dtype=torch.int64, device=x.device))
     config = launch_config(x, W_enc, tf32)
-    chunk, per_row = min(N, tokens_per_chunk(F, config)), triton.cdiv(F, SEGMENT)
+    chunk, per_row = tokens_per_chunk(N, F), triton.cdiv(F, SEGMENT)
     z = x.new_empty(chunk, F, dtype=torch.float32)
     words = x.new_empty(chunk, words_per_row(F), dtype=torch.int32)
     counts = x.new_empty(chunk * per_row, dtype=torch.int32)

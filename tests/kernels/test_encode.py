@@ -20,6 +20,7 @@ from tests.helpers import (
     shape_cases,
 )
 from tests.kernels import sanitizer
+from tests.kernels.entries import limit_scratch
 
 pytest.importorskip("triton")
 from gemmascope.kernels.dispatch import interpreting
@@ -199,7 +200,7 @@ def test_chunks_equal_the_whole(device, monkeypatch):
     # Lattice: the BLAS behind the interpreter rounds by a row's place in its tile, tensor cores do not.
     arguments = operands(20, 20, 100, torch.bfloat16, device, make=lattice)
     whole = encode(*arguments, impl="triton")
-    monkeypatch.setattr(gpu_encode_gemm, "SCRATCH_BYTES", 6 * (4 * 100 + 4 * 4))
+    limit_scratch(monkeypatch, 6 * (4 * 100 + 4 * 4))
     launches = []
     gemm = gpu_encode.encode_gemm
     monkeypatch.setattr(
@@ -212,19 +213,18 @@ def test_chunks_equal_the_whole(device, monkeypatch):
 
 
 @interpreted
-def test_chunks_are_whole_tiles(use, monkeypatch):
-    use(SPLIT_2)
-    arguments = operands(40, 3, 10)
+def test_chunks_are_whole_tiles_of_equal_number(monkeypatch):
+    arguments = operands(5 * 128 + 3, 2, 3)
     launches = []
     gemm = gpu_encode.encode_gemm
-    monkeypatch.setattr(gpu_encode_gemm, "SCRATCH_BYTES", 18 * (4 * 10 + 4))
+    limit_scratch(monkeypatch, (4 * 128 + 100) * (4 * 3 + 4))
     monkeypatch.setattr(gpu_encode, "encode_gemm", lambda x, *rest: (launches.append(len(x)), gemm(x, *rest)))
     assert_matches_reference(*arguments)
-    assert launches == [16, 16, 8]
+    assert launches == [3 * 128, 2 * 128 + 3], "not four tiles and what is left"
 
 
 def test_a_row_larger_than_the_scratch_still_runs(device, monkeypatch):
-    monkeypatch.setattr(gpu_encode_gemm, "SCRATCH_BYTES", 64)
+    limit_scratch(monkeypatch, 64)
     assert_matches_reference(*operands(3, 5, 100, device=device))
 
 
