@@ -163,6 +163,36 @@ def test_ties(device, dtype):
     assert_equals_reference(arguments, 1800, encode_entries(*arguments, BANDWIDTH, 1800))
 
 
+def around(z):
+    """z with three fp32 numbers to either side."""
+    found = [z]
+    for way in (-torch.inf, torch.inf):
+        beside = z
+        for _ in range(3):
+            beside = torch.nextafter(beside, torch.tensor(way))
+            found.append(beside)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("bandwidth", [1e-3, 0.03, 2.0, 1e-8, 1e-44, 1e30, 6e38, float("inf")])
+def test_one_comparison_decides_what_the_window_does(device, bandwidth):
+    """A z is an entry where it lies above the lower edge, to the bit, and where it cannot be compared."""
+    largest, smallest = torch.finfo(torch.float32).max, 2.0**-149
+    special = [0.0, -0.0, smallest, -smallest, 1e-38, 1.0, -1.0, largest, -largest, torch.inf, -torch.inf, torch.nan]
+    threshold = torch.cat([torch.tensor(special), torch.logspace(-6, 6, 200), 1e-3 + 1e-4 * normal(200)])
+    half = torch.tensor(bandwidth / 2)
+    lower = gpu_entries.lower_edge(threshold.to(device), bandwidth).cpu()
+    z = torch.cat(
+        [around(z) for z in (lower, threshold, threshold - half, threshold + half, torch.zeros_like(threshold))]
+        + [torch.tensor(special)[:, None].expand(-1, len(threshold)), 10 * normal(50, len(threshold), seed=1)]
+    )
+    inactive = (z <= threshold) & z.isfinite()
+    entry = ~inactive | ((z - threshold).abs() < half)
+    assert torch.equal(~((z <= lower) & z.isfinite()), entry)
+    assert entry.any()
+    assert not entry.all()
+
+
 def test_several_segments(device):
     # Two segments a row, the last a partial one that ends inside a word.
     *rest, threshold = lattice_operands(2, 5, gpu_encode.SEGMENT + 45, device=device)
@@ -241,6 +271,7 @@ def test_how_often_the_weight_is_read(monkeypatch, F, chunks, gigabytes):
 
     monkeypatch.setattr(gpu_entries, "encode_gemm", lambda x, W, *_: launches.append((len(x), W.nbytes)))
     monkeypatch.setattr(gpu_entries, "launch_config", lambda *_: gpu_encode_gemm.DESCRIPTORS)
+    monkeypatch.setattr(gpu_entries, "lower_edge", lambda threshold, _: threshold)
     for name in ("_count", "_move"):
         monkeypatch.setattr(gpu_entries, name, lambda *_: None)
     x, W_enc = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((N, d), (d, F)))
