@@ -26,7 +26,7 @@ import torch
 from bench.ours import Ours
 from bench.timing.inputs import construct
 from bench.timing.measure import Clock
-from gemmascope.kernels import encode_entries
+from gemmascope.kernels import encode_entries, entries
 from gemmascope.training.step import Scheduled, sparse_step
 
 REHEARSAL = bool(os.environ.get("FIRST_CONTACT_REHEARSAL"))
@@ -150,11 +150,9 @@ def graph_variants(clock: Clock) -> Iterator[tuple[str, float]]:
 
 
 def scratch_variants(clock: Clock) -> Iterator[tuple[str, float]]:
-    from gemmascope.kernels.gpu import encode_gemm
-
     encode, _ = encoding(WIDE)
-    for gib in (1, 4):
-        with mock.patch.object(encode_gemm, "SCRATCH_BYTES", gib << 30):
+    for gib, room in ((1, entries.SCRATCH_BYTES), (4, entries.WIDE_SCRATCH_BYTES)):
+        with mock.patch.object(entries, "WIDE_SCRATCH_BYTES", room):
             yield f"{ENCODE_WIDE}{gib} GiB of scratch", median_ms(encode, clock)
 
 

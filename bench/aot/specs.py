@@ -130,8 +130,15 @@ def matrix_instruction(target: str, dtype: str, block_m: int) -> str:
 
 
 def encode_gemm(
-    target: str, name: str, config: gpu_encode_gemm.EncodeConfig, dtype: str, mode: str = "inference", **overrides
+    target: str,
+    name: str,
+    config: gpu_encode_gemm.EncodeConfig,
+    dtype: str,
+    mode: str = "sparse",
+    masked: bool = True,
+    **overrides,
 ) -> Spec:
+    """masked: N or F ends inside a tile, as of a last batch."""
     sizes = {"N": "i32", "F": "i32", "D": "i32"}
     outputs = {"b_enc_ptr": "*fp32", "threshold_ptr": "*fp32", "half_bandwidth": "fp32", "words_ptr": "*i32"}
     outputs |= {"z_ptr": f"*{dtype}" if mode == "dense" else "*fp32", "window_ptr": "*i32", **sizes}
@@ -142,6 +149,7 @@ def encode_gemm(
         "SPLIT": config.split,
         "GROUP_M": config.group_m,
         "MODE": mode,
+        "MASKED": masked,
         "INPUT_PRECISION": config.input_precision,
     }
     if config.descriptors:
@@ -180,6 +188,8 @@ def encode(target: str) -> Iterator[Spec]:
                 chosen[f"encode_{kind}_{config.block_m}x{config.block_n}x{config.block_k}_{dtype}"] = config
         for name, config in chosen.items():
             yield encode_gemm(target, name, config, dtype)
+            if config.block_m >= 128:
+                yield encode_gemm(target, f"{name}_even", config, dtype, masked=False)
     segments = {"n_words": "i32", "per_row": "i32"}
     words = gpu_encode.SEGMENT // 32
     yield Spec(
@@ -193,9 +203,11 @@ def encode(target: str) -> Iterator[Spec]:
     compact = {
         "words_ptr": "*i32",
         "z_ptr": "*fp32",
+        "threshold_ptr": "*fp32",
         "starts_ptr": "*i64",
         "values_ptr": "*fp32",
         "indices_ptr": "*i32",
+        "room": "i32",
         "F": "i32",
         **segments,
     }
@@ -207,6 +219,14 @@ def encode(target: str) -> Iterator[Spec]:
         num_warps=1,
         unaligned=("per_row",),
         expects=() if target.startswith("gfx") else ("load128",),  # two words a lane of 64
+    )
+    few = {key: kind for key, kind in compact.items() if key not in ("starts_ptr", "per_row")}
+    yield Spec(
+        name="encode_compact_rows",
+        kernel=gpu_encode._compact_rows_kernel,
+        arguments=few | {"offsets_ptr": "*i64"},
+        constants={"WORDS": gpu_encode.ROW_BLOCK},
+        expects=() if target.startswith("gfx") else ("load128",),
     )
     if target == "sm_90":  # sizes of 1 are compile-time constants, which the interpreter does not show
         ones = {"F": 1, "D": 1, "stride_xn": 1, "stride_wf": 1}
@@ -231,8 +251,17 @@ def training_encode(target: str) -> Iterator[Spec]:
             tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
             chosen[f"{kind}_{tile}_{'tf32' if tf32 else dtype}"] = config
         for name, config in chosen.items():
-            for mode in ("entries", "dense"):
-                yield encode_gemm(target, f"training_{mode}_{name}", config, dtype, mode)
+            if tf32:  # otherwise what inference compiles
+                yield encode_gemm(target, f"training_entries_{name}", config, dtype)
+                yield encode_gemm(target, f"training_entries_{name}_even", config, dtype, masked=False)
+            yield encode_gemm(target, f"training_dense_{name}", config, dtype, "dense")
+            yield encode_gemm(target, f"training_dense_{name}_even", config, dtype, "dense", masked=False)
+    yield Spec(
+        name="training_entries_edge",
+        kernel=gpu_entries._lower_edge_kernel,
+        arguments={"threshold_ptr": "*fp32", "lower_ptr": "*fp32", "half_bandwidth": "fp32", "F": "i32"},
+        constants={"BLOCK": gpu_entries.EDGE_BLOCK},
+    )
     segments = {"n_words": "i32", "per_row": "i32"}
     yield Spec(
         name="training_entries_move",

@@ -2,9 +2,12 @@
 
 x [N, d], W_enc [d, F], b_enc [F], θ = threshold [F] fp32  →  values [nnz] fp32, indices [nnz] int32, offsets [N + 1].
 
-The GEMM leaves one bit per entry and the value of the entries it keeps, in scratch (`encode_gemm`). The bits are then
+The GEMM leaves one bit per entry and the z of the entries it keeps, in scratch (`encode_gemm`). The bits are then
 counted per segment of a row, the counts are scanned, and a second light kernel moves the kept values to their place in
 the rows, latents ascending. Nothing is bounded by an assumed L0, and no order depends on scheduling.
+
+A few tokens, as in generation, take two kernels in all: after the GEMM, a program for each row counts the bits of the
+rows before it, so that nobody scans, and moves its own.
 """
 
 import torch
@@ -12,14 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..entries import tokens_per_chunk
 from .common import launch, register
-from .encode_gemm import EncodeConfig, encode_gemm, launch_config, tokens_per_chunk, words_per_row
+from .encode_gemm import EncodeConfig, encode_gemm, launch_config, words_per_row
 
 # Latents per program of the compaction: 128 words, four for each lane of one warp, which needs no barrier. Work goes by
 # the word: one lane per latent was compiled too, and its registers leave half as many rows under way.
 SEGMENT = 4096
 # Segments per program of the count: 4 KiB of words for four warps.
 COUNT_BLOCK = 8
+# Up to that many tokens a row's program counts the rows before it: 128 KiB of words at most for F = 16k.
+FEW_TOKENS = 64
+# Words that it takes at a time, four for each lane of four warps.
+ROW_BLOCK = 512
+# What a few tokens' code has room for before its size is known: 4 KiB a token. More than that is moved a second time.
+FEW_TOKENS_L0 = 512
 
 
 @triton.jit
@@ -45,8 +55,27 @@ def _count_kernel(words_ptr, counts_ptr, n_segments, n_words, per_row, WORDS: tl
 
 
 @triton.jit
+def _move_words(
+    words, counts, position, word_columns, z_ptr, threshold_ptr, values_ptr, indices_ptr, room
+):  # fmt: skip
+    """Moves the kept entries of some words of one row; those of a word go to ``position`` and on."""
+    for _ in range(tl.max(counts, 0)):  # each word gives up its lowest bit
+        kept = words != 0
+        lower = words - kept.to(tl.uint32)
+        latent = word_columns * 32 + _popcount(lower & (lower ^ words))
+        z = tl.load(z_ptr + latent, mask=kept, other=0.0)
+        threshold = tl.load(threshold_ptr + latent, mask=kept, other=0.0)
+        stored = kept & (position < room)
+        # What is kept and not active is bad input: NaN, -Inf, or a NaN θ.
+        tl.store(values_ptr + position, tl.where(z > threshold, z, float("nan")), mask=stored)
+        tl.store(indices_ptr + position, latent, mask=stored)
+        words = words & lower
+        position += 1
+
+
+@triton.jit(do_not_specialize=["room"])
 def _compact_kernel(
-    words_ptr, z_ptr, starts_ptr, values_ptr, indices_ptr, F, n_words, per_row, WORDS: tl.constexpr
+    words_ptr, z_ptr, threshold_ptr, starts_ptr, values_ptr, indices_ptr, room, F, n_words, per_row, WORDS: tl.constexpr
 ):  # fmt: skip
     """Moves the kept entries of a segment to starts[segment] (int64) and on; most segments of a wide code are empty."""
     segment = tl.program_id(0)
@@ -56,16 +85,36 @@ def _compact_kernel(
         word_columns = (segment % per_row) * WORDS + tl.arange(0, WORDS)
         words = tl.load(words_ptr + row * n_words + word_columns, mask=word_columns < n_words, other=0).to(tl.uint32)
         counts = _popcount(words)
-        position = tl.cumsum(counts, 0) - counts
-        for _ in range(tl.max(counts, 0)):  # each word gives up its lowest bit
-            kept = words != 0
-            lower = words - kept.to(tl.uint32)
-            latent = word_columns * 32 + _popcount(lower & (lower ^ words))
-            z = tl.load(z_ptr + row * F + latent, mask=kept, other=0.0)
-            tl.store(values_ptr + start + position, z, mask=kept)
-            tl.store(indices_ptr + start + position, latent, mask=kept)
-            words = words & lower
-            position += 1
+        position = start + tl.cumsum(counts, 0) - counts
+        _move_words(
+            words, counts, position, word_columns, z_ptr + row * F, threshold_ptr, values_ptr, indices_ptr, room
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["room"])
+def _compact_rows_kernel(
+    words_ptr, z_ptr, threshold_ptr, offsets_ptr, values_ptr, indices_ptr, room, F, n_words, WORDS: tl.constexpr
+):  # fmt: skip
+    """Counts the rows before this one, whose words lie before its own, and moves its entries as far as room goes."""
+    row = tl.program_id(0)
+    lanes = tl.arange(0, WORDS)
+    row_words = row.to(tl.int64) * n_words
+    before = tl.zeros([WORDS], tl.int64)
+    for first in range(0, row_words, WORDS):
+        words = tl.load(words_ptr + first + lanes, mask=first + lanes < row_words, other=0)
+        before += _popcount(words.to(tl.uint32))
+    start = tl.sum(before, 0)
+    tl.store(offsets_ptr + row, start)
+    for first in range(0, n_words, WORDS):
+        word_columns = first + lanes
+        words = tl.load(words_ptr + row_words + word_columns, mask=word_columns < n_words, other=0).to(tl.uint32)
+        counts = _popcount(words)
+        position = start + tl.cumsum(counts, 0) - counts
+        start += tl.sum(counts, 0)
+        z_row = z_ptr + row.to(tl.int64) * F
+        _move_words(words, counts, position, word_columns, z_row, threshold_ptr, values_ptr, indices_ptr, room)
+    if row == tl.num_programs(0) - 1:
+        tl.store(offsets_ptr + row + 1, start)
 
 
 def _count(words: Tensor, counts: Tensor, per_row: int):
@@ -74,40 +123,73 @@ def _count(words: Tensor, counts: Tensor, per_row: int):
     launch(_count_kernel, grid, *arguments, on=words, WORDS=SEGMENT // 32, BLOCK=COUNT_BLOCK, num_warps=4)
 
 
-def _compact(words: Tensor, z: Tensor, starts: Tensor, values: Tensor, indices: Tensor):
+def _compact(words: Tensor, z: Tensor, threshold: Tensor, starts: Tensor, values: Tensor, indices: Tensor):
     F, segments = z.shape[1], starts.shape[0] - 1
-    arguments = (words, z, starts, values, indices, F, words.shape[1], triton.cdiv(F, SEGMENT))
+    sizes = (values.shape[0], F, words.shape[1], triton.cdiv(F, SEGMENT))
+    arguments = (words, z, threshold, starts, values, indices, *sizes)
     launch(_compact_kernel, (segments,), *arguments, on=words, WORDS=SEGMENT // 32, num_warps=1)
 
 
-def _encode_chunk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, config: EncodeConfig):
-    """values, indices and offsets of a few tokens; waits for the device once, to learn nnz."""
+def _compact_rows(words: Tensor, z: Tensor, threshold: Tensor, offsets: Tensor, values: Tensor, indices: Tensor):
+    N, F = z.shape
+    arguments = (words, z, threshold, offsets, values, indices, values.shape[0], F, words.shape[1])
+    launch(_compact_rows_kernel, (N,), *arguments, on=words, WORDS=ROW_BLOCK, num_warps=4)
+
+
+def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, config: EncodeConfig):
+    """Scratch z [N, F], written where kept, and the words that say where."""
     N, F = x.shape[0], W_enc.shape[1]
-    per_row = triton.cdiv(F, SEGMENT)
     z = x.new_empty(N, F, dtype=torch.float32)
     words = x.new_empty(N, words_per_row(F), dtype=torch.int32)
-    counts = x.new_empty(N * per_row, dtype=torch.int32)
     encode_gemm(x, W_enc, b_enc, threshold, z, words, config)
+    return z, words
+
+
+def _outputs(nnz: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and indices."""
+    return like.new_empty(nnz, dtype=torch.float32), like.new_empty(nnz, dtype=torch.int32)
+
+
+def _encode_chunk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, config: EncodeConfig):
+    """values, indices and offsets of a chunk of tokens; waits for the device once, to learn nnz."""
+    z, words = _product(x, W_enc, b_enc, threshold, config)
+    per_row = triton.cdiv(z.shape[1], SEGMENT)
+    counts = x.new_empty(z.shape[0] * per_row, dtype=torch.int32)
     _count(words, counts, per_row)
     starts = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=x.device)
     torch.cumsum(counts, 0, dtype=torch.int64, out=starts[1:])
-    nnz = int(starts[-1])
-    values = x.new_empty(nnz, dtype=torch.float32)
-    indices = x.new_empty(nnz, dtype=torch.int32)
-    _compact(words, z, starts, values, indices)
+    values, indices = _outputs(int(starts[-1]), x)
+    _compact(words, z, threshold, starts, values, indices)
     return values, indices, starts[::per_row]
+
+
+def _encode_few(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, config: EncodeConfig):
+    """The same of up to FEW_TOKENS tokens in two kernels. Values and indices are views of the room they were given."""
+    z, words = _product(x, W_enc, b_enc, threshold, config)
+    offsets = x.new_empty(z.shape[0] + 1, dtype=torch.int64)
+    room = min(z.numel(), FEW_TOKENS_L0 * z.shape[0])
+    while True:
+        values, indices = _outputs(room, x)
+        _compact_rows(words, z, threshold, offsets, values, indices)
+        nnz = int(offsets[-1])
+        if nnz <= room:
+            return values[:nnz], indices[:nnz], offsets
+        room = nnz
 
 
 def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, F = x.shape[0], W_enc.shape[1]
-    offsets = torch.zeros(N + 1, dtype=torch.int64, device=x.device)
     if N == 0 or F == 0:
-        return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
+        return *_outputs(0, x), torch.zeros(N + 1, dtype=torch.int64, device=x.device)
     config = launch_config(x, W_enc)
-    rows = tokens_per_chunk(F, config)
+    rows = tokens_per_chunk(N, F)
+    b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
+    if min(rows, FEW_TOKENS) >= N:
+        return _encode_few(x, W_enc, b_enc, threshold, config)
+    offsets = torch.zeros(N + 1, dtype=torch.int64, device=x.device)
     values, indices, nnz = [], [], 0
     for start in range(0, N, rows):
-        chunk = _encode_chunk(x[start : start + rows], W_enc, b_enc.contiguous(), threshold.contiguous(), config)
+        chunk = _encode_chunk(x[start : start + rows], W_enc, b_enc, threshold, config)
         values.append(chunk[0])
         indices.append(chunk[1])
         offsets[start + 1 : start + rows + 1] = chunk[2][1:] + nnz
@@ -121,10 +203,10 @@ def _preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     N, F = x.shape[0], W_enc.shape[1]
     z = x.new_empty(N, F, dtype=torch.float32)
     if z.numel() > 0:
-        threshold = torch.zeros(F, dtype=torch.float32, device=x.device)
+        # Nothing compares with NaN, so every z is kept.
+        lower = torch.full((F,), torch.nan, dtype=torch.float32, device=x.device)
         words = x.new_empty(N, words_per_row(F), dtype=torch.int32)
-        # a window of infinite width keeps every z
-        encode_gemm(x, W_enc, b_enc.contiguous(), threshold, z, words, launch_config(x, W_enc), "entries", float("inf"))
+        encode_gemm(x, W_enc, b_enc.contiguous(), lower, z, words, launch_config(x, W_enc))
     return z
 
 

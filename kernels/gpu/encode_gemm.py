@@ -1,13 +1,14 @@
 """The encoder's product z = x·W_enc + b_enc, with what becomes of each z decided in its epilogue.
 
-x [N, d] and W_enc [d, F] of one dtype and any strides, b_enc [F], θ = threshold [F] fp32. Three modes:
+x [N, d] and W_enc [d, F] of one dtype and any strides, b_enc [F], θ = threshold [F] fp32. Two modes:
 
-    inference   z where z > θ                                   z into scratch fp32 where kept, kept in bits
-    entries     z where z > θ or |z − θ| < ε/2                  the same
-    dense       f = z·1[z > θ] of every entry in its own dtype  z > θ in bits, |z − θ| < ε/2 in bits
+    sparse   z where z > lower     z into scratch fp32 where kept, kept in bits
+    dense    f = z·1[z > θ]        f of every entry in its own dtype, z > θ in bits, |z − θ| < ε/2 in bits
 
-Bits are packed by 32 along the latents, lowest first, into int32 words [N, ⌈F/32⌉]. Everything is decided on the fp32
-accumulator. Scratch is written only where kept; nobody initialises it and nobody reads it back whole.
+lower [F] is the largest z of a latent that is not kept: θ itself, or with a window of width ε the last z below it
+(`entries.lower_edge`), so that one comparison decides for both. Bits are packed by 32 along the latents, lowest first,
+into int32 words [N, ⌈F/32⌉]. Everything is decided on the fp32 accumulator. Scratch is written only where kept; nobody
+initialises it and nobody reads it back whole.
 
 What cannot be compared, NaN or −Inf, is bad input and must stay visible: it counts as kept and as active.
 
@@ -23,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..entries import SCRATCH_BYTES
 from .common import architecture, launch
 
 
@@ -40,7 +40,7 @@ class EncodeConfig:
     input_precision: str = "ieee"  # of fp32 products; "tf32" rounds the operands and runs on tensor cores
 
 
-# Compiled for these with room for three stages of [128 + 256, 64] tiles, and real TMA loads.
+# Compiled for these with room for four stages of [128 + 256, 64] tiles, and real TMA loads.
 DATACENTRE = ("sm_90", "sm_100", "sm_103")
 
 # fp32 products run on the FP32 units (matrix cores on AMD) and keep accumulator and operands in registers: with 32
@@ -58,11 +58,11 @@ POINTERS = EncodeConfig(128, 128, 64, 2, 8, 3)
 POINTERS_AMD = EncodeConfig(128, 128, 64, 2, 8, 2)
 # In two slabs this epilogue spills on sm_100 with Triton 3.6, in one on every target; in four nowhere. Persistent and
 # warp-specialised forms of it spill too.
-DESCRIPTORS = EncodeConfig(128, 256, 64, 4, 8, 3, descriptors=True)
+DESCRIPTORS = EncodeConfig(128, 256, 64, 4, 8, 4, descriptors=True)
 # tf32 on tensor cores: the tiles of the 16-bit dtypes, half as deep for the same bytes.
 TF32 = EncodeConfig(128, 128, 32, 2, 8, 3, input_precision="tf32")
 TF32_AMD = EncodeConfig(128, 128, 32, 2, 8, 2, input_precision="tf32")
-TF32_DESCRIPTORS = EncodeConfig(128, 256, 32, 4, 8, 3, descriptors=True, input_precision="tf32")
+TF32_DESCRIPTORS = EncodeConfig(128, 256, 32, 4, 8, 4, descriptors=True, input_precision="tf32")
 
 
 def encode_config(arch: str, dtype: torch.dtype, n_tokens: int, describable: bool, tf32: bool = False) -> EncodeConfig:
@@ -86,6 +86,9 @@ def encode_config(arch: str, dtype: torch.dtype, n_tokens: int, describable: boo
     return POINTERS_AMD if amd else POINTERS
 
 
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
+
 @triton.jit
 def _tile(N, F, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Row tile and column tile of this program, GROUP_M row tiles advancing together over the columns."""
@@ -98,49 +101,56 @@ def _tile(N, F, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.conste
 
 
 @triton.jit
-def _store_bits(words_ptr, marked, rows, first_column, N, F, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+def _store_bits(
+    words_ptr, marked, rows, first_column, N, F, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     bits = marked.to(tl.int32) << (tl.arange(0, WIDTH) % 32)[None, :]
     words = tl.sum(tl.reshape(bits, (BLOCK_M, WIDTH // 32, 32)), 2)
     word_columns = first_column // 32 + tl.arange(0, WIDTH // 32)
     n_words = tl.cdiv(F, 32)
-    tl.store(
-        words_ptr + rows.to(tl.int64)[:, None] * n_words + word_columns[None, :],
-        words,
-        mask=(rows < N)[:, None] & (word_columns < n_words)[None, :],
-    )
+    outputs = words_ptr + rows.to(tl.int64)[:, None] * n_words + word_columns[None, :]
+    if MASKED:
+        tl.store(outputs, words, mask=(rows < N)[:, None] & (word_columns < n_words)[None, :])
+    else:
+        tl.store(outputs, words)
 
 
 @triton.jit
 def _gate_slab(
     acc, rows, first_column, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F,
-    MODE: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    MODE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Bias, gate, values and bits of one [BLOCK_M, WIDTH] slab of the accumulator."""
     columns = first_column + tl.arange(0, WIDTH)
-    in_rows, in_columns = rows < N, columns < F
-    b_enc = tl.load(b_enc_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
-    threshold = tl.load(threshold_ptr + columns, mask=in_columns, other=0.0)[None, :]
-    z = acc + b_enc[None, :]
-    active = z > threshold
-    # What is neither active nor a finite z at most θ is bad input and must stay visible: NaN, -Inf, or a NaN θ.
-    inactive = (z <= threshold) & (tl.abs(z) < float("inf"))
-    marked = ~inactive & in_rows[:, None] & in_columns[None, :]
-    stored = marked
-    if MODE == "inference":
-        value = tl.where(active, z, float("nan"))
-    elif MODE == "entries":
-        value = z
-        inside = (tl.abs(z - threshold) < half_bandwidth) & in_rows[:, None] & in_columns[None, :]
-        marked = marked | inside
-        stored = marked
+    in_columns = columns < F
+    present = (rows < N)[:, None] & in_columns[None, :]
+    if MASKED:
+        b_enc = tl.load(b_enc_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
+        threshold = tl.load(threshold_ptr + columns, mask=in_columns, other=0.0)[None, :]
     else:
-        value = tl.where(active, z, tl.where(inactive, 0.0, float("nan")))
-        stored = in_rows[:, None] & in_columns[None, :]
-        inside = (tl.abs(z - threshold) < half_bandwidth) & stored
-        _store_bits(window_ptr, inside, rows, first_column, N, F, BLOCK_M, WIDTH)
+        b_enc = tl.load(b_enc_ptr + columns).to(tl.float32)
+        threshold = tl.load(threshold_ptr + columns)[None, :]
+    z = acc + b_enc[None, :]
+    # What is neither active nor a finite z at most θ is bad input and must stay visible: NaN, -Inf, or a NaN θ.
+    # With a finite edge +Inf lies above it, so two comparisons see all: |z| < Inf would take more instructions.
+    lower = tl.minimum(threshold, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    inactive = (z <= lower) & (z > float("-inf"))
+    marked = ~inactive
+    if MASKED:
+        marked = marked & present
     outputs = z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
-    tl.store(outputs, value.to(z_ptr.dtype.element_ty), mask=stored)
-    _store_bits(words_ptr, marked, rows, first_column, N, F, BLOCK_M, WIDTH)
+    if MODE == "sparse":
+        tl.store(outputs, z, mask=marked)
+    else:
+        f = tl.where(z > threshold, z, tl.where(inactive, 0.0, float("nan"))).to(z_ptr.dtype.element_ty)
+        inside = tl.abs(z - threshold) < half_bandwidth
+        if MASKED:
+            inside = inside & present
+            tl.store(outputs, f, mask=present)
+        else:
+            tl.store(outputs, f)
+        _store_bits(window_ptr, inside, rows, first_column, N, F, MASKED, BLOCK_M, WIDTH)
+    _store_bits(words_ptr, marked, rows, first_column, N, F, MASKED, BLOCK_M, WIDTH)
 
 
 @triton.jit
@@ -151,32 +161,33 @@ def _halves(acc, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _gate(
     acc, pid_m, pid_n, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F,
-    MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    MODE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = pid_n * BLOCK_N
     out = (b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F)
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
     if SPLIT == 1:
-        _gate_slab(acc, rows, first, *out, MODE, BLOCK_M, WIDTH)
+        _gate_slab(acc, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
     else:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         if SPLIT == 2:
-            _gate_slab(left, rows, first, *out, MODE, BLOCK_M, WIDTH)
-            _gate_slab(right, rows, first + WIDTH, *out, MODE, BLOCK_M, WIDTH)
+            _gate_slab(left, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _gate_slab(right, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
         else:
             left_0, left_1 = _halves(left, BLOCK_M, BLOCK_N // 2)
-            _gate_slab(left_0, rows, first, *out, MODE, BLOCK_M, WIDTH)
-            _gate_slab(left_1, rows, first + WIDTH, *out, MODE, BLOCK_M, WIDTH)
+            _gate_slab(left_0, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _gate_slab(left_1, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
             right_0, right_1 = _halves(right, BLOCK_M, BLOCK_N // 2)
-            _gate_slab(right_0, rows, first + 2 * WIDTH, *out, MODE, BLOCK_M, WIDTH)
-            _gate_slab(right_1, rows, first + 3 * WIDTH, *out, MODE, BLOCK_M, WIDTH)
+            _gate_slab(right_0, rows, first + 2 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _gate_slab(right_1, rows, first + 3 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _encode_fwd_kernel(
     x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F, D,
-    stride_xn, stride_xd, stride_wd, stride_wf, MODE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    stride_xn, stride_xd, stride_wd, stride_wf,
+    MODE: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of z, gated: values into z [N, F], and one bit an entry into words and window [N, ceil(F / 32)]."""
@@ -198,14 +209,14 @@ def _encode_fwd_kernel(
         W_ptrs += step * stride_wd
     _gate(
         acc, pid_m, pid_n, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F,
-        MODE, BLOCK_M, BLOCK_N, SPLIT,
+        MODE, MASKED, BLOCK_M, BLOCK_N, SPLIT,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
 def _encode_fwd_descriptor_kernel(
     x_desc, W_enc_desc, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F, D,
-    MODE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    MODE: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """The same by descriptors: x [N, d] in blocks of [BLOCK_M, BLOCK_K], W_enc [F, d] in [BLOCK_N, BLOCK_K]."""
@@ -217,7 +228,7 @@ def _encode_fwd_descriptor_kernel(
         acc = tl.dot(x, W.T, acc, input_precision=INPUT_PRECISION)
     _gate(
         acc, pid_m, pid_n, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F,
-        MODE, BLOCK_M, BLOCK_N, SPLIT,
+        MODE, MASKED, BLOCK_M, BLOCK_N, SPLIT,
     )  # fmt: skip
 
 
@@ -240,24 +251,19 @@ def words_per_row(F: int) -> int:
     return triton.cdiv(F, 32)
 
 
-def tokens_per_chunk(F: int, config: EncodeConfig) -> int:
-    """Tokens whose scratch fits SCRATCH_BYTES, in whole tiles where it can be, and at least one."""
-    tokens = max(1, SCRATCH_BYTES // (4 * F + 4 * words_per_row(F)))
-    return tokens - tokens % config.block_m if tokens > config.block_m else tokens
-
-
 def encode_gemm(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, z: Tensor, words: Tensor, config: EncodeConfig,
-    mode: str = "inference", bandwidth: float = 0.0, window: Tensor | None = None,
+    mode: str = "sparse", bandwidth: float = 0.0, window: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches one product into z [N, F] (fp32, dense: in any float dtype), words and, if dense, window.
 
-    b_enc, threshold and the outputs are contiguous.
+    b_enc, threshold and the outputs are contiguous. Sparse: ``threshold`` is lower, the largest z that is not kept.
     """
     (N, d), F = x.shape, W_enc.shape[1]
     options = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     options |= {"SPLIT": config.split, "GROUP_M": config.group_m, "INPUT_PRECISION": config.input_precision}
-    options |= {"MODE": mode, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    options |= {"MASKED": N % config.block_m > 0 or F % config.block_n > 0, "MODE": mode}
+    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     grid = (triton.cdiv(N, config.block_m) * triton.cdiv(F, config.block_n),)
     rest = (b_enc, threshold, bandwidth / 2, z, words, words if window is None else window, N, F, d)
     if config.descriptors:

@@ -7,6 +7,10 @@ scratch for a chunk of tokens at a time; the bits are counted and scanned; a lig
 they go. Here the room for them is given beforehand and the host never waits: the scan runs on, on the device, from
 chunk to chunk, and what falls beyond the capacity is counted but not written. Whether an entry is active is decided
 once more from the same z and θ when it is moved.
+
+The rounded distance |z − θ| never grows as z rises to θ. So a latent's entries are all z above some edge: the last
+z ≤ θ outside the window. It is searched once a batch, in the arithmetic that the definition above is decided in, and
+the GEMM compares with it alone.
 """
 
 import torch
@@ -14,12 +18,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..entries import ACTIVE, Entries
+from ..entries import ACTIVE, Entries, tokens_per_chunk
 from .common import launch
 from .encode import SEGMENT, _count, _popcount
-from .encode_gemm import encode_gemm, launch_config, tokens_per_chunk, words_per_row
+from .encode_gemm import encode_gemm, launch_config, words_per_row
 
 _ACTIVE = tl.constexpr(ACTIVE)
+# Latents per program of the search: few, so that every SM has some.
+EDGE_BLOCK = 128
+
+
+@triton.jit
+def _rank(z):
+    """Place of an fp32 in the order of all of them, −0 below 0. The same turns the bits of a rank into those of z."""
+    bits = z.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _lower_edge_kernel(threshold_ptr, lower_ptr, half_bandwidth, F, BLOCK: tl.constexpr):
+    """By bisection of the ranks: low is never inside the window, and everything above high is. −Inf is outside."""
+    latents = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    threshold = tl.load(threshold_ptr + latents, mask=latents < F, other=0.0)
+    low = _rank(tl.full([BLOCK], float("-inf"), tl.float32))
+    high = _rank(threshold)
+    for _ in range(32):
+        middle = (low | high) - ((low ^ high) >> 1)  # rounded up, where a sum could overflow
+        z = _rank(middle.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True)
+        inside = tl.abs(z - threshold) < half_bandwidth
+        low = tl.where(inside, low, middle)
+        high = tl.where(inside, middle - 1, high)
+    lower = _rank(low.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True)
+    tl.store(lower_ptr + latents, tl.where(threshold == threshold, lower, threshold), mask=latents < F)
+
+
+def lower_edge(threshold: Tensor, bandwidth: float) -> Tensor:
+    """The largest z ≤ θ with |z − θ| ≥ ε/2 in fp32, by latent; −Inf where there is none and NaN where θ is."""
+    lower, F = torch.empty_like(threshold), threshold.shape[0]
+    grid = (triton.cdiv(F, EDGE_BLOCK),)
+    launch(_lower_edge_kernel, grid, threshold, lower, bandwidth / 2, F, on=threshold, BLOCK=EDGE_BLOCK, num_warps=4)
+    return lower
 
 
 @triton.jit(do_not_specialize=["first_token", "capacity"])
@@ -82,8 +120,8 @@ def encode_entries(
     """By the contract of `reference_training.encode_entries`; z and tokens beyond the last entry are undefined.
 
     Launches without waiting for the device. Any strides; x whose rows start on 16-byte boundaries and latent-major
-    W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `SCRATCH_BYTES` at most, or that of
-    one token, and 8 bytes for each `SEGMENT` latents of a token.
+    W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `scratch_bytes` of `tokens_per_chunk`
+    tokens, and 8 bytes for each `SEGMENT` latents of a token.
     """
     N, F = x.shape[0], W_enc.shape[1]
     z_out = x.new_empty(capacity, dtype=torch.float32)
@@ -92,16 +130,17 @@ def encode_entries(
     if N == 0 or F == 0:
         return Entries(z_out, latents, tokens, torch.zeros(N + 1, dtype=torch.int64, device=x.device))
     config = launch_config(x, W_enc, tf32)
-    chunk, per_row = min(N, tokens_per_chunk(F, config)), triton.cdiv(F, SEGMENT)
+    chunk, per_row = tokens_per_chunk(N, F), triton.cdiv(F, SEGMENT)
     z = x.new_empty(chunk, F, dtype=torch.float32)
     words = x.new_empty(chunk, words_per_row(F), dtype=torch.int32)
     counts = x.new_empty(chunk * per_row, dtype=torch.int32)
     starts = torch.zeros(N * per_row + 1, dtype=torch.int64, device=x.device)
     entries = Entries(z_out, latents, tokens, starts[::per_row])
     b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
+    lower = lower_edge(threshold, bandwidth)
     for first in range(0, N, chunk):
         rows = min(chunk, N - first)
-        encode_gemm(x[first : first + rows], W_enc, b_enc, threshold, z, words, config, "entries", bandwidth)
+        encode_gemm(x[first : first + rows], W_enc, b_enc, lower, z, words, config)
         _count(words, counts[: rows * per_row], per_row)
         part = starts[first * per_row : (first + rows) * per_row + 1]
         torch.cumsum(counts[: rows * per_row], 0, dtype=torch.int64, out=part[1:])

@@ -5,11 +5,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemmascope.kernels import entries as currency
 from gemmascope.kernels import reference
 from gemmascope.kernels.entries import Entries
 from tests.helpers import normal
 
 BANDWIDTH = 0.5
+
+
+def limit_scratch(monkeypatch, room: int) -> None:
+    """Bytes that encoding holds for a chunk of tokens, however wide the code."""
+    monkeypatch.setattr(currency, "SCRATCH_BYTES", room)
+    monkeypatch.setattr(currency, "WIDE_SCRATCH_BYTES", room)
 
 
 class Batch(NamedTuple):

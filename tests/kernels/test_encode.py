@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bench.arithmetic import allowing_tf32
 from gemmascope.kernels import SparseCode, encode, reference
@@ -20,9 +21,11 @@ from tests.helpers import (
     shape_cases,
 )
 from tests.kernels import sanitizer
+from tests.kernels.entries import limit_scratch
 
 pytest.importorskip("triton")
 from gemmascope.kernels.dispatch import interpreting
+from gemmascope.kernels.gpu import common
 from gemmascope.kernels.gpu import encode as gpu_encode
 from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
 from gemmascope.kernels.gpu.common import architecture
@@ -46,6 +49,13 @@ interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or pro
 def use(monkeypatch):
     """Forces a launch configuration on every encode of the test."""
     return lambda config: monkeypatch.setattr(gpu_encode_gemm, "encode_config", lambda *_: config)
+
+
+@pytest.fixture(params=["few", "many"])
+def route(request, monkeypatch):
+    """Both ways to compact, whatever the number of tokens."""
+    if request.param == "many":
+        monkeypatch.setattr(gpu_encode, "FEW_TOKENS", 0)
 
 
 def operands(N, d, F, dtype=torch.float32, device="cpu", make=normal, seed=0):
@@ -132,13 +142,13 @@ def test_any_strides(use, layout):
     assert_matches_reference(layout(x), layout(W_enc), layout(b_enc), layout(threshold))
 
 
-def test_several_segments(device):
+def test_several_segments(device, route):
     # Three segments, the last a partial one that ends inside a word.
     assert_matches_reference(*operands(3, 5, 2 * gpu_encode.SEGMENT + 45, device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_tie_is_not_active(device, dtype):
+def test_a_tie_is_not_active(device, dtype, route):
     """On a lattice every precision computes the same z, so the code must be the reference's, bit for bit."""
     x, W_enc, b_enc, _ = operands(8, 6, 200, dtype, device, make=lattice)
     threshold = lattice(200, device=device, seed=9).abs()
@@ -149,7 +159,7 @@ def test_a_tie_is_not_active(device, dtype):
 
 
 @pytest.mark.parametrize("F", [160, 77])
-def test_every_latent_active(device, F):
+def test_every_latent_active(device, F, route):
     x, W_enc, b_enc, threshold = operands(3, 7, F, device=device)
     code = encode(x, W_enc, b_enc, torch.full_like(threshold, -1e3), impl="triton")
     assert torch.equal(code.l0(), torch.full((3,), F, device=device))
@@ -157,11 +167,65 @@ def test_every_latent_active(device, F):
     assert_matches_reference(x, W_enc, b_enc, torch.full_like(threshold, -1e3), code)
 
 
-def test_no_latent_active(device):
+def test_no_latent_active(device, route):
     x, W_enc, b_enc, threshold = operands(18, 7, 77, device=device)
     code = encode(x, W_enc, b_enc, torch.full_like(threshold, 1e3), impl="triton")
     assert code.nnz == 0
     assert torch.equal(code.offsets, torch.zeros(19, dtype=torch.int64, device=device))
+
+
+def test_both_routes_give_the_same_bits(device, monkeypatch):
+    monkeypatch.setattr(gpu_encode, "ROW_BLOCK", 32)  # three blocks a row, the last a partial one
+    arguments = operands(4, 20, 2 * 32 * 32 + 45, device=device)
+    few = encode(*arguments, impl="triton")
+    monkeypatch.setattr(gpu_encode, "FEW_TOKENS", 0)
+    assert_same_code(encode(*arguments, impl="triton"), few)
+    assert few.nnz > 100
+
+
+class Kernels(TorchDispatchMode):
+    """What runs on the device: Triton's kernels by name, and the operators of PyTorch that are not views or memory."""
+
+    FREE = ("new_empty", "empty", "slice", "select", "transpose", "t", "alias", "detach")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found = []
+        for module in (gpu_encode, gpu_encode_gemm):
+            monkeypatch.setattr(module, "launch", self._launch)
+
+    def _launch(self, kernel, *arguments, **named):
+        self.found.append(kernel.fn.__name__)
+        with _disable_current_modes():  # the interpreter copies
+            common.launch(kernel, *arguments, **named)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if function.namespace == "aten" and name not in self.FREE:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("N", [1, 8, 64])
+def test_a_few_tokens_take_two_kernels(device, monkeypatch, N):
+    arguments = operands(N, 16, 70, device=device)
+    with Kernels(monkeypatch) as kernels:
+        code = gpu_encode._encode(*arguments)  # by way of the operator its parts would not be seen
+    assert kernels.found == ["_encode_fwd_kernel", "_compact_rows_kernel", "_local_scalar_dense"]
+    assert_matches_reference(*arguments, SparseCode(*code, 70))
+
+
+def test_more_entries_than_a_few_tokens_have_room_for(device, monkeypatch):
+    monkeypatch.setattr(gpu_encode, "FEW_TOKENS_L0", 7)
+    x, W_enc, b_enc, threshold = operands(3, 7, 77, device=device)
+    some = encode(x, W_enc, b_enc, threshold, impl="triton")
+    assert 0 < some.nnz <= 21
+    with Kernels(monkeypatch) as kernels:
+        gpu_encode._encode(x, W_enc, b_enc, threshold - 2e3)
+    assert kernels.found.count("_compact_rows_kernel") == 2
+    code = encode(x, W_enc, b_enc, torch.full_like(threshold, -1e3), impl="triton")
+    assert torch.equal(code.l0(), torch.full((3,), 77, device=device))
+    assert_matches_reference(x, W_enc, b_enc, torch.full_like(threshold, -1e3), code)
 
 
 def test_duplicate_tokens_get_the_same_bits(device):
@@ -171,7 +235,7 @@ def test_duplicate_tokens_get_the_same_bits(device):
     assert_bitwise_equal("rows", code.to_dense(), code.to_dense()[:1].expand(40, -1))
 
 
-def test_bad_input_stays_visible(device):
+def test_bad_input_stays_visible(device, route):
     """NaN, -Inf and a NaN threshold are kept as NaN, +Inf as +Inf; +Inf against an infinite threshold is NaN."""
     inf, nan = float("inf"), float("nan")
     b_enc = torch.tensor([0.0, nan, inf, -inf, 2.0, inf, -inf, nan, -2.0, 0.0], device=device)
@@ -199,7 +263,7 @@ def test_chunks_equal_the_whole(device, monkeypatch):
     # Lattice: the BLAS behind the interpreter rounds by a row's place in its tile, tensor cores do not.
     arguments = operands(20, 20, 100, torch.bfloat16, device, make=lattice)
     whole = encode(*arguments, impl="triton")
-    monkeypatch.setattr(gpu_encode_gemm, "SCRATCH_BYTES", 6 * (4 * 100 + 4 * 4))
+    limit_scratch(monkeypatch, 6 * (4 * 100 + 4 * 4))
     launches = []
     gemm = gpu_encode.encode_gemm
     monkeypatch.setattr(
@@ -212,23 +276,22 @@ def test_chunks_equal_the_whole(device, monkeypatch):
 
 
 @interpreted
-def test_chunks_are_whole_tiles(use, monkeypatch):
-    use(SPLIT_2)
-    arguments = operands(40, 3, 10)
+def test_chunks_are_whole_tiles_of_equal_number(monkeypatch):
+    arguments = operands(5 * 128 + 3, 2, 3)
     launches = []
     gemm = gpu_encode.encode_gemm
-    monkeypatch.setattr(gpu_encode_gemm, "SCRATCH_BYTES", 18 * (4 * 10 + 4))
+    limit_scratch(monkeypatch, (4 * 128 + 100) * (4 * 3 + 4))
     monkeypatch.setattr(gpu_encode, "encode_gemm", lambda x, *rest: (launches.append(len(x)), gemm(x, *rest)))
     assert_matches_reference(*arguments)
-    assert launches == [16, 16, 8]
+    assert launches == [3 * 128, 2 * 128 + 3], "not four tiles and what is left"
 
 
 def test_a_row_larger_than_the_scratch_still_runs(device, monkeypatch):
-    monkeypatch.setattr(gpu_encode_gemm, "SCRATCH_BYTES", 64)
+    limit_scratch(monkeypatch, 64)
     assert_matches_reference(*operands(3, 5, 100, device=device))
 
 
-def test_repeats_bit_for_bit(device):
+def test_repeats_bit_for_bit(device, route):
     arguments = operands(35, 40, 150, device=device)
     first = encode(*arguments, impl="triton")
     for seed in (1, 2):
@@ -270,7 +333,7 @@ def test_scratch_offsets_beyond_32_bits(use):
     starts[-1] = count
     values, indices = torch.empty(count), torch.empty(count, dtype=torch.int32)
     with sanitizer.sanitize(race=False, programs=lambda dims: [dims[0] - 1]):
-        gpu_encode._compact(words, z, starts, values, indices)
+        gpu_encode._compact(words, z, threshold, starts, values, indices)
     assert torch.equal(values, z[-1, -64:][kept[-1]])
     assert torch.equal(indices, F - 64 + kept[-1].nonzero().flatten().int())
 

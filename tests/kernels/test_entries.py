@@ -7,7 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemmascope.kernels import reference
-from gemmascope.kernels.entries import ACTIVE, LATENT, Entries
+from gemmascope.kernels.entries import (
+    ACTIVE,
+    LATENT,
+    WIDE_SCRATCH_BYTES,
+    Entries,
+    scratch_bytes,
+    tokens_per_chunk,
+)
 from tests.helpers import (
     LAYOUTS,
     assert_bitwise_equal,
@@ -20,6 +27,7 @@ from tests.helpers import (
     shape_cases,
 )
 from tests.kernels import sanitizer
+from tests.kernels.entries import limit_scratch
 
 pytest.importorskip("triton")
 from gemmascope.kernels import gpu
@@ -155,6 +163,36 @@ def test_ties(device, dtype):
     assert_equals_reference(arguments, 1800, encode_entries(*arguments, BANDWIDTH, 1800))
 
 
+def around(z):
+    """z with three fp32 numbers to either side."""
+    found = [z]
+    for way in (-torch.inf, torch.inf):
+        beside = z
+        for _ in range(3):
+            beside = torch.nextafter(beside, torch.tensor(way))
+            found.append(beside)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("bandwidth", [1e-3, 0.03, 2.0, 1e-8, 1e-44, 1e30, 6e38, float("inf")])
+def test_one_comparison_decides_what_the_window_does(device, bandwidth):
+    """A z is an entry where it lies above the lower edge, to the bit, and where it cannot be compared."""
+    largest, smallest = torch.finfo(torch.float32).max, 2.0**-149
+    special = [0.0, -0.0, smallest, -smallest, 1e-38, 1.0, -1.0, largest, -largest, torch.inf, -torch.inf, torch.nan]
+    threshold = torch.cat([torch.tensor(special), torch.logspace(-6, 6, 200), 1e-3 + 1e-4 * normal(200)])
+    half = torch.tensor(bandwidth / 2)
+    lower = gpu_entries.lower_edge(threshold.to(device), bandwidth).cpu()
+    z = torch.cat(
+        [around(z) for z in (lower, threshold, threshold - half, threshold + half, torch.zeros_like(threshold))]
+        + [torch.tensor(special)[:, None].expand(-1, len(threshold)), 10 * normal(50, len(threshold), seed=1)]
+    )
+    inactive = (z <= threshold) & z.isfinite()
+    entry = ~inactive | ((z - threshold).abs() < half)
+    assert torch.equal(~((z <= lower) & z.isfinite()), entry)
+    assert entry.any()
+    assert not entry.all()
+
+
 def test_several_segments(device):
     # Two segments a row, the last a partial one that ends inside a word.
     *rest, threshold = lattice_operands(2, 5, gpu_encode.SEGMENT + 45, device=device)
@@ -195,19 +233,55 @@ def test_overflow(device, monkeypatch, missing, chunk):
     needed = int(encode_entries(*arguments, BANDWIDTH, 0).offsets[-1])
     assert needed > 100
     if chunk:
-        monkeypatch.setattr(gpu_encode_gemm, "SCRATCH_BYTES", chunk * (4 * 90 + 4 * 3))
+        limit_scratch(monkeypatch, chunk * (4 * 90 + 4 * 3))
     capacity = 0 if missing is None else needed - missing
     assert_equals_reference(arguments, capacity, encode_entries(*arguments, BANDWIDTH, capacity))
 
 
 def test_chunks_equal_the_whole(device, monkeypatch):
     arguments = lattice_operands(14, 8, 100, torch.bfloat16, device)
-    monkeypatch.setattr(gpu_encode_gemm, "SCRATCH_BYTES", 6 * (4 * 100 + 4 * 4))
+    limit_scratch(monkeypatch, 6 * (4 * 100 + 4 * 4))
     launches = []
     gemm = gpu_encode_gemm.encode_gemm
     monkeypatch.setattr(gpu_entries, "encode_gemm", lambda x, *rest: (launches.append(len(x)), gemm(x, *rest)))
     assert_equals_reference(arguments, 2000, encode_entries(*arguments, BANDWIDTH, 2000))
     assert launches == [6, 6, 2]
+
+
+@pytest.mark.parametrize(
+    ("F", "chunks", "gigabytes"),
+    [
+        pytest.param(1 << 14, [4096], 0.1, id="16k"),
+        pytest.param(1 << 17, [1408, 1408, 1280], 1.9, id="131k"),
+        pytest.param(1 << 18, [1024] * 4, 4.9, id="262k"),
+        pytest.param(1 << 20, [1024] * 4, 19.4, id="1M"),
+        pytest.param(1 << 22, [256] * 16, 310, id="4M"),
+    ],
+)
+def test_how_often_the_weight_is_read(monkeypatch, F, chunks, gigabytes):
+    """bf16 weights of 4,096 tokens of Gemma 2 2B: launched without a tensor behind them, and every allocation noted."""
+    N, d, launches, held = 4096, 2304, [], []
+
+    class Launched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function.overloadpacket.__name__ in ("new_empty", "empty") and result.shape[-1:] != (0,):
+                held.append(result)
+            return result
+
+    monkeypatch.setattr(gpu_entries, "encode_gemm", lambda x, W, *_: launches.append((len(x), W.nbytes)))
+    monkeypatch.setattr(gpu_entries, "launch_config", lambda *_: gpu_encode_gemm.DESCRIPTORS)
+    monkeypatch.setattr(gpu_entries, "lower_edge", lambda threshold, _: threshold)
+    for name in ("_count", "_move"):
+        monkeypatch.setattr(gpu_entries, name, lambda *_: None)
+    x, W_enc = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((N, d), (d, F)))
+    b_enc, threshold = torch.empty(2, F, device="meta")
+    with Launched():
+        encode_entries(x, W_enc, b_enc, threshold, 0.001, 64 * N)
+    assert [tokens for tokens, _ in launches] == chunks
+    assert sum(read for _, read in launches) < gigabytes * 1e9
+    scratch = sum(t.nbytes for t in held if t.ndim == 2)
+    assert scratch == tokens_per_chunk(N, F) * scratch_bytes(F) <= WIDE_SCRATCH_BYTES
 
 
 def test_the_host_never_waits(device):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gemmascope.activations import SiteStatistics
+from gemmascope.kernels.entries import scratch_bytes, tokens_per_chunk
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.sites import Site
 from gemmascope.training import SAESpec, Suite, TrainConfig
@@ -77,6 +78,7 @@ def test_a_million_latents_fit_sixty_gigabytes():
     memory = training_memory(2304, 1 << 20, 4096, "bf16")
     assert memory.total < 60e9
     assert memory.weights > 19e9
+    assert memory.scratch > tokens_per_chunk(4096, 1 << 20) * scratch_bytes(1 << 20) > 4 * GIB
     table = memory.table()
     assert f"{memory.total / GIB:8.2f} GiB" in table
     assert "524,288 entries" in table
