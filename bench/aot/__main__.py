@@ -2,6 +2,8 @@
 
     python -m bench.aot [--targets sm_80,sm_90,sm_100,gfx942] [-k NAME] [--update] [--markdown] [-j JOBS]
     python -m bench.aot --table [VERSION ...]    what is recorded, as a Markdown table; compiles nothing
+    python -m bench.aot --model [--shapes DxF ...] [--l0 ...] [--skew ...] [--card h100 h200] [--markdown | --json]
+                        what a sparse training step should take, counted from the compiled kernels
 
 No GPU or driver is needed. Exit status 1 when a kernel does not compile, spills more than its specification allows,
 needs more shared memory than the target has (not a compile error: it would fail at launch), lacks an instruction it is
@@ -15,8 +17,10 @@ import os
 import sys
 from pathlib import Path
 
+from bench.aot.cards import CARDS
 from bench.aot.compilation import compile_all, work
 
+MODEL_SHAPES = ("2304x16384", "3584x131072", "2304x1048576")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BASELINES = Path(__file__).parent / "baselines"
 
@@ -109,6 +113,20 @@ def print_recorded(versions: list[str]) -> None:
     print("\n\n".join(found))
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", action="store_true", help="print what a training step should take, from the code")
+    parser.add_argument(
+        "--shapes", nargs="+", default=MODEL_SHAPES, metavar="DxF", help="of --model; default: %(default)s"
+    )
+    parser.add_argument("--l0", nargs="+", type=float, default=(64.0,), help="of --model; default: 64")
+    parser.add_argument("--skew", nargs="+", type=float, default=(0.7,), help="of --model, in decades; default: .7")
+    parser.add_argument("--tokens", type=int, default=4096, help="of --model; default: %(default)s")
+    parser.add_argument(
+        "--card", nargs="+", choices=tuple(CARDS), default=tuple(CARDS), help="of --model; default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="with --model: one JSON document instead of a table")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
@@ -120,10 +138,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("-j", metavar="JOBS", type=int, default=os.cpu_count(), help="worker processes")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_model_arguments(parser)
     options = parser.parse_args(argv)
     if options.worker:
         work()
         return 0
+    if options.model:
+        from bench.aot import expectation
+
+        try:
+            return expectation.main(options)
+        except ValueError as error:
+            parser.error(str(error))
     if options.table is not None:
         recorded = recorded_versions()
         missing = [version for version in options.table if version not in recorded]
