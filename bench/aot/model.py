@@ -11,7 +11,7 @@ cores' time. And the last wave of tiles takes as long as a full one.
 Counts of two lengths a period apart differ by a constant once a list is long, so a few lengths give all.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -69,24 +69,28 @@ class Counter:
         self.sizes = np.array([len(block.instructions) for block in code.blocks])
         self.cycles = matrix_cycles(code)
         self.assumed: set[int] = set()
+        self.known: dict[tuple, np.ndarray] = {}
 
-    def program(self, arguments: trips.Arguments) -> tuple[float, float, float]:
+    def program(self, arguments: trips.Arguments) -> np.ndarray:
         """Warp-instructions, tensor cycles, and the warp-instructions of blocks that run less often than products."""
         scalars, memory = arguments
+        key = (*sorted(scalars.items()), *((name, memory[name].tobytes()) for name in sorted(memory)))
+        if key not in self.known:
+            self.known[key] = self._program(scalars, memory)
+        return self.known[key]
+
+    def _program(self, scalars: Mapping[str, int], memory: Mapping[str, np.ndarray]) -> np.ndarray:
         walk = self.follower.walk(Given(scalars, memory, self.threads))
         self.assumed |= walk.assumed
         in_loop = walk.counts[self.cycles > 0].max(initial=0)
         beside = walk.counts @ (self.sizes * (walk.counts < in_loop))
-        return float(walk.counts @ self.sizes), float(walk.counts @ self.cycles), float(beside)
+        return np.array([walk.counts @ self.sizes, walk.counts @ self.cycles, beside], np.float64)
 
     def programs(self, given: Callable[[int], trips.Arguments], lengths: np.ndarray) -> np.ndarray:
         """[lengths, 3]. Raises `NotFollowedError` where no period is found."""
-        known = dict[int, tuple[float, float, float]]()
 
         def at(length: int) -> np.ndarray:
-            if length not in known:
-                known[length] = self.program(given(length))
-            return np.array(known[length])
+            return self.program(given(length))
 
         wanted = [int(length) for length in lengths]
         if len(wanted) <= len(PROBES):
