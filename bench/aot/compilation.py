@@ -132,7 +132,7 @@ def read_amdgcn(kernel) -> dict:
 def work() -> None:
     """Worker process: {"jobs": [[target, name], …], "cases": […]} as JSON on stdin, one JSON row a job on stdout.
 
-    cases: of a training step, in which the kernels of it that are compiled for `trips.TARGET` are counted.
+    Kernels of the training step that are compiled for `trips.TARGET` are also counted, in the given cases of it.
     """
     results = os.fdopen(os.dup(1), "w")
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115  everything the compilers print, whichever way they print it
@@ -155,9 +155,10 @@ def work() -> None:
             log.seek(log_start)
             row |= read_cubin(kernel, log.read()) if target.startswith("sm_") else read_amdgcn(kernel)
             row["shared"] = int(kernel.metadata.shared)
-            if cases and target == trips.TARGET and name in trips.names():
-                row["warps"] = spec.num_warps
-                row["counts"] = model.count(disassemble(kernel.asm["cubin"]), spec, cases)
+            if target == trips.TARGET and name in trips.names():
+                code = disassemble(kernel.asm["cubin"])
+                row["warps"], row["programs"] = spec.num_warps, model.of_programs(code, spec)
+                row["counts"] = model.count(code, spec, cases)
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
             row["error"] = (

@@ -121,6 +121,20 @@ def count(code: Code, spec, cases: Iterable[Case]) -> dict[str, dict]:
     return found
 
 
+# Of programs whose instructions are recorded: none, one entry, few, those of a token at L0 64, many.
+RECORDED_LENGTHS = (0, 1, 17, 67, 300)
+RECORDED_CASE = Case(2304, 16384, skew=0.0)
+
+
+def of_programs(code: Code, spec) -> dict[str, int]:
+    """Warp-instructions of one program of a kernel of the step, by its length: cheap, and worse when the code is."""
+    step = next(step for step in trips.passes(RECORDED_CASE) if step.spec == spec.name)
+    counter, lengths = Counter(code, spec), step.programs.length
+    if len(lengths) > 1:
+        lengths = [length for length in RECORDED_LENGTHS if length <= step.most]
+    return {str(length): int(counter.program(step.given(int(length)))[0]) for length in lengths}
+
+
 def _count(counter: Counter, step: Pass, spec) -> Counts:
     lengths, weight = step.programs.length, step.programs.count
     rows = counter.programs(step.given, lengths)

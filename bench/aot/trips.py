@@ -45,6 +45,8 @@ class Pass:
     """Bytes that the lanes of such a program load and store."""
     hbm: float
     launches: int = 1
+    most: int = 1 << 30
+    """The greatest length there can be."""
     longest_first: bool = False
     """Whether long programs start before short ones; otherwise the longest may start last."""
 
@@ -124,26 +126,33 @@ def move(case: Case) -> Pass:
         return 16 + (4 * words + (4 + 4 + 12) * of_segment if bits else 0)
 
     hbm = case.tokens * case.F / 8 + (SECTOR + 12) * case.entries
-    return Pass("move", "training_entries_move", programs, given, requested, hbm, launches)
+    return Pass("move", "training_entries_move", programs, given, requested, hbm, launches, 32)
+
+
+def residual_bytes(d: int, length: int, active: float) -> float:
+    """Loaded and stored for one token with so many entries, `active` of them not only in the window."""
+    config = gpu_residual.CONFIG
+    first = 8 * length * _blocks(d, config.block_d) + 2 * d * active + (4 + 4 + 2) * d + 4
+    second = 4 * length + 2 * d * _blocks(length, config.lanes) + 2 * d * length + 4 * length + 4
+    return 16 + first + second
 
 
 def residual(case: Case) -> Pass:
     """A program a token: the rows of its active entries summed, column block by column block, then each entry's row
     against the residual."""
-    config, d = gpu_residual.CONFIG, case.d
+    d = case.d
     scalars = {"capacity": 1 << 30, "D": d, "stride_xn": d, "stride_wf": d}
-
-    def requested(length: int) -> float:
-        active = length / (1 + WINDOW)
-        first = 8 * length * _blocks(d, config.block_d) + 2 * d * active + (4 + 4 + 2) * d + 4
-        second = 4 * length + 2 * d * _blocks(length, config.lanes) + 2 * d * length + 4 * length + 4
-        return 16 + first + second
-
     return Pass(
         "residual", "residual_bf16", case.of_tokens,
-        lambda length: (scalars, {"offsets_ptr": np.array([0, length], np.int64)}), requested,
+        lambda length: (scalars, {"offsets_ptr": np.array([0, length], np.int64)}),
+        lambda length: residual_bytes(d, length, length / (1 + WINDOW)),
         2 * _gather_misses(case, 2 * d) + 6 * case.tokens * d + 12 * case.entries,
     )  # fmt: skip
+
+
+def latents_bytes(entries: float) -> float:
+    """Loaded and stored by one program whose latents have so many entries together."""
+    return gpu_latents.CONFIG.block_f * (16 + 4 + 16) + entries * (8 + 5 * 4 + 3 * 4)
 
 
 def latents(case: Case) -> Pass:
@@ -155,13 +164,9 @@ def latents(case: Case) -> Pass:
         offsets[0] = 0  # the first latent has them all
         return {"F": case.F}, {"offsets_ptr": offsets}
 
-    of_program = case.entries / (case.F / config.block_f)
-
-    def requested(_: int) -> float:
-        return config.block_f * (16 + 4 + 16) + of_program * (8 + 5 * 4 + 3 * 4)
-
+    of_program = latents_bytes(case.entries / (case.F / config.block_f))
     hbm = case.entries * (8 + 4 * 4 + 3 * 4) + 24 * case.F
-    return Pass("latents", "latents", case.longest_of(config.block_f), given, requested, hbm)
+    return Pass("latents", "latents", case.longest_of(config.block_f), given, lambda _: of_program, hbm)
 
 
 def encoder_times(case: Case) -> Pass:
@@ -176,24 +181,28 @@ def encoder_times(case: Case) -> Pass:
     )  # fmt: skip
 
 
+def update_bytes(d: int, length: int) -> float:
+    """Loaded and stored for one latent with so many entries: the second sweep reads the decoder's row once more."""
+    if length == 0:
+        return 4 + 16
+    gathers = 12 * length * _blocks(d, gpu_update.CONFIG.block_d) + 4 * d * length
+    block = (4 * 4 + 4 * 4 + 2) * d
+    sweep = (4 + 4 + 2) * d
+    return 4 + 16 + 8 + 8 + 8 + 4 + gathers + block + 10 * 4 + 8 + sweep
+
+
 def update(case: Case) -> Pass:
     """A program a latent: both gathers, column block by column block, the update of the block, the sweep by the norm.
 
     36 bytes a weight of a touched latent: W and v of both matrices read and written, two copies written.
     """
-    config, d = gpu_update.CONFIG, case.d
+    d = case.d
 
     def given(length: int) -> Arguments:
         return {"D": d}, {"ok_ptr": np.ones(1, np.int32), "lists_ptr": np.array([0, length], np.int64)}
 
-    def requested(length: int) -> float:
-        if length == 0:
-            return 4 + 16
-        gathers = 12 * length * _blocks(d, config.block_d) + 4 * d * length
-        return 4 + 16 + 8 + 8 + 8 + 4 + gathers + 36 * d - 2 * d + 10 * d + 9 * 4 + 8
-
     hbm = case.of_latents.touched * 36 * d + 4 * case.tokens * d + 12 * case.entries
-    return Pass("update", "update_entries_bf16", case.of_latents, given, requested, hbm)
+    return Pass("update", "update_entries_bf16", case.of_latents, given, lambda length: update_bytes(d, length), hbm)
 
 
 STEP = (product, count, move, residual, latents, encoder_times, update)
