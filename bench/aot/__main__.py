@@ -7,8 +7,8 @@
 
 No GPU or driver is needed. Exit status 1 when a kernel does not compile, spills more than its specification allows,
 needs more shared memory than the target has (not a compile error: it would fail at launch), lacks an instruction it is
-expected to have, is worse than the baseline of this Triton version in ``bench/aot/baselines``, or, on sm_90, a program of
-the training step takes more instructions than ``bench/aot/counts`` has (``--update`` rewrites both).
+expected to have, is worse than the baseline of this Triton version in ``bench/aot/baselines``, or, on sm_90, a program
+of the training step takes more instructions than ``bench/aot/counts`` has (``--update`` rewrites both).
 """
 
 import argparse
