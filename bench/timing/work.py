@@ -43,7 +43,7 @@ def operator_work(operator: str, size: Size) -> tuple[int, int]:
 
     encode_entries: one [N, d]·[d, F] product; x and W_enc read once, a bit per (token, latent) and fp32 z of each entry
     written and read, entries (z, latent, token) written. residual_pass: 2d FLOPs an active entry for x̂ and 2d an entry
-    for u, each gathering a row of W_dec; x read and the residual written. by_latent: keys read, int64 order and
+    for u, from one gather of its row of W_dec; x read and the residual written. by_latent: keys read, int64 order and
     offsets written. latent_pass: 36 bytes an entry, 28 a latent. encoder_times: W_enc read. update_from_entries: 4d
     FLOPs an entry, gathering a row of x and of the residual; of each touched latent two rows of weights and two of
     second moments read and written, 15 FLOPs an element, and the bf16 copies written. Caches serve gathers when the
@@ -52,7 +52,7 @@ def operator_work(operator: str, size: Size) -> tuple[int, int]:
     n, d, f, active, entries, touched, b = size
     return {
         "encode_entries": (2 * n * d * f, b * (n * d + d * f) + n * f // 4 + 20 * entries),
-        "residual_pass": (2 * d * (active + entries), b * d * (active + entries + n) + 4 * n * d + 12 * entries),
+        "residual_pass": (2 * d * (active + entries), b * d * (entries + n) + 4 * n * d + 12 * entries),
         "by_latent": (0, 12 * entries + 8 * f),
         "latent_pass": (20 * entries, 36 * entries + 28 * f),
         "encoder_times": (2 * d * f, b * d * f + 4 * f),

@@ -13,6 +13,8 @@ GIB = 1 << 30
 DENSE_ELEMENTS = 1 << 29
 # Bytes the sparse step holds for each entry: z, latent, token, u, sort keys and order, coefficients by latent.
 ENTRY_BYTES = 56
+# Columns of a block of the residual pass, which leaves a share of u in fp32 for each entry and block.
+SHARE_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,6 @@ def training_memory(
         # x, x − b_dec, x̂ − x and its rounding
         activations=batch_size * d_model * (8 + 2 * operand),
         pending=pending * 4 * batch_size * d_model,
-        entries=ENTRY_BYTES * n_entries,
+        entries=(ENTRY_BYTES + 4 * -(-d_model // SHARE_COLUMNS)) * n_entries,
         scratch=max(sparse, dense) + 24 * d_sae,
     )

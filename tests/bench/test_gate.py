@@ -312,13 +312,13 @@ def test_size_counts_entries():
 def test_work_by_hand():
     size = work.Size(n=2, d=3, f=64, active=4, entries=6, touched=5, itemsize=2)
     assert work.operator_work("encode_entries", size) == (2 * 2 * 3 * 64, 2 * (6 + 192) + 32 + 120)
-    assert work.operator_work("residual_pass", size) == (2 * 3 * 10, 2 * 3 * 12 + 24 + 72)
+    assert work.operator_work("residual_pass", size) == (2 * 3 * 10, 2 * 3 * 8 + 24 + 72)
     assert work.operator_work("by_latent", size) == (0, 72 + 512)
     assert work.operator_work("latent_pass", size) == (120, 216 + 28 * 64)
     assert work.operator_work("encoder_times", size) == (2 * 192, 2 * 192 + 256)
     assert work.operator_work("update_from_entries", size) == (72 + 450, 72 + 72 + 36 * 15)
     assert work.operator_work("update_from_entries", size._replace(itemsize=4))[1] == 144 + 72 + 32 * 15
-    assert work.part_work("forward", size) == (768 + 60, 396 + 152 + 168)
+    assert work.part_work("forward", size) == (768 + 60, 396 + 152 + 144)
     assert work.part_work("step", size) == tuple(
         a + b for a, b in zip(work.part_work("forward", size), work.part_work("backward", size), strict=True)
     )
