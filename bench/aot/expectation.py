@@ -4,10 +4,11 @@ import argparse
 import os
 from dataclasses import asdict
 
-from bench.aot import model, trips
+from bench.aot import launches, model, trips
 from bench.aot.cards import CARDS, Card, occupancy
 from bench.aot.compilation import compile_all
 from bench.aot.dense import dense
+from bench.aot.launches import Operation, small
 from bench.aot.lists import Case
 from bench.cases import shape_of
 
@@ -35,7 +36,7 @@ def compiled(given: list[Case], workers: int | None = None) -> dict[str, dict]:
     return {row["name"]: row for row in rows}
 
 
-def step_of(case: Case, rows: dict[str, dict], card: Card) -> dict:
+def step_of(case: Case, rows: dict[str, dict], card: Card, operations: list[Operation]) -> dict:
     """The step of a case on a card, seconds: of each kernel, together, and of the dense alternatives."""
     kernels = []
     for step in trips.passes(case):
@@ -48,12 +49,14 @@ def step_of(case: Case, rows: dict[str, dict], card: Card) -> dict:
             | asdict(counts)
             | {"seconds": asdict(found)}
         )
+    rest = small(operations, case, card, sum(step.launches for step in trips.passes(case)))
     return {
         "case": asdict(case),
         "card": card.name,
         "kernels": kernels,
+        "small": asdict(rest),
         "floor": sum(kernel["seconds"]["floor"] for kernel in kernels),
-        "expected": sum(kernel["seconds"]["expected"] for kernel in kernels),
+        "expected": sum(kernel["seconds"]["expected"] for kernel in kernels) + rest.seconds,
         "dense": dense(case, card),
     }
 
@@ -81,6 +84,11 @@ def table(step: dict) -> list[list[str]]:
                 binds,
             ]
         )
+    rest = step["small"]
+    name = f"{rest['calls']} small operations"
+    found.append(
+        [name, "", f"{rest['bytes'] / 1e9:.2f}", *[""] * 7, _ms(rest["seconds"]), f"{rest['launches']} launches"]
+    )
     found.append(["**step**", *[""] * 8, _ms(step["floor"]), _ms(step["expected"]), ""])
     return found
 
@@ -107,7 +115,8 @@ def main(options: argparse.Namespace) -> int:
 
     given = cases(options)
     rows = compiled(given, options.j)
-    steps = [step_of(case, rows, CARDS[name]) for case in given for name in options.card]
+    operations = launches.operations()
+    steps = [step_of(case, rows, CARDS[name], operations) for case in given for name in options.card]
     if options.json:
         print(json.dumps({"target": trips.TARGET, "steps": steps}))
     else:

@@ -53,6 +53,19 @@ class Operation:
         return float(total)
 
 
+# What runs in these happens on a CPU only: reading what tensors hold, and the interpreter's copies of arguments.
+CPU_ONLY = ("kernels/validation.py", "kernels/arguments.py", "triton/runtime/interpreter.py")
+
+
+def _on_a_cpu_only() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(CPU_ONLY):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _record() -> list[dict]:
     """Runs the step; in a process with TRITON_INTERPRET=1."""
     import torch
@@ -71,7 +84,7 @@ def _record() -> list[dict]:
             name = function.overloadpacket.__name__
             schema = function._schema
             views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-            if function.namespace == "aten" and not views and name not in NO_LAUNCH:
+            if function.namespace == "aten" and not views and name not in NO_LAUNCH and not _on_a_cpu_only():
                 tensors = [
                     (list(t.shape), t.element_size())
                     for t in torch.utils._pytree.tree_leaves((args, kwargs or {}, out))

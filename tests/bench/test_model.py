@@ -18,6 +18,7 @@ from bench.aot import __main__ as aot
 from bench.aot import expectation, follow, model, sass, trips
 from bench.aot.cards import CARDS, occupancy
 from bench.aot.dense import dense
+from bench.aot.launches import SIZES, Operation, operations
 from bench.aot.lists import WINDOW, Case, Lengths
 from bench.timing.inputs import firing_frequencies
 from gemmascope.kernels.entries import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Objective, Rule
@@ -318,9 +319,13 @@ def test_the_table_of_a_step():
     counts = {case.title: {"warp_instructions": 1e6, "tensor_cycles": 0.0, "longest": 10.0, "programs": 512, "l2": 1e6}}
     rows = {name: {"registers": 64, "shared": 0, "warps": 4, "counts": counts} for name in trips.names()}
     rows |= {step.spec: rows[next(iter(trips.names()))] for step in trips.passes(case)}
-    step = expectation.step_of(case, rows, CARDS["h100"])
+    small = [Operation("add", (((SIZES["N"], SIZES["d"]), 4),) * 3), Operation("argsort", (((SIZES["room"],), 4),))]
+    step = expectation.step_of(case, rows, CARDS["h100"], small)
     assert [kernel["kernel"] for kernel in step["kernels"]] == [step.name for step in trips.passes(case)]
     assert step["expected"] >= step["floor"] > 0
+    room = int(1.5 * case.entries)
+    assert step["small"]["bytes"] == 12 * 512 * 256 + 100 * room
+    assert step["small"]["launches"] == len(trips.passes(case)) + 1 + 6
     text = expectation.render(step, markdown=True)
     assert text.startswith("**256x4096 N 512 L0 20 skew 0, H100: expected ")
     assert all(line.count("|") == len(expectation.COLUMNS) + 1 for line in text.splitlines()[2:])
@@ -333,6 +338,16 @@ def test_wrong_cases_are_refused(capsys):
         with pytest.raises(SystemExit):
             aot.main(["--model", *arguments])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_operations_of_a_step():
+    """Sorting is among them, views and the kernels are not; counted by running a step."""
+    found = operations()
+    names = {operation.name for operation in found}
+    assert {"sort", "argsort"} & names
+    assert not {"view", "t", "slice", "empty", "as_strided"} & names
+    assert 40 < len(found) < 120
 
 
 # ---- the record
