@@ -25,7 +25,18 @@ KERNELS = {"sort": 6, "argsort": 6, "cumsum": 2, "bincount": 3, "median": 4, "in
 # Bytes an element of such a sort: keys read once to count, then keys and 64-bit places read and written, four times.
 SORT_BYTES = 4 + 4 * 2 * (4 + 8)
 ROOT = Path(__file__).resolve().parent.parent.parent
-NO_LAUNCH = ("empty", "empty_strided", "empty_like", "new_empty", "resize_", "set_", "detach", "alias", "lift_fresh")
+NO_LAUNCH = (
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "resize_",
+    "set_",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "scalar_tensor",
+)
 
 
 @dataclass(frozen=True)
