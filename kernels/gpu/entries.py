@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import cuda
 from ..entries import ACTIVE, Entries, tokens_per_chunk
 from .common import launch
 from .encode import SEGMENT, _count, _popcount
@@ -137,10 +138,15 @@ def encode_entries(
     starts = torch.zeros(N * per_row + 1, dtype=torch.int64, device=x.device)
     entries = Entries(z_out, latents, tokens, starts[::per_row])
     b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
-    lower = lower_edge(threshold, bandwidth)
+    by_cuda = cuda.asked() and cuda.takes(x, W_enc, b_enc, threshold)
+    lower = threshold if by_cuda else lower_edge(threshold, bandwidth)
     for first in range(0, N, chunk):
         rows = min(chunk, N - first)
-        encode_gemm(x[first : first + rows], W_enc, b_enc, lower, z, words, config)
+        part_of_x = x[first : first + rows]
+        if by_cuda and cuda.takes(part_of_x, W_enc, b_enc, threshold):
+            cuda.product_of_entries(part_of_x, W_enc, b_enc, threshold, bandwidth, z, words)
+        else:
+            encode_gemm(part_of_x, W_enc, b_enc, lower, z, words, config)
         _count(words, counts[: rows * per_row], per_row)
         part = starts[first * per_row : (first + rows) * per_row + 1]
         torch.cumsum(counts[: rows * per_row], 0, dtype=torch.int64, out=part[1:])

@@ -274,6 +274,29 @@ def test_needs_a_compiler_that_works(elsewhere, monkeypatch):
     assert not build.library().exists()
 
 
+def test_entries_come_by_that_road_when_asked(hopper, monkeypatch):
+    gpu = pytest.importorskip("gemmascope.kernels.gpu", reason="needs Triton")
+    arguments, asked = operands(130, 300, 72), []
+
+    def by_emulator(x, W_enc, b_enc, threshold, bandwidth, z, words):
+        asked.append(len(x))
+        encode(hopper, x, W_enc, b_enc, threshold, bandwidth, z, words)
+
+    monkeypatch.setattr(cuda, "asked", lambda: True)
+    monkeypatch.setattr(cuda, "takes", lambda *operands: True)
+    monkeypatch.setattr(cuda, "product_of_entries", by_emulator)
+    found = gpu.encode_entries(*arguments, BANDWIDTH, 4000)
+    assert asked == [130]
+    x, W_enc, b_enc, threshold = arguments
+    expected = reference.encode_entries(x.double(), W_enc.double(), b_enc.double(), threshold, BANDWIDTH, 4000)
+    n = int(expected.offsets[-1])
+    assert 0 < n < 4000
+    assert torch.equal(found.offsets, expected.offsets)
+    assert torch.equal(found.latents, expected.latents)
+    assert torch.equal(found.tokens[:n], expected.tokens[:n])
+    assert_bitwise_equal("z", found.z[:n], expected.z[:n].float())
+
+
 def test_other_operands_are_refused():
     x, W_enc, b_enc, threshold = operands(200, 300, 64)
     assert not cuda.takes(x, W_enc, b_enc, threshold)
