@@ -255,7 +255,8 @@ def training_encode(target: str) -> Iterator[Spec]:
                 yield encode_gemm(target, f"training_entries_{name}", config, dtype)
                 yield encode_gemm(target, f"training_entries_{name}_even", config, dtype, masked=False)
             yield encode_gemm(target, f"training_dense_{name}", config, dtype, "dense")
-            yield encode_gemm(target, f"training_dense_{name}_even", config, dtype, "dense", masked=False)
+            if config.descriptors:
+                yield encode_gemm(target, f"training_dense_{name}_even", config, dtype, "dense", masked=False)
     yield Spec(
         name="training_entries_edge",
         kernel=gpu_entries._lower_edge_kernel,
