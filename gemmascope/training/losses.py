@@ -8,19 +8,17 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..checks import check_tensor, check_type, dtype_name
-from ..kernels import Objective, reference
-from ..kernels.entries import Penalty
-from ..kernels.reference import conclusion
+from ..kernels import Objective, entries, reference
 from ..saes import JumpReLUSAE
 from .config import Loss
 
 
-def penalty(loss: Loss) -> Penalty:
+def penalty(loss: Loss) -> entries.Penalty:
     """What the sums over tokens and latents need to know of ``loss``."""
     of_l0, factor = {"l0": "linear", "tanh": "none"}.get(loss.sparsity, "quadratic"), 1.0
     if loss.target_l0 is not None:
         factor = 2 / loss.target_l0 if loss.sparsity == "quadratic_l0" else loss.target_l0**-2
-    return Penalty(
+    return entries.Penalty(
         loss.l0_coefficient,
         of_l0,
         factor,
@@ -33,12 +31,12 @@ def penalty(loss: Loss) -> Penalty:
 
 def l0_penalty(loss: Loss, l0: Tensor) -> tuple[Tensor, Tensor]:
     """The part of the sparsity penalty S that depends on l0 [N], and s [N] = ∂S/∂l0_n."""
-    return conclusion.l0_penalty(penalty(loss), l0)
+    return reference.conclusion.l0_penalty(penalty(loss), l0)
 
 
 def frequency_penalty(loss: Loss, firing_count: Tensor, n: int) -> Tensor | float:
     """λ·Σ_j p_j²/s for firing_count [d_sae] over n tokens; 0 without a ``frequency_scale``."""
-    return conclusion.frequency_penalty(penalty(loss), firing_count, n)
+    return reference.conclusion.frequency_penalty(penalty(loss), firing_count, n)
 
 
 def objective(loss: Loss, n: int) -> Objective:
@@ -98,8 +96,8 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x
     l0, weights = active.sum(1), objective(loss, n)
     squared_error, sparsity = residual.square().sum(1).mean(), penalty(loss)
-    s, tanh = conclusion.l0_penalty(sparsity, l0)[1], conclusion.tanh_sum(sparsity, f)
-    total = conclusion.total_loss(sparsity, squared_error, l0, firing_count, tanh)
+    s, tanh = reference.conclusion.l0_penalty(sparsity, l0)[1], reference.conclusion.tanh_sum(sparsity, f)
+    total = reference.conclusion.total_loss(sparsity, squared_error, l0, firing_count, tanh)
 
     g = residual * (2 / n)
     u = g @ sae.W_dec.T
@@ -124,5 +122,5 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     touched = torch.ones_like(theta) if loss.pre_act_coefficient else is_entry.amax(0)
     norms = torch.linalg.vector_norm(centred), torch.linalg.vector_norm(f)
     coefficient = loss.pre_act_coefficient
-    bound = conclusion.gradient_bound(weights, coefficient, squared_error, s, *norms, theta, touched)
+    bound = reference.conclusion.gradient_bound(weights, coefficient, squared_error, s, *norms, theta, touched)
     return LossAndGradients(total, squared_error, l0.mean(), firing_count, is_entry.sum(), residual, gradients, bound)

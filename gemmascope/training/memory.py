@@ -6,7 +6,7 @@ from heapq import nlargest
 
 import torch
 
-from ..kernels.entries import scratch_bytes, tokens_per_chunk
+from ..kernels import entries
 
 GIB = 1 << 30
 # Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, which are encoded twice.
@@ -135,7 +135,7 @@ def training_memory(
     weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
     operand = 2 if compute_dtype == "bf16" else 4
     n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae)
-    sparse = tokens_per_chunk(batch_size, d_sae) * scratch_bytes(d_sae)
+    sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (8 * operand + 1) // 4 + 8 * d_model * tile
     return TrainingMemory(

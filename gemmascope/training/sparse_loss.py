@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .. import kernels
 from ..autocast import without_autocast
-from ..kernels.implementations import operator
-from ..kernels.reference.conclusion import total_loss
 from ..saes import JumpReLUSAE
 from .config import Loss
 from .losses import check_batch, penalty
@@ -24,7 +22,7 @@ class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, pre_encoder_bias, loss, impl):
         threshold = threshold.clamp(min=0)
-        centred = operator("centre", impl)(x, b_dec if pre_encoder_bias else None, x.dtype)
+        centred = kernels.implementations.operator("centre", impl)(x, b_dec if pre_encoder_bias else None, x.dtype)
         entries = kernels.encode_entries(centred.x, W_enc, b_enc, threshold, loss.bandwidth, impl=impl)
         weights = (W_enc.T, W_dec, b_dec, threshold)
         tokens, out, transposed, sums, of_encoder = sparse_pass(
@@ -35,7 +33,9 @@ class _SparseLoss(torch.autograd.Function):
         if of_encoder is not None:
             db_dec = db_dec - of_encoder
         ctx.save_for_backward(dW_enc.T, sums.db_enc, dW_dec, db_dec, sums.dthreshold)
-        return total_loss(penalty(loss), out.squared_error.mean(), out.l0, sums.firing_count, tokens.tanh_sums)
+        return kernels.reference.conclusion.total_loss(
+            penalty(loss), out.squared_error.mean(), out.l0, sums.firing_count, tokens.tanh_sums
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..checks import dtype_name
-from ..kernels import LatentState, choose
-from ..kernels.entries import COPIES as COPIES
-from ..kernels.entries import ROOM as ROOM
-from ..kernels.reference import conclusion
+from ..kernels import LatentState, choose, entries, reference
 from ..saes import JumpReLUSAE
 
+# What keeps updates back until the host mends it: bits of `TrainState.stalled`.
+ROOM, COPIES = entries.ROOM, entries.COPIES
 MASTER_DTYPES = (torch.float32, torch.float64)
 
 
@@ -233,7 +232,7 @@ class TrainState:
 
     def copies_differ(self) -> Tensor | None:
         """Bool scalar: whether the copies differ from the weights in `next_column`; None where that needs no look."""
-        return conclusion.copies_differ(self.latents, self.next_column())
+        return reference.conclusion.copies_differ(self.latents, self.next_column())
 
     def resume(self) -> None:
         """Let updates be made again, the next one with new copies: once `stalled` was seen and room made if need be."""

@@ -28,10 +28,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..autocast import without_autocast
-from ..kernels import ByLatent, Entries, LatentState, LatentSums, Residual, Rule
-from ..kernels.entries import Centred, Penalty, TokenSums
-from ..kernels.implementations import operator
-from ..kernels.reference.conclusion import fidelity, move, pack, permission, spread_and_shares, tanh_sum
+from ..kernels import ByLatent, Entries, LatentState, LatentSums, Residual, Rule, implementations, reference
 from .config import Loss
 from .losses import l0_penalty, loss_and_gradients, objective, penalty
 from .memory import dense_tile
@@ -135,7 +132,7 @@ class SparsePass(NamedTuple):
     """What the entries say of the loss and of every gradient but those of the weights, which `transposed`, `sums` and
     `out.residual` still hold by entry."""
 
-    tokens: TokenSums
+    tokens: kernels.entries.TokenSums
     out: Residual
     transposed: ByLatent
     sums: LatentSums
@@ -147,7 +144,7 @@ def sparse_pass(
     impl: str,
     entries: Entries,
     x: Tensor,
-    centred: Centred,
+    centred: kernels.entries.Centred,
     W_enc: Tensor,
     W_dec: Tensor,
     b_dec: Tensor,
@@ -158,7 +155,7 @@ def sparse_pass(
 ) -> SparsePass:
     """From the entries of x [N, d_model] on. W_enc and W_dec: [d_sae, d_model], as the products read them."""
     out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
-    tokens = operator("token_pass", impl)(entries, x, centred, out, _penalty(loss, scheduled))
+    tokens = implementations.operator("token_pass", impl)(entries, x, centred, out, _penalty(loss, scheduled))
     transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
     weights = _objective(loss, len(x), scheduled)
     sums = kernels.latent_pass(entries, out.u, transposed, threshold, tokens.s, weights, impl=impl)
@@ -166,7 +163,7 @@ def sparse_pass(
     return SparsePass(tokens, out, transposed, sums, of_encoder)
 
 
-def _penalty(loss: Loss, scheduled: Scheduled | None) -> Penalty:
+def _penalty(loss: Loss, scheduled: Scheduled | None) -> kernels.entries.Penalty:
     found = penalty(loss)
     return found if scheduled is None else found._replace(coefficient=scheduled.l0_coefficient)
 
@@ -195,7 +192,7 @@ def sparse_step(
             scheduled = scheduled.to(x.device)
     rule = rule._replace(learning_rate=scheduled.learning_rate)
     W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
-    centred = operator("centre", impl)(x, b_dec if sae.pre_encoder_bias else None, W_enc.dtype)
+    centred = implementations.operator("centre", impl)(x, b_dec if sae.pre_encoder_bias else None, W_enc.dtype)
     entries = kernels.encode_entries(
         centred.x,
         W_enc.T,
@@ -209,7 +206,7 @@ def sparse_step(
     weights = (W_enc, W_dec, b_dec, sae.threshold)
     found = sparse_pass(impl, entries, x, centred, *weights, loss, sae.pre_encoder_bias, scheduled)
     tokens, out, transposed, sums, of_encoder = found
-    conclusion = operator("conclude", impl)(
+    conclusion = implementations.operator("conclude", impl)(
         latents,
         out.squared_error,
         out.l0,
@@ -229,7 +226,7 @@ def sparse_step(
     kernels.update_from_entries(
         latents, transposed, sums, out.residual, centred.x, rule, conclusion.ok, state.updates, impl=impl
     )
-    operator("finish", impl)(
+    implementations.operator("finish", impl)(
         b_dec,
         state.b_dec_v,
         state.tokens_since_fired,
@@ -260,7 +257,9 @@ def _dense_step(
     state: TrainState, latents: LatentState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]
 ) -> StepFigures:
     sae, impl, n, b_dec, sparsity = state.sae, state.impl, x.shape[0], state.sae.b_dec.data, penalty(loss)
-    centred = operator("centre", impl)(x, b_dec if sae.pre_encoder_bias else None, state.encoder_rows.dtype)
+    centred = implementations.operator("centre", impl)(
+        x, b_dec if sae.pre_encoder_bias else None, state.encoder_rows.dtype
+    )
 
     def encode(tile: slice):
         weights = (state.encoder_rows[tile].T, sae.b_enc[tile], sae.threshold[tile])
@@ -272,7 +271,7 @@ def _dense_step(
         code = encode(tile)
         x_hat = x_hat + matmul(code.f, state.decoder_rows[tile])
         l0, n_entries = l0 + code.l0, n_entries + code.n_entries
-        tanh.append(tanh_sum(sparsity, code.f))
+        tanh.append(reference.conclusion.tanh_sum(sparsity, code.f))
         counts.append(code.firing_count)
         touched.append(code.touched)
         f_norms.append(torch.linalg.vector_norm(code.f, dtype=x.dtype))
@@ -281,14 +280,14 @@ def _dense_step(
     firing_count, residual = torch.cat(counts), x_hat - x
     low, g = (t.to(state.decoder_rows.dtype) for t in (residual, residual * (2 / n)))
     errors, s = residual.square().sum(1), l0_penalty(loss, l0)[1]
-    tokens = TokenSums(
+    tokens = kernels.entries.TokenSums(
         s,
-        *spread_and_shares(x, centred.column_sums, errors),
+        *reference.conclusion.spread_and_shares(x, centred.column_sums, errors),
         torch.stack(f_norms),
         None if sparsity.tanh_scale is None else torch.stack(tanh),
         low.sum(0, dtype=x.dtype)[None],
     )
-    conclusion = operator("conclude", impl)(
+    conclusion = implementations.operator("conclude", impl)(
         latents,
         errors,
         l0,
@@ -325,7 +324,7 @@ def _dense_step(
             state.updates,
             impl=impl,
         )
-    operator("finish", impl)(
+    implementations.operator("finish", impl)(
         b_dec,
         state.b_dec_v,
         state.tokens_since_fired,
@@ -346,7 +345,7 @@ def _dense_step(
 def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: Tensor | None = None) -> StepFigures:
     """The same update by `loss_and_gradients`, in fp32. dead: bool [d_sae], for the pre-activation loss."""
     latents, out, n = state.ready(), loss_and_gradients(state.sae, x, loss, dead), x.shape[0]
-    ok = permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
+    ok = reference.conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
     gradients, number = out.gradients, state.updates + 1
     kernels.update_from_dense(
         latents,
@@ -361,7 +360,11 @@ def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: T
         impl="reference",
     )
     counters = (state.tokens_since_fired, state.updates)
-    move(state.sae.b_dec.data, state.b_dec_v, *counters, gradients.b_dec, out.firing_count, n, rule, ok, number)
+    reference.conclusion.move(
+        state.sae.b_dec.data, state.b_dec_v, *counters, gradients.b_dec, out.firing_count, n, rule, ok, number
+    )
     errors = out.residual.square().sum(1)
-    means = fidelity(errors, *spread_and_shares(x, x.sum(0)[None], errors))
-    return StepFigures.of(pack(out.loss, *means, out.l0, out.n_entries, state.stalled, ok, state.skipped))
+    means = reference.conclusion.fidelity(errors, *reference.conclusion.spread_and_shares(x, x.sum(0)[None], errors))
+    return StepFigures.of(
+        reference.conclusion.pack(out.loss, *means, out.l0, out.n_entries, state.stalled, ok, state.skipped)
+    )
