@@ -135,7 +135,7 @@ def test_capacity_short_by_billions():
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("where", ["z", "x", "W_dec", "b_dec"])
 def test_residual_of_bad_input(where, bad):
-    test_residual.test_bad_input_stays_visible(where, bad, "cpu")
+    test_residual.test_bad_input_stays_visible(where, bad, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(("N", "F"), [(1, 1), (6, 10), (33, 20), (0, 4)])
