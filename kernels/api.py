@@ -186,7 +186,8 @@ def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor, *, 
 def by_latent(entries: Entries, d_sae: int, *, impl: str = "auto") -> ByLatent:
     """The entries in the order of their latents, tokens ascending within a latent: [capacity] int64 and [F + 1] int64.
 
-    entries: from `encode_entries`. d_sae: F. Without atomics; on a GPU without waiting for the device.
+    entries: from `encode_entries`. d_sae: F. The order does not depend on which thread
+    comes first; on a GPU without waiting for the device.
     """
     if not torch.compiler.is_compiling():
         validation.validate_by_latent(entries, d_sae)
@@ -244,7 +245,8 @@ def weight_gradients(
 def encoder_times(W_enc: Tensor, db_enc: Tensor, *, impl: str = "auto") -> Tensor:
     """Σ_j db_enc_j·W_enc[j], [d] fp32: what the pre-encoder bias takes from the gradient of b_dec.
 
-    W_enc: [F, d], latent-major, any float dtype. db_enc: [F] fp32.
+    W_enc: [F, d], latent-major, any float dtype. db_enc: [F] fp32. On a GPU, and in the native backend, rows with the
+    coefficient 0 are not read, whatever they hold.
     """
     if not torch.compiler.is_compiling():
         validation.validate_encoder_times(W_enc, db_enc)

@@ -1,4 +1,5 @@
-"""The entries of a batch in the order of their latents. Plain PyTorch, which both implementations of the step use."""
+"""The entries of a batch in the order of their latents. Plain PyTorch: for the eager route,
+and for what is too large for the counting sort of `gpu/transpose.py`."""
 
 import torch
 
