@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("triton")
 from bench.aot import __main__ as aot
 from bench.aot import compilation
-from bench.aot.specs import Spec, specs
+from bench.aot.spec import Spec
+from bench.aot.specs import specs
 
 GOOD = {
     "name": "kernel",

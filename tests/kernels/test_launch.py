@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import triton
 
 from bench.aot.compilation import compile_spec
-from bench.aot.specs import Spec
+from bench.aot.spec import Spec
 from gemmascope.kernels.gpu import common
 
 
