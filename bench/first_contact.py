@@ -300,8 +300,8 @@ PREDICTIONS = (
         over(1.08),
     ),
     Prediction("the memory checker finds nothing (status 0)", status("memcheck"), zero),
-    Prediction("a step at 131k takes 9 to 12.5 ms", step_ms("wide131k"), between(9, 12.5)),
-    Prediction("a step at 1M takes 32 to 44 ms", value("wide1m", "step_ms"), between(32, 44)),
+    Prediction("a step at 131k takes 7.8 to 10.5 ms", step_ms("wide131k"), between(7.8, 10.5)),
+    Prediction("a step at 1M takes 31 to 40 ms", value("wide1m", "step_ms"), between(31, 40)),
     Prediction("the step at 1M peaks at 45 to 60 GiB", value("wide1m", "peak_gib"), between(45, 60)),
 )
 

@@ -1,4 +1,4 @@
-"""What one sparse training step gives a GPU to do, counted without one: python -m bench.launches [--table]
+"""What one sparse training step gives a GPU to do, counted without one: python -m bench.launches [--calls]
 
 The step runs in Triton's interpreter while every operator of PyTorch that would launch a kernel, every launch of a
 Triton kernel and everything for which the host would wait is recorded, with the place that asked for it. An operator

@@ -30,11 +30,12 @@ LATENT = ACTIVE - 1
 ROOM, COPIES = 1, 2
 # What encoding may hold for a chunk of tokens: fp32 z, of which only the kept entries are written, and a bit for each.
 SCRATCH_BYTES = 1 << 30
-# Every chunk reads all of W_enc, and below some 300 tokens an H100 would wait for it. So a chunk of a wide SAE may hold
-# more, up to CHUNK_TOKENS tokens: with a million latents 2³⁰ z and their bits.
+# Tokens that go through W_enc together in a launch: a chunk reads all of it once for each so many, and below some 300
+# an H100 would wait for it. So a chunk of a wide SAE may hold more, up to them: with a million latents 2³⁰ z and their
+# bits.
 CHUNK_TOKENS = 1024
 WIDE_SCRATCH_BYTES = 33 << 27
-# Chunks are multiples of it where they can be, which are whole tiles of every launch.
+# Smaller chunks are multiples of it where they can be, which are whole tiles of every launch.
 CHUNK_TILE = 128
 
 
@@ -44,7 +45,8 @@ def scratch_bytes(d_sae: int) -> int:
 
 
 def tokens_per_chunk(n_tokens: int, d_sae: int) -> int:
-    """Tokens that are encoded at a time: as many as the scratch allows, then as equal as whole tiles can be.
+    """Tokens that are encoded at a time: as many as the scratch allows, in whole `CHUNK_TOKENS`
+    or tiles, and as equal as these can be.
 
     A function of the sizes alone, never of the memory that happens to be free.
     """
@@ -52,7 +54,7 @@ def tokens_per_chunk(n_tokens: int, d_sae: int) -> int:
     most = max(1, SCRATCH_BYTES // each, min(CHUNK_TOKENS, WIDE_SCRATCH_BYTES // each))
     if n_tokens <= most:
         return n_tokens
-    tile = min(CHUNK_TILE, most)
+    tile = CHUNK_TOKENS if most >= CHUNK_TOKENS else min(CHUNK_TILE, most)
     tiles, tiles_per_chunk = math.ceil(n_tokens / tile), most // tile
     return tile * math.ceil(tiles / math.ceil(tiles / tiles_per_chunk))
 

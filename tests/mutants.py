@@ -209,7 +209,8 @@ CHUNKS = [
     ("bits not counted", "4 * d_sae + 4 * math.ceil(d_sae / 32)", "4 * d_sae"),
     ("no token fits", "most = max(1, SCRATCH", "most = max(0, SCRATCH"),
     ("chunks not balanced", "tile * math.ceil(tiles / math.ceil(tiles / tiles_per_chunk))", "tile * tiles_per_chunk"),
-    ("chunks of any size", "    tile = min(CHUNK_TILE, most)\n", "    tile = 1\n"),
+    ("chunks of any size", "else min(CHUNK_TILE, most)", "else 1"),
+    ("tokens that go together parted", "CHUNK_TOKENS if most >= CHUNK_TOKENS else ", ""),
 ]  # fmt: skip
 
 DENSE = [

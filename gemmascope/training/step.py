@@ -7,8 +7,8 @@
 
 The first two never ask the device for a number. An update is withheld on the device, bit for bit, when
 
-* the loss is not finite, or `losses.gradient_bound` exceeds `gradient_limit`, beyond which second moments or weights
-  might not be finite after it: that update is skipped and counted;
+* the loss is not finite, or a gradient might exceed what second moments and weights can bear
+  (`kernels.reference.conclusion`): that update is skipped and counted;
 * the entries did not fit or the bf16 copies were not those of the weights: `SAETrainer` reads that later, mends it and
   repeats the steps.
 
@@ -176,6 +176,49 @@ def _objective(loss: Loss, n: int, scheduled: Scheduled | None) -> kernels.Objec
     return found._replace(**{name: slope for name, slope in slopes.items() if slope is not None})
 
 
+def _centre(state: TrainState, x: Tensor) -> kernels.entries.Centred:
+    b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
+    return implementations.operator("centre", state.impl)(x, b_dec, state.encoder_rows.dtype)
+
+
+def _conclude(
+    state: TrainState,
+    latents: LatentState,
+    squared_error: Tensor,
+    l0: Tensor,
+    tokens: kernels.entries.TokenSums,
+    centred: kernels.entries.Centred,
+    touched: ByLatent | Tensor,
+    firing_count: Tensor,
+    n_entries: Tensor,
+    capacity: int | None,
+    sparsity: kernels.entries.Penalty,
+    weights: kernels.Objective,
+    column: int | Tensor | None,
+) -> kernels.entries.Conclusion:
+    """Whether the update may be made; counts in the state what is withheld."""
+    counters = (state.stalled, state.skipped, state.updates)
+    of_latents = (touched, firing_count, n_entries, capacity)
+    of_tokens = (squared_error, l0, tokens, centred.norms)
+    conclude = implementations.operator("conclude", state.impl)
+    return conclude(latents, *of_tokens, *of_latents, sparsity, weights, column, *counters)
+
+
+def _finish(
+    state: TrainState,
+    tokens: kernels.entries.TokenSums,
+    of_encoder: Tensor | None,
+    firing_count: Tensor,
+    rule: Rule,
+    conclusion: kernels.entries.Conclusion,
+) -> StepFigures:
+    """The decoder's bias and the counters, unless the update is withheld."""
+    moved = (state.sae.b_dec.data, state.b_dec_v, state.tokens_since_fired, state.updates)
+    given = (tokens.residual_sums, of_encoder, firing_count, len(tokens.s), rule)
+    implementations.operator("finish", state.impl)(*moved, *given, conclusion.ok, conclusion.number)
+    return StepFigures.of(conclusion.figures)
+
+
 @torch.no_grad()
 @without_autocast
 def sparse_step(
@@ -192,7 +235,7 @@ def sparse_step(
             scheduled = scheduled.to(x.device)
     rule = rule._replace(learning_rate=scheduled.learning_rate)
     W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
-    centred = implementations.operator("centre", impl)(x, b_dec if sae.pre_encoder_bias else None, W_enc.dtype)
+    centred = _centre(state, x)
     entries = kernels.encode_entries(
         centred.x,
         W_enc.T,
@@ -206,40 +249,13 @@ def sparse_step(
     weights = (W_enc, W_dec, b_dec, sae.threshold)
     found = sparse_pass(impl, entries, x, centred, *weights, loss, sae.pre_encoder_bias, scheduled)
     tokens, out, transposed, sums, of_encoder = found
-    conclusion = implementations.operator("conclude", impl)(
-        latents,
-        out.squared_error,
-        out.l0,
-        tokens,
-        centred.norms,
-        transposed,
-        sums.firing_count,
-        entries.offsets[-1],
-        len(entries.z),
-        _penalty(loss, scheduled),
-        _objective(loss, len(x), scheduled),
-        scheduled.column,
-        state.stalled,
-        state.skipped,
-        state.updates,
-    )
+    of_latents = (transposed, sums.firing_count, entries.offsets[-1], len(entries.z))
+    of_loss = (_penalty(loss, scheduled), _objective(loss, len(x), scheduled), scheduled.column)
+    conclusion = _conclude(state, latents, out.squared_error, out.l0, tokens, centred, *of_latents, *of_loss)
     kernels.update_from_entries(
         latents, transposed, sums, out.residual, centred.x, rule, conclusion.ok, state.updates, impl=impl
     )
-    implementations.operator("finish", impl)(
-        b_dec,
-        state.b_dec_v,
-        state.tokens_since_fired,
-        state.updates,
-        tokens.residual_sums,
-        of_encoder,
-        sums.firing_count,
-        len(x),
-        rule,
-        conclusion.ok,
-        conclusion.number,
-    )
-    return StepFigures.of(conclusion.figures)
+    return _finish(state, tokens, of_encoder, sums.firing_count, rule, conclusion)
 
 
 @torch.no_grad()
@@ -257,9 +273,7 @@ def _dense_step(
     state: TrainState, latents: LatentState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]
 ) -> StepFigures:
     sae, impl, n, b_dec, sparsity = state.sae, state.impl, x.shape[0], state.sae.b_dec.data, penalty(loss)
-    centred = implementations.operator("centre", impl)(
-        x, b_dec if sae.pre_encoder_bias else None, state.encoder_rows.dtype
-    )
+    centred = _centre(state, x)
 
     def encode(tile: slice):
         weights = (state.encoder_rows[tile].T, sae.b_enc[tile], sae.threshold[tile])
@@ -287,23 +301,9 @@ def _dense_step(
         None if sparsity.tanh_scale is None else torch.stack(tanh),
         low.sum(0, dtype=x.dtype)[None],
     )
-    conclusion = implementations.operator("conclude", impl)(
-        latents,
-        errors,
-        l0,
-        tokens,
-        centred.norms,
-        torch.cat(touched),
-        firing_count,
-        n_entries,
-        None,
-        sparsity,
-        objective(loss, n),
-        state.next_column(),
-        state.stalled,
-        state.skipped,
-        state.updates,
-    )
+    of_latents = (torch.cat(touched), firing_count, n_entries, None)
+    of_loss = (sparsity, objective(loss, n), state.next_column())
+    conclusion = _conclude(state, latents, errors, l0, tokens, centred, *of_latents, *of_loss)
     of_encoder = None
     for tile in tiles:
         code = code if len(tiles) == 1 else encode(tile)
@@ -324,20 +324,7 @@ def _dense_step(
             state.updates,
             impl=impl,
         )
-    implementations.operator("finish", impl)(
-        b_dec,
-        state.b_dec_v,
-        state.tokens_since_fired,
-        state.updates,
-        tokens.residual_sums,
-        of_encoder,
-        firing_count,
-        n,
-        rule,
-        conclusion.ok,
-        conclusion.number,
-    )
-    return StepFigures.of(conclusion.figures)
+    return _finish(state, tokens, of_encoder, firing_count, rule, conclusion)
 
 
 @torch.no_grad()

@@ -68,8 +68,8 @@ def test_verdict_of_what_was_found(tmp_path, capsys):
     assert held["update leaves DRAM idle"] == "no figure"
     assert held["four stages make encode at least 3 % faster"] == "fell"
     assert held["the memory checker finds nothing (status 0)"] == "no figure"
-    assert held["a step at 131k takes 9 to 12.5 ms"] == "no figure"
-    assert held["a step at 1M takes 32 to 44 ms"] == "fell"
+    assert held["a step at 131k takes 7.8 to 10.5 ms"] == "no figure"
+    assert held["a step at 1M takes 31 to 40 ms"] == "fell"
     assert held["the step at 1M peaks at 45 to 60 GiB"] == "held"
 
 

@@ -252,9 +252,11 @@ def test_chunks_equal_the_whole(device, monkeypatch):
     ("F", "chunks", "gigabytes"),
     [
         pytest.param(1 << 14, [4096], 0.1, id="16k"),
-        pytest.param(1 << 17, [1408, 1408, 1280], 1.9, id="131k"),
+        pytest.param(1 << 16, [2048, 2048], 0.7, id="65k"),
+        pytest.param(1 << 17, [1024] * 4, 2.5, id="131k"),
         pytest.param(1 << 18, [1024] * 4, 4.9, id="262k"),
         pytest.param(1 << 20, [1024] * 4, 19.4, id="1M"),
+        pytest.param(3 << 20, [256] * 16, 233, id="3M"),
         pytest.param(1 << 22, [256] * 16, 310, id="4M"),
     ],
 )
