@@ -4,7 +4,6 @@ Computes in the inputs' dtype promoted to at least fp32 (fp64 stays fp64), with 
 nothing of the code written for speed, which is judged against it.
 """
 
-from . import conclusion as conclusion
 from .autoencoder import Forward, Parameters, sae_backward, sae_forward, sae_loss
 from .conclusion import centre, conclude, finish, token_pass
 from .gates import activation, compute_dtype, gate, greater, nan_or_zero, threshold_gradient, window, without_autocast
