@@ -1,4 +1,4 @@
-"""python -m bench run --suite step|kernels|inference|cpu|accelerate, report, compare, quality."""
+"""python -m bench run --suite step|kernels|inference|cpu|accelerate, report, compare, quality, aot."""
 
 import argparse
 import json
@@ -20,6 +20,7 @@ run      time a suite: a green gate first, contenders in turn, a table, one JSON
 report   tables, PNG and one HTML page from recorded rows
 compare  two files of rows, ratio by ratio
 quality  train the same SAE with every trainer and compare what comes out
+aot      compile the kernels for GPUs that are not here; --model: what a training step should take, counted
 """
 
 
@@ -142,6 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench.quality import __main__ as quality
 
         return quality.main(arguments[1:])
+    if arguments[:1] == ["aot"]:
+        from bench.aot import __main__ as aot
+
+        return aot.main(arguments[1:])
     if arguments[:1] == ["memory"]:
         return worker.memory(arguments[1:])
     if arguments[:1] == ["serve"]:

@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from bench.timing.inputs import construct
 from gemmascope.kernels import Rule
@@ -52,15 +53,18 @@ FROM_PYTHON = {"lift_fresh"}
 
 @dataclass(frozen=True)
 class Call:
-    """One operator or launch. given: what it was given besides the numbers inside tensors, as far as a replay of the
-    recorded launch would keep it."""
+    """One operator or launch. triton: a launch of one of our kernels. given: what it was given besides the numbers
+    inside tensors, as far as a replay of the recorded launch would keep it. tensors: shape and bytes an element of each
+    that an operator reads or writes."""
 
     name: str
     place: str
     in_operator: bool
     kernel: bool
     waits: bool
+    triton: bool
     given: tuple
+    tensors: tuple[tuple[tuple[int, ...], int], ...] = ()
 
 
 def describe(value: Any) -> Any:
@@ -71,6 +75,10 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, describe(each)) for key, each in sorted(value.items()))
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _asked_by() -> tuple[str, bool]:
@@ -98,13 +106,14 @@ class Recorder(TorchDispatchMode):
         is_view = bool(schema.returns) and all(
             r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
         )
+        described, (place, in_operator) = describe((args, kwargs)), _asked_by()
+        out = func(*args, **kwargs)
         # On a GPU a copy between devices shows as one of these with a tensor of the host.
-        self.add(name, not is_view and name not in NO_KERNEL, name in WAITS | FROM_PYTHON, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def add(self, name: str, kernel: bool, waits: bool, given: Any) -> None:
-        place, in_operator = _asked_by()
-        self.calls.append(Call(name, place, in_operator, kernel or waits, waits, describe(given)))
+        waits = name in WAITS | FROM_PYTHON
+        kernel = waits or (not is_view and name not in NO_KERNEL)
+        tensors = tuple((tuple(t.shape), t.element_size()) for t in _tensors((args, kwargs, out)))
+        self.calls.append(Call(name, place, in_operator, kernel, waits, False, described, tensors))
+        return out
 
     @contextlib.contextmanager
     def recording(self) -> Iterator["Recorder"]:
@@ -112,7 +121,9 @@ class Recorder(TorchDispatchMode):
         run = common.launch
 
         def launch(kernel, grid, *arguments, on, **named):
-            self.add(f"{kernel.__name__}[{grid}]", True, False, (grid, arguments, named))
+            place, in_operator = _asked_by()
+            given = describe((grid, arguments, named))
+            self.calls.append(Call(f"{kernel.__name__}[{grid}]", place, in_operator, True, False, True, given))
             with _disable_current_modes():  # the interpreter's own operators
                 run(kernel, grid, *arguments, on=on, **named)
 
@@ -135,18 +146,19 @@ class Recorder(TorchDispatchMode):
 
 
 def small_step(
-    compute_dtype: str = "bf16", loss: Loss | None = None, tokens: int = 6
+    compute_dtype: str = "bf16", loss: Loss | None = None, tokens: int = 6, d: int = 16, F: int = 64
 ) -> tuple[TrainState, Tensor, Loss, int]:
     """State, activations, loss and room for entries of a step that the interpreter takes in a second."""
-    inputs = construct(16, 64, tokens, 4.0, torch.device("cpu"), dtype="fp32")
-    sae = JumpReLUSAE(16, 64, threshold_init=0.05, impl="triton", generator=torch.Generator().manual_seed(0))
+    inputs = construct(d, F, tokens, 4.0, torch.device("cpu"), dtype="fp32")
+    sae = JumpReLUSAE(d, F, threshold_init=0.05, impl="triton", generator=torch.Generator().manual_seed(0))
     state = TrainState.start(sae, compute_dtype)
-    return state, inputs.x, loss or inputs.loss, tokens * 64
+    return state, inputs.x, loss or inputs.loss, tokens * F
 
 
-def record_step(compute_dtype: str = "bf16") -> Recorder:
-    """The second step of a training, as every later one is."""
-    state, x, loss, room = small_step(compute_dtype)
+def record_step(compute_dtype: str = "bf16", tokens: int = 6, d: int = 16, F: int = 64, room: int = 0) -> Recorder:
+    """The second step of a training, as every later one is. room: for entries; 0: for all there can be."""
+    state, x, loss, most = small_step(compute_dtype, None, tokens, d, F)
+    room = room or most
     rule = Rule(1e-3, 0.999, 1e-8, True)
     sparse_step(state, x, loss, rule, room)
     scheduled = Scheduled.of(loss, rule, len(x), column=0).to(x.device)

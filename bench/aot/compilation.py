@@ -130,15 +130,23 @@ def read_amdgcn(kernel) -> dict:
 
 
 def work() -> None:
-    """Worker process: jobs [[target, name], …] as JSON on stdin, one JSON row for each on stdout."""
+    """Worker process: {"jobs": [[target, name], …], "cases": […]} as JSON on stdin, one JSON row a job on stdout.
+
+    Kernels of the training step that are compiled for `trips.TARGET` are also counted, in the given cases of it.
+    """
     results = os.fdopen(os.dup(1), "w")
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115  everything the compilers print, whichever way they print it
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    from bench.aot import model, trips
+    from bench.aot.lists import Case
+    from bench.aot.sass import disassemble
     from bench.aot.specs import specs
 
-    for target, name in json.load(sys.stdin):
-        spec = next(spec for spec in specs(target) if spec.name == name)
+    given = json.load(sys.stdin)
+    cases = [Case(**case) for case in given["cases"]]
+    for target, name in given["jobs"]:
+        spec = next(spec for spec in (*specs(target), *trips.specs(target, cases)) if spec.name == name)
         started, log_start = time.monotonic(), os.fstat(log.fileno()).st_size
         row = {"name": name, "target": target}
         try:
@@ -147,6 +155,12 @@ def work() -> None:
             log.seek(log_start)
             row |= read_cubin(kernel, log.read()) if target.startswith("sm_") else read_amdgcn(kernel)
             row["shared"] = int(kernel.metadata.shared)
+            if target == trips.TARGET and name in trips.names((trips.MEASURED, *cases)):
+                code = disassemble(kernel.asm["cubin"])
+                row["warps"] = spec.num_warps
+                if name in trips.names():
+                    row["programs"] = model.of_programs(code, spec)
+                row["counts"] = model.count(code, spec, cases)
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
             row["error"] = (
@@ -156,21 +170,22 @@ def work() -> None:
         print(json.dumps(row), file=results, flush=True)
 
 
-def run_worker(jobs: list[tuple[str, str]]) -> list[dict]:
+def run_worker(jobs: list[tuple[str, str]], cases: Iterable[dict] = ()) -> list[dict]:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as cache:
         env |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
         command = [sys.executable, "-m", "bench.aot", "--worker"]
-        done = subprocess.run(command, input=json.dumps(jobs), env=env, cwd=ROOT, capture_output=True, text=True)
+        given = json.dumps({"jobs": jobs, "cases": list(cases)})
+        done = subprocess.run(command, input=given, env=env, cwd=ROOT, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     lost = f"the worker ended with status {done.returncode} before this one {done.stderr[-300:]}"
     return rows + [{"name": n, "target": t, "error": lost, "seconds": 0.0} for t, n in jobs[len(rows) :]]
 
 
-def compile_all(jobs: list[tuple[str, str]], workers: int) -> list[dict]:
-    """Rows in the order of ``jobs``, which are dealt out to the workers in turn."""
+def compile_all(jobs: list[tuple[str, str]], workers: int, cases: Iterable[dict] = ()) -> list[dict]:
+    """Rows in the order of ``jobs``, which are dealt out to the workers in turn; cases: see `work`."""
     hands = [hand for hand in (jobs[i::workers] for i in range(workers)) if hand]
     with ThreadPoolExecutor(workers) as pool:
-        rows = [row for hand in pool.map(run_worker, hands) for row in hand]
+        rows = [row for hand in pool.map(lambda hand: run_worker(hand, cases), hands) for row in hand]
     found = {(row["target"], row["name"]): row for row in rows}
     return [found[job] for job in jobs]

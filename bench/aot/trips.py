@@ -1,0 +1,409 @@
+"""What each kernel of the sparse training step is given, and what it moves: one function a kernel, `Case` → `Pass`.
+
+A pass says how many programs there are of each length, what one of that length is given (from which `follow` counts its
+instructions), and its bytes: `requested` by the lanes of one program, first-level cache or not, and from HBM by all.
+Block sizes are read from the kernels' own configurations. Where a kernel changes, its function here does, nothing else.
+
+The step is that of bf16 copies with weights stored by latent, D aligned, the entries' room as `SAETrainer` makes it.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from bench.aot.inference import encode
+from bench.aot.lists import Case, Lengths
+from bench.aot.spec import Spec
+from bench.aot.training import around_the_step, sparse_step, training_encode, update_specs
+from gemmascope.kernels.entries import tokens_per_chunk
+from gemmascope.kernels.gpu import conclusion as gpu_conclusion
+from gemmascope.kernels.gpu import encode as gpu_encode
+from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
+from gemmascope.kernels.gpu import latents as gpu_latents
+from gemmascope.kernels.gpu import residual as gpu_residual
+from gemmascope.kernels.gpu import transpose as gpu_transpose
+from gemmascope.kernels.gpu import update as gpu_update
+from gemmascope.kernels.gpu import weighted_sum as gpu_weighted_sum
+
+TARGET = "sm_90"
+L2_BYTES = 50e6
+# [A] The share of L2 that the rows of a gather hold against what streams through.
+L2_SHARE = 0.7
+SECTOR = 32  # bytes that the least access moves
+# A radix sort of 32-bit keys counts once, then passes over keys and 64-bit places four times.
+KERNELS_OF_A_SORT, SORT_BYTES = 6, 4 + 4 * 2 * (4 + 8)
+
+Arguments = tuple[Mapping[str, int], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kernel in one case."""
+
+    name: str
+    spec: str
+    programs: Lengths
+    given: Callable[[int], Arguments]
+    """The integers and the memory that decide the control flow of a program of this length."""
+    requested: Callable[[int], float]
+    """Bytes that the lanes of such a program load and store."""
+    hbm: float
+    launches: int = 1
+    """0: it is a part of the one before."""
+    most: int = 1 << 30
+    """The greatest length there can be."""
+    longest_first: bool = False
+    """Whether long programs start before short ones; otherwise the longest may start last."""
+    tiles: bool = False
+    """Whether it is a product whose tiles are copied whole."""
+    program: tuple[int, int, int] = (0, 0, 0)
+    """Which of the grid it is."""
+    grid: tuple[int, ...] = ()
+    """Sizes of the grid, where the kernel asks for them."""
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _gather_misses(case: Case, row_bytes: int) -> float:
+    """Bytes that one gather of the row of every entry takes from HBM: rows of the most frequent latents are in L2."""
+    rows = int(L2_SHARE * L2_BYTES / row_bytes)
+    frequency = case.frequencies
+    share = 1.0 if rows >= case.F else frequency[len(frequency) - rows :].sum() / frequency.sum()
+    return max(case.entries * (1 - share), case.of_latents.touched) * row_bytes
+
+
+def product(case: Case) -> Pass:
+    """`encode_entries`: tiles of [block_m, block_n], a launch for each chunk of tokens whose scratch fits.
+
+    W_enc is streamed once for every `group_m` row tiles of a chunk, unless it stays in L2.
+    """
+    config = gpu_encode_gemm.encode_config(TARGET, torch.bfloat16, case.tokens, True)
+    chunk = tokens_per_chunk(case.tokens, case.F)
+    chunks = [min(chunk, case.tokens - first) for first in range(0, case.tokens, chunk)]
+    tiles = sum(_blocks(rows, config.block_m) for rows in chunks) * _blocks(case.F, config.block_n)
+    W_bytes, strip = 2 * case.d * case.F, config.group_m * config.block_m
+    reads = 1 if W_bytes <= L2_SHARE * L2_BYTES else sum(_blocks(rows, strip) for rows in chunks)
+    depth = _blocks(case.d, config.block_k) * config.block_k
+    kept = case.entries / tiles
+    bits = config.block_m * config.block_n / 8
+    whole = all(rows % config.block_m == 0 for rows in chunks) and case.F % config.block_n == 0
+
+    def requested(_: int) -> float:
+        return 2 * depth * (config.block_m + config.block_n) + 8 * config.block_n + 4 * kept + bits
+
+    return Pass(
+        "encode",
+        f"encode_tma_{config.block_m}x{config.block_n}x{config.block_k}_bf16{'_even' if whole else ''}",
+        Lengths(np.array([0]), np.array([float(tiles)])),
+        lambda _: ({"N": chunks[0], "F": case.F, "D": case.d}, {}),
+        requested,
+        reads * W_bytes + 2 * case.tokens * case.d + SECTOR * case.entries + case.tokens * case.F / 8,
+        len(chunks),
+        tiles=True,
+    )
+
+
+def _segments(case: Case) -> dict[str, int]:
+    return {"n_words": _blocks(case.F, 32), "per_row": _blocks(case.F, gpu_encode.SEGMENT)}
+
+
+def count(case: Case) -> Pass:
+    """The bits of each segment counted, COUNT_BLOCK segments a program."""
+    sizes, launches = _segments(case), product(case).launches
+    segments = case.tokens * sizes["per_row"]
+    programs = launches * _blocks(segments // launches, gpu_encode.COUNT_BLOCK)
+    scalars = sizes | {"n_segments": segments // launches}
+    of_program = gpu_encode.COUNT_BLOCK * (min(case.F, gpu_encode.SEGMENT) / 8 + 4)
+    return Pass(
+        "count", "encode_count", Lengths(np.array([0]), np.array([float(programs)])), lambda _: (scalars, {}),
+        lambda _: of_program, case.tokens * case.F / 8, launches,
+    )  # fmt: skip
+
+
+def move(case: Case) -> Pass:
+    """The kept entries of each segment moved: as many turns as its fullest word has bits."""
+    sizes, launches = _segments(case), product(case).launches
+    programs = case.fullest_word(gpu_encode.SEGMENT)
+    words = min(gpu_encode.SEGMENT, case.F) // 32
+    of_segment = case.entries / max(programs.touched, 1)
+    scalars = sizes | {"F": case.F, "first_token": 0, "capacity": 1 << 30}
+
+    def given(bits: int) -> Arguments:
+        held = np.zeros(sizes["n_words"], np.uint32)
+        held[0] = (1 << bits) - 1
+        return scalars, {"words_ptr": held, "starts_ptr": np.array([0, bits], np.int64)}
+
+    def requested(bits: int) -> float:
+        return 16 + (4 * words + (4 + 4 + 12) * of_segment if bits else 0)
+
+    hbm = case.tokens * case.F / 8 + (SECTOR + 12) * case.entries
+    return Pass("move", "training_entries_move", programs, given, requested, hbm, launches, 32)
+
+
+def residual_bytes(d: int, length: int) -> float:
+    """Loaded and stored for one token with so many entries: a row of each, and again what is beyond the first tile.
+
+    The block 0 also counts the active ones; shares of u and of the squared norm are stored by block.
+    """
+    config = gpu_residual.residual_config(TARGET, torch.bfloat16)
+    blocks = _blocks(d, config.block_d)
+    more = max(0, length - config.first)
+    of_block = 16 + (8 + 4) * length + 4 * more + 4 * length + 4
+    return blocks * of_block + 2 * d * (length + more) + (4 + 4 + 2) * d + 4 * length + 4
+
+
+def residual(case: Case) -> Pass:
+    """A program a token and column block; a few more instructions for the first block, which counts what fires."""
+    d = case.d
+    blocks = _blocks(d, gpu_residual.residual_config(TARGET, torch.bfloat16).block_d)
+    scalars = {"capacity": 1 << 30, "width": 1 << 30, "D": d, "stride_xn": d, "stride_wf": d}
+    return Pass(
+        "residual", "residual_bf16", case.of_tokens.times(blocks),
+        lambda length: (scalars, {"offsets_ptr": np.array([0, length], np.int64)}),
+        lambda length: residual_bytes(d, length) / blocks,
+        _gather_misses(case, 2 * d) + 6 * case.tokens * d + 12 * case.entries + 4 * blocks * case.entries,
+        program=(0, 1, 0),
+    )  # fmt: skip
+
+
+def shares_bytes(wanted: float, blocks: int) -> float:
+    """Loaded and stored to add up so many shares of each block, what says how many there are aside."""
+    return 4 * wanted * (blocks + 1)
+
+
+def sum_shares(case: Case) -> Pass:
+    """The shares of u and of the squared norms added up: of the entries, and of every token."""
+    d, block = case.d, gpu_residual.SUM_BLOCK
+    blocks = _blocks(d, gpu_residual.residual_config(TARGET, torch.bfloat16).block_d)
+    wanted = case.entries + case.tokens
+    scalars = {"capacity": int(wanted), "width": int(wanted), "n_blocks": blocks}
+    memory = {"last_ptr": np.array([int(wanted)], np.int64)}
+    return Pass(
+        "sum_shares", "residual_sum_shares", Lengths(np.array([0]), np.array([float(_blocks(int(wanted), block))])),
+        lambda _: (scalars, memory), lambda _: 8 + shares_bytes(block, blocks), shares_bytes(wanted, blocks),
+    )  # fmt: skip
+
+
+def latents_bytes(entries: float, latents: int, long_lists: int = 0) -> float:
+    """Loaded and stored by one program whose latents have so many entries together; long lists among them make it look
+    at the offsets of all of them once more."""
+    looked_at = 16 * latents if long_lists else 0
+    return latents * (16 + 4 + 16) + entries * (8 + 5 * 4 + 3 * 4) + looked_at
+
+
+def latents(case: Case) -> Pass:
+    """A program for `block_f` latents, as many turns as the longest needs of those lists that are not long."""
+    config = gpu_latents.CONFIG
+
+    def given(length: int) -> Arguments:
+        offsets = np.full(config.block_f + 1, length, np.int64)
+        offsets[0] = 0  # the first latent has them all
+        return {"F": case.F}, {"offsets_ptr": offsets}
+
+    lists = case.of_latents
+    short = float((lists.length * lists.count)[lists.length <= config.long].sum())
+    of_program = latents_bytes(short / (case.F / config.block_f), config.block_f)
+    programs = case.longest_of(config.block_f, config.long)
+    return Pass("latents", "latents", programs, given, lambda _: of_program, short * 36 + 24 * case.F)
+
+
+def long_latents(case: Case) -> Pass:
+    """The long lists of `latents`, one by one; counted as if each were in a program of its own."""
+    config, given = gpu_latents.CONFIG, latents(case).given
+    lists = case.of_latents.at_least(config.long + 1)
+    return Pass(
+        "latents, long",
+        "latents",
+        lists,
+        given,
+        lambda length: latents_bytes(length, 0, 1),
+        36 * lists.total,
+        launches=0,
+    )
+
+
+def encoder_times(case: Case) -> Pass:
+    """W_enc·db_enc: groups of consecutive rows, a program for each group and column block. Rows with the coefficient 0
+    are not read; the instructions count as if all were."""
+    config, d = gpu_weighted_sum.ROWS, case.d
+    rows = max(gpu_weighted_sum._GROUP_ROWS, _blocks(case.F, gpu_weighted_sum._GROUPS))
+    programs = _blocks(case.F, rows) * _blocks(d, config.block_d)
+    share = case.of_latents.touched / case.F
+    return Pass(
+        "encoder_times", "encoder_times_bf16", Lengths(np.array([rows]), np.array([float(programs)])),
+        lambda length: ({"ROWS": case.F, "GROUP": length, "D": d, "stride_row": d}, {}),
+        lambda length: length * (4 + 2 * config.block_d * share) + 4 * config.block_d, 2 * d * case.F * share,
+    )  # fmt: skip
+
+
+def encoder_groups(case: Case) -> Pass:
+    """The sums of its groups added up."""
+    config, d = gpu_weighted_sum.GROUPS, case.d
+    rows = max(gpu_weighted_sum._GROUP_ROWS, _blocks(case.F, gpu_weighted_sum._GROUPS))
+    groups = _blocks(case.F, rows)
+    programs = Lengths(np.array([groups]), np.array([float(_blocks(d, config.block_d))]))
+    return Pass(
+        "encoder_groups", "encoder_times_groups", programs,
+        lambda length: ({"ROWS": length, "GROUP": length, "D": d, "stride_row": d}, {}),
+        lambda length: 4 * config.block_d * (length + 1), 4 * d * groups,
+    )  # fmt: skip
+
+
+def of_width(name: str, d: int) -> str:
+    """A compilation whose width is a constant; that of `bench.aot.specs` is 2,304."""
+    return name if d == 2304 else f"{name}_{d}"
+
+
+def update_bytes(d: int, length: int) -> float:
+    """Loaded and stored for one latent with so many entries, by a program for a list that is not long; or, for one that
+    is, by the program that norms its row."""
+    if length == 0:
+        return 4 + 16
+    config = gpu_update.CONFIG
+    blocks = _blocks(d, config.block_d)
+    of_latent, sweep = 4 + 16 + 8 + 8 + 8 + 4 + 10 * 4 + 8, (4 + 4 + 2) * d
+    if length >= config.long:
+        return of_latent + 4 * blocks + sweep
+    return of_latent + 12 * length * blocks + 4 * d * length + (4 * 4 + 4 * 4 + 2) * d + sweep
+
+
+def search_bytes(candidates: int) -> float:
+    """Loaded by one program that looks for long lists among so many."""
+    return 4 + 16 * candidates
+
+
+def long_update_bytes(d: int, length: int) -> float:
+    """Loaded and stored for one long list by the programs of its column blocks, the search for it aside."""
+    of_block = 16 + 3 * 8 + 4 + 12 * length + 4
+    return _blocks(d, gpu_update.CONFIG.block_d) * of_block + 4 * d * length + (4 * 4 + 4 * 4 + 2) * d
+
+
+def long_lists(case: Case) -> Pass:
+    """Gradients and Adam of the long lists, a program for each and each column block; programs that find none are of
+    length 0. Counted as if no program found two."""
+    config, d = gpu_update.CONFIG, case.d
+    blocks = _blocks(d, config.block_d)
+    programs = min(case.F, config.long_programs)
+    found = case.of_latents.at_least(config.long)
+    idle = max(0.0, (programs - found.lists)) * blocks
+    lengths = Lengths(np.append(0, found.length), np.append(idle, found.count * blocks))
+
+    def given(length: int) -> Arguments:
+        return {"F": 1}, {"ok_ptr": np.ones(1, np.int32), "lists_ptr": np.array([0, length], np.int64)}
+
+    candidates = _blocks(case.F, programs)
+    hbm = found.lists * 18 * d + 8 * case.F
+    return Pass(
+        "update, long", of_width("update_long_lists_bf16", d), lengths, given,
+        lambda length: search_bytes(candidates) + (long_update_bytes(d, length) / blocks if length else 0), hbm,
+        longest_first=True, grid=(programs, blocks),
+    )  # fmt: skip
+
+
+def update(case: Case) -> Pass:
+    """A program a latent: both gathers, column block by column block, the update of the block, the sweep by the norm;
+    for a long list the sweep alone.
+
+    36 bytes a weight of a touched latent: W and v of both matrices read and written, two copies written.
+    """
+    d, long = case.d, gpu_update.CONFIG.long
+
+    def given(length: int) -> Arguments:
+        return {}, {"ok_ptr": np.ones(1, np.int32), "lists_ptr": np.array([0, length], np.int64)}
+
+    swept = case.of_latents.at_least(long).lists
+    hbm = case.of_latents.touched * 36 * d - swept * 26 * d + 4 * case.tokens * d + 12 * case.entries
+    return Pass(
+        "update", of_width("update_entries_bf16", d), case.of_latents.clipped(long), given,
+        lambda length: update_bytes(d, length), hbm, most=long,
+    )  # fmt: skip
+
+
+def conclude(case: Case) -> Pass:
+    """One program: all sums of the step, and the median token."""
+    sizes = {"N": case.tokens, "capacity": 1 << 30, "x_parts": 1024, "f_parts": case.tokens // 16}
+    return Pass(
+        "conclude", "conclude", Lengths(np.array([0]), np.array([1.0])),
+        lambda _: (sizes | {"blocks": _blocks(case.F, gpu_conclusion.CONFIG.block_f)}, {}),
+        lambda _: 33 * 4 * case.tokens, 0.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Light:
+    """A kernel that moves what it must and is not followed. hbm: bytes."""
+
+    name: str
+    launches: int
+    hbm: float
+
+
+def lights(case: Case) -> tuple[Light, ...]:
+    """What else the step launches of Triton's. Atomics and gathers count a sector each."""
+    N, d, F, entries = case.tokens, case.d, case.F, case.entries
+    blocks = F * _blocks(N, gpu_transpose.BLOCK_TOKENS)
+    found = [
+        Light("edge", 1, 8 * F),
+        Light("centre", 1, (4 + 2) * N * d),
+        Light("tokens", 1, (4 + 2) * N * d + 8 * entries),
+        Light("touched", 1, (4 + 4 + 8) * F + 4 * SECTOR * F),
+        Light("finish", 1, (8 + 8 + 4) * F),
+    ]
+    if 4 * gpu_transpose._WORDS.value * blocks > gpu_transpose.MARKS_BYTES:
+        return (*found, Light("sort", KERNELS_OF_A_SORT, SORT_BYTES * 1.5 * entries))
+    return (
+        *found,
+        Light("mark", 1, 4 * 9 * blocks + (8 + 2 * SECTOR) * entries),
+        Light("starts", 1, 12 * blocks),
+        Light("place", 1, (8 + 3 * SECTOR) * entries),
+    )
+
+
+STEP = (
+    product, count, move, residual, sum_shares, latents, long_latents, encoder_times, encoder_groups, conclude,
+    long_lists, update,
+)  # fmt: skip
+MEASURED = Case(2304, 16384)  # whose programs are recorded
+
+
+def specs(target: str = TARGET, cases: Iterable[Case] = ()) -> Iterator[Spec]:
+    """The compilations of the step in the given cases, and in the one that is recorded."""
+    given = (MEASURED, *cases)
+    found = {spec.name: spec for of in (encode, training_encode, sparse_step, around_the_step) for spec in of(target)}
+    for d in sorted({case.d for case in given} - {2304}):
+        for spec in update_specs(target, d):
+            found[of_width(spec.name, d)] = replace(spec, name=of_width(spec.name, d))
+    wanted = names(given)
+    yield from (spec for spec in found.values() if spec.name in wanted)
+
+
+def names(cases: Iterable[Case] = (MEASURED,)) -> frozenset[str]:
+    """The compilations of the step."""
+    return frozenset(step.spec for case in cases for step in passes(case))
+
+
+@functools.cache
+def passes(case: Case) -> tuple[Pass, ...]:
+    """Those that have a program to run."""
+    return tuple(each for each in (step(case) for step in STEP) if each.programs.lists >= 0.5)
+
+
+def argument_sizes(spec: Spec) -> list[tuple[str, int]]:
+    """The arguments of a compiled kernel in order, with their bytes; a descriptor comes with its sizes and strides."""
+    found = []
+    for name in spec.kernel.arg_names:
+        kind = spec.arguments.get(name)
+        if kind is None:
+            continue
+        if kind.startswith("tensordesc"):
+            rank = kind.count(",") + 1
+            found += [(name, 128), *((f"{name}.shape{i}", 4) for i in range(rank))]
+            found += [(f"{name}.stride{i}", 8) for i in range(rank)]
+        else:
+            found.append((name, 8 if kind.startswith("*") or kind.endswith("64") else 4))
+    return found
