@@ -24,6 +24,7 @@ SPEED = {
     "saelens": "SAELens",
     "sparsify": "sparsify (TopK)",
 }
+LARGE, SMALL = "gemma-2-2b 16k", {"gemma-3-270m 2.5k": "640 × 2,560", "minilm 4k": "384 × 4,096"}
 PACKAGES = {"saelens": "SAELens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify (TopK)"}
 GENERATION = {
     "model": "the model alone",
@@ -91,9 +92,13 @@ def rows_of(name: str) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+def cpu_rows(date: str) -> list[dict]:
+    return [row for row in rows_of("cpu.jsonl") if row["kind"] == "time" and row["machine"]["date"] <= date]
+
+
 def speed_block(date: str) -> str:
     """The table of the run of ``date``; in brackets the ratios of it and all runs before it."""
-    rows = [row for row in rows_of("cpu.jsonl") if row["kind"] == "time" and row["machine"]["date"] <= date]
+    rows = [row for row in cpu_rows(date) if row["shape"] == LARGE]
     times = {(row["machine"]["date"], row["part"], row["contender"]): row["p50_ms"] for row in rows}
     runs = sorted({row["machine"]["date"] for row in rows})
     assert date in runs, f"cpu.jsonl: expected the run of {date}, found {', '.join(runs)}"
@@ -105,6 +110,22 @@ def speed_block(date: str) -> str:
             ratio = times[date, part, contender] / times[date, part, "ours_cpu"]
             spread = "" if contender == "ours_cpu" else f" ({min(ratios):.1f}–{max(ratios):.1f})"
             cells += [f"{times[date, part, contender]:,.0f}", f"{ratio:.1f}{spread}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def small_block(date: str) -> str:
+    """The latest times of a step and of `sae(x)` up to ``date``, at the sizes of small models."""
+    times = {(row["shape"], row["part"], row["contender"]): row["p50_ms"] for row in cpu_rows(date)}
+    heads = [f"{size}: {part}, ms" for size in SMALL.values() for part in ("step", "`sae(x)`")]
+    lines = [f"| | {' | '.join(heads)} |", f"|{'---|' * (1 + len(heads))}"]
+    for contender, label in SPEED.items():
+        cells = [label]
+        for shape in SMALL:
+            for part in ("step", "module"):
+                ratio = times[shape, part, contender] / times[shape, part, "ours_cpu"]
+                of_ours = "" if contender == "ours_cpu" else f" ({ratio:.1f} ×)"
+                cells.append(f"{times[shape, part, contender]:.0f}{of_ours}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -150,6 +171,7 @@ def generation_block(date: str) -> str:
     ("page", "name", "block"),
     [
         ("README.md", "speed", speed_block),
+        ("README.md", "small", small_block),
         ("README.md", "quality", quality_block),
         ("docs/accelerate.md", "accelerate", accelerate_block),
         ("docs/in-a-model.md", "generation", generation_block),
