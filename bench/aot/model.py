@@ -28,8 +28,8 @@ from bench.aot.trips import Pass
 FOLLOWED = 70
 PERIODS = (1, 2, 4, 8, 16, 32, 64)
 MOST_LEVELS = 100
-# From here, or from the least length that there is, every pipeline is full.
-FULL = 33
+# From one of these, or from the least length that there is, every pipeline is full and every first tile.
+STARTS = (33, 129)
 # Beyond it: around multiples of every period, where its turns begin.
 PROBES = (0, 1, 2, 3, 6, 7, 14, 15, 30, 31, 32, 39, 47, 63)
 MULTIPLY_ADDS = 2048  # of bf16 operands, a cycle of a multiprocessor; others in proportion
@@ -106,18 +106,19 @@ class Counter:
         wanted = [int(length) for length in lengths]
         if len(wanted) <= FOLLOWED:
             return np.array([at(length) for length in wanted])
-        first = max(FULL, next(length for length in wanted if length > 0))
-        for period in PERIODS:
-            rises = [at(first + beyond + period) - at(first + beyond) for beyond in PROBES]
-            if not all(np.array_equal(rise, rises[0]) for rise in rises):
+        for first in sorted({max(start, next(length for length in wanted if length > 0)) for start in STARTS}):
+            if first + PROBES[-1] + PERIODS[-1] > wanted[-1]:
                 continue
-            rows = []
-            for length in wanted:
-                over = max(0, -(-(length - first - period + 1) // period))
-                rows.append(at(length - over * period) + over * rises[0])
-            if not np.array_equal(rows[-1], at(wanted[-1])):
-                continue
-            return np.array(rows)
+            for period in PERIODS:
+                rises = [at(first + beyond + period) - at(first + beyond) for beyond in PROBES]
+                if not all(np.array_equal(rise, rises[0]) for rise in rises):
+                    continue
+                rows = []
+                for length in wanted:
+                    over = max(0, -(-(length - first - period + 1) // period))
+                    rows.append(at(length - over * period) + over * rises[0])
+                if np.array_equal(rows[-1], at(wanted[-1])):
+                    return np.array(rows)
         return _of_few_levels(at, wanted)
 
 
