@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from bench import interpreter
 from bench.timing.inputs import construct
 from gemmascope.kernels import Rule
 from gemmascope.kernels.gpu import common
@@ -160,11 +161,12 @@ def record_step(compute_dtype: str = "bf16", tokens: int = 6, d: int = 16, F: in
     state, x, loss, most = small_step(compute_dtype, None, tokens, d, F)
     room = room or most
     rule = Rule(1e-3, 0.999, 1e-8, True)
-    sparse_step(state, x, loss, rule, room)
     scheduled = Scheduled.of(loss, rule, len(x), column=0).to(x.device)
     recorder = Recorder()
-    with recorder.recording():
-        sparse_step(state, x, loss, rule, room, scheduled)
+    with interpreter.mended():
+        sparse_step(state, x, loss, rule, room)
+        with recorder.recording():
+            sparse_step(state, x, loss, rule, room, scheduled)
     return recorder
 
 

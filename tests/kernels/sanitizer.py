@@ -29,6 +29,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+from bench.interpreter import with_loop_bounds
+
 MANY = -1
 
 
@@ -308,16 +310,6 @@ def _execute(original):
     return call
 
 
-def _patch_loop_bounds(original):
-    """numpy 2.4 refuses ``int()`` of an array of shape (1,), which is what Triton 3.6 makes of a loop bound."""
-
-    def patch_lang_tensor(tensor, *args):
-        original(tensor, *args)
-        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
-
-    return patch_lang_tensor
-
-
 def _install(stack: contextlib.ExitStack) -> None:
     def patch(owner, name: str, wrap, *options) -> None:
         original = getattr(owner, name)
@@ -343,4 +335,4 @@ def _install(stack: contextlib.ExitStack) -> None:
     patch(builder, "set_grid_dim", _set_grid_dim)
     patch(builder, "set_grid_idx", _set_grid_idx)
     patch(GridExecutor, "__call__", _execute)
-    patch(interpreter, "_patch_lang_tensor", _patch_loop_bounds)
+    patch(interpreter, "_patch_lang_tensor", with_loop_bounds)
