@@ -65,11 +65,11 @@ def test_verdict_of_what_was_found(tmp_path, capsys):
     assert held["none of 50 repeated steps differs"] == "held"
     assert found["skew 0.7 costs at most 0.15 ms more than skew 0"].endswith(": 0.5")
     assert found["update is not bound by issue"].endswith("less than 60 % active: 71.25")
-    assert held["update leaves DRAM idle"] == "no figure"
+    assert held["update is bound by memory"] == "no figure"
     assert held["four stages make encode at least 3 % faster"] == "fell"
     assert held["the memory checker finds nothing (status 0)"] == "no figure"
-    assert held["a step at 131k takes 7.8 to 10.5 ms"] == "no figure"
-    assert held["a step at 1M takes 31 to 40 ms"] == "fell"
+    assert held["a step at 131k takes 7.5 to 10.5 ms"] == "no figure"
+    assert held["a step at 1M takes 29 to 40 ms"] == "fell"
     assert held["the step at 1M peaks at 45 to 60 GiB"] == "held"
 
 
