@@ -19,7 +19,7 @@ from bench.aot.cards import EXPECTED, LAUNCH, Card, Utilisation
 from bench.aot.lists import Case
 
 # Of the step that is written down; one more of F is the length of offsets.
-SIZES = {"N": 24, "d": 48, "F": 224, "room": 1792, "entries": 1}
+SIZES = {"N": 24, "d": 48, "F": 224, "room": 1792}
 # Kernels of an operation that takes several.
 KERNELS = {"cumsum": 2}
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,7 +40,7 @@ class Operation:
 
         def at(dimension: int) -> int:
             for name, size in SIZES.items():
-                if size > 1 and dimension in (size, size + 1):
+                if dimension in (size, size + 1):
                     return sizes[name] + dimension - size
             return dimension
 
@@ -91,7 +91,7 @@ def small(
 ) -> Small:
     """kernels: launches of the step's own, which cost a gap each. others: bytes of those that are not followed. margin:
     room for entries, for one that there is."""
-    sizes = {"N": case.tokens, "d": case.d, "F": case.F, "room": int(margin * case.entries), "entries": 1}
+    sizes = {"N": case.tokens, "d": case.d, "F": case.F, "room": int(margin * case.entries)}
     launches = kernels + sum(operation.kernels for operation in found)
     moved = others + sum(operation.bytes(sizes) for operation in found)
     return Small(len(found), launches, moved, launches * LAUNCH + moved / card.hbm / share.hbm)

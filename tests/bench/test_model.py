@@ -143,6 +143,33 @@ def test_comparisons_of_64_bits(comparison):
         assert bool(machine.registers["P0"][0]) == bool(follow.COMPARE[comparison](a, b)), (a, b)
 
 
+@pytest.mark.parametrize(("which", "choose"), [("PT", min), ("!PT", max)])
+def test_the_less_or_greater_of_a_sum_and_a_number(which, choose):
+    for a, b, c in ((5, 7, 20), (5, 7, 3), (-9, 4, -4), (-9, 4, 0)):
+        machine = follow._Machine(follow.Given({}, {}, 32), {}, [])
+        for register, value in enumerate((a, b, c)):
+            machine.registers[f"R{register}"] = np.full(32, value & follow.MASK)
+        operands = sass.operands_of(f"R3, R0, R1, R2, {which}")
+        follow._run(machine, sass.Instruction(0, None, False, "VIADDMNMX", operands))
+        assert int(follow._signed(machine.registers["R3"][0])) == choose(a + b, c)
+
+
+@pytest.mark.parametrize(("programs", "turns"), [(1, 8), (3, 3), (8, 1)])
+def test_the_size_of_the_grid_is_given(programs, turns):
+    """for (i = 0; i < 8; i += number of programs)"""
+    found = follower("""
+        /*0000*/                   LDC R1, c[0x0][0xc] ;
+        /*0010*/                   MOV R0, RZ ;
+        /*0020*/                   IMAD.IADD R0, R0, 0x1, R1 ;
+        /*0030*/                   ISETP.GE.AND P0, PT, R0, 0x8, PT ;
+        /*0040*/              @!P0 BRA 0x20 ;
+        /*0050*/                   EXIT ;
+    """)
+    assert found.walk(follow.Given({}, {}, 32, grid=(programs, 2))).counts.tolist() == [1, turns, 1]
+    with pytest.raises(follow.NotFollowedError, match="0x40: BRA depends on what is not known"):
+        found.walk(follow.Given({}, {}, 32))
+
+
 # ---- lists
 
 
