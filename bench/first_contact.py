@@ -44,6 +44,7 @@ METRICS = {
     "time_ns": "gpu__time_duration.sum",
     "issue_active": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "dram": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "l2_hits": "lts__t_sector_hit_rate.pct",
 }
 

@@ -19,11 +19,13 @@ from bench.aot.lists import Case, Lengths
 from bench.aot.spec import Spec
 from bench.aot.training import around_the_step, sparse_step, training_encode, update_specs
 from gemmascope.kernels.entries import tokens_per_chunk
+from gemmascope.kernels.gpu import centring as gpu_centring
 from gemmascope.kernels.gpu import conclusion as gpu_conclusion
 from gemmascope.kernels.gpu import encode as gpu_encode
 from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
+from gemmascope.kernels.gpu import tokens as gpu_tokens
 from gemmascope.kernels.gpu import transpose as gpu_transpose
 from gemmascope.kernels.gpu import update as gpu_update
 from gemmascope.kernels.gpu import weighted_sum as gpu_weighted_sum
@@ -145,13 +147,17 @@ def move(case: Case) -> Pass:
     return Pass("move", "training_entries_move", programs, given, requested, hbm, launches, 32)
 
 
+def _residual_blocks(d: int) -> int:
+    return _blocks(d, gpu_residual.residual_config(TARGET, torch.bfloat16).block_d)
+
+
 def residual_bytes(d: int, length: int) -> float:
     """Loaded and stored for one token with so many entries: a row of each, and again what is beyond the first tile.
 
     The block 0 also counts the active ones; shares of u and of the squared norm are stored by block.
     """
     config = gpu_residual.residual_config(TARGET, torch.bfloat16)
-    blocks = _blocks(d, config.block_d)
+    blocks = _residual_blocks(d)
     more = max(0, length - config.first)
     of_block = 16 + (8 + 4) * length + 4 * more + 4 * length + 4
     return blocks * of_block + 2 * d * (length + more) + (4 + 4 + 2) * d + 4 * length + 4
@@ -160,7 +166,7 @@ def residual_bytes(d: int, length: int) -> float:
 def residual(case: Case) -> Pass:
     """A program a token and column block; a few more instructions for the first block, which counts what fires."""
     d = case.d
-    blocks = _blocks(d, gpu_residual.residual_config(TARGET, torch.bfloat16).block_d)
+    blocks = _residual_blocks(d)
     scalars = {"capacity": 1 << 30, "width": 1 << 30, "D": d, "stride_xn": d, "stride_wf": d}
     return Pass(
         "residual", "residual_bf16", case.of_tokens.times(blocks),
@@ -179,7 +185,7 @@ def shares_bytes(wanted: float, blocks: int) -> float:
 def sum_shares(case: Case) -> Pass:
     """The shares of u and of the squared norms added up: of the entries, and of every token."""
     d, block = case.d, gpu_residual.SUM_BLOCK
-    blocks = _blocks(d, gpu_residual.residual_config(TARGET, torch.bfloat16).block_d)
+    blocks = _residual_blocks(d)
     wanted = case.entries + case.tokens
     scalars = {"capacity": int(wanted), "width": int(wanted), "n_blocks": blocks}
     memory = {"last_ptr": np.array([int(wanted)], np.int64)}
@@ -227,11 +233,15 @@ def long_latents(case: Case) -> Pass:
     )
 
 
+def _group_rows(F: int) -> int:
+    return max(gpu_weighted_sum._GROUP_ROWS, _blocks(F, gpu_weighted_sum._GROUPS))
+
+
 def encoder_times(case: Case) -> Pass:
     """W_enc·db_enc: groups of consecutive rows, a program for each group and column block. Rows with the coefficient 0
     are not read; the instructions count as if all were."""
     config, d = gpu_weighted_sum.ROWS, case.d
-    rows = max(gpu_weighted_sum._GROUP_ROWS, _blocks(case.F, gpu_weighted_sum._GROUPS))
+    rows = _group_rows(case.F)
     programs = _blocks(case.F, rows) * _blocks(d, config.block_d)
     share = case.of_latents.touched / case.F
     return Pass(
@@ -244,8 +254,7 @@ def encoder_times(case: Case) -> Pass:
 def encoder_groups(case: Case) -> Pass:
     """The sums of its groups added up."""
     config, d = gpu_weighted_sum.GROUPS, case.d
-    rows = max(gpu_weighted_sum._GROUP_ROWS, _blocks(case.F, gpu_weighted_sum._GROUPS))
-    groups = _blocks(case.F, rows)
+    groups = _blocks(case.F, _group_rows(case.F))
     programs = Lengths(np.array([groups]), np.array([float(_blocks(d, config.block_d))]))
     return Pass(
         "encoder_groups", "encoder_times_groups", programs,
@@ -285,7 +294,7 @@ def long_update_bytes(d: int, length: int) -> float:
 
 def long_lists(case: Case) -> Pass:
     """Gradients and Adam of the long lists, a program for each and each column block; programs that find none are of
-    length 0. Counted as if no program found two."""
+    length 0. Counted as if no program found two, and each looked at 16 latents, as with 16,384 of them."""
     config, d = gpu_update.CONFIG, case.d
     blocks = _blocks(d, config.block_d)
     programs = min(case.F, config.long_programs)
@@ -326,7 +335,12 @@ def update(case: Case) -> Pass:
 
 def conclude(case: Case) -> Pass:
     """One program: all sums of the step, and the median token."""
-    sizes = {"N": case.tokens, "capacity": 1 << 30, "x_parts": 1024, "f_parts": case.tokens // 16}
+    centre, of_tokens = gpu_centring.CONFIG, gpu_tokens.CONFIG
+    parts = {
+        "x_parts": centre.parts * _blocks(case.d, centre.block_d),
+        "f_parts": _blocks(case.tokens, of_tokens.block_n),
+    }
+    sizes = {"N": case.tokens, "capacity": 1 << 30} | parts
     return Pass(
         "conclude", "conclude", Lengths(np.array([0]), np.array([1.0])),
         lambda _: (sizes | {"blocks": _blocks(case.F, gpu_conclusion.CONFIG.block_f)}, {}),
