@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -33,6 +33,8 @@ class BaseSAE(Codec):
     # What a state dict holds beside the parameters: attributes of the same names, and their dtypes there.
     SCALARS: ClassVar[Mapping[str, torch.dtype]] = {"input_scale": torch.float64, "pre_encoder_bias": torch.bool}
     ARCHITECTURE: ClassVar[str]
+    # Parameters that training moves beside W_enc, b_enc, W_dec, b_dec and the threshold.
+    OTHERS: ClassVar[Sequence[str]] = ()
 
     def __init__(
         self,
@@ -156,6 +158,10 @@ class BaseSAE(Codec):
         x_hat = self.decode(f)
         # Only entries lose the shape: FSDP2 warns of an output that is a view.
         return (x_hat.reshape(x.shape) if isinstance(f, SparseCode) else x_hat).to(x.dtype)
+
+    def released(self) -> "BaseSAE":
+        """What a training leaves: the same function, folded, as a class that files hold. A copy."""
+        return self.fold()
 
     @torch.no_grad()
     @without_autocast

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..activations import stream
 from ..activations.outliers import are_outliers, norms_of
 from ..formats.release import gemma_scope_path
-from ..saes import JumpReLUSAE
+from ..saes.base import BaseSAE
 from ..sites import Site
 from ..training.spec import SAESpec
 
@@ -22,7 +22,7 @@ SAES_FOLDER = "saes"
 def held_out_l0(
     model: nn.Module,
     held_out: Tensor,
-    saes: Mapping[str, tuple[Site, JumpReLUSAE]],
+    saes: Mapping[str, tuple[Site, BaseSAE]],
     *,
     max_norm_ratio: float | None = None,
     median_norms: Mapping[Site, float],
@@ -52,7 +52,7 @@ def held_out_l0(
 def save_suite(
     folder: Path,
     specs: Sequence[SAESpec],
-    folded: Mapping[str, JumpReLUSAE],
+    folded: Mapping[str, BaseSAE],
     l0: Mapping[str, tuple[float, int]],
     facts: Mapping[str, Any],
 ) -> dict[str, Path]:

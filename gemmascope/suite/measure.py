@@ -93,7 +93,7 @@ def _set_l0(trainer: SAETrainer, x: torch.Tensor, l0: float) -> None:
     few = x[:64] / sae.input_scale
     z = (few - sae.b_dec) @ sae.W_enc + sae.b_enc
     kept = max(1, round(l0 * len(few)))
-    sae.threshold.fill_(z.flatten().topk(kept).values[-1].clamp(min=1e-6))
+    trainer.state.threshold.fill_(z.flatten().topk(kept).values[-1].clamp(min=1e-6))
 
 
 def _seconds(run: Callable[[], None], device: torch.device, budget: float) -> float:

@@ -269,7 +269,7 @@ def _save(prepared: Prepared, trained: Trained, folder: Path, held_out: Tensor) 
     specs = [spec for spec in prepared.specs if spec.name not in suite.parked]
     if not specs:
         raise TrainingFailedError("; ".join(suite.parked.values()))
-    saes = {spec.name: (spec.site, suite.trainers[spec.name].sae.fold()) for spec in specs}
+    saes = {spec.name: (spec.site, suite.trainers[spec.name].sae.released()) for spec in specs}
     say(f"SAEs: L0 of {len(saes)} on {len(held_out)} held-out rows")
     l0 = held_out_l0(
         prepared.model,

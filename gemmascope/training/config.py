@@ -1,6 +1,7 @@
 """Every number of the training recipe, validated, with its source."""
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -9,7 +10,18 @@ import torch
 
 from ..checks import check_choice, check_int, check_number, check_type
 
-SPARSITIES = ("l0", "target_l0", "quadratic_l0", "tanh")
+KINDS = ("jumprelu", "relu", "gated", "topk", "batchtopk", "matryoshka")
+SPARSITIES = ("l0", "target_l0", "quadratic_l0", "tanh", "l1", "none")
+# The penalties an SAE of a kind may have, its default first. What a TopK SAE fires on needs none.
+SPARSITIES_OF = {
+    "jumprelu": ("l0", "target_l0", "quadratic_l0", "tanh"),
+    "relu": ("l1",),
+    "gated": ("l1",),
+    "topk": ("none",),
+    "batchtopk": ("none",),
+    "matryoshka": ("none",),
+}
+TOP_K = ("topk", "batchtopk", "matryoshka")
 L0_OF = ("token", "batch")
 COMPUTE_DTYPES = ("fp32", "tf32", "bf16")
 PARAMETRISATIONS = ("log", "raw")
@@ -20,7 +32,7 @@ TARGETED = ("target_l0", "quadratic_l0")
 # λ where none is given; its unit is another in each kind of penalty. That of `l0` is Gemma Scope's. With those of the
 # two that aim at an L0 the SAEs of the demo come within a tenth of it, at L0 5 to 50; a larger λ comes closer to it and
 # reconstructs worse.
-L0_COEFFICIENTS = {"l0": 6e-4, "target_l0": 0.3, "quadratic_l0": 0.02, "tanh": 6e-4}
+L0_COEFFICIENTS = {"l0": 6e-4, "target_l0": 0.3, "quadratic_l0": 0.02, "tanh": 6e-4, "l1": 0.1, "none": 0.0}
 # For hundreds of updates, where these two differ.
 SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3}
 # In units of variance. The L0 rests above its target by about s·FVU/(2λ) of it with `target_l0`, s ≈ 0.3 the slope of
@@ -41,6 +53,8 @@ class Loss:
     | `target_l0` | λ·mean_n (l0_n/L0* − 1)² | arXiv 2407.14435, appendix F |
     | `quadratic_l0` | λ·(2/L0*)·mean_n (l0_n − L0*)² | Gemma Scope 2 |
     | `tanh` | λ·mean_n Σ_j tanh(c·f_nj), rows of W_dec having unit norm | Anthropic, January 2025 update |
+    | `l1` | λ·mean_n Σ_j f_nj (relu(π_nj) of a gated SAE), rows of W_dec having unit norm | arXiv 2404.16014 |
+    | `none` | 0, for the kinds of which a fixed number of latents fires | arXiv 2406.04093 |
 
     ``l0_coefficient`` is λ, by default that of the kind; ``target_l0`` is L0*, ``tanh_scale`` c. With ``l0_of="batch"``
     the mean L0 of the batch takes the place of each l0_n. ``frequency_scale`` s adds λ·Σ_j p_j²/s, p_j the share of the
@@ -84,6 +98,8 @@ class Loss:
                 check_number(name, getattr(self, name), 0, open_low=True)
         check_type("ste_to_z", self.ste_to_z, bool)
         check_choice("l0_of", self.l0_of, L0_OF)
+        if self.sparsity == "none" and self.l0_coefficient:
+            raise ValueError(f"l0_coefficient: expected 0 with sparsity='none', got {self.l0_coefficient}")
         if (self.sparsity in TARGETED) != (self.target_l0 is not None):
             expected = "a number" if self.target_l0 is None else "None"
             raise ValueError(f"target_l0: expected {expected} with sparsity={self.sparsity!r}, got {self.target_l0}")
@@ -92,6 +108,13 @@ class Loss:
         """Raise ValueError when L0* is more than all of ``d_sae`` latents."""
         if self.target_l0 is not None and self.target_l0 > d_sae:
             raise ValueError(f"target_l0: expected at most d_sae = {d_sae}, got {self.target_l0:g}")
+
+
+def _sparsity_of(changes: dict, of_jumprelu: str) -> str:
+    """The penalty where ``changes`` name none."""
+    kind = changes.get("kind", "jumprelu")
+    check_choice("kind", kind, KINDS)
+    return of_jumprelu if kind == "jumprelu" else SPARSITIES_OF[kind][0]
 
 
 LOSS_FIELDS = frozenset(field.name for field in dataclasses.fields(Loss))
@@ -110,6 +133,17 @@ class TrainConfig:
 
     d_sae: int = 16384
     """Latents of each SAE."""
+    kind: str = "jumprelu"
+    """Which latents fire: `jumprelu`, `relu`, `gated` (arXiv 2404.16014), `topk` (arXiv 2406.04093), `batchtopk`
+    (arXiv 2412.06410) or `matryoshka` (arXiv 2503.17547). Thresholds and their window are those of `jumprelu` alone."""
+    k: int | None = None
+    """Latents that fire on a token: each (`topk`) or on average over a batch (`batchtopk`, `matryoshka`)."""
+    aux_coefficient: float = 1 / 32
+    """α of AuxK, the reconstruction of what is left over by dead latents; of those three kinds. 0: without it."""
+    aux_k: int | None = None
+    """Dead latents that take part in it on each token; None: half of d_model."""
+    prefixes: tuple[int, ...] = ()
+    """Of `matryoshka`: latents of which each reconstruction is made, ascending, the last d_sae."""
     steps: int = 976_562
     """Updates; 4 billion tokens at the default batch."""
     batch_size: int = 4096
@@ -165,6 +199,7 @@ class TrainConfig:
         check_number("threshold_init", self.threshold_init, 0, open_low=log)
         check_type("loss", self.loss, Loss)
         self.loss.check_width(self.d_sae)
+        self._check_kind()
         check_choice("threshold_parametrisation", self.threshold_parametrisation, PARAMETRISATIONS)
         check_choice("b_dec_init", self.b_dec_init, B_DEC_INITS)
         check_choice("scale_by", self.scale_by, SCALES)
@@ -196,12 +231,48 @@ class TrainConfig:
                 f"{self.lr_warmup_steps} + {self.lr_decay_steps}: the learning rate would not be reached"
             )
 
+    def _check_kind(self) -> None:
+        check_choice("kind", self.kind, KINDS)
+        if self.loss.sparsity not in SPARSITIES_OF[self.kind]:
+            expected = " or ".join(map(repr, SPARSITIES_OF[self.kind]))
+            raise ValueError(f"sparsity: expected {expected} with kind={self.kind!r}, got {self.loss.sparsity!r}")
+        check_number("aux_coefficient", self.aux_coefficient, 0)
+        if self.aux_k is not None:
+            check_int("aux_k", self.aux_k, 1)
+        if (self.kind in TOP_K) != (self.k is not None):
+            expected = "None" if self.k is not None else "an int"
+            raise ValueError(f"k: expected {expected} with kind={self.kind!r}, got {self.k}")
+        if self.k is not None:
+            check_int("k", self.k, 1, self.d_sae)
+        check_type("prefixes", self.prefixes, tuple)
+        for index, prefix in enumerate(self.prefixes):
+            check_int(f"prefixes[{index}]", prefix, 1)
+        if (self.kind == "matryoshka") != bool(self.prefixes):
+            expected = "none" if self.prefixes else "some"
+            raise ValueError(f"prefixes: expected {expected} with kind={self.kind!r}, got {list(self.prefixes)}")
+        ascending = all(a < b for a, b in itertools.pairwise(self.prefixes))
+        if self.prefixes and not (ascending and self.prefixes[-1] == self.d_sae):
+            raise ValueError(
+                f"prefixes: expected numbers that ascend to d_sae = {self.d_sae}, got {list(self.prefixes)}"
+            )
+        if self.kind != "jumprelu":
+            for name, value in (("ste_to_z", self.loss.ste_to_z), ("frequency_scale", self.loss.frequency_scale)):
+                if value:
+                    raise ValueError(f"{name}: expected kind='jumprelu' with it, got {self.kind!r}")
+            if self.loss.pre_act_coefficient:
+                raise ValueError(f"pre_act_coefficient: expected 0 with kind={self.kind!r}")
+        if self.kind in TOP_K and self.route == "dense":
+            raise ValueError(f"route: expected 'auto', 'sparse' or 'reference' with kind={self.kind!r}, got 'dense'")
+
     def changed(self, **changes) -> "TrainConfig":
         """A copy with other numbers, those of the loss by their own names: ``config.changed(target_l0=50, seed=1)``.
 
-        Another ``sparsity`` comes with its own λ, unless one is given. Raises TypeError for a name that neither the
-        recipe nor its loss has, and else as the constructor.
+        Another ``sparsity`` comes with its own λ, unless one is given, and another ``kind`` with its own penalty.
+        Raises TypeError for a name that neither the recipe nor its loss has, and else as the constructor.
         """
+        kind = changes.get("kind", self.kind)
+        if kind != self.kind and "loss" not in changes and kind in SPARSITIES_OF:
+            changes = {"sparsity": SPARSITIES_OF[kind][0]} | changes
         of_loss = {name: changes.pop(name) for name in list(changes) if name in LOSS_FIELDS}
         unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
         if unknown:
@@ -213,6 +284,8 @@ class TrainConfig:
                 target = loss.target_l0 if of_loss["sparsity"] in TARGETED else None
                 of_loss = {"l0_coefficient": None, "target_l0": target} | of_loss
             changes["loss"] = dataclasses.replace(loss, **of_loss)
+        if isinstance(changes.get("prefixes"), list):
+            changes["prefixes"] = tuple(changes["prefixes"])
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -224,7 +297,7 @@ class TrainConfig:
     def short(cls, **changes) -> "TrainConfig":
         """A recipe for small models and short runs, hundreds of updates instead of a million; ``changes`` as of
         `changed`. Its schedules take a share of the ``steps``."""
-        steps, sparsity = changes.get("steps", 400), changes.get("sparsity", "l0")
+        steps, sparsity = changes.get("steps", 400), changes.get("sparsity", _sparsity_of(changes, "l0"))
         check_int("steps", steps, 0)
         check_choice("sparsity", sparsity, SPARSITIES)
         recipe = cls(
@@ -255,7 +328,7 @@ class TrainConfig:
         fire at first, and the window is wide, for the same reason. Schedules take a share of the ``steps``. With
         another ``sparsity``, `l0` for one, no target is set.
         """
-        steps, sparsity = changes.get("steps", 500), changes.get("sparsity", "target_l0")
+        steps, sparsity = changes.get("steps", 500), changes.get("sparsity", _sparsity_of(changes, "target_l0"))
         check_int("steps", steps, 0)
         check_choice("sparsity", sparsity, SPARSITIES)
         recipe = cls.short(

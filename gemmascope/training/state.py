@@ -17,6 +17,7 @@ from .. import kernels
 from ..checks import dtype_name
 from ..kernels import LatentState, choose, entries, reference
 from ..saes import JumpReLUSAE
+from ..saes.base import BaseSAE
 
 # What keeps updates back until the host mends it: bits of `TrainState.stalled`.
 ROOM, COPIES = entries.ROOM, entries.COPIES
@@ -37,7 +38,7 @@ class TrainState:
     Copies made by `copy.deepcopy` or pickle are independent of the original and go on with the same bits.
     """
 
-    sae: JumpReLUSAE
+    sae: BaseSAE
     W_enc_v: Tensor
     """Second moments of the parameters, in their dtype: [d_sae, d_model], by latent; those of latents as of step
     ``last``."""
@@ -45,6 +46,10 @@ class TrainState:
     b_enc_v: Tensor
     threshold_v: Tensor
     b_dec_v: Tensor
+    others_v: dict[str, Tensor]
+    """Those of ``sae.OTHERS``, which every update moves."""
+    no_threshold: Tensor | None
+    """Zeros [d_sae] for an SAE without thresholds, which never move."""
     last: Tensor
     """int64 [d_sae], updates made when the latent was last touched."""
     W_enc_low: Tensor | None
@@ -66,7 +71,7 @@ class TrainState:
     _fresh: bool = field(default=False, repr=False)
 
     @classmethod
-    def start(cls, sae: JumpReLUSAE, compute_dtype: str = "fp32") -> "TrainState":
+    def start(cls, sae: BaseSAE, compute_dtype: str = "fp32") -> "TrainState":
         """Raises ValueError when the SAE is neither fp32 nor fp64, or its implementation cannot run."""
         W_enc, W_dec, device = sae.W_enc.data.t(), sae.W_dec.data, sae.W_dec.device
         if W_dec.dtype not in MASTER_DTYPES:
@@ -83,8 +88,10 @@ class TrainState:
             W_enc_v=zeros(W_enc),
             W_dec_v=zeros(W_dec),
             b_enc_v=zeros(sae.b_enc.data),
-            threshold_v=zeros(sae.threshold.data),
+            threshold_v=zeros(sae.b_enc.data),
             b_dec_v=zeros(sae.b_dec.data),
+            others_v={name: zeros(getattr(sae, name).data) for name in sae.OTHERS},
+            no_threshold=None if isinstance(sae, JumpReLUSAE) else zeros(sae.b_enc.data),
             last=count(sae.d_sae),
             W_enc_low=zeros(W_enc).bfloat16() if compute_dtype == "bf16" else None,
             W_dec_low=zeros(W_dec).bfloat16() if compute_dtype == "bf16" else None,
@@ -107,6 +114,14 @@ class TrainState:
         return choose(self.sae.impl, self.W_dec_v.device, self.W_dec_v.dtype).impl
 
     @property
+    def threshold(self) -> Tensor:
+        """[d_sae]."""
+        if self.no_threshold is not None:
+            return self.no_threshold
+        assert isinstance(self.sae, JumpReLUSAE)  # or it would have none
+        return self.sae.threshold.data
+
+    @property
     def latents(self) -> LatentState:
         """Parameters, second moments and copies by latent. The weights are the SAE's own memory."""
         sae = self.sae
@@ -114,7 +129,7 @@ class TrainState:
             sae.W_enc.data.t(),
             sae.W_dec.data,
             sae.b_enc.data,
-            sae.threshold.data,
+            self.threshold,
             self.W_enc_v,
             self.W_dec_v,
             self.b_enc_v,
@@ -139,11 +154,13 @@ class TrainState:
         Weights (W_enc by latent: contiguous, [d_sae, d_model]), second moments, copies if there are any, counters.
         """
         sae = self.sae
+        with_threshold = () if self.no_threshold is not None else ("threshold",)
         weights = {"W_enc": sae.W_enc.data.t()} | {
-            name: getattr(sae, name).data for name in ("b_enc", "W_dec", "b_dec", "threshold")
+            name: getattr(sae, name).data for name in ("b_enc", "W_dec", "b_dec", *with_threshold, *sae.OTHERS)
         }
-        others = {item.name: getattr(self, item.name) for item in fields(self)}
-        return weights | {name: value for name, value in others.items() if isinstance(value, Tensor)}
+        rest = {item.name: getattr(self, item.name) for item in fields(self)}
+        moments = {f"{name}_v": v for name, v in self.others_v.items()}
+        return weights | moments | {name: value for name, value in rest.items() if isinstance(value, Tensor)}
 
     @property
     def copies_seen(self) -> bool:
@@ -162,7 +179,9 @@ class TrainState:
     def _began_with(self) -> dict[str, tuple]:
         """Shape, strides, dtype and device of each parameter; those of its second moments."""
         moments = {"W_enc": self.W_enc_v.t(), "b_enc": self.b_enc_v, "W_dec": self.W_dec_v, "b_dec": self.b_dec_v}
-        moments["threshold"] = self.threshold_v
+        moments |= self.others_v
+        if self.no_threshold is None:
+            moments["threshold"] = self.threshold_v
         return {name: (v.shape, v.stride(), v.dtype, v.device) for name, v in moments.items()}
 
     def ready(self) -> LatentState:

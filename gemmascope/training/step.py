@@ -29,6 +29,7 @@ from torch import Tensor
 from .. import kernels
 from ..autocast import without_autocast
 from ..kernels import ByLatent, Entries, LatentState, LatentSums, Residual, Rule, implementations, reference
+from ..saes import JumpReLUSAE
 from .config import Loss
 from .losses import l0_penalty, loss_and_gradients, objective, penalty
 from .memory import dense_tile
@@ -240,13 +241,13 @@ def sparse_step(
         centred.x,
         W_enc.T,
         sae.b_enc,
-        sae.threshold,
+        state.threshold,
         loss.bandwidth,
         capacity,
         tf32=state.compute_dtype == "tf32",
         impl=impl,
     )
-    weights = (W_enc, W_dec, b_dec, sae.threshold)
+    weights = (W_enc, W_dec, b_dec, state.threshold)
     found = sparse_pass(impl, entries, x, centred, *weights, loss, sae.pre_encoder_bias, scheduled)
     tokens, out, transposed, sums, of_encoder = found
     of_latents = (transposed, sums.firing_count, entries.offsets[-1], len(entries.z))
@@ -276,7 +277,7 @@ def _dense_step(
     centred = _centre(state, x)
 
     def encode(tile: slice):
-        weights = (state.encoder_rows[tile].T, sae.b_enc[tile], sae.threshold[tile])
+        weights = (state.encoder_rows[tile].T, sae.b_enc[tile], state.threshold[tile])
         tf32 = state.compute_dtype == "tf32"
         return kernels.dense_encode(centred.x, *weights, loss.bandwidth, tf32=tf32, impl=impl)
 
@@ -308,7 +309,8 @@ def _dense_step(
     for tile in tiles:
         code = code if len(tiles) == 1 else encode(tile)
         u = low @ state.decoder_rows[tile].T
-        dz, db_enc, dthreshold = kernels.dense_backward(u, code, sae.threshold[tile], s, objective(loss, n), impl=impl)
+        theta, of_loss = state.threshold[tile], objective(loss, n)
+        dz, db_enc, dthreshold = kernels.dense_backward(u, code, theta, s, of_loss, impl=impl)
         if sae.pre_encoder_bias:
             part = kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
             of_encoder = part if of_encoder is None else of_encoder + part
@@ -331,6 +333,7 @@ def _dense_step(
 @without_autocast
 def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: Tensor | None = None) -> StepFigures:
     """The same update by `loss_and_gradients`, in fp32. dead: bool [d_sae], for the pre-activation loss."""
+    assert isinstance(state.sae, JumpReLUSAE)  # the trainer has chosen the step
     latents, out, n = state.ready(), loss_and_gradients(state.sae, x, loss, dead), x.shape[0]
     ok = reference.conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
     gradients, number = out.gradients, state.updates + 1

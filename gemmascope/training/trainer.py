@@ -16,7 +16,9 @@ from ..errors import EnvironmentProblemError
 from ..kernels import Rule, implementations
 from ..kernels import density as densities
 from ..saes import JumpReLUSAE
-from .config import TrainConfig
+from ..saes.base import BaseSAE
+from .config import TOP_K, TrainConfig
+from .kinds import new_sae
 from .memory import TrainingMemory, available_memory, training_memory
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
@@ -76,6 +78,13 @@ class _Job:
     route: str
     figures: Tensor
     copied: "torch.cuda.Event | None"
+
+
+def _first_route(config: TrainConfig) -> str:
+    """Half of the latents fire at first, but for those kinds of which k do."""
+    if config.route != "auto":
+        return config.route
+    return "sparse" if config.kind in TOP_K else "dense"
 
 
 def check_rows(name: str, x: Tensor, width: int | None = None) -> None:
@@ -158,11 +167,10 @@ class SAETrainer:
         memory, self._available = self.memory(config, d_model, device), available_memory(device)
         if self._available and memory.total > self._available:
             raise EnvironmentProblemError(memory.advice(self._available))
-        sae = JumpReLUSAE(
+        sae = new_sae(
+            config,
             d_model,
-            config.d_sae,
             input_scale=scale,
-            threshold_init=config.threshold_init,
             impl=impl,
             metadata=metadata,
             generator=torch.Generator("cpu").manual_seed(config.seed),
@@ -177,7 +185,7 @@ class SAETrainer:
                 sae.b_dec.copy_(mean / scale)
         self.state = TrainState.start(sae, config.compute_dtype)
         self.step = 0
-        self.route = "dense" if config.route == "auto" else config.route
+        self.route = _first_route(config)
         self.capacity: int | None = None
         self.figures: dict[str, float] = {}
         self.skipped_in_a_row = 0
@@ -192,7 +200,7 @@ class SAETrainer:
         return self.__dict__ | {"_pending": deque()}
 
     @property
-    def sae(self) -> JumpReLUSAE:
+    def sae(self) -> BaseSAE:
         """The SAE in training; `flush` first to have every step so far in it."""
         return self.state.sae
 
@@ -246,7 +254,7 @@ class SAETrainer:
             config.learning_rate_at(step),
             config.adam_beta2,
             config.adam_eps,
-            config.threshold_parametrisation == "log",
+            config.threshold_parametrisation == "log" or config.kind != "jumprelu",
         )
         try:
             if route == "sparse":
@@ -296,7 +304,7 @@ class SAETrainer:
         """Take the decisions that are due."""
         while self._due and self._due[0].step + self.run_ahead < self.step:
             self._decided = self._due.popleft()
-            if self.config.route == "auto" and not self._decided.skipped_in_a_row:
+            if self.config.route == "auto" and self.config.kind not in TOP_K and not self._decided.skipped_in_a_row:
                 self._choose_route(self._decided.density)
 
     @property
@@ -340,7 +348,7 @@ class SAETrainer:
             "lr": config.learning_rate_at(self.step - 1),
             "l0_coefficient": config.l0_coefficient_at(self.step - 1),
             "window": max(0.0, 1 - figures["l0"] * figures["n_tokens"] / n_entries) if n_entries else 0.0,
-            "threshold": self.sae.threshold.detach().double().mean().item(),
+            "threshold": self.state.threshold.double().mean().item(),
         }
         return row if config.loss.target_l0 is None else row | {"target_l0": config.loss.target_l0}
 
@@ -369,7 +377,8 @@ class SAETrainer:
         check_keys("facts", facts, FACTS)
         check_same("config", facts["config"], self.config.to_dict())
         chosen = self.config.route
-        found = check_facts(facts, ("dense", "sparse") if chosen == "auto" else (chosen,))
+        routes = ("sparse",) if self.config.kind in TOP_K else ("dense", "sparse")
+        found = check_facts(facts, routes if chosen == "auto" else (chosen,))
         check_tensors(tensors, self.state.tensors())
         return found
 

@@ -8,7 +8,7 @@ from gemmascope.training.config import (
     L0_COEFFICIENTS,
     SHORT_L0_COEFFICIENTS,
     SMALL_L0_COEFFICIENTS,
-    SPARSITIES,
+    SPARSITIES_OF,
     TARGETED,
     Loss,
     TrainConfig,
@@ -75,7 +75,7 @@ def test_lambda_of_small_rises_to_the_last_update():
     assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.03)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("sparsity", SPARSITIES_OF["jumprelu"])
 def test_each_kind_of_penalty_has_its_own_coefficient(sparsity):
     target = {"target_l0": 5} if sparsity in TARGETED else {}
     assert Loss(sparsity=sparsity, **target).l0_coefficient == L0_COEFFICIENTS[sparsity]
@@ -89,7 +89,7 @@ def test_each_kind_of_penalty_has_its_own_coefficient(sparsity):
         assert recipe(**changes).loss.l0_coefficient == coefficients[sparsity]
         assert recipe(**changes, l0_coefficient=0.25).loss.l0_coefficient == 0.25
         assert recipe(**changes).changed(seed=1, bandwidth=0.1).loss.l0_coefficient == coefficients[sparsity]
-        for other in SPARSITIES:
+        for other in SPARSITIES_OF["jumprelu"]:
             goal = {"target_l0": 7} if other in TARGETED else {}
             changed = recipe(**changes, l0_coefficient=0.25).changed(sparsity=other, **goal).loss
             assert changed.l0_coefficient == (0.25 if other == sparsity else L0_COEFFICIENTS[other])
