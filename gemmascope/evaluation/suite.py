@@ -12,7 +12,8 @@ from ..activations import OUTLIER_RATIO, harvest
 from ..activations.moments import check_activations, moments
 from ..activations.outliers import norms_of
 from ..checks import check_int, check_number, check_type, found, is_integer
-from ..saes import JumpReLUSAE
+from ..saes import load_sae
+from ..saes.base import BaseSAE
 from ..sites import Site, site_width, special_token_ids
 from ..sites.decoder import embedding_weight, input_device
 from .baselines import fit_pca, pair_table_fvu, random_dictionary_fvu
@@ -31,7 +32,7 @@ MAX_BYTES = 2 << 30
 # Of one forward. Eager attention holds several [rows, heads, context, context] tensors.
 FORWARD_TOKENS = 4096
 # Where the metadata of an SAE may say how it was trained.
-RECIPE = ("seed", "target_l0", "l0_coefficient")
+RECIPE = ("seed", "target_l0", "l0_coefficient", "k")
 
 ByName = Mapping[str, tuple[Site, str | os.PathLike]]
 
@@ -72,10 +73,10 @@ def judge_suite(
 
     Returns a row of results for each SAE, in the order of ``saes``, and the firing frequencies {name: float32 [d_sae]}
     on the tokens kept. A row says on how many ``tokens`` the SAE was judged and on how many ``predictions`` of the
-    model; ``gamma`` is ‖mean‖/‖std‖ of the kept tokens held out; ``seed``, ``target_l0`` and ``l0_coefficient`` are
-    those in the SAE's metadata. What is undefined or unknown is None.
+    model; ``gamma`` is ‖mean‖/‖std‖ of the kept tokens held out; ``kind`` is the SAE's, ``seed``, ``target_l0``,
+    ``l0_coefficient`` and ``k`` are those in its metadata. What is undefined or unknown is None.
 
-    Raises what the metrics, `harvest` and `JumpReLUSAE.load` do, and TypeError or ValueError for no SAE, entries that
+    Raises what the metrics, `harvest` and `load_sae` do, and TypeError or ValueError for no SAE, entries that
     are not (Site, path), a site at which nothing is kept, and activations that are missing or not those of the tokens.
     """
     sites = _sites_of(saes)
@@ -121,10 +122,11 @@ def judge_suite(
             tokens = _Tokens(train_rows, pairs[0], rows, pairs[1])
             at_site = _AtSite(text, site, tokens, max_norm_ratio, median_norms[site] if median_norms else None)
             for name in sites[site]:
-                sae = JumpReLUSAE.load(saes[name][1]).to(text.device)
+                sae = load_sae(saes[name][1]).to(text.device)
                 sae.impl = impl
                 figures, frequencies[name] = at_site.judge(sae)
-                facts = {"name": name, "site": site.kind, "layer": site.layer, "width": sae.d_sae, **recipe_of(sae)}
+                facts = {"name": name, "site": site.kind, "layer": site.layer, "width": sae.d_sae, "kind": sae.kind}
+                facts |= recipe_of(sae)
                 judged[name] = {key: _defined(value) for key, value in (facts | figures).items()}
                 on_done(len(judged), name)
     return [judged[name] for name in saes], {name: frequencies[name] for name in saes}
@@ -167,7 +169,7 @@ class _Text:
         self.device = input_device(model)
         self.predictions = n_predictions(model, tokens)
 
-    def splice(self, site: Site, sae: JumpReLUSAE, max_norm: float | None) -> float:
+    def splice(self, site: Site, sae: BaseSAE, max_norm: float | None) -> float:
         spliced = sae if max_norm is None else SparingOutliers(sae, max_norm)
         return delta_loss(self.model, self.tokens, {site: spliced}, clean_loss=self.clean_loss)
 
@@ -204,7 +206,7 @@ class _OnTokens:
         self.pair_table_fvu = pair_table_fvu(*tokens)
         self.ablation = text.ablate(site, mean, max_norm)
 
-    def judge(self, sae: JumpReLUSAE) -> tuple[dict[str, Any], Tensor]:
+    def judge(self, sae: BaseSAE) -> tuple[dict[str, Any], Tensor]:
         train, _, rows, _ = self.tokens
         metrics = evaluate_sae(sae, rows)
         rank = round(metrics.l0)
@@ -249,7 +251,7 @@ class _AtSite:
                     raise ValueError(f"median_norms: expected that of {site}, got one that leaves none of {name}")
             self.on_kept = _OnTokens(text, site, tokens.where(kept_in_train, kept), max_norm)
 
-    def judge(self, sae: JumpReLUSAE) -> tuple[dict[str, Any], Tensor]:
+    def judge(self, sae: BaseSAE) -> tuple[dict[str, Any], Tensor]:
         figures, frequency = self.on_kept.judge(sae)
         beside = {}
         if self.filters:
@@ -258,9 +260,9 @@ class _AtSite:
         return figures | {"gamma": self.on_kept.gamma} | self.facts | beside, frequency
 
 
-def recipe_of(sae: JumpReLUSAE) -> dict[str, float | None]:
-    """Seed, L0 aimed at and λ, as far as the metadata of the SAE say: themselves, or a ``training`` among them, or the
-    ``loss`` of that."""
+def recipe_of(sae: BaseSAE) -> dict[str, float | None]:
+    """Seed, L0 aimed at, λ and k, as far as the metadata of the SAE say: themselves, or a ``training`` among them, or
+    the ``loss`` of that."""
     training = sae.metadata.get("training")
     training = training if isinstance(training, dict) else {}
     loss = training.get("loss")

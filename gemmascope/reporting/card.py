@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..version import __version__
-from .results import columns_of, formatted, judged_on
+from .results import columns_of, formatted, judged_on, kind_of, kinds_of
 
 # How each format is opened: a block of Python, in which FOLDER stands for the folder of an SAE.
 OPENED_BY = {
@@ -73,9 +73,13 @@ def _what_they_are(entries: Sequence[Entry]) -> list[str]:
 
 def _figures(entries: Sequence[Entry], results: Mapping[str, Any]) -> list[str]:
     rows = [(entry.folder, entry.row) for entry in entries if entry.row is not None]
-    columns = columns_of([row for _, row in rows])
+    columns, several = columns_of([row for _, row in rows]), bool(kinds_of(row for _, row in rows))
     cells = [
-        [code(folder or "."), *(formatted(row.get(column.key), column.form) for column in columns)]
+        [
+            code(folder or "."),
+            *([kind_of(row)] if several else []),
+            *(formatted(row.get(column.key), column.form) for column in columns),
+        ]
         for folder, row in rows
     ]
     facts = {key: results["model"].get(key) for key in FACTS}
@@ -86,7 +90,7 @@ def _figures(entries: Sequence[Entry], results: Mapping[str, Any]) -> list[str]:
         "",
         plain(" ".join(sentence for sentence in sentences if sentence)),
         "",
-        *table(["Folder", *(column.heading for column in columns)], cells),
+        *table(["Folder", *(["Trained as"] if several else []), *(column.heading for column in columns)], cells),
     ]
 
 

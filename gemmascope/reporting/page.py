@@ -16,6 +16,8 @@ from .results import (
     formatted,
     furthest_from_target,
     judged_on,
+    kind_of,
+    kinds_of,
     name_of,
     summary,
     title_of,
@@ -63,6 +65,11 @@ dd { margin: 0; max-width: 46rem; }
 MOST_WARNINGS = 50
 
 METRICS = {
+    "Kind": "Which latents fire. jumprelu: those above a threshold each, learnt through a penalty on L0; relu: those "
+    "above 0, under an L1 penalty; gated: as relu, with magnitudes of their own; topk: the k largest of each token; "
+    "batchtopk: as many on average over a batch, by a threshold afterwards; matryoshka: the same, where the first "
+    "latents must also do alone.",
+    "k": "Active latents a token that the SAE was given: of each (topk), or on average (batchtopk, matryoshka).",
     "Target L0": "The L0 that the training of the SAE aimed at.",
     "L0 coefficient": "λ, the weight of the sparsity penalty.",
     "Seed": "Of the weights that the SAE started from.",
@@ -148,11 +155,15 @@ def facts(rows: Iterable[tuple[str, Any]]) -> str:
 def sae_table(saes: list[Mapping[str, Any]]) -> str:
     columns = columns_of(saes)
     head = "".join(f"<th scope=col>{escape(column.heading)}</th>" for column in columns)
+    several = bool(kinds_of(saes))
     rows, previous = [], None
     for sae in saes:
         wins = beats_pca(sae)
         cells = [f"<td class=name data-name=Site>{escape(sae['site'])}</td>"]
-        cells += [f'<td data-name="{key.capitalize()}">{sae[key]}</td>' for key in ("layer", "width")]
+        cells.append(f"<td data-name=Layer>{sae['layer']}</td>")
+        if several:
+            cells.append(f"<td class=name data-name=Kind>{escape(kind_of(sae))}</td>")
+        cells.append(f"<td data-name=Width>{sae['width']}</td>")
         for column in columns:
             text, kind = formatted(sae.get(column.key), column.form), ""
             if column.key == "fvu":
@@ -160,9 +171,10 @@ def sae_table(saes: list[Mapping[str, Any]]) -> str:
             cells.append(f'<td{kind} data-name="{escape(column.heading)}">{escape(text)}</td>')
         rows.append(f"<tr{' class=first' if sae['layer'] != previous else ''}>{''.join(cells)}</tr>")
         previous = sae["layer"]
+    kind_head = "<th scope=col class=name>Kind</th>" if several else ""
     return (
         f"<table class=saes>\n<thead><tr><th scope=col class=name>Site</th><th scope=col>Layer</th>"
-        f"<th scope=col>Width</th>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
+        f"{kind_head}<th scope=col>Width</th>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
     )
 
 
@@ -187,9 +199,10 @@ def reload_code(run_dir: Path, saes: list[Mapping[str, Any]]) -> str:
     best = min(saes, key=lambda sae: sae["fvu"] / max(sae["pca_fvu"], 1e-12))
     path = str(best.get("path", ""))
     inside = run_dir / path
+    load, what = ("load_sae", "load_sae") if kinds_of(saes) else ("JumpReLUSAE", "JumpReLUSAE.load")
     return (
-        "from gemmascope import JumpReLUSAE\n\n"
-        f"sae = JumpReLUSAE.load({str(inside if os.path.exists(inside) else Path(path))!r})\n"
+        f"from gemmascope import {load}\n\n"
+        f"sae = {what}({str(inside if os.path.exists(inside) else Path(path))!r})\n"
         "f = sae.encode(x)       # x: activations of the site, [..., d_model]; f: [..., d_sae], mostly zeros\n"
         "x_hat = sae.decode(f)   # the reconstruction, [..., d_model]"
     )
@@ -198,6 +211,8 @@ def reload_code(run_dir: Path, saes: list[Mapping[str, Any]]) -> str:
 def glossary(saes: list[Mapping[str, Any]], model: Mapping[str, Any]) -> str:
     """What the figures shown mean."""
     headings = {"Site", "Width", *(column.heading for column in columns_of(saes))}
+    if kinds_of(saes):
+        headings.add("Kind")
     if any(heading.endswith(", all tokens") for heading in headings):
         headings.add("all tokens")
     if model.get("bigram_loss") is not None:
@@ -248,8 +263,9 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
     if seconds:
         sections.append(("Time, in seconds", facts((name.replace("_", " "), value) for name, value in seconds.items())))
     content = "\n".join(section(*titled) for titled in sections)
+    what = "Sparse autoencoders" if kinds_of(saes) else "JumpReLU sparse autoencoders"
     body = f"""<h1>{escape(title)}</h1>
-<p>JumpReLU sparse autoencoders (SAEs) rewrite each activation of a language model as a few active
+<p>{what} (SAEs) rewrite each activation of a language model as a few active
 <em>latents</em>. This page shows how sparse and how faithful those of this run are, and what the model loses by
 them.</p>
 {key_figures(results)}

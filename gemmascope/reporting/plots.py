@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from .log import sae_of
-from .results import name_of, site_of
+from .results import kind_of, kinds_of, name_of, site_of
 
 Item = TypeVar("Item")
 
@@ -25,6 +25,15 @@ SITES = {
     "resid": ("residual stream", "#0072B2", "^"),
 }
 OTHER = ("#CC79A7", "D")
+# Of the kinds of SAE where there are others than JumpReLU ones: marker and line.
+KIND_STYLES: dict[str, tuple[str, Any]] = {
+    "jumprelu": ("o", "-"),
+    "relu": ("v", ":"),
+    "gated": ("s", "--"),
+    "topk": ("^", "-."),
+    "batchtopk": ("D", (0, (5, 1))),
+    "matryoshka": ("P", (0, (1, 1))),
+}
 GREY, LIGHT = "#555555", "#BBBBBB"
 FREQUENT = 0.1
 # What stays readable; figures say what they leave out.
@@ -70,11 +79,12 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 
 
 # What tells the SAEs of one site apart: key of a row of results, and how it is called.
-APART = (("width", "width"), ("target_l0", "target L0"), ("l0_coefficient", "λ"), ("seed", "seed"))
+APART = (("width", "width"), ("target_l0", "target L0"), ("l0_coefficient", "λ"), ("k", "k"), ("seed", "seed"))
 
 
 def variants(saes: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """``saes`` by what tells those of one site apart, such as "target L0 20"; all under "" where no site has two."""
+    """``saes`` by what tells those of one site apart, such as "target L0 20" or "gated, λ 0.1"; all under "" where no
+    site has two."""
     by_site: dict[str, list[Mapping[str, Any]]] = {}
     for sae in saes:
         by_site.setdefault(site_of(sae), []).append(sae)
@@ -83,19 +93,28 @@ def variants(saes: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
         for key, label in APART
         if any(len({sae.get(key) for sae in group}) > 1 for group in by_site.values())
     ]
-    if any(key == "target_l0" for key, _ in keys):
+    present = kinds_of(saes)
+    if any(key == "target_l0" for key, _ in keys) and not present:
         keys = [each for each in keys if each[0] != "l0_coefficient"]
+
+    def value(sae: Mapping[str, Any], key: str) -> float:
+        aimed = key == "l0_coefficient" and sae.get("target_l0") is not None
+        return -1.0 if sae.get(key) is None or aimed else float(sae[key])
+
     found: dict[tuple, list[Mapping[str, Any]]] = {}
     for group in by_site.values():
         seen: dict[tuple, int] = {}
         for sae in group:
-            values = tuple(-1.0 if sae.get(key) is None else float(sae[key]) for key, _ in keys)
+            kind = float(present.index(kind_of(sae))) if present else 0.0
+            values = (kind, *(value(sae, key) for key, _ in keys))
             seen[values] = seen.get(values, 0) + 1
             found.setdefault((*values, seen[values]), []).append(sae)
 
     def label(values: tuple) -> str:
-        parts = [f"{name} {value:g}" for (_, name), value in zip(keys, values, strict=False) if value >= 0]
-        return ", ".join([*parts, *([f"no. {values[-1]}"] if values[-1] > 1 else [])])
+        parts = [f"{name} {each:g}" for (_, name), each in zip(keys, values[1:], strict=False) if each >= 0]
+        return ", ".join(
+            [*present[int(values[0]) : int(values[0]) + 1], *parts, *([f"no. {values[-1]}"] if values[-1] > 1 else [])]
+        )
 
     return {label(values): found[values] for values in sorted(found)}
 
@@ -197,7 +216,8 @@ def training_curves(saes: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str
 
 
 def l0_against_fvu(saes: Sequence[Mapping[str, Any]]) -> Figure:
-    """Every SAE as a filled mark over PCA of the same rank as a hollow one, and a curve through those of a site.
+    """Every SAE as a filled mark over PCA of the same rank as a hollow one, and a curve through those of one kind at a
+    site. Marks and lines tell the kinds of SAE where there are several.
 
     Many SAEs have a panel for each kind of site, where colours tell the layers."""
     by_kind = len(saes) > MOST_LABELLED
@@ -205,17 +225,20 @@ def l0_against_fvu(saes: Sequence[Mapping[str, Any]]) -> Figure:
     figure = new_figure(3.8 * len(panels) + 0.6 if by_kind else 8.4, 5.4)
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
     colours = layer_colours(sorted({sae["layer"] for sae in saes}))
-    sites: dict[str, list[Mapping[str, Any]]] = {}
+    present = kinds_of(saes)
+    sites: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for sae in saes:
         if sae["l0"] and sae["fvu"] and sae["fvu"] > 0 and sae["l0"] > 0:
-            sites.setdefault(site_of(sae), []).append(sae)
-    for of_site in sites.values():
+            sites.setdefault((site_of(sae), kind_of(sae)), []).append(sae)
+    for (_, kind), of_site in sites.items():
         of_site.sort(key=lambda sae: sae["l0"])
         site, layer = of_site[0]["site"], of_site[0]["layer"]
         axes = grid[panels.index(site)] if by_kind else grid[0]
         colour, marker = (colours[layer], site_style(site)[1]) if by_kind else site_style(site)
+        marker, line = KIND_STYLES[kind] if present else (marker, "-")
         if len(of_site) > 1:
-            axes.plot([sae["l0"] for sae in of_site], [sae["fvu"] for sae in of_site], color=colour, linewidth=1.2)
+            points = [sae["l0"] for sae in of_site], [sae["fvu"] for sae in of_site]
+            axes.plot(*points, color=colour, linewidth=1.2, linestyle=line)
         for sae in of_site:
             l0, fvu, pca = sae["l0"], sae["fvu"], sae["pca_fvu"]
             if pca and pca > 0:
@@ -240,6 +263,9 @@ def l0_against_fvu(saes: Sequence[Mapping[str, Any]]) -> Figure:
     for site in () if by_kind else kinds(saes):
         colour, marker = site_style(site)
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", markersize=8, label=site_title(site)))
+    for kind in present:
+        marker, line = KIND_STYLES[kind]
+        handles.append(Line2D([], [], color=GREY, marker=marker, linestyle=line, label=kind))
     handles.append(
         Line2D([], [], markeredgecolor=GREY, markerfacecolor="white", marker="o", linestyle="", label="PCA, same rank")
     )

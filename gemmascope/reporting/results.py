@@ -7,7 +7,7 @@ all files they may be damaged or hostile, and what comes out of here can be draw
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ..errors import BadFileError
 from ..formats.arrays import Header, printable, read_npz
 from ..formats.files import as_path, atomic_write, read_json, shown
 from ..runs import check_finished
+from ..training.config import KINDS
 from .log import TRAIN_LOG, is_figure, read_rows
 
 RESULTS, FREQUENCIES = "results.json", "frequencies.npz"
@@ -28,8 +29,8 @@ MAX_MESSAGES = 10_000
 
 PLOTS = {
     "training_curves": "Fidelity and sparsity of each SAE while it trained, measured on the training batches.",
-    "l0_fvu": "On held-out tokens. Filled marks: the SAEs, a line through those of one site. Hollow marks: PCA with as "
-    "many components as the SAE has active latents. An SAE beats PCA where it lies below its hollow mark.",
+    "l0_fvu": "On held-out tokens. Filled marks: the SAEs, a line through those of one kind at one site. Hollow marks: "
+    "PCA with as many components as the SAE has active latents. An SAE beats PCA where it lies below its hollow mark.",
     "firing_frequency": "Latents by the share of held-out tokens on which they fire. The grey bar counts those that "
     "never fired; those right of the dashed line fire on more than a tenth of all tokens.",
     "delta_loss": "How much worse the language model predicts held-out text with the site replaced by the SAE's "
@@ -53,6 +54,7 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("target_l0", "target", "Target L0", "g", optional=True),
     Column("l0_coefficient", None, "L0 coefficient", ".3g", optional=True),
+    Column("k", "k", "k", "g", optional=True),
     Column("seed", None, "Seed", ".0f", optional=True),
     Column("l0", "L0", "L0", ".1f"),
     Column("fvu", "FVU", "FVU", ".3f"),
@@ -125,9 +127,12 @@ def _checked_sae(path: str, position: int, sae: Any) -> dict[str, Any]:
             raise BadFileError(f"{where}: expected an integer {key!r}, found {sae.get(key)!r:.40}")
     if not isinstance(sae.get("name", ""), str):
         raise BadFileError(f"{where}: expected a string 'name', found {sae['name']!r:.40}")
+    if kind_of(sae) not in KINDS:
+        raise BadFileError(f"{where}: expected a 'kind' of {', '.join(KINDS)}, found {sae['kind']!r:.40}")
     sae = {
         **sae,
         "name": name_of(sae),
+        "kind": kind_of(sae),
         **{column.key: _number(where, column.key, sae.get(column.key)) for column in COLUMNS},
     }
     for key in REQUIRED_NUMBERS:
@@ -190,13 +195,25 @@ def name_of(sae: Mapping[str, Any]) -> str:
     return sae.get("name") or site_of(sae)
 
 
+def kind_of(sae: Mapping[str, Any]) -> str:
+    """The kind of the SAE of a row of results; that of Gemma Scope where it says none."""
+    return sae.get("kind", "jumprelu")
+
+
+def kinds_of(saes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Those of ``saes``, in the order of `KINDS`, where they are worth a word: unless all are JumpReLU SAEs."""
+    present = {kind_of(sae) for sae in saes}
+    return [] if present <= {"jumprelu"} else [kind for kind in KINDS if kind in present]
+
+
 def columns_of(saes: Sequence[Mapping[str, Any]]) -> list[Column]:
     """The columns of a table of ``saes``: those that are not optional, or of which one of them has a figure. A recipe
-    that is the same for all is left out, and so is the L0 coefficient where SAEs aim at an L0."""
+    that is the same for all is left out, and so is the L0 coefficient where all SAEs that have one aim at an L0."""
     present = {column.key for column in COLUMNS if any(sae.get(column.key) is not None for sae in saes)}
     shown = [column for column in COLUMNS if not column.optional or column.key in present]
     same = {key for key in ("seed", "l0_coefficient") if len({sae.get(key) for sae in saes}) == 1}
-    hidden = same | ({"l0_coefficient"} if "target_l0" in present else set())
+    by_coefficient = any(sae.get("target_l0") is None and sae.get("l0_coefficient") is not None for sae in saes)
+    hidden = same | (set() if by_coefficient else {"l0_coefficient"})
     return [column for column in shown if column.key not in hidden]
 
 

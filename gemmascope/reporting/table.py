@@ -3,7 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .results import Column, beats_pca, columns_of, formatted, furthest_from_target, judged_on, summary
+from .results import (
+    Column,
+    beats_pca,
+    columns_of,
+    formatted,
+    furthest_from_target,
+    judged_on,
+    kind_of,
+    kinds_of,
+    summary,
+)
 
 if TYPE_CHECKING:
     import rich.table
@@ -21,7 +31,8 @@ def columns_that_fit(saes: Sequence[Mapping[str, Any]]) -> tuple[list[Column], l
     def width(column: Column) -> int:
         return GAP + max(len(column.short or ""), *(len(formatted(sae.get(column.key), column.form)) for sae in saes))
 
-    fixed = {key: max(len(key), *(len(str(sae[key])) for sae in saes)) for key in ("site", "layer", "width")}
+    keys = ("site", "layer", *(["kind"] if kinds_of(saes) else []), "width")
+    fixed = {key: max(len(key), *(len(str(sae.get(key, ""))) for sae in saes)) for key in keys}
     names = sum(GAP + size for size in fixed.values()) + GAP + 1  # with that of the ✓
     left_out = []
     for key in LEAVES_OUT:
@@ -61,8 +72,10 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
         caption_justify="left",
     )
     table.add_column("site", no_wrap=True)
-    for heading in ("layer", "width"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("layer", justify="right", no_wrap=True)
+    if several := bool(kinds_of(saes)):
+        table.add_column("kind", no_wrap=True)
+    table.add_column("width", justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column.short or "", justify="right", no_wrap=True)
         if column.key == "pca_fvu":
@@ -77,6 +90,6 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
             elif column.key == "pca_fvu":
                 cells.append(rich.text.Text("✓" if wins else "✗", style="green" if wins else "red"))
         ends_layer = index + 1 < len(saes) and saes[index + 1]["layer"] != sae["layer"]
-        name = rich.text.Text(sae["site"])
-        table.add_row(name, str(sae["layer"]), str(sae["width"]), *cells, end_section=ends_layer)
+        name, kind = rich.text.Text(sae["site"]), [kind_of(sae)] if several else []
+        table.add_row(name, str(sae["layer"]), *kind, str(sae["width"]), *cells, end_section=ends_layer)
     return table

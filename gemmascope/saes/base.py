@@ -20,6 +20,12 @@ from ..formats.stored import StoredSAE, keys_of, problem_in_numbers
 from ..kernels import SparseCode
 from .codec import Codec
 
+# What an SAE of each architecture may have been trained as; first, what it is where it does not say.
+KINDS_OF: Mapping[str, tuple[str, ...]] = {
+    "jump_relu": ("jumprelu", "relu", "gated", "batchtopk", "matryoshka"),
+    "topk": ("topk",),
+}
+
 
 class BaseSAE(Codec):
     """One encoder, one decoder, an input scale C and a pre-encoder bias.
@@ -83,6 +89,14 @@ class BaseSAE(Codec):
     @property
     def d_model(self) -> int:
         return self.W_dec.shape[1]
+
+    @property
+    def kind(self) -> str:
+        """As what it was trained: `jumprelu`, `relu`, `gated`, `topk`, `batchtopk` or `matryoshka`, by the ``kind`` in
+        its metadata where that names one which comes out as an SAE of this class, else that of the class."""
+        kinds = KINDS_OF.get(self.ARCHITECTURE, (self.ARCHITECTURE,))
+        said = self.metadata.get("kind")
+        return said if said in kinds else kinds[0]
 
     @property
     def is_folded(self) -> bool:

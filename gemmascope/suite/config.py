@@ -19,6 +19,7 @@ TypeError naming the key in full: ``suite.sae[1].d_sae: expected at least 1, got
 
 import dataclasses
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from ..checks import check_choice, check_int, check_number, check_type
 from ..kernels import dispatch, validation
 from ..sites import Site
 from ..training import TrainConfig
-from ..training.config import LARGEST_SEED, LOSS_FIELDS
+from ..training.config import KINDS, LARGEST_SEED, LOSS_FIELDS, SPARSITIES_OF, TARGETED, TOP_K
 from ..training.spec import SAESpec
 from .presets import BATCH_SIZES, RECIPES, preset_tables, recipe
 from .selection import Candidate, listing, matching, named
@@ -49,9 +50,11 @@ LARGEST_FORWARD = 1 << 24
 LARGEST_D_SAE = 1 << 24
 MOST_SAES = 10_000
 
+# What decides how many latents fire; each may be a list of several.
+AIMS = ("target_l0", "l0_coefficient", "k")
 # A block's own keys besides; those of the recipe that the suite decides have no place in one.
 _OF_THE_SUITE = {"steps": "tokens", "batch_size": "batch_size of [suite]", "loss": "the names of its numbers"}
-_OF_THE_BLOCK = ("d_sae", "seed", "target_l0", "l0_coefficient")
+_OF_THE_BLOCK = ("d_sae", "seed", *AIMS)
 RECIPE_FIELDS = frozenset(
     {*(each.name for each in dataclasses.fields(TrainConfig)), *LOSS_FIELDS} - {*_OF_THE_SUITE, *_OF_THE_BLOCK}
 )
@@ -193,9 +196,12 @@ class ActivationsSection(_Section):
 
 @dataclass(frozen=True)
 class SAEBlock(_Section):
-    """SAEs of one width: one for each site and each combination of ``target_l0``, ``l0_coefficient`` and ``seed``.
+    """SAEs of one width: one for each site and each combination of ``target_l0``, ``l0_coefficient``, ``k`` and
+    ``seed``.
 
-    In a file the ``numbers`` of its recipe, fields of `TrainConfig` and `Loss`, stand beside the others.
+    In a file the ``numbers`` of its recipe, fields of `TrainConfig` and `Loss`, stand beside the others: ``kind`` too,
+    which says what else there must be. A jumprelu SAE aims at a ``target_l0`` or has an ``l0_coefficient``, relu and
+    gated ones have an ``l0_coefficient``, and topk, batchtopk and matryoshka ones ``k``, the last also ``prefixes``.
     """
 
     d_sae: int
@@ -203,6 +209,7 @@ class SAEBlock(_Section):
     """Patterns of sites among those of ``suite.sites``, where that is given; by default all of those."""
     target_l0: tuple[float, ...] = ()
     l0_coefficient: tuple[float, ...] = ()
+    k: tuple[int, ...] = ()
     seed: tuple[int, ...] = ()
     """By default the suite's."""
     tokens: int | None = None
@@ -219,6 +226,7 @@ class SAEBlock(_Section):
         self._put("sites", _texts("sites", self.sites))
         self._put("target_l0", _numbers("target_l0", self.target_l0, 0, open_low=True))
         self._put("l0_coefficient", _numbers("l0_coefficient", self.l0_coefficient, 0))
+        self._put("k", _numbers("k", self.k, 1, whole=True))
         self._put("seed", _numbers("seed", self.seed, 0, whole=True))
         if self.tokens is not None:
             self._put("tokens", as_count("tokens", self.tokens))
@@ -233,7 +241,7 @@ class SAEBlock(_Section):
     @property
     def size(self) -> int:
         """SAEs at each site."""
-        return max(1, len(self.target_l0)) * max(1, len(self.l0_coefficient)) * max(1, len(self.seed))
+        return math.prod(max(1, len(each)) for each in (self.target_l0, self.l0_coefficient, self.k, self.seed))
 
     @classmethod
     def of_table(cls, key: str, table: Any) -> "SAEBlock":
@@ -251,6 +259,29 @@ class SAEBlock(_Section):
 def _check_numbers(key: str, numbers: Any) -> None:
     _refuse_the_suites(key, numbers)
     check_keys(key, numbers, RECIPE_FIELDS)
+
+
+def _check_aims(key: str, block: SAEBlock, kind: Any, name: str) -> None:
+    """Raise ValueError unless ``block`` of the recipe ``name`` aims at what its ``kind`` can aim at."""
+    if kind not in KINDS:
+        return  # refused, with its name, by `TrainConfig`
+    of_kind, targeted = f"with kind = {kind!r}", bool({*SPARSITIES_OF[kind]} & {*TARGETED})
+    allowed = ("k",) if kind in TOP_K else ("target_l0", "l0_coefficient") if targeted else ("l0_coefficient",)
+    for each in AIMS:
+        if each not in allowed and getattr(block, each):
+            expected = f"{' or '.join(allowed)} in its place {of_kind}"
+            raise ValueError(f"{key}.{each}: expected {expected}, got {_brief(getattr(block, each))}")
+    if not any(getattr(block, each) for each in allowed) and (name == "small" or kind in TOP_K):
+        if targeted:
+            raise ValueError(f"{key}.target_l0: expected one, or an l0_coefficient, with recipe = 'small', got neither")
+        raise ValueError(f"{key}.{allowed[0]}: expected one, or several, {of_kind}, got none")
+    for each in ("aux_k", "aux_coefficient"):
+        if each in block.numbers and kind not in TOP_K:
+            raise ValueError(f"{key}.{each}: expected none {of_kind}, got {block.numbers[each]!r:.40}")
+
+
+def _brief(values: Sequence[float]) -> str:
+    return ", ".join(f"{each:g}" for each in values)
 
 
 def _refuse_the_suites(key: str, table: Any) -> None:
@@ -305,18 +336,14 @@ class SuiteSection(_Section):
                 pass
 
     def recipes(self, index: int) -> Iterator[TrainConfig]:
-        """Those of block ``index``, the last of target L0, λ and seed changing fastest."""
+        """Those of block ``index``, the last of target L0, λ, k and seed changing fastest."""
         block, key = self.sae[index], f"sae[{index}]"
         numbers = {**self.training, **block.numbers}
         steps = (block.tokens or self.tokens) // self.batch_size
-        if self.recipe == "small" and not (block.target_l0 or block.l0_coefficient):
-            raise ValueError(f"{key}.target_l0: expected one, or an l0_coefficient, with recipe = 'small', got neither")
-        for target, coefficient, seed in itertools.product(
-            block.target_l0 or (None,), block.l0_coefficient or (None,), block.seed or (self.seed,)
-        ):
-            aim = {"target_l0": target} if target is not None else {}
-            if coefficient is not None:
-                aim["l0_coefficient"] = coefficient
+        _check_aims(key, block, numbers.get("kind", "jumprelu"), self.recipe)
+        aims = (getattr(block, name) or (None,) for name in AIMS)
+        for *values, seed in itertools.product(*aims, block.seed or (self.seed,)):
+            aim = {name: value for name, value in zip(AIMS, values, strict=True) if value is not None}
             size = {"d_sae": block.d_sae, "batch_size": self.batch_size, "seed": seed}
             try:
                 config = recipe(self.recipe, steps=steps, **size, **aim, **numbers)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..activations import stream
 from ..activations.outliers import are_outliers, norms_of
-from ..formats.release import gemma_scope_path
+from ..formats.release import NPZ, SAFETENSORS, gemma_scope_path
 from ..saes.base import BaseSAE
 from ..sites import Site
 from ..training.spec import SAESpec
@@ -55,12 +56,15 @@ def save_suite(
     folded: Mapping[str, BaseSAE],
     l0: Mapping[str, tuple[float, int]],
     facts: Mapping[str, Any],
+    of_each: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Path]:
-    """Save the folded SAEs {name: SAE} in Gemma Scope 1's layout, in the place of all that was in ``folder``.
+    """Save the folded SAEs {name: SAE}, in the place of all that was in ``folder``.
 
-    ``KIND/layer_L/width_W/average_l0_L0/params.npz``; where two would have one name, the second is
+    JumpReLU SAEs in Gemma Scope 1's layout, ``SITE/layer_L/width_W/average_l0_L0/params.npz``, those that were trained
+    as another kind in a folder of that name, ``width_W/gated/average_l0_L0/params.npz``; TopK SAEs, for which that
+    layout has no word, as ``width_W/topk/k_K/params.safetensors``. Where two would have one name, the second is
     ``average_l0_L0_2`` and so on, in the order of ``specs``. ``facts`` go into the metadata of each, with what it was
-    trained for and its ``l0`` {name: (mean, tokens)}. Returns {name: file}.
+    trained for, its ``l0`` {name: (mean, tokens)} and those of ``of_each`` {name: facts}. Returns {name: file}.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -69,22 +73,46 @@ def save_suite(
         if spec.name not in folded:
             continue
         sae, (average_l0, tokens) = folded[spec.name], l0[spec.name]
-        sae.metadata |= dict(facts) | {
-            "name": spec.name,
-            "site": spec.site.name,
-            "layer": spec.site.layer,
-            "l0_coefficient": spec.config.loss.l0_coefficient,
-            "target_l0": spec.config.loss.target_l0,
-            "seed": spec.config.seed,
+        sae.metadata |= dict(facts) | recipe_facts(spec) | dict(of_each.get(spec.name, {}))
+        sae.metadata |= {
             "average_l0": average_l0,
             "average_l0_of": "held-out rows",
             "average_l0_tokens": tokens,
         }
-        named = folder / spec.site.kind / gemma_scope_path(spec.site.layer, sae.d_sae, average_l0)
-        path = _free(named, set(paths.values()))
-        sae.save(path)
+        path = _free(folder / spec.site.kind / _path(spec, sae, average_l0), set(paths.values()))
+        sae.save(path if path.suffix == ".npz" else path.parent)
         paths[spec.name] = path
     return paths
+
+
+def recipe_facts(spec: SAESpec) -> dict[str, Any]:
+    """What an SAE was trained for, as its metadata say it; what its kind does not have is None or left out."""
+    config, loss = spec.config, spec.config.loss
+    found = {
+        "name": spec.name,
+        "site": spec.site.name,
+        "layer": spec.site.layer,
+        "kind": config.kind,
+        "l0_coefficient": None if loss.sparsity == "none" else loss.l0_coefficient,
+        "target_l0": loss.target_l0,
+        "seed": config.seed,
+    }
+    if config.k is not None:
+        found["k"] = config.k
+    if config.prefixes:
+        found["prefixes"] = list(config.prefixes)
+    return found
+
+
+def _path(spec: SAESpec, sae: BaseSAE, average_l0: float) -> Path:
+    """Of the weights, below the folder of the kind of site."""
+    path = Path(gemma_scope_path(spec.site.layer, sae.d_sae, average_l0))
+    if spec.config.kind == "jumprelu":
+        return path
+    of_width = path.parents[1] / spec.config.kind
+    if sae.ARCHITECTURE != "jump_relu":
+        return of_width / f"k_{spec.config.k}" / SAFETENSORS
+    return of_width / path.parent.name / NPZ
 
 
 def _free(path: Path, taken: set[Path]) -> Path:

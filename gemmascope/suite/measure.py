@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from ..sites import Capture, Site, evaluating
 from ..sites.decoder import find_decoder, input_device
 from ..training import SAETrainer, TrainConfig
+from ..training.config import TOP_K
 
 BUDGET = 1.0
 # A larger SAE or batch is timed at a part of its size: what it takes is nearly proportional to both.
@@ -66,7 +67,7 @@ class Stopwatch:
 def _step_seconds(config: TrainConfig, width: int, device: torch.device, impl: str) -> float:
     """At the L0 that the config aims at: the first steps of a training, in which half of the latents fire, take longer,
     but there are few of them."""
-    l0 = min(config.d_sae / 2, config.loss.target_l0 or TYPICAL_L0)
+    l0 = min(config.d_sae / 2, config.k or config.loss.target_l0 or TYPICAL_L0)
     d_sae = min(config.d_sae, max(256, MOST_WEIGHTS // width))
     products = MOST_PRODUCTS.get(device.type, MOST_PRODUCTS["cpu"])
     batch_size = min(config.batch_size, max(64, products // (width * d_sae)))
@@ -74,9 +75,10 @@ def _step_seconds(config: TrainConfig, width: int, device: torch.device, impl: s
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(batch_size, width, generator=generator, dtype=torch.float32, device="cpu").to(device)
     plain = {"steps": 1_000_000, "lr_warmup_steps": 1000, "lr_decay_steps": 0, "l0_warmup_steps": 1000}
-    changes = {"d_sae": d_sae, "batch_size": batch_size, "target_l0": config.loss.target_l0 and l0}
-    trainer = SAETrainer(config.changed(**changes, **plain), x, impl=impl, device=device)
-    _set_l0(trainer, x, l0)
+    changes = {"batch_size": batch_size, "target_l0": config.loss.target_l0 and l0}
+    trainer = SAETrainer(narrowed(config, d_sae).changed(**changes, **plain), x, impl=impl, device=device)
+    if config.kind not in TOP_K:  # of which k fire anyway
+        _set_l0(trainer, x, l0)
 
     def step() -> None:
         trainer.update(x)
@@ -87,13 +89,29 @@ def _step_seconds(config: TrainConfig, width: int, device: torch.device, impl: s
     return _seconds(step, device, BUDGET) * (config.d_sae / d_sae) * (config.batch_size / batch_size)
 
 
+def narrowed(config: TrainConfig, d_sae: int) -> TrainConfig:
+    """The same with ``d_sae`` latents, no more than it has; prefixes keep their shares of them."""
+    changes: dict[str, Any] = {"d_sae": d_sae}
+    if d_sae < config.d_sae:
+        target, k = config.loss.target_l0, config.k
+        changes["target_l0"] = None if target is None else min(target, d_sae)
+        changes["k"] = None if k is None else max(1, min(k, d_sae))
+        shares = {max(1, prefix * d_sae // config.d_sae) for prefix in config.prefixes}
+        changes["prefixes"] = tuple(sorted(shares))
+    return config.changed(**changes)
+
+
 @torch.no_grad()
 def _set_l0(trainer: SAETrainer, x: torch.Tensor, l0: float) -> None:
     sae = trainer.sae
     few = x[:64] / sae.input_scale
     z = (few - sae.b_dec) @ sae.W_enc + sae.b_enc
     kept = max(1, round(l0 * len(few)))
-    trainer.state.threshold.fill_(z.flatten().topk(kept).values[-1].clamp(min=1e-6))
+    border = z.flatten().topk(kept).values[-1].clamp(min=1e-6)
+    if trainer.config.kind == "jumprelu":
+        trainer.state.threshold.fill_(border)
+    else:
+        sae.b_enc.sub_(border)
 
 
 def _seconds(run: Callable[[], None], device: torch.device, budget: float) -> float:

@@ -14,7 +14,7 @@ from ..training.memory import GIB
 from ..training.spec import SAESpec
 from .config import SuiteConfig
 from .machine import Machine
-from .measure import Measure, Stopwatch
+from .measure import Measure, Stopwatch, narrowed
 from .memory import CHECKPOINT, DEVICE, DISK, HOST, TOKEN_BYTES, ModelSizes, Needs, needs
 from .model import Loaded
 from .selection import listing
@@ -273,7 +273,8 @@ def _measured(
     total = 0.0
     for spec in specs:
         width, recipe = model.widths[spec.site], spec.config
-        shape = (width, recipe.d_sae, recipe.compute_dtype, recipe.route, recipe.loss.target_l0)
+        of_kind = recipe.kind, recipe.k, recipe.prefixes, recipe.aux_k, recipe.aux_coefficient
+        shape = (width, recipe.d_sae, recipe.compute_dtype, recipe.route, recipe.loss.target_l0, *of_kind)
         if shape not in found:
             found[shape] = measure.step(recipe, width, machine.device, config.run.impl, threads=1)
         total += found[shape] * recipe.steps
@@ -392,14 +393,13 @@ class _Budget:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, activations=changed))
 
     def _narrowed(self, d_sae: int) -> "_Budget | None":
-        """With no SAE wider than that; None where one could not reach its target L0."""
+        """With no SAE wider than that; None where one could not reach its target L0, or its k."""
         specs = []
         for spec in self.specs:
-            target = spec.config.loss.target_l0
-            if target is not None and target > d_sae:
+            aim = spec.config.loss.target_l0 or spec.config.k
+            if aim is not None and aim > d_sae:
                 return None
-            narrow = spec.config.changed(d_sae=min(d_sae, spec.config.d_sae))
-            specs.append(dataclasses.replace(spec, config=narrow))
+            specs.append(dataclasses.replace(spec, config=narrowed(spec.config, min(d_sae, spec.config.d_sae))))
         return dataclasses.replace(self, specs=tuple(specs))
 
     def _most(self, ring: str) -> int:
@@ -436,16 +436,28 @@ def _memory(plan: Plan, where: str) -> list[str]:
     return [heading, *_aligned([*rows, ("total", _bytes(plan.needs.total(where)) + of)], indent="  ")]
 
 
+# Vectors of a number for each latent: biases, thresholds and, of gated SAEs, the scales of the magnitudes.
+VECTORS = {"jumprelu": 2, "gated": 3}
+
+
 def _parameters(spec: SAESpec, widths: Mapping[Site, int]) -> int:
     width, d_sae = widths[spec.site], spec.config.d_sae
-    return 2 * width * d_sae + 2 * d_sae + width
+    return 2 * width * d_sae + VECTORS.get(spec.config.kind, 1) * d_sae + width
 
 
 def _aims(specs: Sequence[SAESpec]) -> str:
-    targets = sorted({spec.config.loss.target_l0 for spec in specs if spec.config.loss.target_l0 is not None})
-    coefficients = sorted({spec.config.loss.l0_coefficient for spec in specs if spec.config.loss.target_l0 is None})
-    parts = [f"L0 {', '.join(f'{each:g}' for each in targets)}"] if targets else []
-    return "; ".join(parts + ([f"λ {', '.join(f'{each:g}' for each in coefficients)}"] if coefficients else []))
+    """Of each kind: ``L0 20, 80; gated λ 0.1; topk k 20``."""
+    found: dict[tuple[str, str], set[float]] = {}
+    for spec in specs:
+        config, loss = spec.config, spec.config.loss
+        kind = "" if config.kind == "jumprelu" else f"{config.kind} "
+        target, coefficient = loss.target_l0, loss.l0_coefficient
+        aim = ("k", config.k) if config.k is not None else ("λ", coefficient) if target is None else ("L0", target)
+        found.setdefault((kind, aim[0]), set()).add(aim[1])
+    order = sorted(found, key=lambda each: (each[0] != "", each[1] != "L0"))
+    return "; ".join(
+        f"{kind}{aim} {', '.join(f'{each:g}' for each in sorted(found[kind, aim]))}" for kind, aim in order
+    )
 
 
 def _aligned(rows: Sequence[tuple[str, str]], indent: str = "") -> list[str]:

@@ -92,9 +92,13 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
 
     small: `TrainConfig.small`; without a ``target_l0`` its penalty is λ·L0.
     gemma-scope: arXiv 2408.05147 §3.2; with a ``target_l0``, the quadratic L0 of each token of Gemma Scope 2.
+    Another ``kind`` than jumprelu has the schedules, rates and units of either, and the penalty of its kind.
     """
     check_choice("recipe", name, RECIPES)
+    of_recipe = TrainConfig.gemma_scope if name == "gemma-scope" else TrainConfig.small
+    if changes.get("kind", "jumprelu") != "jumprelu":
+        return of_recipe(**changes)
     aimed = changes.get("target_l0") is not None
     if name == "gemma-scope":
-        return TrainConfig.gemma_scope(**({"sparsity": "quadratic_l0"} if aimed else {}) | changes)
-    return TrainConfig.small(**({} if aimed else {"sparsity": "l0"}) | changes)
+        return of_recipe(**({"sparsity": "quadratic_l0"} if aimed else {}) | changes)
+    return of_recipe(**({} if aimed else {"sparsity": "l0"}) | changes)

@@ -79,7 +79,8 @@ class Candidate:
 def named(candidates: Sequence[Candidate]) -> tuple[SAESpec, ...]:
     """The candidates with names, in their order: ``layer_9/resid/width_2560/target_l0_40``, or with λ,
     ``…/l0_coefficient_0.001``, where none is aimed at; then what else they differ in from those of the same name
-    (``/seed_1``), then the label.
+    (``/seed_1``), then the label. Those of another kind than jumprelu have it behind their site, and k where they have
+    one: ``layer_9/resid/topk/width_2560/k_40``.
 
     Raises ValueError for the same SAE twice and for two that only ``init_from`` tells apart.
     """
@@ -105,9 +106,10 @@ def _refuse_twin(name: str, first: Candidate, second: Candidate) -> None:
 
 
 def _base(candidate: Candidate) -> str:
-    loss = candidate.config.loss
-    aim = "target_l0" if loss.sparsity in TARGETED else "l0_coefficient"
-    return f"{candidate.site}/width_{candidate.config.d_sae}/{aim}_{_text(getattr(loss, aim))}"
+    config = candidate.config
+    kind = "" if config.kind == "jumprelu" else f"/{config.kind}"
+    aim = "target_l0" if config.loss.sparsity in TARGETED else "l0_coefficient" if config.k is None else "k"
+    return f"{candidate.site}{kind}/width_{config.d_sae}/{aim}_{_text(_settings(config)[aim])}"
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -132,4 +134,6 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
+    if isinstance(value, tuple):
+        return "-".join(map(_text, value))
     return str(value).lower()
