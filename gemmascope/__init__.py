@@ -9,12 +9,22 @@ if TYPE_CHECKING:
     from .activations import harvest
     from .evaluation import evaluate_sae, evaluate_splice
     from .kernels import SparseCode
-    from .saes import JumpReLUSAE, TopKSAE, Transcoder, accelerate, decelerate, load_pretrained_sae, load_sae
+    from .saes import (
+        GatedSAE,
+        JumpReLUSAE,
+        TopKSAE,
+        Transcoder,
+        accelerate,
+        decelerate,
+        load_pretrained_sae,
+        load_sae,
+    )
     from .sites import Capture, Site, attach
     from .training import Loss, SAETrainer, TrainConfig, sparse_loss, train
 
 __all__ = [
     "Capture",
+    "GatedSAE",
     "JumpReLUSAE",
     "Loss",
     "SAETrainer",
@@ -42,7 +52,7 @@ if not TYPE_CHECKING:
         "evaluation": ("evaluate_sae", "evaluate_splice"),
         "kernels": ("SparseCode",),
         "saes": (
-            *("JumpReLUSAE", "TopKSAE", "Transcoder", "accelerate", "decelerate"),
+            *("GatedSAE", "JumpReLUSAE", "TopKSAE", "Transcoder", "accelerate", "decelerate"),
             *("load_pretrained_sae", "load_sae"),
         ),
         "sites": ("Capture", "Site", "attach"),

@@ -116,7 +116,7 @@ class Objective(NamedTuple):
     # means that there is no such penalty.
     frequency_slope: float | Tensor = 0.0  # t_j = frequency_slope · firing_count_j
     tanh_slope: float | Tensor = 0.0  # adds tanh_slope·(1 − tanh²(tanh_scale·f)) to u: λ·c/N of a penalty λ·tanh(c·f)
-    tanh_scale: float = 0.0
+    tanh_scale: float = 0.0  # with 0 the slope is added as it is: λ/N of a penalty λ·f
     ste_to_z: bool = False
 
 
@@ -149,7 +149,7 @@ class LatentState(NamedTuple):
 
 
 class Penalty(NamedTuple):
-    """The sparsity penalty, a multiple of λ: of l0, of the latents' frequencies, of tanh(c·f)."""
+    """The sparsity penalty, a multiple of λ: of l0, of the latents' frequencies, of tanh(c·f) or f itself."""
 
     coefficient: float | Tensor  # λ, or a 0-d tensor of it on the device
     of_l0: str  # "linear": λ·mean l0_n; "quadratic": λ·factor·mean (l0_n − target)²; "none"
@@ -157,7 +157,7 @@ class Penalty(NamedTuple):
     target: float = 0.0
     of_batch: bool = False  # the mean of the batch takes the place of each l0_n
     frequency_scale: float | None = None  # s of λ·Σ_j p_j²/s, p_j the share of tokens that latent j fires on
-    tanh_scale: float | None = None  # c of λ·mean_n Σ_j tanh(c·f_nj)
+    tanh_scale: float | None = None  # c of λ·mean_n Σ_j tanh(c·f_nj); with c = 0 of λ·mean_n Σ_j f_nj
 
 
 class Centred(NamedTuple):
@@ -173,7 +173,7 @@ class TokenSums(NamedTuple):
     spread: Tensor  # [N] ‖x_n − mean x‖²
     shares: Tensor  # [N] ‖r_n‖²/spread_n, 0 where r_n is
     f_norms: Tensor  # [parts], ‖f‖ is theirs
-    tanh_sums: Tensor | None  # [parts] of tanh(c·f); None without that penalty
+    tanh_sums: Tensor | None  # [parts] of tanh(c·f), or of f; None without that penalty
     residual_sums: Tensor  # [parts, d] of r
 
 

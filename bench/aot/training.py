@@ -381,7 +381,7 @@ def around_the_step_specs(target: str) -> Iterator[Spec]:
             arguments=arguments | ({"tanh_sums_ptr": "*fp32"} if options else {}),
             constants={
                 **({} if options else {"tanh_sums_ptr": None}),
-                **{"OF_L0": "quadratic" if options else "linear", "OF_BATCH": options},
+                **{"OF_L0": "quadratic" if options else "linear", "OF_BATCH": options, "OF_F": False},
                 **{"PARTS": gpu_centring.CONFIG.parts, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d},
                 "BLOCK_E": config.block_e,
             },
@@ -424,7 +424,7 @@ def around_the_step_specs(target: str) -> Iterator[Spec]:
             constants={
                 **({} if options else {"tanh_sums_ptr": None}),
                 **{"OF_L0": "quadratic" if options else "linear", "OF_BATCH": False, "HAS_FREQUENCY": options},
-                **{"STE_TO_Z": options, "HAS_COPIES": True, "HAS_CAPACITY": True, "BLOCK": config.block},
+                **{"OF_F": False, "STE_TO_Z": options, "HAS_COPIES": True, "HAS_CAPACITY": True, "BLOCK": config.block},
             },
             num_warps=config.num_warps,
         )

@@ -1,6 +1,7 @@
 """The sparse autoencoders as torch modules."""
 
 from .accelerate import accelerate, decelerate
+from .gated import GatedSAE
 from .jumprelu import JumpReLUSAE
 from .load import load_pretrained_sae, load_sae
 from .protocol import SparseAutoencoder
@@ -8,6 +9,7 @@ from .topk import TopKSAE
 from .transcoder import Transcoder
 
 __all__ = [
+    "GatedSAE",
     "JumpReLUSAE",
     "SparseAutoencoder",
     "TopKSAE",

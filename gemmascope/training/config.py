@@ -38,6 +38,8 @@ SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3}
 # In units of variance. The L0 rests above its target by about s·FVU/(2λ) of it with `target_l0`, s ≈ 0.3 the slope of
 # log FVU over log L0: a percent or two, whatever the target. A larger λ lets latents die and reconstructs worse.
 SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "target_l0": 1.6}
+# ε of the kinds whose thresholds are 0 and stay there: no entry lies in so narrow a window but a z of 0 itself.
+CLOSED_WINDOW = 1e-30
 SMALLEST_EPS = torch.finfo(torch.float32).tiny
 # Adam moves by at most lr/√(1 − β2), by which factor of e a θ may grow in one update.
 LARGEST_LOG_STEP = 40.0
@@ -364,8 +366,9 @@ class TrainConfig:
         return self.loss.l0_coefficient * share**self.l0_warmup_power
 
     def loss_at(self, step: int) -> Loss:
-        """The loss of update ``step``, counted from 0."""
-        return dataclasses.replace(self.loss, l0_coefficient=self.l0_coefficient_at(step))
+        """The loss of update ``step``, counted from 0. Without thresholds to learn their window is closed."""
+        loss = dataclasses.replace(self.loss, l0_coefficient=self.l0_coefficient_at(step))
+        return loss if self.kind == "jumprelu" else dataclasses.replace(loss, bandwidth=CLOSED_WINDOW)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

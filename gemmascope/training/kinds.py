@@ -1,8 +1,12 @@
 """The SAE that a recipe trains, by its kind."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from ..saes import JumpReLUSAE
+import torch
+from torch import Tensor
+
+from ..saes import GatedSAE, JumpReLUSAE
 from ..saes.base import BaseSAE
 from .config import TrainConfig
 
@@ -13,4 +17,25 @@ def new_sae(config: TrainConfig, d_model: int, **options: Any) -> BaseSAE:
         return JumpReLUSAE(d_model, config.d_sae, threshold_init=config.threshold_init, **options)
     if config.kind == "relu":  # θ = 0, which as log θ never moves
         return JumpReLUSAE(d_model, config.d_sae, threshold_init=0.0, **options)
+    if config.kind == "gated":
+        return GatedSAE(d_model, config.d_sae, **options)
     raise NotImplementedError(config.kind)
+
+
+def of_kind(config: TrainConfig, jumprelu: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The parameters with which an SAE of that kind computes what the JumpReLU SAE of these does (`unfold.unfolded`).
+
+    Gated: r = 0, b_mag = b_enc and b_gate = b_enc − θ, since z > θ is z − θ > 0. Raises ValueError where there are
+    none.
+    """
+    if config.kind == "jumprelu":
+        return jumprelu
+    threshold, b_enc = jumprelu["threshold"], jumprelu["b_enc"]
+    if config.kind == "gated":
+        others = {name: value for name, value in jumprelu.items() if name != "threshold"}
+        return others | {"b_enc": b_enc - threshold, "b_mag": b_enc, "r_mag": torch.zeros_like(b_enc)}
+    if config.kind == "relu" and threshold.any():
+        raise ValueError(
+            f"init_from: expected thresholds of 0 with kind='relu', got one of {threshold.max().item():.4g}"
+        )
+    return jumprelu

@@ -10,12 +10,13 @@ from ..autocast import without_autocast
 from ..checks import check_tensor, check_type, dtype_name
 from ..kernels import Objective, entries, reference
 from ..saes import JumpReLUSAE
+from ..saes.base import BaseSAE
 from .config import Loss
 
 
 def penalty(loss: Loss) -> entries.Penalty:
     """What the sums over tokens and latents need to know of ``loss``."""
-    of_l0, factor = {"l0": "linear", "tanh": "none"}.get(loss.sparsity, "quadratic"), 1.0
+    of_l0, factor = {"l0": "linear", "tanh": "none", "l1": "none", "none": "none"}.get(loss.sparsity, "quadratic"), 1.0
     if loss.target_l0 is not None:
         factor = 2 / loss.target_l0 if loss.sparsity == "quadratic_l0" else loss.target_l0**-2
     return entries.Penalty(
@@ -25,7 +26,7 @@ def penalty(loss: Loss) -> entries.Penalty:
         loss.target_l0 or 0.0,
         of_batch=loss.l0_of == "batch",
         frequency_scale=loss.frequency_scale,
-        tanh_scale=loss.tanh_scale if loss.sparsity == "tanh" else None,
+        tanh_scale={"tanh": loss.tanh_scale, "l1": 0.0}.get(loss.sparsity),
     )
 
 
@@ -42,10 +43,11 @@ def frequency_penalty(loss: Loss, firing_count: Tensor, n: int) -> Tensor | floa
 def objective(loss: Loss, n: int) -> Objective:
     """What the kernels need to know of ``loss``, for a batch of n tokens."""
     scale, tanh = loss.frequency_scale, loss.sparsity == "tanh"
+    slope = loss.l0_coefficient * {"tanh": loss.tanh_scale, "l1": 1.0}.get(loss.sparsity, 0.0)
     return Objective(
         loss.bandwidth,
         frequency_slope=0.0 if scale is None else 2 * loss.l0_coefficient / (scale * n * n),
-        tanh_slope=loss.l0_coefficient * loss.tanh_scale / n if tanh else 0.0,
+        tanh_slope=slope / n,
         tanh_scale=loss.tanh_scale if tanh else 0.0,
         ste_to_z=loss.ste_to_z,
     )
@@ -62,10 +64,10 @@ class LossAndGradients(NamedTuple):
     bound: Tensor  # [] of `kernels.reference.conclusion.gradient_bound`
 
 
-def check_batch(sae: JumpReLUSAE, x: Tensor, loss: Loss) -> None:
+def check_batch(sae: BaseSAE, x: Tensor, loss: Loss, cls: type[BaseSAE] = JumpReLUSAE) -> None:
     """Raise ValueError or TypeError unless ``loss`` can be taken of x [N, d_model], in the dtype and on the device of
-    ``sae``, which is fp32 or fp64."""
-    check_type("sae", sae, JumpReLUSAE)
+    ``sae``, which is a ``cls`` in fp32 or fp64."""
+    check_type("sae", sae, cls)
     check_type("loss", loss, Loss)
     loss.check_width(sae.d_sae)
     if sae.W_dec.dtype not in (torch.float32, torch.float64):

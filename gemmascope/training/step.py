@@ -89,7 +89,7 @@ class Scheduled(NamedTuple):
             rule.learning_rate,
             loss.l0_coefficient,
             None if loss.frequency_scale is None else weights.frequency_slope,
-            None if loss.sparsity != "tanh" else weights.tanh_slope,
+            weights.tanh_slope if loss.sparsity in ("tanh", "l1") else None,
             column,
         )
 
@@ -111,7 +111,7 @@ class Scheduled(NamedTuple):
 
 
 @contextmanager
-def _tf32():
+def tf32_products():
     products = torch.backends.cuda.matmul
     before, products.fp32_precision = products.fp32_precision, "tf32"
     try:
@@ -264,7 +264,7 @@ def sparse_step(
 def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigures:
     """The same update without a limit on the entries."""
     latents, d_sae = state.ready(), state.sae.d_sae
-    with _tf32() if state.compute_dtype == "tf32" else nullcontext():
+    with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
         width = dense_tile(x.shape[0], d_sae)
         tiles = [slice(start, start + width) for start in range(0, d_sae, width)]
         return _dense_step(state, latents, x, loss, rule, tiles)

@@ -18,7 +18,8 @@ from ..kernels import density as densities
 from ..saes import JumpReLUSAE
 from ..saes.base import BaseSAE
 from .config import TOP_K, TrainConfig
-from .kinds import new_sae
+from .gated_step import gated_step
+from .kinds import new_sae, of_kind
 from .memory import TrainingMemory, available_memory, training_memory
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
@@ -179,7 +180,7 @@ class SAETrainer:
         )
         with torch.no_grad():
             if init_from is not None:
-                for name, value in unfolded(init_from, scale).items():
+                for name, value in of_kind(config, unfolded(init_from, scale)).items():
                     getattr(sae, name).copy_(value)
             elif config.b_dec_init == "mean":
                 sae.b_dec.copy_(mean / scale)
@@ -257,7 +258,10 @@ class SAETrainer:
             config.threshold_parametrisation == "log" or config.kind != "jumprelu",
         )
         try:
-            if route == "sparse":
+            if config.kind == "gated":
+                room = self._room(len(x)) if route == "sparse" else None
+                figures = gated_step(state, x, loss, rule, route, room)
+            elif route == "sparse":
                 figures = sparse_step(state, x, loss, rule, self._room(len(x)))
             elif route == "dense":
                 figures = dense_step(state, x, loss, rule)

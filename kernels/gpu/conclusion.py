@@ -107,7 +107,7 @@ def _conclude_kernel(
     squared_error_ptr, l0_ptr, s_ptr, spread_ptr, shares_ptr, x_norms_ptr, f_norms_ptr, tanh_sums_ptr, sums_ptr,
     coefficient_ptr, n_entries_ptr, stalled_ptr, skipped_ptr, updates_ptr, ok_ptr, number_ptr, figures_ptr,
     N, capacity, x_parts, f_parts, blocks, factor, target, frequency_scale, tanh_scale, bandwidth, limit, root_n,
-    OF_L0: tl.constexpr, OF_BATCH: tl.constexpr, HAS_FREQUENCY: tl.constexpr, STE_TO_Z: tl.constexpr,
+    OF_L0: tl.constexpr, OF_BATCH: tl.constexpr, HAS_FREQUENCY: tl.constexpr, OF_F: tl.constexpr, STE_TO_Z: tl.constexpr,
     HAS_COPIES: tl.constexpr, HAS_CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     coefficient = tl.load(coefficient_ptr).to(tl.float64)
@@ -135,7 +135,10 @@ def _conclude_kernel(
         frequency_slope += 2.0 * per_share
     if tanh_sums_ptr is not None:
         loss += _total(tanh_sums_ptr, f_parts, False, BLOCK) * (coefficient / N).to(tl.float32)
-        tanh_slope += (coefficient * tanh_scale).to(tl.float32)
+        if OF_F:
+            tanh_slope += coefficient.to(tl.float32)
+        else:
+            tanh_slope += (coefficient * tanh_scale).to(tl.float32)
 
     theta = tl.full((), 0.0, tl.float32)
     for start in range(0, blocks, BLOCK):
@@ -268,6 +271,7 @@ def conclude(
         OF_L0=penalty.of_l0,
         OF_BATCH=penalty.of_batch,
         HAS_FREQUENCY=has_frequency,
+        OF_F=penalty.tanh_scale == 0,
         STE_TO_Z=objective.ste_to_z,
         HAS_COPIES=place is not None,
         HAS_CAPACITY=capacity is not None,

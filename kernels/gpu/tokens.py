@@ -1,7 +1,7 @@
 """What a training step sums over its tokens once their residuals are known, of a block of tokens a program:
 
     s_n = ∂L/∂l0_n of the penalty;   spread_n = ‖x_n − m‖², m = mean_n x_n;   share_n = ‖r_n‖²/spread_n, 0 where r_n is
-    ‖f‖ and Σ tanh(c·f) over the active entries;   Σ_n r_n, column by column
+    ‖f‖ and Σ tanh(c·f), or Σ f where c = 0, over the active entries;   Σ_n r_n, column by column
 
 x [N, d] fp32, r [N, d] fp32 or bf16; all sums are fp32. The mean comes from the parts of its sum that `centring.py`
 left, which every program adds up itself. With a penalty on the mean L0 of the batch each adds up the L0 of all tokens
@@ -50,7 +50,7 @@ def _tokens_kernel(
     z_ptr, latents_ptr, offsets_ptr, x_ptr, column_sums_ptr, residual_ptr, squared_error_ptr, l0_ptr, coefficient_ptr,
     s_ptr, spread_ptr, shares_ptr, f_norms_ptr, tanh_sums_ptr, residual_sums_ptr,
     N, D, capacity, parts, factor, target, tanh_scale,
-    OF_L0: tl.constexpr, OF_BATCH: tl.constexpr, PARTS: tl.constexpr,
+    OF_L0: tl.constexpr, OF_BATCH: tl.constexpr, OF_F: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -103,7 +103,10 @@ def _tokens_kernel(
         f = tl.where(active, tl.load(z_ptr + first + places, mask=places < length, other=0.0), 0.0)
         squares += f * f
         if tanh_sums_ptr is not None:
-            tanh_sums += _tanh(tanh_scale * f)
+            if OF_F:
+                tanh_sums += f
+            else:
+                tanh_sums += _tanh(tanh_scale * f)
     tl.store(f_norms_ptr + block, tl.sqrt(tl.sum(squares, 0)))
     if tanh_sums_ptr is not None:
         tl.store(tanh_sums_ptr + block, tl.sum(tanh_sums, 0))
@@ -146,6 +149,7 @@ def token_pass(entries: Entries, x: Tensor, centred: Centred, out: Residual, pen
             tanh_scale=penalty.tanh_scale if has_tanh else 0.0,
             OF_L0=penalty.of_l0,
             OF_BATCH=penalty.of_batch,
+            OF_F=penalty.tanh_scale == 0,
             PARTS=triton.next_power_of_2(max(2, parts)),
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,

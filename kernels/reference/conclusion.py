@@ -2,7 +2,7 @@
 made, the figures, the decoder's bias and the counters. Every implementation but the kernels runs it, in this order:
 
     centre      x_n − b_dec as the products read it, Σ_n x_n, ‖x − b_dec‖
-    token_pass  s_n = ∂L/∂l0_n, ‖x_n − mean x‖², ‖f‖, Σ tanh(c·f), Σ_n r_n
+    token_pass  s_n = ∂L/∂l0_n, ‖x_n − mean x‖², ‖f‖, Σ tanh(c·f) or Σ f, Σ_n r_n
     conclude    L, the bound on what an update could make, permission, the figures
     finish      b_dec by Adam on (2/N)·Σ_n r_n − W_enc·db_enc, tokens since each latent fired, the count of updates
 
@@ -64,12 +64,14 @@ def frequency_penalty(penalty: Penalty, firing_count: Tensor, n: int) -> Tensor 
 
 
 def tanh_sum(penalty: Penalty, f: Tensor) -> Tensor | None:
-    """Σ tanh(c·f) over activations of any shape, inactive ones 0; None without that penalty."""
-    return None if penalty.tanh_scale is None else torch.tanh(penalty.tanh_scale * f).sum()
+    """Σ tanh(c·f) over activations of any shape, inactive ones 0, or Σ f where c is 0; None without that penalty."""
+    if penalty.tanh_scale is None:
+        return None
+    return (torch.tanh(penalty.tanh_scale * f) if penalty.tanh_scale else f).sum()
 
 
 def tanh_penalty(penalty: Penalty, sums: Tensor | None, n: int) -> Tensor | float:
-    """λ·mean_n Σ_j tanh(c·f_nj) from the sums of its parts."""
+    """λ·mean_n Σ_j tanh(c·f_nj), or that of f_nj, from the sums of its parts."""
     if sums is None:
         return 0.0
     return sums.sum() * (as_number(penalty.coefficient, sums) / n)
@@ -235,6 +237,18 @@ def conclude(
     return Conclusion(ok, updates + 1, pack(total, *means, l0.mean(), n_entries, stalled, ok, skipped))
 
 
+def adam(p: Tensor, v: Tensor, gradient: Tensor, rule: Rule, ok: Tensor, number: Tensor) -> None:
+    """Adam with β1 = 0 on a parameter that every update moves, in place; nothing moves unless ``ok``.
+
+    p, its second moment v and its gradient: of one shape. number: int64 scalar, which update this is, counted from 1.
+    """
+    allowed, moment = ok > 0, rule.beta2 * v + (1 - rule.beta2) * gradient.square()
+    correction = (1 - torch.pow(rule.beta2, number.double())).to(v.dtype)
+    moved = p - as_number(rule.learning_rate, p) * gradient / ((moment / correction).sqrt() + rule.eps)
+    p.copy_(torch.where(allowed, moved, p))
+    v.copy_(torch.where(allowed, moment, v))
+
+
 def move(
     b_dec: Tensor,
     b_dec_v: Tensor,
@@ -248,14 +262,9 @@ def move(
     number: Tensor,
 ) -> None:
     """`finish` from the gradient of b_dec [d] itself."""
-    allowed = ok > 0
-    v = rule.beta2 * b_dec_v + (1 - rule.beta2) * db_dec.square()
-    correction = (1 - torch.pow(rule.beta2, number.double())).to(v.dtype)
-    moved = b_dec - as_number(rule.learning_rate, b_dec) * db_dec / ((v / correction).sqrt() + rule.eps)
-    b_dec.copy_(torch.where(allowed, moved, b_dec))
-    b_dec_v.copy_(torch.where(allowed, v, b_dec_v))
+    adam(b_dec, b_dec_v, db_dec, rule, ok, number)
     since = torch.where(firing_count > 0, 0, tokens_since_fired + n)
-    tokens_since_fired.copy_(torch.where(allowed, since, tokens_since_fired))
+    tokens_since_fired.copy_(torch.where(ok > 0, since, tokens_since_fired))
     updates += ok
 
 

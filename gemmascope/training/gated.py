@@ -1,0 +1,105 @@
+"""The loss of a gated SAE and its gradients written out densely, which the fast routes are held to.
+
+With the symbols of `GatedSAE`, r = x̂ − x and ρ = relu(π)·W_dec + b_dec − x (arXiv 2404.16014, equation 8):
+
+    L = mean_n( ‖r_n‖² + λ·Σ_j relu(π_nj) + ‖ρ_n‖² ),   W_dec and b_dec constant in ρ
+
+The step 1[π > 0] has no gradient: the magnitudes learn from the first term, the gate from the two others. With
+u = (2/N)·r·W_decᵀ and w = (2/N)·ρ·W_decᵀ,
+
+    dm = 1[f > 0]·u;   dπ = 1[π > 0]·(w + λ/N);   dy = e^r ⊙ dm + dπ
+    dW_enc = (x − b_dec)ᵀ·dy;   db_gate = Σ_n dπ;   db_mag = Σ_n dm;   dr = Σ_n dm·(m − b_mag)
+    dW_dec = (2/N)·fᵀ·r;   db_dec = (2/N)·Σ_n r_n − W_enc·Σ_n dy, the last with a pre-encoder bias
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autocast import without_autocast
+from ..kernels import reference
+from ..saes import GatedSAE
+from ..saes.gated import magnitude
+from .config import CLOSED_WINDOW, Loss
+from .losses import check_batch
+
+
+class GatedGradients(NamedTuple):
+    W_enc: Tensor  # [d_model, d_sae]
+    b_enc: Tensor  # [d_sae] of b_gate
+    W_dec: Tensor  # [d_sae, d_model]
+    b_dec: Tensor  # [d_model]
+    b_mag: Tensor  # [d_sae]
+    r_mag: Tensor  # [d_sae]
+
+
+class GatedLossAndGradients(NamedTuple):
+    loss: Tensor  # []
+    errors: Tensor  # [N] ‖r_n‖²
+    l0: Tensor  # [] mean of ‖f_n‖₀
+    firing_count: Tensor  # [d_sae] int32, tokens on which each latent fired: f > 0
+    n_entries: Tensor  # [] pairs of token and latent whose gate is open
+    gradients: GatedGradients
+    bound: Tensor  # [] of `gradient_bound`
+
+
+@torch.no_grad()
+@without_autocast
+def gated_loss_and_gradients(sae: GatedSAE, x: Tensor, loss: Loss) -> GatedLossAndGradients:
+    """The loss of one batch and its gradients.
+
+    x: [N, d_model], N ≥ 1, already divided by the SAE's input_scale, on its device and in its dtype, fp32 or fp64.
+    loss: of the sparsity `l1`, whose λ it is. Raises ValueError or TypeError for others.
+    """
+    check_batch(sae, x, loss, GatedSAE)
+    if loss.sparsity != "l1":
+        raise ValueError(f"loss.sparsity: expected 'l1' with a GatedSAE, got {loss.sparsity!r}")
+    n, zeros = len(x), torch.zeros_like(sae.b_enc)
+    centred = x - sae.b_dec if sae.pre_encoder_bias else x
+    pi = torch.addmm(sae.b_enc, centred, sae.W_enc)
+    m, opened = magnitude(pi, sae.b_enc, sae.r_mag, sae.b_mag), reference.gate(pi, zeros)
+    fires, f = opened * reference.gate(m, zeros), opened * reference.activation(m, zeros)
+    rectified = reference.activation(pi, zeros)
+    residual, frozen = (torch.addmm(sae.b_dec, code, sae.W_dec) - x for code in (f, rectified))
+    errors, frozen_errors = residual.square().sum(1), frozen.square().sum(1)
+    total = errors.mean() + loss.l0_coefficient * rectified.sum() / n + frozen_errors.mean()
+
+    g = residual * (2 / n)
+    dm = fires * (g @ sae.W_dec.T)
+    dpi = opened * ((frozen * (2 / n)) @ sae.W_dec.T + loss.l0_coefficient / n)
+    dy = sae.r_mag.exp() * dm + dpi
+    db_dec = g.sum(0)
+    if sae.pre_encoder_bias:
+        db_dec -= sae.W_enc @ dy.sum(0)
+    gradients = GatedGradients(
+        (dy.T @ centred).T, dpi.sum(0), f.T @ g, db_dec, dm.sum(0), (dm * (m - sae.b_mag)).sum(0)
+    )
+    norms = torch.linalg.vector_norm(centred), torch.linalg.vector_norm(f)
+    bound = gradient_bound(loss, errors, frozen_errors, *norms, sae.r_mag, sae.b_mag)
+    firing_count, n_entries = fires.sum(0).to(torch.int32), is_entry(pi).sum()
+    return GatedLossAndGradients(total, errors, fires.sum(1).mean(), firing_count, n_entries, gradients, bound)
+
+
+def is_entry(pi: Tensor) -> Tensor:
+    """Which pairs `encode_entries` finds: π > 0, and a π of 0 itself."""
+    return ~(pi <= -CLOSED_WINDOW / 2)
+
+
+def gradient_bound(
+    loss: Loss, errors: Tensor, frozen_errors: Tensor, x_norm: Tensor, f_norm: Tensor, r_mag: Tensor, b_mag: Tensor
+) -> Tensor:
+    """[] What no element of the gradients of the latents exceeds, from scalars that every route has.
+
+    With E and A the roots of the mean squared errors, the mean norms are at most E and A, so that, for decoder rows of
+    unit norm, over the tokens of a latent
+
+        Σ_n |dm| ≤ 2E;   Σ_n |dπ| ≤ 2A + λ;   Σ_n |dy| ≤ D = max_j e^r_j·2E + 2A + λ
+        |dW_enc| ≤ ‖x‖·D;   |dW_dec| ≤ B = 2E·‖f‖/√N;   |dr| ≤ B + max_j |b_mag_j|·2E, for Σ_n |dm|·f ≤ B
+
+    errors, frozen_errors: [N] ‖r_n‖² and ‖ρ_n‖². x_norm, f_norm: [] of x − b_dec and of all activations.
+    """
+    main, frozen = (2 * squares.mean().sqrt() for squares in (errors, frozen_errors))
+    dpi, of_decoder = frozen + loss.l0_coefficient, main * f_norm / len(errors) ** 0.5
+    dy = r_mag.exp().amax() * main + dpi
+    return torch.stack((main, dpi, dy, x_norm * dy, of_decoder, of_decoder + b_mag.abs().amax() * main)).amax()

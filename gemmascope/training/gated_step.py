@@ -1,0 +1,276 @@
+"""One training step of a gated SAE, by the routes of `step`: the same update up to rounding.
+
+What an entry is says the gate: a pair of token and latent with π > 0. On the entries the `sparse` route makes two
+residuals, of f and of relu(π), and from them two coefficients an entry, which add up to that of the encoder. Beside the
+latents' update b_mag and r_mag move by Adam too, every one of them in every update.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..autocast import without_autocast
+from ..kernels import Entries, LatentState, Objective, Rule, implementations, reference
+from ..kernels.entries import ACTIVE, LATENT, Centred
+from ..kernels.reference import conclusion
+from ..saes import GatedSAE
+from ..saes.gated import magnitude
+from .config import CLOSED_WINDOW, Loss
+from .gated import gated_loss_and_gradients, gradient_bound, is_entry
+from .memory import dense_tile
+from .state import TrainState
+from .step import StepFigures, matmul, tf32_products
+
+# Matrices of [N, tile] that the dense route holds at a time, where that of a JumpReLU SAE holds one or two.
+DENSE_MATRICES = 4
+
+
+class _Measured(NamedTuple):
+    """What is told of the batch."""
+
+    errors: Tensor  # [N] ‖x̂ − x‖²
+    l0: Tensor  # [] or [N], of which it is the mean
+    firing_count: Tensor  # [d_sae] int32
+    n_entries: Tensor  # [] int64
+
+
+class _Others(NamedTuple):
+    """Gradients of what every update moves."""
+
+    b_dec: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
+
+
+class _Verdict(NamedTuple):
+    loss: Tensor
+    ok: Tensor
+    number: Tensor
+
+
+@torch.no_grad()
+@without_autocast
+def gated_step(
+    state: TrainState, x: Tensor, loss: Loss, rule: Rule, route: str, capacity: int | None = None
+) -> StepFigures:
+    """Update ``state``, that of a `GatedSAE`, by the loss on x [N, d_model] in its dtype, divided by the input scale.
+
+    loss: of the sparsity `l1`. route: `sparse`, `dense` or `reference`. capacity: room for entries on the sparse route;
+    None: as much as is needed, which the kernels do not take. An update is withheld and counted as in `step`. Raises
+    ValueError for an SAE that is not the one training began with, see `TrainState.ready`.
+    """
+    if route == "sparse":
+        return _sparse_step(state, x, loss, rule, capacity)
+    if route == "reference":
+        return _reference_step(state, x, loss, rule)
+    latents, sae = state.ready(), _sae(state)
+    with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
+        width = dense_tile(DENSE_MATRICES * len(x), sae.d_sae)
+        tiles = [slice(start, start + width) for start in range(0, sae.d_sae, width)]
+        return _dense_step(state, latents, x, loss, rule, tiles)
+
+
+def _sae(state: TrainState) -> GatedSAE:
+    assert isinstance(state.sae, GatedSAE)  # the trainer has chosen the step
+    return state.sae
+
+
+def _centre(state: TrainState, x: Tensor) -> Centred:
+    b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
+    return implementations.operator("centre", state.impl)(x, b_dec, state.encoder_rows.dtype)
+
+
+# ---- by entries
+
+
+def _sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None) -> StepFigures:
+    sae, impl, latents, n = _sae(state), state.impl, state.ready(), len(x)
+    W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
+    centred, tf32 = _centre(state, x), state.compute_dtype == "tf32"
+    encoder = (W_enc.T, sae.b_enc.data, state.threshold, CLOSED_WINDOW, capacity)
+    gate = kernels.encode_entries(centred.x, *encoder, tf32=tf32, impl=impl)
+    magnitudes = _magnitudes(sae, gate)
+    out, frozen = (kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl) for entries in (magnitudes, gate))
+
+    transposed = kernels.by_latent(gate, sae.d_sae, impl=impl)
+    s, plain = torch.zeros_like(out.squared_error), Objective(CLOSED_WINDOW)
+    of_f = kernels.latent_pass(magnitudes, out.u, transposed, state.threshold, s, plain, impl=impl)
+    penalised = plain._replace(tanh_slope=loss.l0_coefficient / n)  # of scale 0: λ/N as it is
+    of_gate = kernels.latent_pass(gate, frozen.u, transposed, state.threshold, s, penalised, impl=impl)
+    scale = sae.r_mag.data.exp()
+    sums = of_f._replace(dz=scale[_latents(transposed)] * of_f.dz + of_gate.dz, db_enc=of_gate.db_enc)
+    db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
+    if sae.pre_encoder_bias:
+        db_dec = db_dec - kernels.encoder_times(W_enc, scale * of_f.db_enc + of_gate.db_enc, impl=impl)
+    # m − b_mag = e^r·y, and the sum of dm·m is that of f's share along the decoder row.
+    others = _Others(db_dec, of_f.db_enc, of_f.along - sae.b_mag.data * of_f.db_enc)
+
+    measured = _Measured(out.squared_error, out.l0, of_f.firing_count, gate.offsets[-1])
+    activity, f_norm = _active(gate).sum(), torch.linalg.vector_norm(_active(magnitudes))
+    fits = None if capacity is None else measured.n_entries <= capacity
+    verdict = _conclude(state, centred, out.squared_error, frozen.squared_error, activity, f_norm, fits, loss)
+    kernels.update_from_entries(
+        latents, transposed, sums, out.residual, centred.x, rule, verdict.ok, state.updates, impl=impl
+    )
+    return _finish(state, x, centred.column_sums, measured, others, rule, verdict)
+
+
+def _magnitudes(sae: GatedSAE, gate: Entries) -> Entries:
+    """The same entries with m for π, active where the gate is open and m > 0."""
+    numbers = (gate.latents & LATENT).clamp(max=sae.d_sae - 1)  # beyond the last entry there is d_sae
+    m = magnitude(gate.z, *(t.data[numbers] for t in (sae.b_enc, sae.r_mag, sae.b_mag)))
+    # NaN, too, is active: it is to be seen.
+    return gate._replace(z=m, latents=torch.where(m <= 0, gate.latents & LATENT, gate.latents))
+
+
+def _latents(transposed: kernels.ByLatent) -> Tensor:
+    """The latent of each entry in the order of the lists, [capacity]; some latent beyond the last entry."""
+    ends = transposed.offsets[1:]
+    places = torch.arange(len(transposed.order), dtype=torch.int64, device=ends.device)
+    return torch.searchsorted(ends, places, right=True).clamp(max=len(ends) - 1)
+
+
+def _active(entries: Entries) -> Tensor:
+    """z of the active entries, [capacity], 0 elsewhere."""
+    places = torch.arange(len(entries.z), dtype=torch.int64, device=entries.z.device)
+    return torch.where((places < entries.offsets[-1]) & (entries.latents >= ACTIVE), entries.z, 0)
+
+
+# ---- by whole matrices
+
+
+def _dense_step(
+    state: TrainState, latents: LatentState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]
+) -> StepFigures:
+    sae, impl, n, b_dec, centred = _sae(state), state.impl, len(x), state.sae.b_dec.data, _centre(state, x)
+    low = state.decoder_rows.dtype
+
+    def encode(tile: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """π, relu(π) and f [N, tile], in the dtype of x."""
+        b_gate, r_mag, b_mag = (t.data[tile] for t in (sae.b_enc, sae.r_mag, sae.b_mag))
+        pi = kernels.preactivations(centred.x, state.encoder_rows[tile].T, b_gate, impl=impl)
+        zeros = torch.zeros_like(b_gate)
+        m = magnitude(pi, b_gate, r_mag, b_mag)
+        return pi, reference.activation(pi, zeros), reference.gate(pi, zeros) * reference.activation(m, zeros)
+
+    residual, frozen, l0 = b_dec - x, b_dec - x, torch.zeros_like(x[:, 0])
+    activity, f_norms, counts, touched = [], [], [], []
+    for tile in tiles:
+        pi, rectified, f = encode(tile)
+        residual, frozen = (
+            r + matmul(code.to(low), state.decoder_rows[tile]) for r, code in ((residual, f), (frozen, rectified))
+        )
+        l0 = l0 + (f > 0).sum(1)
+        activity.append(rectified.sum())
+        f_norms.append(torch.linalg.vector_norm(f))
+        counts.append((f > 0).sum(0).to(torch.int32))
+        touched.append(is_entry(pi).sum(0).to(torch.int32))
+    of_gate = torch.cat(touched)
+    measured = _Measured(residual.square().sum(1), l0, torch.cat(counts), of_gate.sum())
+    of_entries = torch.stack(activity).sum(), torch.linalg.vector_norm(torch.stack(f_norms))
+    verdict = _conclude(state, centred, measured.errors, frozen.square().sum(1), *of_entries, None, loss)
+
+    rounded, frozen = residual.to(low), frozen.to(low)
+    g, db_dec = (residual * (2 / n)).to(low), rounded.sum(0, dtype=x.dtype) * (2 / n)
+    db_mag, dr_mag = [], []
+    for tile in tiles:
+        if len(tiles) > 1:
+            pi, rectified, f = encode(tile)
+        W_dec = state.decoder_rows[tile].T
+        dm = (f > 0) * (matmul(rounded, W_dec) * (2 / n))
+        dpi = (pi > 0) * (matmul(frozen, W_dec) * (2 / n) + loss.l0_coefficient / n)
+        db_gate = dpi.sum(0)
+        db_mag.append(dm.sum(0))
+        dr_mag.append((dm * f).sum(0) - sae.b_mag.data[tile] * db_mag[-1])
+        dy = dpi.addcmul_(sae.r_mag.data[tile].exp(), dm)
+        if sae.pre_encoder_bias:
+            db_dec = db_dec - kernels.encoder_times(state.encoder_rows[tile], dy.sum(0), impl=impl)
+        kernels.update_from_dense(
+            LatentState._make(None if t is None else t[tile] for t in latents),
+            matmul(dy.to(low).T, centred.x),
+            matmul(f.to(low).T, g),
+            db_gate,
+            torch.zeros_like(db_gate),
+            of_gate[tile],
+            rule,
+            verdict.ok,
+            state.updates,
+            impl=impl,
+        )
+    others = _Others(db_dec, torch.cat(db_mag), torch.cat(dr_mag))
+    return _finish(state, x, centred.column_sums, measured, others, rule, verdict)
+
+
+def _reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigures:
+    """By `gated_loss_and_gradients`."""
+    latents, out = state.ready(), gated_loss_and_gradients(_sae(state), x, loss)
+    number = state.updates + 1
+    ok = conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
+    gradients, touched = out.gradients, torch.ones_like(out.firing_count)
+    kernels.update_from_dense(
+        latents,
+        gradients.W_enc.T,
+        gradients.W_dec,
+        gradients.b_enc,
+        torch.zeros_like(gradients.b_enc),
+        touched,
+        rule,
+        ok,
+        state.updates,
+        impl="reference",
+    )
+    measured = _Measured(out.errors, out.l0, out.firing_count, out.n_entries)
+    others = _Others(gradients.b_dec, gradients.b_mag, gradients.r_mag)
+    return _finish(state, x, x.sum(0)[None], measured, others, rule, _Verdict(out.loss, ok, number))
+
+
+# ---- what the routes share
+
+
+def _conclude(
+    state: TrainState,
+    centred: Centred,
+    errors: Tensor,
+    frozen_errors: Tensor,
+    activity: Tensor,
+    f_norm: Tensor,
+    fits: Tensor | None,
+    loss: Loss,
+) -> _Verdict:
+    """The loss and whether the update may be made; counts in the state what is withheld.
+
+    errors, frozen_errors: [N] of f and of relu(π). activity: [] Σ relu(π). fits: whether there was room for the
+    entries, None where none was needed.
+    """
+    sae = _sae(state)
+    total = errors.mean() + loss.l0_coefficient * activity / len(errors) + frozen_errors.mean()
+    norms = torch.linalg.vector_norm(centred.norms), f_norm
+    bound = gradient_bound(loss, errors, frozen_errors, *norms, sae.r_mag.data, sae.b_mag.data)
+    ok = conclusion.permission(total, bound, fits, state.copies_differ(), state.stalled, state.skipped)
+    return _Verdict(total, ok, state.updates + 1)
+
+
+def _finish(
+    state: TrainState,
+    x: Tensor,
+    column_sums: Tensor,
+    measured: _Measured,
+    others: _Others,
+    rule: Rule,
+    verdict: _Verdict,
+) -> StepFigures:
+    """The parameters that every update moves and the counters, unless the update is withheld; the figures."""
+    sae, ok, number = _sae(state), verdict.ok, verdict.number
+    for name in sae.OTHERS:
+        conclusion.adam(getattr(sae, name).data, state.others_v[name], getattr(others, name), rule, ok, number)
+    counters = (state.tokens_since_fired, state.updates)
+    of_batch = (others.b_dec, measured.firing_count, len(x), rule, ok, number)
+    conclusion.move(sae.b_dec.data, state.b_dec_v, *counters, *of_batch)
+    spread = conclusion.spread_and_shares(x, column_sums, measured.errors)
+    means = conclusion.fidelity(measured.errors, *spread)
+    return StepFigures.of(
+        conclusion.pack(verdict.loss, *means, measured.l0.mean(), measured.n_entries, state.stalled, ok, state.skipped)
+    )
