@@ -39,6 +39,8 @@ class BaseSAE(Codec):
     # What a state dict holds beside the parameters: attributes of the same names, and their dtypes there.
     SCALARS: ClassVar[Mapping[str, torch.dtype]] = {"input_scale": torch.float64, "pre_encoder_bias": torch.bool}
     ARCHITECTURE: ClassVar[str]
+    # As what every SAE of the class is trained; None: as its metadata say.
+    KIND: ClassVar[str | None] = None
     # Parameters that training moves beside W_enc, b_enc, W_dec, b_dec and the threshold.
     OTHERS: ClassVar[Sequence[str]] = ()
 
@@ -92,9 +94,13 @@ class BaseSAE(Codec):
 
     @property
     def kind(self) -> str:
-        """As what it was trained: `jumprelu`, `relu`, `gated`, `topk`, `batchtopk` or `matryoshka`, by the ``kind`` in
-        its metadata where that names one which comes out as an SAE of this class, else that of the class."""
-        kinds = KINDS_OF.get(self.ARCHITECTURE, (self.ARCHITECTURE,))
+        """As what it was trained: `jumprelu`, `relu`, `gated`, `topk`, `batchtopk` or `matryoshka`.
+
+        A file holds most of them as the JumpReLU SAEs that they are: then the ``kind`` of its metadata says it, and
+        without one it is `jumprelu`."""
+        if self.KIND is not None:
+            return self.KIND
+        kinds = KINDS_OF[self.ARCHITECTURE]
         said = self.metadata.get("kind")
         return said if said in kinds else kinds[0]
 

@@ -40,6 +40,7 @@ class GatedSAE(BaseSAE):
     PARAMETERS = (*BaseSAE.PARAMETERS, "r_mag", "b_mag")
     OTHERS = ("b_mag", "r_mag")
     ARCHITECTURE = "jump_relu"
+    KIND = "gated"
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from ..formats.writers import l0_of, text_of
 from ..reporting.card import Entry, card
 from ..reporting.results import RESULTS, read_results
 from ..saes import JumpReLUSAE, TopKSAE, Transcoder, load_sae
+from ..saes.base import BaseSAE
 from ..saes.load import load_named
 
 CARD = "README.md"
@@ -160,7 +161,8 @@ def _write_all(
         if format == "circuit-tracer" or len(sources) == 1:
             folder = ""
         else:
-            folder = _free(_name_of(format, config, tensors["W_enc"].shape[1], len(entries) + 1), taken)
+            as_kind = sae.kind if isinstance(sae, BaseSAE) else "jumprelu"
+            folder = _free(_name_of(format, config, as_kind, tensors["W_enc"].shape[1], len(entries) + 1), taken)
         if format == "circuit-tracer":
             _check_layer(layers, metadata.get("layer"), tensors, source.path)
         changes = export.write(format, tensors, config, root / folder, dtype=dtype)
@@ -189,8 +191,9 @@ def _check_layer(layers: dict[Any, tuple], layer: Any, tensors: Mapping[str, Any
     layers[layer] = shape
 
 
-def _name_of(format: str, config: SAEConfig, d_sae: int, number: int) -> str:
-    """The folder of one of several, by what its metadata says; numbered where they do not say site and layer."""
+def _name_of(format: str, config: SAEConfig, as_kind: str, d_sae: int, number: int) -> str:
+    """The folder of one of several, by what its metadata says; numbered where they do not say site and layer. as_kind:
+    that of the SAE, which is named where it is none of Gemma Scope's."""
     metadata = config.metadata or {}
     found = hook_names.split(metadata.get("site"))
     if found is None:
@@ -199,6 +202,8 @@ def _name_of(format: str, config: SAEConfig, d_sae: int, number: int) -> str:
     l0 = l0_of(metadata)
     rounded = round(l0) if isinstance(l0, (int, float)) else None
     width = f"width_{WIDTH_NAMES.get(d_sae, d_sae)}"
+    if as_kind != "jumprelu":
+        width += f"/{as_kind}" if format == "gemma-scope" else f"_{as_kind}"
     if format == "gemma-scope":
         return f"{kind}/layer_{layer}/{width}" + ("" if rounded is None else f"/average_l0_{rounded}")
     kind = OF_GEMMA_SCOPE_2.get(kind, kind) if format == "gemma-scope-2" else kind

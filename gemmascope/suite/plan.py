@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from ..errors import EnvironmentProblemError
 from ..sites import Site
+from ..training.config import KINDS
 from ..training.memory import GIB
 from ..training.spec import SAESpec
 from .config import SuiteConfig
@@ -446,18 +447,18 @@ def _parameters(spec: SAESpec, widths: Mapping[Site, int]) -> int:
 
 
 def _aims(specs: Sequence[SAESpec]) -> str:
-    """Of each kind: ``L0 20, 80; gated λ 0.1; topk k 20``."""
+    """By kind: ``L0 20, 80; gated λ 0.1; topk k 20``."""
     found: dict[tuple[str, str], set[float]] = {}
     for spec in specs:
         config, loss = spec.config, spec.config.loss
-        kind = "" if config.kind == "jumprelu" else f"{config.kind} "
-        target, coefficient = loss.target_l0, loss.l0_coefficient
-        aim = ("k", config.k) if config.k is not None else ("λ", coefficient) if target is None else ("L0", target)
-        found.setdefault((kind, aim[0]), set()).add(aim[1])
-    order = sorted(found, key=lambda each: (each[0] != "", each[1] != "L0"))
-    return "; ".join(
-        f"{kind}{aim} {', '.join(f'{each:g}' for each in sorted(found[kind, aim]))}" for kind, aim in order
-    )
+        name, aim = ("k", config.k) if config.k is not None else ("L0", loss.target_l0)
+        name, aim = (name, aim) if aim is not None else ("λ", loss.l0_coefficient)
+        found.setdefault((config.kind, name), set()).add(aim)
+    parts = []
+    for kind, name in sorted(found, key=lambda each: (KINDS.index(each[0]), each[1])):
+        aims = ", ".join(f"{aim:g}" for aim in sorted(found[kind, name]))
+        parts.append(f"{name} {aims}" if kind == "jumprelu" else f"{kind} {name} {aims}")
+    return "; ".join(parts)
 
 
 def _aligned(rows: Sequence[tuple[str, str]], indent: str = "") -> list[str]:

@@ -70,7 +70,8 @@ def test_each_row_holds_the_metrics_of_its_sae(tmp_path, max_bytes):
     model, train_tokens, held_out = gemma2(), tokens(6, 9, seed=1), tokens(4, 9, seed=2)
     held_out[3, 4] = EOS
     # Two SAEs of one site, one of another between them.
-    recipe = {"training": {"seed": 3, "loss": {"target_l0": 40.0, "l0_coefficient": 8e-3}}, "kind": "batchtopk", "k": 12}
+    recipe = {"training": {"seed": 3, "loss": {"target_l0": 40.0, "l0_coefficient": 8e-3}}}
+    recipe |= {"kind": "batchtopk", "k": 12}
     saes = {
         "a": (SITES[0], saved(tmp_path, SITES[0])),
         "b": (SITES[1], saved(tmp_path, SITES[1], seed=1, **recipe)),
