@@ -483,6 +483,7 @@ TOKENS = [
      "tl.minimum(block * BLOCK_N + BLOCK_N, N)), 1 << 20)"),
     ("entries of all later tokens", "tl.load(offsets_ptr + tl.minimum(block * BLOCK_N + BLOCK_N, N))",
      "tl.load(offsets_ptr + N)"),
+    ("Σ f doubled", "tanh_sums += f\n", "tanh_sums += 2 * f\n"),
     ("tanh of its argument", "tanh_sums += _tanh(tanh_scale * f)", "tanh_sums += tanh_scale * f"),
     ("tanh cancels near 0", "tl.where(b < 0.0625, series,", "tl.where(b < 0.0, series,"),
     ("series too far out", "tl.where(b < 0.0625, series,", "tl.where(b < 4.0, series,"),

@@ -126,18 +126,17 @@ class GatedSAE(BaseSAE):
         folded = copy.deepcopy(self)
         if self.pre_encoder_bias:
             shift = self.b_dec @ self.W_enc
-            folded.b_enc -= shift
-            folded.b_mag -= self.r_mag.exp() * shift
+            folded.b_enc.sub_(shift)
+            folded.b_mag.sub_(self.r_mag.exp() * shift)
         for bias in (folded.b_enc, folded.b_mag, folded.b_dec):
-            bias *= self.input_scale
+            bias.mul_(self.input_scale)
         folded.input_scale, folded.pre_encoder_bias = 1.0, False
         return folded
 
     # ---- files
 
     def _config(self) -> SAEConfig:
-        config = super()._config()
-        return config._replace(metadata={**config.metadata, "kind": "gated"})
+        return super()._config()._replace(metadata={**self.metadata, "kind": "gated"})
 
     def stored(self) -> StoredSAE:
         """The tensors of `to_jumprelu` and what goes with them, as `formats` writes them."""

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..autocast import without_autocast
-from ..kernels import Entries, LatentState, Objective, Rule, implementations, reference
-from ..kernels.entries import ACTIVE, LATENT, Centred
-from ..kernels.reference import conclusion
+from ..kernels import Entries, LatentState, Objective, Rule, entries, implementations, reference
 from ..saes import GatedSAE
 from ..saes.gated import magnitude
 from .config import CLOSED_WINDOW, Loss
@@ -78,7 +76,7 @@ def _sae(state: TrainState) -> GatedSAE:
     return state.sae
 
 
-def _centre(state: TrainState, x: Tensor) -> Centred:
+def _centre(state: TrainState, x: Tensor) -> entries.Centred:
     b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
     return implementations.operator("centre", state.impl)(x, b_dec, state.encoder_rows.dtype)
 
@@ -93,7 +91,7 @@ def _sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity:
     encoder = (W_enc.T, sae.b_enc.data, state.threshold, CLOSED_WINDOW, capacity)
     gate = kernels.encode_entries(centred.x, *encoder, tf32=tf32, impl=impl)
     magnitudes = _magnitudes(sae, gate)
-    out, frozen = (kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl) for entries in (magnitudes, gate))
+    out, frozen = (kernels.residual_pass(each, x, W_dec, b_dec, impl=impl) for each in (magnitudes, gate))
 
     transposed = kernels.by_latent(gate, sae.d_sae, impl=impl)
     s, plain = torch.zeros_like(out.squared_error), Objective(CLOSED_WINDOW)
@@ -120,10 +118,10 @@ def _sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity:
 
 def _magnitudes(sae: GatedSAE, gate: Entries) -> Entries:
     """The same entries with m for π, active where the gate is open and m > 0."""
-    numbers = (gate.latents & LATENT).clamp(max=sae.d_sae - 1)  # beyond the last entry there is d_sae
+    numbers = (gate.latents & entries.LATENT).clamp(max=sae.d_sae - 1)  # beyond the last entry there is d_sae
     m = magnitude(gate.z, *(t.data[numbers] for t in (sae.b_enc, sae.r_mag, sae.b_mag)))
     # NaN, too, is active: it is to be seen.
-    return gate._replace(z=m, latents=torch.where(m <= 0, gate.latents & LATENT, gate.latents))
+    return gate._replace(z=m, latents=torch.where(m <= 0, gate.latents & entries.LATENT, gate.latents))
 
 
 def _latents(transposed: kernels.ByLatent) -> Tensor:
@@ -133,10 +131,10 @@ def _latents(transposed: kernels.ByLatent) -> Tensor:
     return torch.searchsorted(ends, places, right=True).clamp(max=len(ends) - 1)
 
 
-def _active(entries: Entries) -> Tensor:
+def _active(found: Entries) -> Tensor:
     """z of the active entries, [capacity], 0 elsewhere."""
-    places = torch.arange(len(entries.z), dtype=torch.int64, device=entries.z.device)
-    return torch.where((places < entries.offsets[-1]) & (entries.latents >= ACTIVE), entries.z, 0)
+    places = torch.arange(len(found.z), dtype=torch.int64, device=found.z.device)
+    return torch.where((places < found.offsets[-1]) & (found.latents >= entries.ACTIVE), found.z, 0)
 
 
 # ---- by whole matrices
@@ -208,7 +206,7 @@ def _reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> Ste
     """By `gated_loss_and_gradients`."""
     latents, out = state.ready(), gated_loss_and_gradients(_sae(state), x, loss)
     number = state.updates + 1
-    ok = conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
+    ok = reference.conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
     gradients, touched = out.gradients, torch.ones_like(out.firing_count)
     kernels.update_from_dense(
         latents,
@@ -232,7 +230,7 @@ def _reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> Ste
 
 def _conclude(
     state: TrainState,
-    centred: Centred,
+    centred: entries.Centred,
     errors: Tensor,
     frozen_errors: Tensor,
     activity: Tensor,
@@ -249,7 +247,7 @@ def _conclude(
     total = errors.mean() + loss.l0_coefficient * activity / len(errors) + frozen_errors.mean()
     norms = torch.linalg.vector_norm(centred.norms), f_norm
     bound = gradient_bound(loss, errors, frozen_errors, *norms, sae.r_mag.data, sae.b_mag.data)
-    ok = conclusion.permission(total, bound, fits, state.copies_differ(), state.stalled, state.skipped)
+    ok = reference.conclusion.permission(total, bound, fits, state.copies_differ(), state.stalled, state.skipped)
     return _Verdict(total, ok, state.updates + 1)
 
 
@@ -265,12 +263,16 @@ def _finish(
     """The parameters that every update moves and the counters, unless the update is withheld; the figures."""
     sae, ok, number = _sae(state), verdict.ok, verdict.number
     for name in sae.OTHERS:
-        conclusion.adam(getattr(sae, name).data, state.others_v[name], getattr(others, name), rule, ok, number)
+        reference.conclusion.adam(
+            getattr(sae, name).data, state.others_v[name], getattr(others, name), rule, ok, number
+        )
     counters = (state.tokens_since_fired, state.updates)
     of_batch = (others.b_dec, measured.firing_count, len(x), rule, ok, number)
-    conclusion.move(sae.b_dec.data, state.b_dec_v, *counters, *of_batch)
-    spread = conclusion.spread_and_shares(x, column_sums, measured.errors)
-    means = conclusion.fidelity(measured.errors, *spread)
+    reference.conclusion.move(sae.b_dec.data, state.b_dec_v, *counters, *of_batch)
+    spread = reference.conclusion.spread_and_shares(x, column_sums, measured.errors)
+    means = reference.conclusion.fidelity(measured.errors, *spread)
     return StepFigures.of(
-        conclusion.pack(verdict.loss, *means, measured.l0.mean(), measured.n_entries, state.stalled, ok, state.skipped)
+        reference.conclusion.pack(
+            verdict.loss, *means, measured.l0.mean(), measured.n_entries, state.stalled, ok, state.skipped
+        )
     )

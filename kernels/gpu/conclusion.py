@@ -107,8 +107,8 @@ def _conclude_kernel(
     squared_error_ptr, l0_ptr, s_ptr, spread_ptr, shares_ptr, x_norms_ptr, f_norms_ptr, tanh_sums_ptr, sums_ptr,
     coefficient_ptr, n_entries_ptr, stalled_ptr, skipped_ptr, updates_ptr, ok_ptr, number_ptr, figures_ptr,
     N, capacity, x_parts, f_parts, blocks, factor, target, frequency_scale, tanh_scale, bandwidth, limit, root_n,
-    OF_L0: tl.constexpr, OF_BATCH: tl.constexpr, HAS_FREQUENCY: tl.constexpr, OF_F: tl.constexpr, STE_TO_Z: tl.constexpr,
-    HAS_COPIES: tl.constexpr, HAS_CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+    OF_L0: tl.constexpr, OF_BATCH: tl.constexpr, HAS_FREQUENCY: tl.constexpr, OF_F: tl.constexpr,
+    STE_TO_Z: tl.constexpr, HAS_COPIES: tl.constexpr, HAS_CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     coefficient = tl.load(coefficient_ptr).to(tl.float64)
     squared_error = _total(squared_error_ptr, N, False, BLOCK) / N

@@ -24,6 +24,7 @@ PENALTIES = {
     "quadratic": Penalty(0.3, "quadratic", 0.25, 4.0),
     "batch": Penalty(0.3, "quadratic", 0.25, 4.0, of_batch=True),
     "tanh": Penalty(0.3, "none", tanh_scale=4.0),
+    "l1": Penalty(0.3, "none", tanh_scale=0.0),
     "frequency": Penalty(0.3, "linear", frequency_scale=0.1),
     "all": Penalty(0.3, "quadratic", 0.25, 4.0, frequency_scale=0.1, tanh_scale=4.0),
 }

@@ -132,6 +132,26 @@ def test_no_gradient_exceeds_the_bound():
         assert largest <= out.bound < 1e4 * max(1, largest)
 
 
+def tiny(**values):
+    """One latent of width 1, without biases unless they are given."""
+    sae = GatedSAE(1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(sae, name).fill_(value)
+    return sae
+
+
+def test_the_bound_knows_of_large_r_and_b_mag():
+    x, loss = torch.ones(1, 1, dtype=torch.float64), Loss(0.1, sparsity="l1")
+    # y = .001, m = 1, x̂ = −1: dm = 4 and dy = e^r·dm.
+    out = gated_loss_and_gradients(tiny(W_enc=0.001, W_dec=-1, r_mag=math.log(1000)), x, loss)
+    assert 3990 < out.gradients.W_enc.abs().item() <= out.bound
+    # y = −1000, m = 1 and x̂ = 1 where x = −1: dm = 4 and dr = dm·(m − b_mag).
+    out = gated_loss_and_gradients(tiny(W_enc=1000, W_dec=1, b_enc=2000, b_mag=1001), -x, loss)
+    assert out.gradients.r_mag.item() == pytest.approx(-4000)
+    assert out.bound >= 4000
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -120,7 +120,7 @@ def bound_by_entries(sae, x, loss, gradients):
     return max(t.abs().max() for t in [*tensors, sae.threshold.detach() * gradients.threshold])
 
 
-@pytest.mark.parametrize("loss", range(11))
+@pytest.mark.parametrize("loss", range(12))
 def test_no_gradient_exceeds_the_bound(loss):
     loss = list(LOSSES.values())[loss]
     for seed in range(20):
@@ -181,6 +181,7 @@ def autograd_loss(sae, x, loss, dead):
         "target_l0": lambda: loss.l0_coefficient * (l0 / loss.target_l0 - 1).square().mean(),
         "quadratic_l0": lambda: loss.l0_coefficient * (2 / loss.target_l0) * (l0 - loss.target_l0).square().mean(),
         "tanh": lambda: loss.l0_coefficient * torch.tanh(loss.tanh_scale * f).sum() / n,
+        "l1": lambda: loss.l0_coefficient * f.sum() / n,
     }[loss.sparsity]()
     if loss.frequency_scale:
         penalty = penalty + loss.l0_coefficient * fires.mean(0).square().sum() / loss.frequency_scale
@@ -197,6 +198,7 @@ LOSSES = {
     "frequency": Loss(0.2, BANDWIDTH, frequency_scale=0.1),
     "tanh": Loss(0.2, BANDWIDTH, sparsity="tanh"),
     "tanh-frequency": Loss(0.2, BANDWIDTH, sparsity="tanh", frequency_scale=0.3),
+    "l1": Loss(0.2, BANDWIDTH, sparsity="l1"),
     "ste": Loss(0.2, BANDWIDTH, ste_to_z=True),
     "ste-all": Loss(0.2, BANDWIDTH, sparsity="quadratic_l0", target_l0=3.0, frequency_scale=0.1, ste_to_z=True),
     "pre-act": Loss(0.2, BANDWIDTH, sparsity="tanh", pre_act_coefficient=0.3),
