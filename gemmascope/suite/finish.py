@@ -1,5 +1,6 @@
 """What a suite leaves: each SAE folded and saved by its L0 on held-out text."""
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations import stream
+from ..activations import harvest, stream
 from ..activations.outliers import are_outliers, norms_of
 from ..formats.release import NPZ, SAFETENSORS, gemma_scope_path
+from ..saes import BatchTopKSAE
 from ..saes.base import BaseSAE
 from ..sites import Site
+from ..training.calibrate import calibrate_threshold
 from ..training.spec import SAESpec
 
 SAES_FOLDER = "saes"
+
+
+@torch.no_grad()
+def calibrated(
+    model: nn.Module,
+    tokens: Tensor,
+    saes: Mapping[str, tuple[Site, BaseSAE]],
+    *,
+    max_norm_ratio: float | None = None,
+    median_norms: Mapping[Site, float],
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+) -> dict[str, tuple[BaseSAE, dict[str, Any]]]:
+    """Those of ``saes`` {name: (site, in training)} that were trained by what fires in a batch, as copies whose
+    threshold lets k latents fire on a token of ``tokens`` [rows, context] on average; with facts that say so.
+
+    Which tokens count is as of `held_out_l0`. The activations of a site are held in ``dtype``, one site at a time.
+    """
+    by_site: dict[Site, dict[str, BatchTopKSAE]] = {}
+    for name, (site, sae) in saes.items():
+        if isinstance(sae, BatchTopKSAE):
+            by_site.setdefault(site, {})[name] = copy.deepcopy(sae)
+    found: dict[str, tuple[BaseSAE, dict[str, Any]]] = {}
+    for site, of_site in by_site.items():
+        x = harvest(model, tokens, [site], dtype=dtype, batch_size=batch_size)[site]
+        if max_norm_ratio is not None:
+            x = x[~are_outliers(norms_of(x), median_norms[site], max_norm_ratio)]
+        for name, sae in of_site.items():
+            calibration = calibrate_threshold(sae, lambda x=x: [x.float()])
+            found[name] = sae, {
+                "calibration": {
+                    "threshold": calibration.threshold * sae.input_scale,
+                    "l0_before": calibration.l0_before,
+                    "l0_after": calibration.l0_after,
+                    "tokens": calibration.n_tokens,
+                    "of": "training rows, those on which the controls are fitted",
+                }
+            }
+    return found
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write
 from ..runs import Run, Stage
 from ..sites.decoder import find_decoder
 from .config import SuiteConfig
-from .finish import SAES_FOLDER, held_out_l0, save_suite
+from ..training.config import BY_BATCH
+from .finish import SAES_FOLDER, calibrated, held_out_l0, save_suite
 from .model import load_architecture, load_model
 from .plan import Plan, make_plan
 from .prepare import TOKENS, Prepared, prepare, say, settings
@@ -207,11 +208,12 @@ def _run(
     rows = prepared.rows
     held_out = rows.held_out(spread(rows.n_held_out, config.evaluate.rows))
     train_tokens = rows.train(spread(rows.n_train, config.evaluate.train_rows))
-    saved = work.stage("saes", held_out, after=[training])
+    by_batch = any(spec.config.kind in BY_BATCH for spec in prepared.specs)  # calibrated on training rows
+    saved = work.stage("saes", held_out, *([train_tokens] if by_batch else []), after=[training])
     if not saved.done():
         with saved.doing():
             trained = trained or restored(prepared, work.folder)
-            saved.facts["paths"] = _save(prepared, trained, work.folder, held_out)
+            saved.facts["paths"] = _save(prepared, trained, work.folder, train_tokens, held_out)
             paths = [work.folder / path for path in saved.facts["paths"].values()]
             saved.keep(*paths, *(path.with_name("config.json") for path in paths))
     del trained
@@ -263,24 +265,29 @@ def _check_unchanged(folder: Path, found: dict[str, Any], now: dict[str, Any], a
         say(f"goes on with another {part}: {lines}")
 
 
-def _save(prepared: Prepared, trained: Trained, folder: Path, held_out: Tensor) -> dict[str, str]:
-    """The SAEs that did not give up, {name: path in the run's folder}."""
+def _save(
+    prepared: Prepared, trained: Trained, folder: Path, train_tokens: Tensor, held_out: Tensor
+) -> dict[str, str]:
+    """The SAEs that did not give up, {name: path in the run's folder}. train_tokens: what those are calibrated on that
+    were trained by batches, none of it held out."""
     suite = trained.suite
     specs = [spec for spec in prepared.specs if spec.name not in suite.parked]
     if not specs:
         raise TrainingFailedError("; ".join(suite.parked.values()))
-    saes = {spec.name: (spec.site, suite.trainers[spec.name].sae.released()) for spec in specs}
+    kept = {"max_norm_ratio": prepared.config.activations.drop_norm, "median_norms": trained.median_norms}
+    in_training = {spec.name: (spec.site, suite.trainers[spec.name].sae) for spec in specs}
+    dtype = getattr(torch, prepared.config.activations.dtype)
+    calibrations = calibrated(prepared.model, train_tokens, in_training, dtype=dtype, **kept)
+    saes = {
+        name: (site, (calibrations[name][0] if name in calibrations else sae).released())
+        for name, (site, sae) in in_training.items()
+    }
     say(f"SAEs: L0 of {len(saes)} on {len(held_out)} held-out rows")
-    l0 = held_out_l0(
-        prepared.model,
-        held_out,
-        saes,
-        max_norm_ratio=prepared.config.activations.drop_norm,
-        median_norms=trained.median_norms,
-    )
+    l0 = held_out_l0(prepared.model, held_out, saes, **kept)
     folded = {name: sae for name, (_, sae) in saes.items()}
     facts = {"model": prepared.name, "tokens": prepared.config.suite.tokens}
-    paths = save_suite(folder / SAES_FOLDER, specs, folded, l0, facts)
+    of_each = {name: calibration for name, (_, calibration) in calibrations.items()}
+    paths = save_suite(folder / SAES_FOLDER, specs, folded, l0, facts, of_each)
     return {name: path.relative_to(folder).as_posix() for name, path in paths.items()}
 
 

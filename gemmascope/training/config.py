@@ -22,6 +22,8 @@ SPARSITIES_OF = {
     "matryoshka": ("none",),
 }
 TOP_K = ("topk", "batchtopk", "matryoshka")
+# Of which k fire on average over a batch, and afterwards those above a threshold.
+BY_BATCH = ("batchtopk", "matryoshka")
 L0_OF = ("token", "batch")
 COMPUTE_DTYPES = ("fp32", "tf32", "bf16")
 PARAMETRISATIONS = ("log", "raw")
