@@ -9,7 +9,18 @@ from gemmascope.saes import JumpReLUSAE
 from gemmascope.training import SAETrainer, TrainConfig
 from gemmascope.training.config import CLOSED_WINDOW, Loss
 from gemmascope.training.losses import loss_and_gradients
-from tests.training.test_step import EVERYWHERE, LARGE, SIZES, data, distance, everything, needs_triton, rule, start, take
+from tests.training.test_step import (
+    EVERYWHERE,
+    LARGE,
+    SIZES,
+    data,
+    distance,
+    everything,
+    needs_triton,
+    rule,
+    start,
+    take,
+)
 
 L1 = Loss(0.15, CLOSED_WINDOW, sparsity="l1")
 
