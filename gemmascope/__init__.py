@@ -9,14 +9,26 @@ if TYPE_CHECKING:
     from .activations import harvest
     from .evaluation import evaluate_sae, evaluate_splice
     from .kernels import SparseCode
-    from .saes import JumpReLUSAE, TopKSAE, Transcoder, accelerate, decelerate, load_pretrained_sae, load_sae
+    from .saes import (
+        BatchTopKSAE,
+        JumpReLUSAE,
+        MatryoshkaSAE,
+        TopKSAE,
+        Transcoder,
+        accelerate,
+        decelerate,
+        load_pretrained_sae,
+        load_sae,
+    )
     from .sites import Capture, Site, attach
     from .training import Loss, SAETrainer, TrainConfig, sparse_loss, train
 
 __all__ = [
+    "BatchTopKSAE",
     "Capture",
     "JumpReLUSAE",
     "Loss",
+    "MatryoshkaSAE",
     "SAETrainer",
     "Site",
     "SparseCode",
@@ -42,8 +54,8 @@ if not TYPE_CHECKING:
         "evaluation": ("evaluate_sae", "evaluate_splice"),
         "kernels": ("SparseCode",),
         "saes": (
-            *("JumpReLUSAE", "TopKSAE", "Transcoder", "accelerate", "decelerate"),
-            *("load_pretrained_sae", "load_sae"),
+            *("BatchTopKSAE", "JumpReLUSAE", "MatryoshkaSAE", "TopKSAE", "Transcoder"),
+            *("accelerate", "decelerate", "load_pretrained_sae", "load_sae"),
         ),
         "sites": ("Capture", "Site", "attach"),
         "training": ("Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),
