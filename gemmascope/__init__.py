@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from .evaluation import evaluate_sae, evaluate_splice
     from .kernels import SparseCode
     from .saes import (
+        BatchTopKSAE,
         GatedSAE,
         JumpReLUSAE,
+        MatryoshkaSAE,
         TopKSAE,
         Transcoder,
         accelerate,
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
     from .training import Loss, SAETrainer, TrainConfig, sparse_loss, train
 
 __all__ = [
+    "BatchTopKSAE",
     "Capture",
     "GatedSAE",
     "JumpReLUSAE",
     "Loss",
+    "MatryoshkaSAE",
     "SAETrainer",
     "Site",
     "SparseCode",
@@ -52,8 +56,8 @@ if not TYPE_CHECKING:
         "evaluation": ("evaluate_sae", "evaluate_splice"),
         "kernels": ("SparseCode",),
         "saes": (
-            *("GatedSAE", "JumpReLUSAE", "TopKSAE", "Transcoder", "accelerate", "decelerate"),
-            *("load_pretrained_sae", "load_sae"),
+            *("BatchTopKSAE", "GatedSAE", "JumpReLUSAE", "MatryoshkaSAE", "TopKSAE", "Transcoder"),
+            *("accelerate", "decelerate", "load_pretrained_sae", "load_sae"),
         ),
         "sites": ("Capture", "Site", "attach"),
         "training": ("Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),

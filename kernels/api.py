@@ -165,6 +165,34 @@ def encode_entries(
 
 
 @torch.no_grad()
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    of: str = "token",
+    among: Tensor | None = None,
+    tf32: bool = False,
+    impl: str = "auto",
+) -> Entries:
+    """The pairs (n, j) whose z = x·W_enc + b_enc is positive and among the k largest of the token (``of="token"``:
+    TopK, arXiv 2406.04093), or among the k·N largest of the batch (``of="batch"``: BatchTopK, arXiv 2412.06410).
+
+    x, W_enc, b_enc, tf32: as of `encode_entries`. k: 1 to F. among: bool [F], the only latents that may be chosen.
+
+    Returns `Entries`, all of them active, token after token, latents ascending, with room for k·N; what is not needed
+    holds z = 0, token 0 and the latent F. Of equal z the smaller token comes first, then the smaller latent. A z that
+    is NaN or ±Inf counts as larger than every number, so that it spoils the loss. z has the bits of `preactivations`
+    by the same implementation (with ``tf32`` those of `encode_entries`). On a GPU nothing waits for the device.
+    """
+    if not torch.compiler.is_compiling():
+        validation.validate_encode_topk(x, W_enc, b_enc, k, of, among, tf32)
+    impl = choose(impl, x.device, x.dtype).impl
+    return operator("encode_topk", impl)(x, W_enc, b_enc, k, of, among, tf32)
+
+
+@torch.no_grad()
 def residual_pass(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor, *, impl: str = "auto") -> Residual:
     """r_n = Σ_e f_e·W_dec[j] + b_dec − x_n over the entries e = (n, j) of token n, then ⟨r_n, W_dec[j]⟩ of each entry.
 

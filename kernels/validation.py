@@ -93,6 +93,25 @@ def validate_training_encode(
     check_type("tf32", tf32, bool)
 
 
+def validate_encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, of: str, among: Tensor | None, tf32: bool
+) -> None:
+    validate_product(x, W_enc, b_enc)
+    check_present("x", x)
+    d_sae = W_enc.shape[1]
+    if d_sae == 0:
+        raise ValueError(f"W_enc: expected at least one latent, got shape {list(W_enc.shape)}")
+    check_int("k", k, 1)
+    if k > d_sae:
+        raise ValueError(f"k: expected 1 to d_sae = {d_sae}, got {k}")
+    check_type("of", of, str)
+    if of not in ("token", "batch"):
+        raise ValueError(f"of: expected 'token' or 'batch', got {of!r}")
+    if among is not None:
+        check_tensor("among", among, (d_sae,), (torch.bool,), x.device)
+    check_type("tf32", tf32, bool)
+
+
 def check_capacity(capacity: int | None) -> None:
     if capacity is not None:
         check_int("capacity", capacity, 0, LARGEST_CAPACITY)

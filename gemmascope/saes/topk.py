@@ -10,15 +10,12 @@ from .. import kernels
 from ..autocast import without_autocast
 from ..checks import check_int, found, is_integer
 from ..formats.manifest import SAEConfig
-from ..kernels import SparseCode
+from ..kernels import LATENT, Entries, SparseCode
 from .base import BaseSAE
-
-# Pre-activations held at once by `TopKSAE.encode_sparse`: rows beyond it wait.
-MAX_HELD = 1 << 27
 
 
 class TopKSAE(BaseSAE):
-    r"""TopK sparse autoencoder (arXiv 2406.04093), for inference; plain PyTorch may train it.
+    r"""TopK sparse autoencoder (arXiv 2406.04093); `SAETrainer` trains it (``kind="topk"``).
 
         z = (x/C − b_dec)·W_enc + b_enc;   f = the k largest of relu(z), the rest 0;   x̂ = C·(f·W_dec + b_dec)
 
@@ -26,8 +23,8 @@ class TopKSAE(BaseSAE):
     NaN counts as larger than every number and stays NaN, as does −Inf, so that bad input stays visible.
 
     Parameters: ``W_enc`` [d_model, d_sae] (stored latent-major, as in `JumpReLUSAE`), ``W_dec`` [d_sae, d_model],
-    ``b_enc`` [d_sae], ``b_dec`` [d_model]. z is fp32 whatever the dtype of the weights, or fp64 with fp64. No kernel
-    selects: all z of a block of tokens are formed, then `torch.topk`; decoding runs on the entries.
+    ``b_enc`` [d_sae], ``b_dec`` [d_model]. z is fp32 whatever the dtype of the weights, or fp64 with fp64. Without a
+    gradient `gemmascope.kernels.encode_topk` selects, and decoding runs on the entries.
 
     d_model, d_sae: positive ints. k: 1 to d_sae. The others as of `JumpReLUSAE`. Raises ValueError or TypeError on bad
     values.
@@ -68,11 +65,7 @@ class TopKSAE(BaseSAE):
         return f"k={self.k}, {super().extra_repr()}"
 
     def _scalar_problem(self, name: str, value: Any) -> str | None:
-        if name != "k":
-            return super()._scalar_problem(name, value)
-        if not is_integer(value) or value.shape != ():
-            return f"expected a scalar of integers, got {found(value)}"
-        return None if 1 <= value.item() <= self.d_sae else f"expected 1 to d_sae = {self.d_sae}, got {value.item()}"
+        return problem_in_k(value, self.d_sae) if name == "k" else super()._scalar_problem(name, value)
 
     def _preactivations(self, x: Tensor) -> Tensor:
         """z [N, d_sae] of x [N, d_model] as it comes out of `_encoder_input`, in which −Inf is NaN."""
@@ -90,19 +83,7 @@ class TopKSAE(BaseSAE):
         """Active latents of the tokens of x [..., d_model], flattened to N rows: at most k each. Not differentiable."""
         with torch.no_grad():
             rows = self._encoder_input(x)
-            blocks = [self._entries(block) for block in rows.split(max(1, MAX_HELD // self.d_sae))]
-            values, latents, counts = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-            offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
-            offsets[1:] = counts.cumsum(0)
-            return SparseCode(values, latents, offsets, self.d_sae)
-
-    def _entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, latents and the number of entries of each of the ``rows``."""
-        z = self._preactivations(rows)
-        latents = top_latents(z, self.k)
-        values = z.gather(1, latents)
-        fires = ~(values <= 0)
-        return values[fires], latents[fires].to(torch.int32), fires.sum(1)
+            return code_of(kernels.encode_topk(rows, self.W_enc, self.b_enc, self.k, impl=self.impl), self.d_sae)
 
     def _config(self) -> SAEConfig:
         return super()._config()._replace(k=self.k)
@@ -113,6 +94,22 @@ class TopKSAE(BaseSAE):
         assert config.k is not None  # of a config of this architecture
         sae.k = config.k
         return sae
+
+
+def problem_in_k(value: Any, d_sae: int) -> str | None:
+    """Why ``value`` of a state dict cannot be k, or None."""
+    if not is_integer(value) or value.shape != ():
+        return f"expected a scalar of integers, got {found(value)}"
+    return None if 1 <= value.item() <= d_sae else f"expected 1 to d_sae = {d_sae}, got {value.item()}"
+
+
+def code_of(entries: Entries, d_sae: int) -> SparseCode:
+    """Active entries as a code, in which −Inf is NaN. On a GPU it waits for the device."""
+    nnz = int(entries.offsets[-1])
+    z = entries.z[:nnz]
+    return SparseCode(
+        torch.where(z == -torch.inf, torch.nan, z), entries.latents[:nnz] & LATENT, entries.offsets, d_sae
+    )
 
 
 def top_latents(z: Tensor, k: int) -> Tensor:

@@ -49,15 +49,18 @@ def calibrated(
             x = x[~are_outliers(norms_of(x), median_norms[site], max_norm_ratio)]
         for name, sae in of_site.items():
             calibration = calibrate_threshold(sae, lambda x=x: [x.float()])
-            found[name] = sae, {
-                "calibration": {
-                    "threshold": calibration.threshold * sae.input_scale,
-                    "l0_before": calibration.l0_before,
-                    "l0_after": calibration.l0_after,
-                    "tokens": calibration.n_tokens,
-                    "of": "training rows, those on which the controls are fitted",
-                }
-            }
+            found[name] = (
+                sae,
+                {
+                    "calibration": {
+                        "threshold": calibration.threshold * sae.input_scale,
+                        "l0_before": calibration.l0_before,
+                        "l0_after": calibration.l0_after,
+                        "tokens": calibration.n_tokens,
+                        "of": "training rows, those on which the controls are fitted",
+                    }
+                },
+            )
     return found
 
 

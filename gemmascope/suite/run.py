@@ -28,8 +28,8 @@ from ..reporting.progress import StageProgress
 from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write_frequencies
 from ..runs import Run, Stage
 from ..sites.decoder import find_decoder
-from .config import SuiteConfig
 from ..training.config import BY_BATCH
+from .config import SuiteConfig
 from .finish import SAES_FOLDER, calibrated, held_out_l0, save_suite
 from .model import load_architecture, load_model
 from .plan import Plan, make_plan
@@ -265,9 +265,7 @@ def _check_unchanged(folder: Path, found: dict[str, Any], now: dict[str, Any], a
         say(f"goes on with another {part}: {lines}")
 
 
-def _save(
-    prepared: Prepared, trained: Trained, folder: Path, train_tokens: Tensor, held_out: Tensor
-) -> dict[str, str]:
+def _save(prepared: Prepared, trained: Trained, folder: Path, train_tokens: Tensor, held_out: Tensor) -> dict[str, str]:
     """The SAEs that did not give up, {name: path in the run's folder}. train_tokens: what those are calibrated on that
     were trained by batches, none of it held out."""
     suite = trained.suite

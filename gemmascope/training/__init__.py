@@ -1,5 +1,6 @@
 """The recipe, its loss and gradients, one training step by each route, and the training of many SAEs at once."""
 
+from .calibrate import Calibration, calibrate_threshold
 from .config import Loss, TrainConfig
 from .losses import LossAndGradients, loss_and_gradients
 from .sparse_loss import sparse_loss
@@ -8,12 +9,14 @@ from .suite import Suite, train
 from .trainer import SAETrainer
 
 __all__ = [
+    "Calibration",
     "Loss",
     "LossAndGradients",
     "SAESpec",
     "SAETrainer",
     "Suite",
     "TrainConfig",
+    "calibrate_threshold",
     "loss_and_gradients",
     "sparse_loss",
     "train",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..saes import GatedSAE, JumpReLUSAE
+from ..saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE
 from ..saes.base import BaseSAE
 from .config import TrainConfig
 
@@ -19,20 +19,29 @@ def new_sae(config: TrainConfig, d_model: int, **options: Any) -> BaseSAE:
         return JumpReLUSAE(d_model, config.d_sae, threshold_init=0.0, **options)
     if config.kind == "gated":
         return GatedSAE(d_model, config.d_sae, **options)
+    if config.k is not None:  # the recipe has checked that the others have none
+        if config.kind == "topk":
+            return TopKSAE(d_model, config.d_sae, config.k, **options)
+        if config.kind == "batchtopk":
+            return BatchTopKSAE(d_model, config.d_sae, config.k, **options)
+        if config.kind == "matryoshka":
+            return MatryoshkaSAE(d_model, config.d_sae, config.k, config.prefixes, **options)
     raise NotImplementedError(config.kind)
 
 
 def of_kind(config: TrainConfig, jumprelu: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The parameters with which an SAE of that kind computes what the JumpReLU SAE of these does (`unfold.unfolded`).
 
-    Gated: r = 0, b_mag = b_enc and b_gate = b_enc − θ, since z > θ is z − θ > 0. Raises ValueError where there are
-    none.
+    Gated: r = 0, b_mag = b_enc and b_gate = b_enc − θ, since z > θ is z − θ > 0. TopK, of which others fire, has the
+    weights alone. Raises ValueError where there are none.
     """
     if config.kind == "jumprelu":
         return jumprelu
     threshold, b_enc = jumprelu["threshold"], jumprelu["b_enc"]
+    others = {name: value for name, value in jumprelu.items() if name != "threshold"}
+    if config.kind == "topk":
+        return others
     if config.kind == "gated":
-        others = {name: value for name, value in jumprelu.items() if name != "threshold"}
         return others | {"b_enc": b_enc - threshold, "b_mag": b_enc, "r_mag": torch.zeros_like(b_enc)}
     if config.kind == "relu" and threshold.any():
         raise ValueError(

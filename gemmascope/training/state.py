@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..checks import dtype_name
 from ..kernels import LatentState, choose, entries, reference
-from ..saes import JumpReLUSAE
+from ..saes import BatchTopKSAE, JumpReLUSAE
 from ..saes.base import BaseSAE
 
 # What keeps updates back until the host mends it: bits of `TrainState.stalled`.
@@ -50,6 +50,8 @@ class TrainState:
     """Those of ``sae.OTHERS``, which every update moves."""
     no_threshold: Tensor | None
     """Zeros [d_sae] for an SAE without thresholds, which never move."""
+    smallest_kept: Tensor | None
+    """fp64 scalar: the moving average of the smallest z that fired, of an SAE whose threshold follows it."""
     last: Tensor
     """int64 [d_sae], updates made when the latent was last touched."""
     W_enc_low: Tensor | None
@@ -92,6 +94,9 @@ class TrainState:
             b_dec_v=zeros(sae.b_dec.data),
             others_v={name: zeros(getattr(sae, name).data) for name in sae.OTHERS},
             no_threshold=None if isinstance(sae, JumpReLUSAE) else zeros(sae.b_enc.data),
+            smallest_kept=torch.zeros((), dtype=torch.float64, device=device)
+            if isinstance(sae, BatchTopKSAE)
+            else None,
             last=count(sae.d_sae),
             W_enc_low=zeros(W_enc).bfloat16() if compute_dtype == "bf16" else None,
             W_dec_low=zeros(W_dec).bfloat16() if compute_dtype == "bf16" else None,

@@ -24,6 +24,7 @@ from .memory import TrainingMemory, available_memory, training_memory
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
+from .topk import topk_step
 from .unfold import check_fits, unfolded
 from .upload import uploaded
 
@@ -261,6 +262,9 @@ class SAETrainer:
             if config.kind == "gated":
                 room = self._room(len(x)) if route == "sparse" else None
                 figures = gated_step(state, x, loss, rule, route, room)
+            elif config.kind in TOP_K:
+                dead = state.tokens_since_fired >= config.dead_after_tokens
+                figures = topk_step(state, x, config, rule, dead)
             elif route == "sparse":
                 figures = sparse_step(state, x, loss, rule, self._room(len(x)))
             elif route == "dense":

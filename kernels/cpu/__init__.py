@@ -9,6 +9,7 @@ from .inference import (
     jumprelu_forward,
     preactivations,
 )
+from .topk import encode_topk
 from .training import (
     by_latent,
     dense_backward,
@@ -33,6 +34,7 @@ __all__ = [
     "dense_encode",
     "encode_entries",
     "encode_forward",
+    "encode_topk",
     "encoder_times",
     "finish",
     "jumprelu_backward",

@@ -69,7 +69,7 @@ def _search(z: Tensor, threshold: Tensor, reach: float, comparable: bool) -> Ten
     return true_positions(near)
 
 
-def _row_blocks(x: Tensor, W_enc: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+def row_blocks(x: Tensor, W_enc: Tensor) -> Iterator[tuple[slice, list[slice]]]:
     """How x·W_enc is cut into products: tokens, and the latents of each product with them.
 
     The bits of a product may depend on its shape, so everything that decides a gate cuts alike.
@@ -85,7 +85,7 @@ def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """z = x·W_enc + b_enc [N, F], in the compute dtype."""
     dtype = compute_dtype(x)
     b_enc, z = b_enc.to(dtype), torch.empty(x.shape[0], W_enc.shape[1], dtype=dtype, device=x.device)
-    for tokens, tiles in _row_blocks(x, W_enc):
+    for tokens, tiles in row_blocks(x, W_enc):
         rows = x[tokens].to(dtype)
         for tile in tiles:
             z[tokens, tile] = linear(rows, W_enc[:, tile].to(dtype), b_enc[tile])
@@ -101,7 +101,7 @@ def near_threshold(
     b_enc, threshold = b_enc.to(dtype), threshold.to(dtype)
     comparable = not threshold.isnan().any()
     parts = [(b_enc.new_empty(0), *(torch.empty(0, dtype=torch.int64, device=x.device),) * 2)]
-    for tokens, tiles in _row_blocks(x, W_enc):
+    for tokens, tiles in row_blocks(x, W_enc):
         rows = x[tokens].to(dtype)
         found = []
         for tile in tiles:

@@ -12,6 +12,7 @@ from .jumprelu import jumprelu_backward, jumprelu_forward
 from .latents import latent_pass, weight_gradients
 from .residual import residual_pass
 from .tokens import token_pass
+from .topk import encode_topk
 from .transpose import by_latent
 from .update import update_from_dense, update_from_entries
 from .weighted_sum import encoder_times
@@ -26,6 +27,7 @@ __all__ = [
     "dense_encode",
     "encode_entries",
     "encode_forward",
+    "encode_topk",
     "encoder_times",
     "finish",
     "jumprelu_backward",

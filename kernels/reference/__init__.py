@@ -15,6 +15,7 @@ from .inference import (
     jumprelu_forward,
     preactivations,
 )
+from .topk import encode_topk, largest
 from .training import (
     by_latent,
     dense_backward,
@@ -43,12 +44,14 @@ __all__ = [
     "dense_encode",
     "encode_entries",
     "encode_forward",
+    "encode_topk",
     "encoder_times",
     "finish",
     "gate",
     "greater",
     "jumprelu_backward",
     "jumprelu_forward",
+    "largest",
     "latent_pass",
     "nan_or_zero",
     "preactivations",

@@ -8,7 +8,6 @@ import torch
 
 from gemmascope import JumpReLUSAE, SparseCode, TopKSAE
 from gemmascope.errors import BadFileError
-from gemmascope.saes import topk
 from gemmascope.saes.topk import top_latents
 
 D_MODEL, D_SAE, K = 5, 23, 4
@@ -84,19 +83,6 @@ def test_gradients_are_those_of_the_chosen_entries():
     torch.testing.assert_close(sae.b_enc.grad, dz.sum(0), **FP64)
     torch.testing.assert_close(x.grad, dz @ sae.W_enc.detach().T / 3.5, **FP64)
     torch.testing.assert_close(sae.W_enc.grad, (x.detach() / 3.5 - sae.b_dec.detach()).T @ dz, **FP64)
-
-
-def test_rows_beyond_what_is_held_at_once(monkeypatch):
-    sae, x = random_sae(), random_x(10, D_MODEL)
-    whole = sae.encode_sparse(x)
-    monkeypatch.setattr(topk, "MAX_HELD", 3 * D_SAE)
-    blocks = []
-    monkeypatch.setattr(sae, "_entries", lambda rows: (blocks.append(len(rows)), TopKSAE._entries(sae, rows))[1])
-    parts = sae.encode_sparse(x)
-    torch.testing.assert_close(parts.values, whole.values, **FP64)
-    assert torch.equal(parts.indices, whole.indices)
-    assert torch.equal(parts.offsets, whole.offsets)
-    assert blocks == [3, 3, 3, 1]
 
 
 def test_no_tokens():
