@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from gemmascope import JumpReLUSAE, TopKSAE, load_sae
+from gemmascope.activations import TokenRows, harvest
 from gemmascope.errors import BadFileError
 from gemmascope.evaluation import evaluate_sae
 from gemmascope.reporting import final_table, plots, read_results, write_html
 from gemmascope.saes.base import BaseSAE
 from gemmascope.sites import Site
 from gemmascope.suite import measure
-from gemmascope.suite.config import SuiteConfig
+from gemmascope.suite.config import ModelSection, SuiteConfig
 from gemmascope.suite.export import export_saes
 from gemmascope.suite.measure import Stopwatch, narrowed
-from gemmascope.suite.memory import ModelSizes
-from gemmascope.suite.plan import make_plan
-from gemmascope.suite.run import plan_suite, train_suite
+from gemmascope.suite.model import load_model
+from gemmascope.suite.plan import _parameters
+from gemmascope.suite.run import plan_suite, spread, train_suite
 from gemmascope.training import TrainConfig
 from gemmascope.training.config import KINDS
 from gemmascope.training.kinds import new_sae
@@ -154,13 +155,11 @@ def test_a_plan_tells_the_kinds(model_folder, text_file, tmp_path):
 
 
 def test_parameters_of_each_kind():
-    sizes = ModelSizes(2, 0, 0, 16, 32, 2, 10, 4, {Site(1, "resid"): 16})
     for kind in MADE:
-        specs = blocks(block(kind), sites=["layer_1/resid"]).specs(sites_of(2))
-        plan = make_plan.__globals__["_parameters"](specs[0], sizes.widths)
-        made = new_sae(specs[0].config, 16)
-        thresholds = 0 if kind in ("jumprelu", "gated") or not hasattr(made, "threshold") else 32  # not learnt
-        assert plan == sum(each.numel() for each in made.parameters()) - thresholds
+        (spec, *_) = blocks(block(kind), sites=["layer_1/resid"]).specs(sites_of(2))
+        made = new_sae(spec.config, 16)
+        fixed = 32 if kind != "jumprelu" and hasattr(made, "threshold") else 0  # thresholds that are not learnt
+        assert _parameters(spec, {spec.site: 16}) == sum(each.numel() for each in made.parameters()) - fixed
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -196,6 +195,16 @@ def finished(tmp_path_factory, model_folder, text_file):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return out, train_suite(of_all(model_folder, text_file, out))
+
+
+def activations(out, model_folder, which: str, count: int) -> torch.Tensor:
+    """Those of the run's rows that it read itself."""
+    rows, loaded = TokenRows.open(out / "tokens"), load_model(ModelSection(str(model_folder)), "cpu")
+    tokens = (
+        rows.train(spread(rows.n_train, count)) if which == "train" else rows.held_out(spread(rows.n_held_out, count))
+    )
+    site = Site(1, "resid")
+    return harvest(loaded.model, tokens, [site])[site]
 
 
 def rows_of(finished, kind: str) -> list[dict]:
@@ -238,13 +247,18 @@ def test_the_file_of_each_kind(finished, kind):
 
 @pytest.mark.skipif(set(MADE) != set(KINDS), reason="of all kinds")
 @pytest.mark.parametrize("kind", BY_BATCH)
-def test_the_threshold_of_a_batch_kind_is_calibrated(finished, kind):
+def test_the_threshold_of_a_batch_kind_is_calibrated(finished, model_folder, kind):
+    """On the training rows of the controls, by one θ for all latents."""
+    x = activations(finished[0], model_folder, "train", 24)
     for row in rows_of(finished, kind):
         sae = load_sae(finished[0] / row["path"])
+        assert isinstance(sae, JumpReLUSAE)
         calibration = sae.metadata["calibration"]
-        assert torch.equal(sae.threshold, torch.full_like(sae.threshold, calibration["threshold"]))
-        assert abs(calibration["l0_after"] - 4) <= abs(calibration["l0_before"] - 4)
-        assert calibration["l0_after"] == pytest.approx(4, rel=0.02)
+        assert sae.threshold.unique().tolist() == pytest.approx([calibration["threshold"]])
+        assert calibration["tokens"] == len(x)
+        assert calibration["l0_after"] == pytest.approx(4, abs=1 / len(x))
+        assert calibration["l0_before"] != calibration["l0_after"]
+        assert evaluate_sae(sae, x).l0 == pytest.approx(4, abs=3 / len(x)), "folding rounds"
         assert row["l0"] == pytest.approx(4, rel=0.3), "on other text"
 
 
@@ -301,18 +315,10 @@ def test_a_run_is_exported_with_its_kinds(finished, tmp_path):
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_what_is_saved_is_what_was_trained(finished, kind, model_folder, text_file):
+def test_what_is_saved_is_what_was_trained(finished, kind, model_folder):
     """The figures of the row are those of the file."""
-    from gemmascope.activations import TokenRows, harvest
-    from gemmascope.suite.config import ModelSection
-    from gemmascope.suite.model import load_model
-    from gemmascope.suite.run import spread
-
     out, _ = finished
-    rows = TokenRows.open(out / "tokens")
-    loaded = load_model(ModelSection(str(model_folder)), "cpu")
-    site = Site(1, "resid")
-    x = harvest(loaded.model, rows.held_out(spread(rows.n_held_out, 12)), [site])[site]
+    x = activations(out, model_folder, "held_out", 12)
     for row in rows_of(finished, kind):
         found = evaluate_sae(load_sae(out / row["path"]), x)
         assert (found.l0, found.fvu) == pytest.approx((row["l0"], row["fvu"]), rel=1e-5)
