@@ -198,7 +198,7 @@ ENTRIES = [
     ("window lost", "W_enc, b_enc, lower, z, words, config)", "W_enc, b_enc, threshold, z, words, config)"),
     ("edge of the window inside it", "inside = tl.abs(z - threshold) < half", "inside = tl.abs(z - threshold) <= half"),
     ("edge searched half way", "for _ in range(32)", "for _ in range(30)"),
-    ("edge of a NaN threshold", "tl.where(threshold == threshold, lower, threshold)", "lower"),
+    ("edge of a NaN threshold", "high = _rank(threshold)", "high = _rank(tl.maximum(threshold, -1.0))"),
     ("sum of ranks overflows", "(low | high) - ((low ^ high) >> 1)", "(low + high + 1) >> 1"),
     ("negative z out of order", "bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits"),
 ]  # fmt: skip

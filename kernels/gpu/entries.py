@@ -38,7 +38,10 @@ def _rank(z):
 
 @triton.jit
 def _lower_edge_kernel(threshold_ptr, lower_ptr, half_bandwidth, F, BLOCK: tl.constexpr):
-    """By bisection of the ranks: low is never inside the window, and everything above high is. −Inf is outside."""
+    """By bisection of the ranks: low is never inside the window, and everything above high is.
+
+    −Inf is outside. Nothing is near a NaN, so for a NaN θ it ends at θ.
+    """
     latents = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     threshold = tl.load(threshold_ptr + latents, mask=latents < F, other=0.0)
     low = _rank(tl.full([BLOCK], float("-inf"), tl.float32))
@@ -50,7 +53,7 @@ def _lower_edge_kernel(threshold_ptr, lower_ptr, half_bandwidth, F, BLOCK: tl.co
         low = tl.where(inside, low, middle)
         high = tl.where(inside, middle - 1, high)
     lower = _rank(low.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True)
-    tl.store(lower_ptr + latents, tl.where(threshold == threshold, lower, threshold), mask=latents < F)
+    tl.store(lower_ptr + latents, lower, mask=latents < F)
 
 
 def lower_edge(threshold: Tensor, bandwidth: float) -> Tensor:

@@ -216,6 +216,17 @@ def test_a_few_tokens_take_two_kernels(device, monkeypatch, N):
     assert_matches_reference(*arguments, SparseCode(*code, 70))
 
 
+def test_more_than_a_few_tokens_are_counted_first(device, monkeypatch):
+    monkeypatch.setattr(gpu_encode, "FEW_TOKENS", 4)
+    arguments = operands(5, 16, 70, device=device)
+    with Kernels(monkeypatch) as kernels:
+        code = gpu_encode._encode(*arguments)
+    assert [name for name in kernels.found if name.endswith("_kernel")] == [
+        *("_encode_fwd_kernel", "_count_kernel", "_compact_kernel"),
+    ]
+    assert_matches_reference(*arguments, SparseCode(*code, 70))
+
+
 def test_more_entries_than_a_few_tokens_have_room_for(device, monkeypatch):
     monkeypatch.setattr(gpu_encode, "FEW_TOKENS_L0", 7)
     x, W_enc, b_enc, threshold = operands(3, 7, 77, device=device)
@@ -249,6 +260,16 @@ def test_bad_input_stays_visible(device, route):
     expected = reference.encode_forward(x, W_enc, b_enc, threshold)
     assert code.indices[code.offsets[0] : code.offsets[1]].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert_same_code(code, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("config", [SPLIT_1, DESCRIPTORS], ids=["pointers", "descriptors"])
+def test_nothing_is_written_past_the_last_token(use, config):
+    """Whole tiles of latents, and a tile of tokens that is not full."""
+    use(config)
+    x, W_enc, b_enc, threshold = operands(config.block_m + 1, 16, config.block_n)
+    code = encode(x, W_enc, b_enc, torch.full_like(threshold, -1e3), impl="triton")
+    assert code.l0().tolist() == [config.block_n] * len(x)
 
 
 @interpreted
