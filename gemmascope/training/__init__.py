@@ -1,6 +1,7 @@
 """The recipe, its loss and gradients, one training step by each route, and the training of many SAEs at once."""
 
 from .config import Loss, TrainConfig
+from .gated import GatedLossAndGradients, gated_loss_and_gradients
 from .losses import LossAndGradients, loss_and_gradients
 from .sparse_loss import sparse_loss
 from .spec import SAESpec
@@ -8,12 +9,14 @@ from .suite import Suite, train
 from .trainer import SAETrainer
 
 __all__ = [
+    "GatedLossAndGradients",
     "Loss",
     "LossAndGradients",
     "SAESpec",
     "SAETrainer",
     "Suite",
     "TrainConfig",
+    "gated_loss_and_gradients",
     "loss_and_gradients",
     "sparse_loss",
     "train",
