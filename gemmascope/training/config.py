@@ -33,13 +33,13 @@ ROUTES = ("auto", "reference", "dense", "sparse")
 TARGETED = ("target_l0", "quadratic_l0")
 # λ where none is given; its unit is another in each kind of penalty. That of `l0` is Gemma Scope's. With those of the
 # two that aim at an L0 the SAEs of the demo come within a tenth of it, at L0 5 to 50; a larger λ comes closer to it and
-# reconstructs worse.
-L0_COEFFICIENTS = {"l0": 6e-4, "target_l0": 0.3, "quadratic_l0": 0.02, "tanh": 6e-4, "l1": 0.1, "none": 0.0}
+# reconstructs worse. That of `l1` is amid those which SAEBench's gated and ReLU SAEs were trained with (.012 to .08).
+L0_COEFFICIENTS = {"l0": 6e-4, "target_l0": 0.3, "quadratic_l0": 0.02, "tanh": 6e-4, "l1": 0.04, "none": 0.0}
 # For hundreds of updates, where these two differ.
-SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3}
+SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3, "l1": 0.3}
 # In units of variance. The L0 rests above its target by about s·FVU/(2λ) of it with `target_l0`, s ≈ 0.3 the slope of
 # log FVU over log L0: a percent or two, whatever the target. A larger λ lets latents die and reconstructs worse.
-SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "target_l0": 1.6}
+SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "target_l0": 1.6, "l1": 0.3}
 # ε of the kinds whose thresholds are 0 and stay there: no entry lies in so narrow a window but a z of 0 itself.
 CLOSED_WINDOW = 1e-30
 SMALLEST_EPS = torch.finfo(torch.float32).tiny

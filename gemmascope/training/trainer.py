@@ -212,7 +212,7 @@ class SAETrainer:
         check_type("config", config, TrainConfig)
         check_int("d_model", d_model, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
-        return training_memory(*sizes, pending=steps_ahead(torch.device(device)))
+        return training_memory(*sizes, pending=steps_ahead(torch.device(device)), kind=config.kind)
 
     def update(self, x_raw: Tensor) -> None:
         """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device.

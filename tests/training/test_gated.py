@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemmascope.saes import GatedSAE, JumpReLUSAE
-from gemmascope.training import SAETrainer, TrainConfig, gated_step, memory
+from gemmascope.training import SAETrainer, TrainConfig, memory
 from gemmascope.training.config import Loss
 from gemmascope.training.gated import gated_loss_and_gradients
 from gemmascope.training.gated_step import gated_step as take
@@ -272,7 +272,7 @@ def test_figures_are_those_of_the_loss_and_the_module():
 
 def test_tiles_of_latents_change_nothing(monkeypatch):
     states = []
-    for elements in (memory.DENSE_ELEMENTS, LARGE.n * 8 * gated_step.DENSE_MATRICES):
+    for elements in (memory.DENSE_ELEMENTS, LARGE.n * 8 * memory.GATED_TILES):
         monkeypatch.setattr(memory, "DENSE_ELEMENTS", elements)
         state = start(dtype=torch.float64)
         for x in data(10):
