@@ -131,19 +131,19 @@ def gradient_bound(
 def copies_differ(latents: LatentState, column: int | Tensor | None) -> Tensor | None:
     """Bool scalar: whether a column of the weights differs from what the bf16 copies have there; None without a look.
 
-    column: a number, or a 0-d tensor of it on the device.
+    column: a number, or a 0-d tensor of it on the device; of a matrix of fewer columns, the one that it is when
+    counting goes on from the first.
     """
     if column is None or latents.W_enc_low is None or latents.W_dec_low is None:
         return None
-    if isinstance(column, Tensor):
-        column = column.reshape(1).long()
-        weights, copies = (
-            torch.stack([rows.index_select(1, column) for rows in pair])
-            for pair in ((latents.W_enc, latents.W_dec), (latents.W_enc_low, latents.W_dec_low))
-        )
-    else:
-        weights = torch.stack((latents.W_enc[:, column], latents.W_dec[:, column]))
-        copies = torch.stack((latents.W_enc_low[:, column], latents.W_dec_low[:, column]))
+
+    def at(rows: Tensor) -> Tensor:
+        if isinstance(column, Tensor):
+            return rows.index_select(1, column.reshape(1).long() % rows.shape[1])[:, 0]
+        return rows[:, column % rows.shape[1]]
+
+    weights = torch.stack((at(latents.W_enc), at(latents.W_dec)))
+    copies = torch.stack((at(latents.W_enc_low), at(latents.W_dec_low)))
     return (weights.bfloat16() != copies).any()
 
 
@@ -235,6 +235,19 @@ def conclude(
     return Conclusion(ok, updates + 1, pack(total, *means, l0.mean(), n_entries, stalled, ok, skipped))
 
 
+def adam(p: Tensor, v: Tensor, gradient: Tensor, rule: Rule, ok: Tensor, number: Tensor) -> None:
+    """A parameter that every update moves and its second moment, of any one shape, in place; nothing unless ``ok``.
+
+    v ← β2·v + (1 − β2)·g²;  p ← p − lr·g/(√(v/(1 − β2^k)) + eps), k = ``number``. Does not wait for the device.
+    """
+    allowed = ok > 0
+    moment = rule.beta2 * v + (1 - rule.beta2) * gradient.square()
+    correction = (1 - torch.pow(rule.beta2, number.double())).to(v.dtype)
+    moved = p - as_number(rule.learning_rate, p) * gradient / ((moment / correction).sqrt() + rule.eps)
+    p.copy_(torch.where(allowed, moved, p))
+    v.copy_(torch.where(allowed, moment, v))
+
+
 def move(
     b_dec: Tensor,
     b_dec_v: Tensor,
@@ -248,12 +261,8 @@ def move(
     number: Tensor,
 ) -> None:
     """`finish` from the gradient of b_dec [d] itself."""
+    adam(b_dec, b_dec_v, db_dec, rule, ok, number)
     allowed = ok > 0
-    v = rule.beta2 * b_dec_v + (1 - rule.beta2) * db_dec.square()
-    correction = (1 - torch.pow(rule.beta2, number.double())).to(v.dtype)
-    moved = b_dec - as_number(rule.learning_rate, b_dec) * db_dec / ((v / correction).sqrt() + rule.eps)
-    b_dec.copy_(torch.where(allowed, moved, b_dec))
-    b_dec_v.copy_(torch.where(allowed, v, b_dec_v))
     since = torch.where(firing_count > 0, 0, tokens_since_fired + n)
     tokens_since_fired.copy_(torch.where(allowed, since, tokens_since_fired))
     updates += ok
