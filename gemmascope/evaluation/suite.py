@@ -13,6 +13,7 @@ from ..activations.moments import check_activations, moments
 from ..activations.outliers import norms_of
 from ..checks import check_int, check_number, check_type, found, is_integer
 from ..saes import JumpReLUSAE
+from ..saes.codec import Codec
 from ..sites import Site, site_width, special_token_ids
 from ..sites.decoder import embedding_weight, input_device
 from .baselines import fit_pca, pair_table_fvu, random_dictionary_fvu
@@ -125,7 +126,7 @@ def judge_suite(
                 sae.impl = impl
                 figures, frequencies[name] = at_site.judge(sae)
                 facts = {"name": name, "site": site.kind, "layer": site.layer, "width": sae.d_sae, **recipe_of(sae)}
-                judged[name] = {key: _defined(value) for key, value in (facts | figures).items()}
+                judged[name] = {key: defined(value) for key, value in (facts | figures).items()}
                 on_done(len(judged), name)
     return [judged[name] for name in saes], {name: frequencies[name] for name in saes}
 
@@ -258,7 +259,7 @@ class _AtSite:
         return figures | {"gamma": self.on_kept.gamma} | self.facts | beside, frequency
 
 
-def recipe_of(sae: JumpReLUSAE) -> dict[str, float | None]:
+def recipe_of(sae: Codec) -> dict[str, float | None]:
     """Seed, L0 aimed at and λ, as far as the metadata of the SAE say: themselves, or a ``training`` among them, or the
     ``loss`` of that."""
     training = sae.metadata.get("training")
@@ -283,7 +284,7 @@ def _check_of_tokens(name: str, by_site: Any, sites: Mapping[Site, Any], n: int)
             raise ValueError(f"{name}[{site}]: expected those of the {n} tokens, got {len(by_site[site])}")
 
 
-def _defined(value: Any) -> Any:
+def defined(value: Any) -> Any:
     """None in the place of a float that is not finite, for which JSON has no word."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

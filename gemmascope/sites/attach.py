@@ -53,7 +53,7 @@ class _Splices(Forwards):
         if self._counts_columns and call.depth == self._innermost:
             call.start = start_of([*args, *kwargs.values()])
 
-    def at_site(self, call: Call, site: Site, x: Tensor) -> Tensor:
+    def at_site(self, call: Call, site: Site, x: Tensor) -> Tensor | None:
         if call.differentiable and checkpointing():
             raise EnvironmentProblemError(
                 f"site {site}: expected to fire once in a forward, found gradient checkpointing, which computes it "
@@ -65,6 +65,7 @@ class _Splices(Forwards):
         return out
 
     def writes(self, site: Site) -> bool:
+        """Or whether a transcoder only reads there."""
         return site in self._splices
 
     def _replaced(self, call: Call, site: Site, x: Tensor) -> Tensor:

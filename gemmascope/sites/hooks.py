@@ -230,7 +230,7 @@ def remove(module: nn.Module, key: int) -> None:
         release_eager(module, hook.forwards.deep)
 
 
-def hooks_at(layer: nn.Module, kind: str) -> list[Hook]:
+def hooks_at(layer: nn.Module, kind: str) -> "list[_AtSite]":
     """Ours at a site of ``layer``."""
     found = (hook for _, hook in hooks_of(_module_at(layer, kind)))
     return [hook for hook in found if isinstance(hook, _AtSite) and hook.site.kind == kind]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..activations import stream
 from ..activations.outliers import are_outliers, norms_of
-from ..formats.release import gemma_scope_path
-from ..saes.base import BaseSAE
+from ..formats.release import SAFETENSORS, gemma_scope_path
+from ..saes.codec import Codec
 from ..sites import Site
 from ..training.spec import SAESpec
 
@@ -22,7 +22,7 @@ SAES_FOLDER = "saes"
 def held_out_l0(
     model: nn.Module,
     held_out: Tensor,
-    saes: Mapping[str, tuple[Site, BaseSAE]],
+    saes: Mapping[str, tuple[Site, Codec]],
     *,
     max_norm_ratio: float | None = None,
     median_norms: Mapping[Site, float],
@@ -52,13 +52,14 @@ def held_out_l0(
 def save_suite(
     folder: Path,
     specs: Sequence[SAESpec],
-    folded: Mapping[str, BaseSAE],
+    folded: Mapping[str, Codec],
     l0: Mapping[str, tuple[float, int]],
     facts: Mapping[str, Any],
 ) -> dict[str, Path]:
     """Save the folded SAEs {name: SAE} in Gemma Scope 1's layout, in the place of all that was in ``folder``.
 
-    ``KIND/layer_L/width_W/average_l0_L0/params.npz``; where two would have one name, the second is
+    ``KIND/layer_L/width_W/average_l0_L0/params.npz``, and transcoders, whose KIND is ``mlp_in_to_mlp`` for one, in
+    Gemma Scope 2's, ``params.safetensors`` in such folders; where two would have one name, the second is
     ``average_l0_L0_2`` and so on, in the order of ``specs``. ``facts`` go into the metadata of each, with what it was
     trained for and its ``l0`` {name: (mean, tokens)}. Returns {name: file}.
     """
@@ -80,9 +81,12 @@ def save_suite(
             "average_l0_of": "held-out rows",
             "average_l0_tokens": tokens,
         }
-        named = folder / spec.site.kind / gemma_scope_path(spec.site.layer, sae.d_sae, average_l0)
-        path = _free(named, set(paths.values()))
-        sae.save(path)
+        if spec.target is not None:
+            sae.metadata |= {"site_out": spec.target.name, "kind": spec.config.kind}
+        kind = spec.site.kind if spec.target is None else f"{spec.site.kind}_to_{spec.target.kind}"
+        named = folder / kind / gemma_scope_path(spec.site.layer, sae.d_sae, average_l0)
+        path = _free(named if spec.target is None else named.with_name(SAFETENSORS), set(paths.values()))
+        sae.save(path if spec.target is None else path.parent)
         paths[spec.name] = path
     return paths
 

@@ -65,7 +65,7 @@ class ModelSizes:
     vocabulary: int
     itemsize: int
     widths: dict[Site, int]
-    """Of every site."""
+    """Of every site, those included where transcoders read."""
 
     @classmethod
     def of(cls, loaded: Loaded) -> "ModelSizes":
@@ -81,7 +81,7 @@ class ModelSizes:
             heads=config.num_attention_heads,
             vocabulary=embedding_weight(loaded.model).shape[0],
             itemsize=embedding_weight(loaded.model).element_size(),
-            widths={site: decoder.width(site) for site in loaded.sites},
+            widths={site: decoder.width(site) for site in (*loaded.sites, *loaded.input_sites)},
         )
 
     def forward(self, rows: int, context: int) -> int:
@@ -112,8 +112,12 @@ def needs(
     """What training ``specs`` takes. ring: where it is, `DEVICE` or `HOST`. text_bytes: those of the token shards."""
     is_gpu = device.type == "cuda"
     own = DEVICE if is_gpu else HOST
-    training = [SAETrainer.memory(spec.config, model.widths[spec.site], device) for spec in specs]
-    sites = {spec.site for spec in specs}
+    out = [None if spec.target is None else model.widths[spec.target] for spec in specs]
+    training = [
+        SAETrainer.memory(spec.config, model.widths[spec.site], device, d_out)
+        for spec, d_out in zip(specs, out, strict=True)
+    ]
+    sites = {site for spec in specs for site in spec.sites}
     width = sum(model.widths[site] for site in sites)
     itemsize = 2 if config.activations.dtype == "bfloat16" else 4
     capacity = config.rows_per_block * config.text.context

@@ -262,9 +262,9 @@ def _measured(
     measure: Measure,
 ) -> Seconds:
     """One measurement for each shape of SAE; a CPU trains as many side by side as it has threads,
-    each by one of them."""
+    each by one of them. A transcoder counts as an SAE of its larger width."""
     rows, context = config.activations.forward_rows, config.text.context
-    sites = sorted({spec.site for spec in specs})
+    sites = sorted({site for spec in specs for site in spec.sites})
     forward = measure.forward(loaded.model, sites, rows, context)
     tokens = config.steps * config.suite.batch_size / _trained_share(config)
     on_gpu = machine.device.type == "cuda"
@@ -272,7 +272,7 @@ def _measured(
     found: dict[tuple[Any, ...], float] = {}
     total = 0.0
     for spec in specs:
-        width, recipe = model.widths[spec.site], spec.config
+        width, recipe = max(model.widths[site] for site in spec.sites), spec.config.changed(skip=False)
         shape = (width, recipe.d_sae, recipe.compute_dtype, recipe.route, recipe.loss.target_l0)
         if shape not in found:
             found[shape] = measure.step(recipe, width, machine.device, config.run.impl, threads=1)
@@ -437,8 +437,9 @@ def _memory(plan: Plan, where: str) -> list[str]:
 
 
 def _parameters(spec: SAESpec, widths: Mapping[Site, int]) -> int:
-    width, d_sae = widths[spec.site], spec.config.d_sae
-    return 2 * width * d_sae + 2 * d_sae + width
+    d_in, d_sae = widths[spec.site], spec.config.d_sae
+    d_out = widths[spec.target or spec.site]
+    return (d_in + d_out) * d_sae + 2 * d_sae + d_out + spec.config.skip * d_in * d_out
 
 
 def _aims(specs: Sequence[SAESpec]) -> str:

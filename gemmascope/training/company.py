@@ -29,7 +29,7 @@ def _threads(n: int) -> Iterator[None]:
 
 
 # What a trainer is given in a step: activations, for a transcoder with its target.
-Rows = tuple[Tensor, ...]
+Rows = tuple[Tensor] | tuple[Tensor, Tensor]
 
 
 def _attempt(trainer: SAETrainer, rows: Rows) -> Exception | None:
@@ -103,7 +103,11 @@ class Company(Generic[Key]):
         missing = [site for name in names for site in self._sites[name] if site not in batch]
         if missing:
             raise ValueError(f"{argument}: expected batches of every trainer's site, {missing[0]} is missing")
-        return [tuple(batch[site] for site in self._sites[name]) for name in names]
+        found: list[Rows] = []
+        for name in names:
+            site, *target = self._sites[name]
+            found.append((batch[site], batch[target[0]]) if target else (batch[site],))
+        return found
 
     def take(self, names: Sequence[Key], rows: Sequence[Rows]) -> dict[Key, Exception]:
         """A step of each of ``names``; the errors there were."""
