@@ -18,8 +18,8 @@ from ..checks import check_device, check_type, dtype_name
 from ..errors import BadFileError, EnvironmentProblemError
 from ..formats.files import open_file, read_json, shown
 from ..formats.hub import fetch, snapshot
-from ..sites import INPUT_KINDS, Site, all_sites, site_width
-from ..sites.decoder import INPUT_NORM, find_decoder, refuse_attention_without_cap
+from ..sites import Site, all_sites, site_width
+from ..sites.decoder import find_decoder, refuse_attention_without_cap
 from ..version import __version__
 from .config import ModelSection
 
@@ -49,14 +49,6 @@ class Loaded:
     def sites(self) -> tuple[Site, ...]:
         """Every site of it, layer by layer."""
         return tuple(all_sites(self.model))
-
-    @property
-    def input_sites(self) -> tuple[Site, ...]:
-        """Where transcoders read, in the layers that have such sites."""
-        layers = enumerate(find_decoder(self.model).layers)
-        return tuple(
-            Site(number, kind) for number, layer in layers if hasattr(layer, INPUT_NORM) for kind in INPUT_KINDS
-        )
 
     def width(self, site: Site) -> int:
         return site_width(self.model, site)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from ..errors import EnvironmentProblemError
-from ..sites import Site
 from ..training.memory import GIB
 from ..training.spec import SAESpec
 from .config import SuiteConfig
@@ -74,7 +73,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Of all SAEs."""
-        return sum(_parameters(spec, self.model.widths) for spec in self.specs)
+        return sum(_parameters(spec, self.model) for spec in self.specs)
 
     @property
     def tokens(self) -> int:
@@ -163,10 +162,10 @@ class Plan:
         """A line for each width of site and SAE."""
         groups: dict[tuple[int, int], list[SAESpec]] = {}
         for spec in self.specs:
-            groups.setdefault((self.model.widths[spec.site], spec.config.d_sae), []).append(spec)
+            groups.setdefault((self.model.width(spec.site), spec.config.d_sae), []).append(spec)
         rows = [("width", "d_sae", "SAEs", "parameters", "aim", "sites")]
         for (width, d_sae), specs in sorted(groups.items()):
-            parameters = sum(_parameters(spec, self.model.widths) for spec in specs)
+            parameters = sum(_parameters(spec, self.model) for spec in specs)
             sites = listing({spec.site for spec in specs})
             rows.append((f"{width:,}", f"{d_sae:,}", f"{len(specs):,}", _count(parameters), _aims(specs), sites))
         return _table(rows)
@@ -272,7 +271,7 @@ def _measured(
     found: dict[tuple[Any, ...], float] = {}
     total = 0.0
     for spec in specs:
-        width, recipe = max(model.widths[site] for site in spec.sites), spec.config.changed(skip=False)
+        width, recipe = max(model.width(site) for site in spec.sites), spec.config.changed(skip=False)
         shape = (width, recipe.d_sae, recipe.compute_dtype, recipe.route, recipe.loss.target_l0)
         if shape not in found:
             found[shape] = measure.step(recipe, width, machine.device, config.run.impl, threads=1)
@@ -436,9 +435,9 @@ def _memory(plan: Plan, where: str) -> list[str]:
     return [heading, *_aligned([*rows, ("total", _bytes(plan.needs.total(where)) + of)], indent="  ")]
 
 
-def _parameters(spec: SAESpec, widths: Mapping[Site, int]) -> int:
-    d_in, d_sae = widths[spec.site], spec.config.d_sae
-    d_out = widths[spec.target or spec.site]
+def _parameters(spec: SAESpec, model: ModelSizes) -> int:
+    d_in, d_sae = model.width(spec.site), spec.config.d_sae
+    d_out = model.width(spec.target or spec.site)
     return (d_in + d_out) * d_sae + 2 * d_sae + d_out + spec.config.skip * d_in * d_out
 
 

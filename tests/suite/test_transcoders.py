@@ -59,9 +59,9 @@ def finished(tmp_path_factory, model_folder, text_file):
 
 @pytest.fixture(scope="module")
 def model(model_folder) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import Gemma2ForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager").eval()
+    return Gemma2ForCausalLM.from_pretrained(model_folder, attn_implementation="eager").eval()
 
 
 @pytest.fixture(scope="module")
