@@ -318,7 +318,7 @@ def test_a_transcoder_on_the_other_site_is_far_worse(site, other):
     model = tiny_models.gemma2()
     with torch.no_grad():
         norm_of(model).weight.uniform_(-0.8, 4.0, generator=torch.Generator().manual_seed(0))
-    found = harvest(model, tiny_models.tokens(96, 24), [IN, NORMED, MLP])
+    found = harvest(model, tiny_models.tokens(400, 24), [IN, NORMED, MLP])
     n = len(found[MLP]) // 2
     config = TrainConfig.short(d_sae=128, steps=500, batch_size=256, skip=True, l0_coefficient=1e-3)
     trainer = SAETrainer(config, found[site][:n], target=found[MLP][:n])
