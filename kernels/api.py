@@ -257,10 +257,11 @@ def latent_pass(
 def weight_gradients(
     transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """dW_enc[j] = Σ dz·(x_n − b_dec) and dW_dec[j] = Σ dec·r_n over the entries of each latent: [F, d] fp32 each.
+    """dW_enc[j] = Σ dz·(x_n − b_dec) and dW_dec[j] = Σ dec·r_n over the entries of each latent: fp32, of the shapes of
+    the weights.
 
     For those who want gradients in memory; `update_from_entries` never stores them. sums: of `latent_pass`. residual
-    and x_centred = x − b_dec: [N, d] of one float dtype.
+    [N, d_out] and x_centred = x − b_dec [N, d_in]: of one float dtype.
     """
     if not torch.compiler.is_compiling():
         validation.validate_weight_gradients(transposed, sums, residual, x_centred)
@@ -298,9 +299,10 @@ def update_from_entries(
     """Adam with β1 = 0, in place, on every latent that has entries; the others do not move, exactly as they should.
 
     state: contiguous tensors, fp32 (fp64: plain PyTorch), changed in place. residual, x_centred: [N, d] of one float
-    dtype, as `residual_pass` and `encode_entries` had them. ok: int32 scalar on the device; with 0 nothing is written.
-    step: int64 scalar on the device, updates made so far. The learning rate of ``rule`` may be a 0-d fp32 or fp64
-    tensor there, which a captured launch reads anew.
+    dtype, as `residual_pass` and `encode_entries` had them. Those of a transcoder may be of two widths, [N, d_out] and
+    [N, d_in], as its weights are; the Triton kernels raise ValueError for them. ok: int32 scalar on the device; with 0
+    nothing is written. step: int64 scalar on the device, updates made so far. The learning rate of ``rule`` may be a
+    0-d fp32 or fp64 tensor there, which a captured launch reads anew.
 
     The gradient of a latent's decoder row loses its component along the row, and after the step the row returns to unit
     norm. A latent that was idle for k updates first pays the decay β2^k that its second moments owe, so that the result

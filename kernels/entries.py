@@ -132,8 +132,8 @@ class Rule(NamedTuple):
 class LatentState(NamedTuple):
     """Everything a training step holds by latent, updated in place. Second moments are as of step last[j]."""
 
-    W_enc: Tensor  # [F, d] fp32: the transposed weight, contiguous
-    W_dec: Tensor  # [F, d] fp32
+    W_enc: Tensor  # [F, d_in] fp32: the transposed weight, contiguous
+    W_dec: Tensor  # [F, d_out] fp32; the two widths are one but in transcoders
     b_enc: Tensor  # [F] fp32
     threshold: Tensor  # [F] fp32
     W_enc_v: Tensor  # second moments, shapes as above
@@ -141,7 +141,7 @@ class LatentState(NamedTuple):
     b_enc_v: Tensor
     threshold_v: Tensor
     last: Tensor  # [F] int64, updates made when the latent was last touched
-    W_enc_low: Tensor | None = None  # [F, d] bf16 copies that the products read; None: they read the weights
+    W_enc_low: Tensor | None = None  # bf16 copies that the products read; None: they read the weights
     W_dec_low: Tensor | None = None
 
 

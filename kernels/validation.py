@@ -217,16 +217,16 @@ def _check_sums(sums: LatentSums, transposed: ByLatent, d_sae: int, dtypes: tupl
         check_tensor(f"sums.{name}", getattr(sums, name), shape, dtypes, device)
 
 
-def _check_tables(residual: Tensor, x_centred: Tensor, d_model: int | str, device: torch.device) -> None:
-    check_tensor("residual", residual, ("N", d_model), device=device)
-    check_tensor("x_centred", x_centred, (residual.shape[0], residual.shape[1]), (residual.dtype,), device)
+def _check_tables(residual: Tensor, x_centred: Tensor, d_in: int | str, d_out: int | str, device: torch.device) -> None:
+    check_tensor("residual", residual, ("N", d_out), device=device)
+    check_tensor("x_centred", x_centred, (residual.shape[0], d_in), (residual.dtype,), device)
 
 
 def validate_weight_gradients(transposed: ByLatent, sums: LatentSums, residual: Tensor, x_centred: Tensor) -> None:
     check_by_latent(transposed, "capacity", "d_sae + 1")
     d_sae, device = transposed.offsets.shape[0] - 1, transposed.offsets.device
     _check_sums(sums, transposed, d_sae, MASTER)
-    _check_tables(residual, x_centred, "d_model", device)
+    _check_tables(residual, x_centred, "d_in", "d_out", device)
 
 
 def validate_encoder_times(W_enc: Tensor, db_enc: Tensor) -> None:
@@ -263,19 +263,20 @@ def validate_dense_backward(
 
 def check_state(state: LatentState) -> None:
     check_type("state", state, LatentState)
-    check_tensor("state.W_dec", state.W_dec, ("d_sae", "d_model"), MASTER)
-    (d_sae, d_model), dtype, device = state.W_dec.shape, (state.W_dec.dtype,), state.W_dec.device
+    check_tensor("state.W_dec", state.W_dec, ("d_sae", "d_out"), MASTER)
+    (d_sae, d_out), dtype, device = state.W_dec.shape, (state.W_dec.dtype,), state.W_dec.device
+    check_tensor("state.W_enc", state.W_enc, (d_sae, "d_in"), dtype, device)
+    d_in = state.W_enc.shape[1]
     for name, shape, dtypes in (
-        ("W_enc", (d_sae, d_model), dtype),
         ("b_enc", (d_sae,), dtype),
         ("threshold", (d_sae,), dtype),
-        ("W_enc_v", (d_sae, d_model), dtype),
-        ("W_dec_v", (d_sae, d_model), dtype),
+        ("W_enc_v", (d_sae, d_in), dtype),
+        ("W_dec_v", (d_sae, d_out), dtype),
         ("b_enc_v", (d_sae,), dtype),
         ("threshold_v", (d_sae,), dtype),
         ("last", (d_sae,), (torch.int64,)),
-        ("W_enc_low", (d_sae, d_model), (torch.bfloat16,)),
-        ("W_dec_low", (d_sae, d_model), (torch.bfloat16,)),
+        ("W_enc_low", (d_sae, d_in), (torch.bfloat16,)),
+        ("W_dec_low", (d_sae, d_out), (torch.bfloat16,)),
     ):
         if getattr(state, name) is not None or not name.endswith("_low"):
             check_tensor(f"state.{name}", getattr(state, name), shape, dtypes, device)
@@ -310,10 +311,10 @@ def validate_update_from_entries(
     ok: Tensor, step: Tensor,
 ) -> None:  # fmt: skip
     check_state(state)
-    (d_sae, d_model), device = state.W_dec.shape, state.W_dec.device
+    d_sae, device = state.W_dec.shape[0], state.W_dec.device
     check_by_latent(transposed, "capacity", d_sae + 1, device)
     _check_sums(sums, transposed, d_sae, (state.W_dec.dtype,))
-    _check_tables(residual, x_centred, d_model, device)
+    _check_tables(residual, x_centred, state.W_enc.shape[1], state.W_dec.shape[1], device)
     check_rule(rule, device)
     _check_scalars(ok, step, device)
 
@@ -323,10 +324,10 @@ def validate_update_from_dense(
     rule: Rule, ok: Tensor, step: Tensor,
 ) -> None:  # fmt: skip
     check_state(state)
-    (d_sae, d_model), device = state.W_dec.shape, state.W_dec.device
+    (d_sae, d_out), device = state.W_dec.shape, state.W_dec.device
     dtype = (state.W_dec.dtype,)
-    check_tensor("dW_enc", dW_enc, (d_sae, d_model), dtype, device)
-    check_tensor("dW_dec", dW_dec, (d_sae, d_model), dtype, device)
+    check_tensor("dW_enc", dW_enc, (d_sae, state.W_enc.shape[1]), dtype, device)
+    check_tensor("dW_dec", dW_dec, (d_sae, d_out), dtype, device)
     check_tensor("db_enc", db_enc, (d_sae,), dtype, device)
     check_tensor("dthreshold", dthreshold, (d_sae,), dtype, device)
     check_tensor("touched", touched, (d_sae,), (torch.int32,), device)

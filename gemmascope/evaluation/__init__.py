@@ -14,6 +14,7 @@ from .language_model import (
     mean_ablation_loss,
 )
 from .suite import judge_suite
+from .transcoders import evaluate_transcoder, judge_transcoders, linear_fvu
 
 __all__ = [
     "HIGH_FREQUENCY",
@@ -29,8 +30,11 @@ __all__ = [
     "diagnose",
     "evaluate_sae",
     "evaluate_splice",
+    "evaluate_transcoder",
     "judge_suite",
+    "judge_transcoders",
     "language_model_loss",
+    "linear_fvu",
     "loss_recovered",
     "mean_ablation_loss",
     "measure_fit",

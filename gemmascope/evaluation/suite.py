@@ -13,7 +13,7 @@ from ..activations.moments import check_activations, moments
 from ..activations.outliers import norms_of
 from ..checks import check_int, check_number, check_type, found, is_integer
 from ..saes import load_sae
-from ..saes.base import BaseSAE
+from ..saes.codec import Codec
 from ..sites import Site, site_width, special_token_ids
 from ..sites.decoder import embedding_weight, input_device
 from .baselines import fit_pca, pair_table_fvu, random_dictionary_fvu
@@ -127,7 +127,7 @@ def judge_suite(
                 figures, frequencies[name] = at_site.judge(sae)
                 facts = {"name": name, "site": site.kind, "layer": site.layer, "width": sae.d_sae, "kind": sae.kind}
                 facts |= recipe_of(sae)
-                judged[name] = {key: _defined(value) for key, value in (facts | figures).items()}
+                judged[name] = {key: defined(value) for key, value in (facts | figures).items()}
                 on_done(len(judged), name)
     return [judged[name] for name in saes], {name: frequencies[name] for name in saes}
 
@@ -169,7 +169,7 @@ class _Text:
         self.device = input_device(model)
         self.predictions = n_predictions(model, tokens)
 
-    def splice(self, site: Site, sae: BaseSAE, max_norm: float | None) -> float:
+    def splice(self, site: Site, sae: Codec, max_norm: float | None) -> float:
         spliced = sae if max_norm is None else SparingOutliers(sae, max_norm)
         return delta_loss(self.model, self.tokens, {site: spliced}, clean_loss=self.clean_loss)
 
@@ -206,7 +206,7 @@ class _OnTokens:
         self.pair_table_fvu = pair_table_fvu(*tokens)
         self.ablation = text.ablate(site, mean, max_norm)
 
-    def judge(self, sae: BaseSAE) -> tuple[dict[str, Any], Tensor]:
+    def judge(self, sae: Codec) -> tuple[dict[str, Any], Tensor]:
         train, _, rows, _ = self.tokens
         metrics = evaluate_sae(sae, rows)
         rank = round(metrics.l0)
@@ -252,7 +252,7 @@ class _AtSite:
                     raise ValueError(f"median_norms: expected that of {site}, got one that leaves none of {name}")
             self.on_kept = _OnTokens(text, site, tokens.where(kept_in_train, kept), max_norm)
 
-    def judge(self, sae: BaseSAE) -> tuple[dict[str, Any], Tensor]:
+    def judge(self, sae: Codec) -> tuple[dict[str, Any], Tensor]:
         figures, frequency = self.on_kept.judge(sae)
         beside = {}
         if self.filters:
@@ -261,7 +261,7 @@ class _AtSite:
         return figures | {"gamma": self.on_kept.gamma} | self.facts | beside, frequency
 
 
-def recipe_of(sae: BaseSAE) -> dict[str, float | None]:
+def recipe_of(sae: Codec) -> dict[str, float | None]:
     """Seed, L0 aimed at, λ and k, as far as the metadata of the SAE say: themselves, or a ``training`` among them, or
     the ``loss`` of that."""
     training = sae.metadata.get("training")
@@ -286,7 +286,7 @@ def _check_of_tokens(name: str, by_site: Any, sites: Mapping[Site, Any], n: int)
             raise ValueError(f"{name}[{site}]: expected those of the {n} tokens, got {len(by_site[site])}")
 
 
-def _defined(value: Any) -> Any:
+def defined(value: Any) -> Any:
     """None in the place of a float that is not finite, for which JSON has no word."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -59,6 +59,7 @@ COLUMNS = (
     Column("l0", "L0", "L0", ".1f"),
     Column("fvu", "FVU", "FVU", ".3f"),
     Column("pca_fvu", "PCA", "FVU of PCA", ".3f"),
+    Column("linear_fvu", "linear", "FVU of a linear map", ".3f", optional=True),
     Column("random_fvu", "random", "FVU of a random dictionary", ".3f", optional=True),
     Column("pair_table_fvu", "pairs", "FVU of token pairs", ".3f"),
     Column("median_fvu", "med.", "FVU, median token", ".3f"),

@@ -179,7 +179,7 @@ class BaseSAE(Codec):
         # Only entries lose the shape: FSDP2 warns of an output that is a view.
         return (x_hat.reshape(x.shape) if isinstance(f, SparseCode) else x_hat).to(x.dtype)
 
-    def released(self) -> "BaseSAE":
+    def released(self) -> Codec:
         """What a training leaves: the same function, folded, as a class that files hold. A copy."""
         return self.fold()
 

@@ -1,5 +1,6 @@
 """What SAEs and transcoders have in common: from rows to the code and back, and a threshold that stays wide."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -24,10 +25,15 @@ class Codec(nn.Module):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     impl: str
+    metadata: dict[str, Any]
 
     @property
     def d_sae(self) -> int:
         return self.W_dec.shape[0]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as the files of its class."""
+        raise NotImplementedError
 
     def _check_rows(self, name: str, rows: Tensor, width: int) -> None:
         check_floating(name, rows)

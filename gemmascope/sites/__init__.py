@@ -9,11 +9,12 @@ from .decoder import all_sites, evaluating, site_width
 from .edits import Ablate, Add, Clamp, Edit, Patch
 from .probe import probe
 from .scales import LatentScales
-from .site import KINDS, Site
+from .site import INPUT_KINDS, KINDS, Site
 from .tap import Tap
 from .tokens import special_token_ids
 
 __all__ = [
+    "INPUT_KINDS",
     "KINDS",
     "Ablate",
     "Add",

@@ -11,21 +11,30 @@ from ..errors import EnvironmentProblemError
 from .decoder import Decoder, find_decoder, refuse_attention_without_cap
 from .edits import Edit, as_edits
 from .hooks import Call, Forwards, Handle, checkpointing, hooks_at, hooks_of, remove
+from .reading import input_of, is_transcoder
 from .scales import LatentScales
-from .site import Site, by_site
+from .site import INPUT_KINDS, KINDS, Site, as_site, by_site
 from .splice import MODES, Reconstruct, Splice
 from .tokens import isin, skipped_ids
 from .window import Window, check_mask, start_of
 
 
 class _Splices(Forwards):
-    """Puts what a `Splice` makes of it in the place of the activation at each of its sites."""
+    """Puts what a `Splice` makes of it in the place of the activation at each of its sites. inputs: by site, the one
+    that a transcoder there reads."""
 
     deep = False
 
-    def __init__(self, decoder: Decoder, splices: Iterable[Splice], skipped: tuple[int, ...], positions: Tensor | None):
-        self._splices = {splice.site: splice for splice in splices}
-        super().__init__(decoder, self._splices)
+    def __init__(
+        self,
+        decoder: Decoder,
+        splices: Iterable[Splice],
+        inputs: Mapping[Site, Site],
+        skipped: tuple[int, ...],
+        positions: Tensor | None,
+    ):
+        self._splices, self._inputs = {splice.site: splice for splice in splices}, dict(inputs)
+        super().__init__(decoder, dict.fromkeys([*self._inputs.values(), *self._splices]))
         self._skipped, self._positions = skipped, positions
         self._counts_columns = positions is not None or any(
             splice.depends_on_columns for splice in self._splices.values()
@@ -44,14 +53,29 @@ class _Splices(Forwards):
         if self._counts_columns and call.depth == self._innermost:
             call.start = start_of([*args, *kwargs.values()])
 
-    def at_site(self, call: Call, site: Site, x: Tensor) -> Tensor:
+    def at_site(self, call: Call, site: Site, x: Tensor) -> Tensor | None:
         if call.differentiable and checkpointing():
             raise EnvironmentProblemError(
                 f"site {site}: expected to fire once in a forward, found gradient checkpointing, which computes it "
                 "again when the SAE may be gone; switch gradient checkpointing off"
             )
-        window = Window(x.shape[0], x.shape[1], call.start)
-        replaced = self._splices[site](x, window)
+        out = self._replaced(call, site, x) if site in self._splices else None
+        if site in self._inputs.values():
+            call.activations[site] = x if out is None else out
+        return out
+
+    def writes(self, site: Site) -> bool:
+        """Or whether a transcoder only reads there."""
+        return site in self._splices
+
+    def _replaced(self, call: Call, site: Site, x: Tensor) -> Tensor:
+        window, given = Window(x.shape[0], x.shape[1], call.start), None
+        if (source := self._inputs.get(site)) is not None:
+            given = call.activations.get(source)
+            if given is None:
+                raise EnvironmentProblemError(f"site {site}: expected {source} to fire before it, found it did not")
+            given = given.to(x.device)
+        replaced = self._splices[site](x, window, given)
         left_alone = self._left_alone(call, site, x, window)
         return replaced if left_alone is None else torch.where(left_alone.to(x.device)[..., None], x, replaced)
 
@@ -99,7 +123,8 @@ class Attachment:
 
 def is_spliced(layer: nn.Module, kind: str) -> bool:
     """Whether that site of ``layer`` holds an SAE."""
-    return any(isinstance(hook.forwards, _Splices) for hook in hooks_at(layer, kind))
+    found = hooks_at(layer, kind)
+    return any(isinstance(hook.forwards, _Splices) and hook.forwards.writes(hook.site) for hook in found)
 
 
 def detach_all(model: nn.Module) -> None:
@@ -123,6 +148,7 @@ def attach(
     edits: Mapping[Site, Edit | Sequence[Edit]] | Mapping[str, Edit | Sequence[Edit]] | None = None,
     latent_scales: Mapping[Site, LatentScales] | Mapping[str, LatentScales] | None = None,
     positions: Tensor | None = None,
+    inputs: Mapping[Site, Site | str] | Mapping[str, Site | str] | None = None,
 ) -> Attachment:
     """Splice SAEs into ``model``: from now on each site's activation x is replaced by ``sae(x)``, in x's dtype.
 
@@ -132,9 +158,11 @@ def attach(
     Without ``with``, keep what is returned and call its ``detach()``. Gradients flow through the SAEs.
 
     saes: a module per `Site` (or name of one), mapping [batch, seq, width] to the same shape; a ``d_model`` it has is
-    compared with the width of the site. skip_token_ids: positions holding these tokens keep their activation; by
-    default BOS, EOS and PAD of the model's config (`special_token_ids`), on which SAEs are not trained. Pass () to
-    splice at every position, which inputs given as ``inputs_embeds`` alone need.
+    compared with the width of the site. A `Transcoder` stands at the site where it writes, "mlp" as a rule, and is
+    given the activation of the site that it reads, from the same forward: that of ``inputs`` {where it writes: where it
+    reads}, by default the one that its metadata names, in the same layer. skip_token_ids: positions holding these
+    tokens keep their activation; by default BOS, EOS and PAD of the model's config (`special_token_ids`), on which SAEs
+    are not trained. Pass () to splice at every position, which inputs given as ``inputs_embeds`` alone need.
 
     mode: with f the code of x and f′ the edited one, "replace" puts decode(f′) in the place of x, and "with_error"
     x + (decode(f′) − decode(f)), which keeps the error of the SAE: where nothing is edited that is x, to the bit, and
@@ -151,15 +179,16 @@ def attach(
     ``output_hidden_states`` are the spliced residuals, those that the next layer reads (the last one normed, as without
     SAEs). A copy of an attached model, deep or pickled, is attached to copies of the SAEs; `detach_all` takes them out.
 
-    Raises ValueError for an empty ``saes``, an unknown site or mode, a width that does not fit, a site that holds an
-    SAE already, edits of a site without SAE, a latent that the SAE does not have, and a unit without scales, with
-    those of another SAE's width or of a latent that never fired; TypeError for what is no model, no SAE, no edit, no
-    scales, no mask or no token id, and for "with_error" or edits at a site whose function has no ``encode``,
-    ``decode`` and ``d_sae``; EnvironmentProblemError for a model whose attention drops its soft-cap or is
-    tensor-parallel. Nothing is attached then. During a forward:
-    ValueError without input_ids, for a mask of other rows, or when an SAE changes the shape; EnvironmentProblemError
-    when a site did not fire, when the module at it was replaced, when its activations are on the device meta, or when
-    gradient checkpointing would compute it again in the backward pass.
+    Raises ValueError for an empty ``saes``, an unknown site or mode, a site of `INPUT_KINDS`, where nothing is written,
+    a transcoder whose input is not known or that says it reads another kind of site (Gemma Scope 1's read
+    mlp_in_normed, Gemma Scope 2's mlp_in), a width that does not fit, a site that holds an SAE already, edits of a site
+    without SAE, a latent that the SAE does not have, and a unit without scales, with those of another SAE's width or of
+    a latent that never fired; TypeError for what is no model, no SAE, no edit, no scales, no mask or no token id, and
+    for "with_error" or edits at a site whose function has no ``encode``, ``decode`` and ``d_sae``;
+    EnvironmentProblemError for a model whose attention drops its soft-cap or is tensor-parallel. Nothing is attached
+    then. During a forward: ValueError without input_ids, for a mask of other rows, or when an SAE changes the shape;
+    EnvironmentProblemError when a site did not fire, when the module at it was replaced, when its activations are on
+    the device meta, or when gradient checkpointing would compute it again in the backward pass.
     """
     decoder = find_decoder(model)
     refuse_attention_without_cap(decoder.config)
@@ -171,16 +200,28 @@ def attach(
         check_type(f"latent_scales: {site}", scales, LatentScales)
     if positions is not None:
         check_mask("positions", positions)
-    splices = []
+    splices, given = [], by_site("inputs", {} if inputs is None else inputs)
+    read_at: dict[Site, Site] = {}
     for site, sae in sae_at.items():
-        decoder.check_fits(site, sae)
+        if site.kind in INPUT_KINDS:
+            raise ValueError(f"site {site}: expected one where SAEs write, {', '.join(KINDS)}, got {site.kind!r}")
+        if is_transcoder(sae):
+            source = given.pop(site, None)
+            read_at[site] = input_of(site, sae, None if source is None else as_site(source))
+            decoder.check_fits(read_at[site], sae)
+            if sae.d_out != decoder.width(site):
+                raise ValueError(f"site {site}: expected a transcoder of d_out {decoder.width(site)}, got {sae.d_out}")
+        else:
+            decoder.check_fits(site, sae)
         if not callable(sae):
             raise TypeError(f"site {site}: expected a module or function, got {type(sae).__name__}")
         if is_spliced(decoder.layers[site.layer], site.kind):
             raise ValueError(f"site {site}: expected no SAE attached yet, found one; detach it first")
         splices.append(_splice(site, sae, mode, edits_at.get(site, ()), scales_at.get(site)))
-    installed = _Splices(decoder, splices, skipped_ids(model, skip_token_ids), positions)
-    return Attachment(installed.sites, installed.install(decoder))
+    for site in given:
+        raise ValueError(f"inputs: expected sites of transcoders in saes, got {site}")
+    installed = _Splices(decoder, splices, read_at, skipped_ids(model, skip_token_ids), positions)
+    return Attachment(tuple(sae_at), installed.install(decoder))
 
 
 def _edits_at(saes: Mapping[Site, Any], edits: Any) -> dict[Site, tuple[Edit, ...]]:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from ..checks import check_type
 from ..errors import EnvironmentProblemError
 from .eager import hold_eager, release_eager
-from .site import KINDS, Site, as_site
+from .reading import check_reads, is_transcoder
+from .site import INPUT_KINDS, KINDS, Site, as_site
 
 # Packages whose models hold other modules, or weights that were folded, in the place of those that the sites name.
 _WRAPPERS = {
     "transformer_lens": "load it with transformers' AutoModelForCausalLM; its hook names are understood as sites",
     "nnsight": "pass the model of transformers that it wraps; its names are understood as sites",
 }
+INPUT_NORM = "pre_feedforward_layernorm"
 _PARTS = ("self_attn", "post_attention_layernorm", "post_feedforward_layernorm")
 
 
@@ -43,14 +45,21 @@ class Decoder:
     def width(self, site: Site) -> int:
         if site.layer >= len(self.layers):
             raise ValueError(f"site {site}: expected a layer from 0 to {len(self.layers) - 1}, got {site.layer}")
+        if site.kind in INPUT_KINDS and not isinstance(getattr(self.layers[site.layer], INPUT_NORM, None), nn.Module):
+            raise ValueError(f"site {site}: expected layers with a {INPUT_NORM}, found one without")
         if site.kind != "att":
             return self.config.hidden_size
         _refuse_sharded(site, self.layers[site.layer].get_submodule("self_attn.o_proj"))
         return self.config.num_attention_heads * self.config.head_dim
 
     def check_fits(self, site: Site, sae: Any) -> None:
-        """Raise ValueError for a site that there is not and for an SAE that says it is of another width."""
+        """Raise ValueError for a site that there is not and for an SAE that says it is of another width. The site of a
+        transcoder is here the one that it reads."""
         width = self.width(site)
+        if is_transcoder(sae):
+            check_reads(site, sae)
+            if sae.d_in != width:
+                raise ValueError(f"site {site}: expected a transcoder of d_in {width}, got {sae.d_in}")
         if (d_model := getattr(sae, "d_model", width)) != width:
             raise ValueError(f"site {site}: expected an SAE of d_model {width}, got {d_model}")
 

@@ -19,6 +19,16 @@ from .decoder import Decoder
 from .eager import hold_eager, outside_compiled_code, release_eager
 from .site import HOOK_POINTS, Site
 
+# Kinds whose site is the input of a module, or made from it.
+BEFORE = ("att", "mlp_in_normed")
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """x·(mean x² + eps)^−½ over the last dimension, in fp32 (fp64 with fp64), then in the dtype of x: what an RMS norm
+    makes of x before its gain."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
 
 @dataclass(eq=False)
 class Call:
@@ -51,6 +61,7 @@ class Forwards:
 
     def __init__(self, decoder: Decoder, sites: Iterable[Site]):
         self._widths = {site: decoder.width(site) for site in sites}
+        self._eps = getattr(decoder.config, "rms_norm_eps", 0.0)
         self._innermost, self._stack_name = len(decoder.callers) - 1, decoder.stack_name
         self._running = threading.local()
 
@@ -125,6 +136,8 @@ class Forwards:
 
     def fire(self, site: Site, x: Any) -> Tensor | None:
         check_activation(site, x, self._widths[site])
+        if site.kind == "mlp_in_normed":
+            x = normalised(x, self._eps)
         calls = self._calls()
         if not calls or calls[-1].depth != self._innermost:
             raise EnvironmentProblemError(
@@ -180,8 +193,8 @@ class _AtSite(Hook):
 
     @outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple, output: Any = None) -> Any:
-        if self.site.kind == "att":
-            replaced = self.forwards.fire(self.site, args[0])
+        if self.site.kind in BEFORE:
+            replaced = self.forwards.fire(self.site, args[0] if args else None)
             return None if replaced is None else (replaced, *args[1:])
         # A decoder layer returns a tensor since transformers 5 and a tuple before; indexing a tensor would silently
         # give the first row of the batch.
@@ -217,7 +230,7 @@ def remove(module: nn.Module, key: int) -> None:
         release_eager(module, hook.forwards.deep)
 
 
-def hooks_at(layer: nn.Module, kind: str) -> list[Hook]:
+def hooks_at(layer: nn.Module, kind: str) -> "list[_AtSite]":
     """Ours at a site of ``layer``."""
     found = (hook for _, hook in hooks_of(_module_at(layer, kind)))
     return [hook for hook in found if isinstance(hook, _AtSite) and hook.site.kind == kind]
@@ -230,7 +243,7 @@ def _module_at(layer: nn.Module, kind: str) -> nn.Module:
 
 def _hook(layer: nn.Module, hook: _AtSite) -> Handle:
     module = _module_at(layer, hook.site.kind)
-    if hook.site.kind == "att":
+    if hook.site.kind in BEFORE:
         return Handle(module, module.register_forward_pre_hook(hook), hook.forwards.deep)
     handle = module.register_forward_hook(hook)
     # What records `output_hidden_states` stays on the layer after its first use; it must come after the splices.

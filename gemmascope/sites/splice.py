@@ -31,15 +31,17 @@ class Splice:
     def depends_on_columns(self) -> bool:
         return any(edit.depends_on_columns for edit in self.edits)
 
-    def __call__(self, x: Tensor, window: Window) -> Tensor:
-        """What takes the place of x [batch, seq, width], in its shape and dtype."""
+    def __call__(self, x: Tensor, window: Window, given: Tensor | None = None) -> Tensor:
+        """What takes the place of x [batch, seq, width], in its shape and dtype. given: what a transcoder reads
+        [batch, seq, d_in]; an SAE reads x."""
+        read = x if given is None else given
         if not self.edits:
-            return x if self.mode == "with_error" else self._checked(self.sae(x), x).to(x.dtype)
-        code, edited = self._codes(x, window)
-        x_hat = self._decoded(edited, code, x)
+            return x if self.mode == "with_error" else self._checked(self.sae(read), x).to(x.dtype)
+        code, edited = self._codes(read, window)
+        x_hat = self._decoded(edited, code, x, given)
         if self.mode == "replace":
             return x_hat.to(x.dtype)
-        return _moved(x, self._decoded(code, code, x), x_hat)
+        return _moved(x, self._decoded(code, code, x, given), x_hat)
 
     def _codes(self, x: Tensor, window: Window) -> tuple[Any, Any]:
         """The code of x and the edited one: of entries, or dense [batch, seq, d_sae]."""
@@ -58,13 +60,17 @@ class Splice:
             edited = edit.dense(edited, window)
         return code, edited.reshape(code.shape)
 
-    def _decoded(self, code: Any, like: Any, x: Tensor) -> Tensor:
+    def _decoded(self, code: Any, like: Any, x: Tensor, given: Tensor | None) -> Tensor:
         """x̂ of a code, by entries or as a whole matrix as is best for ``like``, so that equal rows of both give equal
         bits."""
         if isinstance(code, SparseCode):
-            x_hat = self.sae.decode(code if density.is_sparse(like) else code.to_dense())
+            entries = code if density.is_sparse(like) else code.to_dense()
+            x_hat = self._decode(entries, None if given is None else given.flatten(0, 1))
             return self._checked(x_hat, x.flatten(0, 1)).reshape(x.shape)
-        return self._checked(self.sae.decode(code), x)
+        return self._checked(self._decode(code, given), x)
+
+    def _decode(self, code: Any, given: Tensor | None) -> Any:
+        return self.sae.decode(code) if given is None else self.sae.decode(code, given)
 
     def _checked(self, x_hat: Any, x: Tensor) -> Tensor:
         if not isinstance(x_hat, Tensor):

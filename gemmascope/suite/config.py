@@ -29,9 +29,11 @@ from typing import Any, cast
 
 from ..checks import check_choice, check_int, check_number, check_type
 from ..kernels import dispatch, validation
-from ..sites import Site
+from ..sites import INPUT_KINDS, KINDS, Site
 from ..training import TrainConfig
-from ..training.config import KINDS, LARGEST_SEED, LOSS_FIELDS, SPARSITIES_OF, TARGETED, TOP_K
+from ..training.config import KINDS as KINDS_OF_SAE
+from ..training.config import LARGEST_SEED, LOSS_FIELDS, SPARSITIES_OF, TARGETED, TOP_K
+from ..training.kinds import OF_TRANSCODERS
 from ..training.spec import SAESpec
 from .presets import BATCH_SIZES, RECIPES, preset_tables, recipe
 from .selection import Candidate, listing, matching, named
@@ -214,6 +216,9 @@ class SAEBlock(_Section):
     """By default the suite's."""
     tokens: int | None = None
     """By default the suite's; with fewer it is finished sooner."""
+    target: str | None = None
+    """Where transcoders write, ``mlp`` for one, in the layer of the site that they read: one of ``sites``, which then
+    mean sites of the model's inputs too, ``mlp_in`` and ``mlp_in_normed``, whatever ``suite.sites`` are."""
     init_from: str | None = None
     """An SAE to go on from: a file, a folder or ``REPOSITORY:PATH`` on the hub. ``{layer}`` and ``{kind}`` stand for
     those of the site."""
@@ -230,6 +235,12 @@ class SAEBlock(_Section):
         self._put("seed", _numbers("seed", self.seed, 0, whole=True))
         if self.tokens is not None:
             self._put("tokens", as_count("tokens", self.tokens))
+        if self.target is not None:
+            check_choice("target", self.target, KINDS)
+            if not self.sites:
+                raise ValueError("sites: expected those that the transcoders read with a target, got none")
+            if self.init_from is not None:
+                raise ValueError(f"init_from: expected none with a target, got {self.init_from!r}")
         if self.init_from is not None:
             _check_text("init_from", self.init_from)
         if self.label is not None:
@@ -237,6 +248,8 @@ class SAEBlock(_Section):
             if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", self.label, re.ASCII):
                 raise ValueError(f"label: expected letters, digits, '.', '_' or '-', got {self.label!r}")
         _check_numbers("numbers", self.numbers)
+        if self.target is None and self.numbers.get("skip"):
+            raise ValueError("skip: expected a target with skip = true, got none")
 
     @property
     def size(self) -> int:
@@ -263,7 +276,7 @@ def _check_numbers(key: str, numbers: Any) -> None:
 
 def _check_aims(key: str, block: SAEBlock, kind: Any, name: str) -> None:
     """Raise ValueError unless ``block`` of the recipe ``name`` aims at what its ``kind`` can aim at."""
-    if kind not in KINDS:
+    if kind not in KINDS_OF_SAE:
         return  # refused, with its name, by `TrainConfig`
     of_kind, targeted = f"with kind = {kind!r}", bool({*SPARSITIES_OF[kind]} & {*TARGETED})
     allowed = ("k",) if kind in TOP_K else ("target_l0", "l0_coefficient") if targeted else ("l0_coefficient",)
@@ -350,6 +363,11 @@ class SuiteSection(_Section):
             except (TypeError, ValueError) as error:
                 ours = str(error).partition(":")[0] in self.training.keys() - block.numbers.keys()
                 raise type(error)(f"{'training' if ours else key}.{error}") from error
+            if block.target is not None and config.kind not in OF_TRANSCODERS:
+                expected = " or ".join(map(repr, OF_TRANSCODERS))
+                raise ValueError(f"{key}.kind: expected {expected} with a target, got {config.kind!r}")
+            if block.target is None and config.skip:
+                raise ValueError("training.skip: expected a target in every block with skip = true, got blocks of SAEs")
             yield config
 
     @classmethod
@@ -459,6 +477,13 @@ class SuiteConfig:
                 f"activations.forward_rows: expected at most {LARGEST_FORWARD // self.text.context} rows of "
                 f"{self.text.context} tokens, got {self.activations.forward_rows}"
             )
+        targets = [block.target is not None for block in self.suite.sae]
+        if self.activations.drop_norm is not None and any(targets):
+            raise ValueError(
+                f"activations.drop_norm: expected none with the target of suite.sae[{targets.index(True)}], got "
+                f"{self.activations.drop_norm:g}: of transcoders, which read one site and write another, the figures "
+                "would be of other tokens than those trained on"
+            )
 
     @classmethod
     def read(
@@ -518,19 +543,23 @@ class SuiteConfig:
         return max(1, self.activations.ring_tokens // self.text.context)
 
     def selected_sites(self, sites: Iterable[Site]) -> tuple[Site, ...]:
-        """Those of a model's ``sites`` at which SAEs are trained, by layer and then by kind.
+        """Those of a model's ``sites`` at which SAEs are trained, by layer and then by kind; of transcoders the sites
+        that they read and those where they write.
 
         Raises ValueError for a pattern that means none of them, and for sites of ``suite.sites`` that no block uses.
         """
-        return tuple(sorted({site for found in self._block_sites(tuple(sites)) for site in found}))
+        blocks = zip(self._block_sites(tuple(sites)), self.suite.sae, strict=True)
+        return tuple(sorted({each for found, block in blocks for site in found for each in _sites_of(block, site)}))
 
     def _block_sites(self, sites: tuple[Site, ...]) -> list[tuple[Site, ...]]:
         ours = matching("suite.sites", self.suite.sites, sites) if self.suite.sites else sites
-        found = [
-            matching(f"suite.sae[{index}].sites", block.sites, ours) if block.sites else ours
-            for index, block in enumerate(self.suite.sae)
-        ]
-        unused = {*ours}.difference(*found)
+        inputs = tuple(Site(layer, kind) for layer in sorted({site.layer for site in sites}) for kind in INPUT_KINDS)
+        found = []
+        for index, block in enumerate(self.suite.sae):
+            among = ours if block.target is None else (*sites, *inputs)
+            found.append(matching(f"suite.sae[{index}].sites", block.sites, among) if block.sites else ours)
+        of_saes = [each for each, block in zip(found, self.suite.sae, strict=True) if block.target is None]
+        unused = {*ours}.difference(*of_saes)
         if self.suite.sites and unused:
             raise ValueError(f"suite.sites: expected sites of some block, got {listing(unused)}, of which none trains")
         return found
@@ -553,9 +582,17 @@ class SuiteConfig:
                     f"{key}.init_from: expected {{layer}} and {{kind}} in it with {len(ours)} sites, "
                     f"got {block.init_from!r} for all of them"
                 )
+            for site in ours:
+                if site.kind == block.target:
+                    raise ValueError(f"{key}.target: expected another site than {site} itself, got {block.target!r}")
             for site, config in itertools.product(ours, self.suite.recipes(index)):
-                candidates.append(Candidate(key, site, config, starts[site], block.label))
+                target = None if block.target is None else Site(site.layer, block.target)
+                candidates.append(Candidate(key, site, config, starts[site], block.label, target))
         return named(sorted(candidates, key=lambda each: each.site))
+
+
+def _sites_of(block: SAEBlock, site: Site) -> tuple[Site, ...]:
+    return (site,) if block.target is None else (site, Site(site.layer, block.target))
 
 
 def _start(init_from: str | None, site: Site) -> str | None:

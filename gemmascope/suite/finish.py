@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..activations import harvest, stream
 from ..activations.outliers import are_outliers, norms_of
-from ..formats.release import NPZ, SAFETENSORS, gemma_scope_path
-from ..saes import BatchTopKSAE
-from ..saes.base import BaseSAE
+from ..formats.release import SAFETENSORS, gemma_scope_path
+from ..saes import BatchTopKSAE, TopKSAE
+from ..saes.codec import Codec
 from ..sites import Site
 from ..training.calibrate import calibrate_threshold
 from ..training.spec import SAESpec
@@ -26,13 +26,13 @@ SAES_FOLDER = "saes"
 def calibrated(
     model: nn.Module,
     tokens: Tensor,
-    saes: Mapping[str, tuple[Site, BaseSAE]],
+    saes: Mapping[str, tuple[Site, Codec]],
     *,
     max_norm_ratio: float | None = None,
     median_norms: Mapping[Site, float],
     dtype: torch.dtype = torch.float32,
     batch_size: int = 8,
-) -> dict[str, tuple[BaseSAE, dict[str, Any]]]:
+) -> dict[str, tuple[Codec, dict[str, Any]]]:
     """Those of ``saes`` {name: (site, in training)} that were trained by what fires in a batch, as copies whose
     threshold lets k latents fire on a token of ``tokens`` [rows, context] on average; with facts that say so.
 
@@ -42,7 +42,7 @@ def calibrated(
     for name, (site, sae) in saes.items():
         if isinstance(sae, BatchTopKSAE):
             by_site.setdefault(site, {})[name] = copy.deepcopy(sae)
-    found: dict[str, tuple[BaseSAE, dict[str, Any]]] = {}
+    found: dict[str, tuple[Codec, dict[str, Any]]] = {}
     for site, of_site in by_site.items():
         x = harvest(model, tokens, [site], dtype=dtype, batch_size=batch_size)[site]
         if max_norm_ratio is not None:
@@ -68,7 +68,7 @@ def calibrated(
 def held_out_l0(
     model: nn.Module,
     held_out: Tensor,
-    saes: Mapping[str, tuple[Site, BaseSAE]],
+    saes: Mapping[str, tuple[Site, Codec]],
     *,
     max_norm_ratio: float | None = None,
     median_norms: Mapping[Site, float],
@@ -98,7 +98,7 @@ def held_out_l0(
 def save_suite(
     folder: Path,
     specs: Sequence[SAESpec],
-    folded: Mapping[str, BaseSAE],
+    folded: Mapping[str, Codec],
     l0: Mapping[str, tuple[float, int]],
     facts: Mapping[str, Any],
     of_each: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
@@ -107,7 +107,8 @@ def save_suite(
 
     JumpReLU SAEs in Gemma Scope 1's layout, ``SITE/layer_L/width_W/average_l0_L0/params.npz``, those that were trained
     as another kind in a folder of that name, ``width_W/gated/average_l0_L0/params.npz``; TopK SAEs, for which that
-    layout has no word, as ``width_W/topk/k_K/params.safetensors``. Where two would have one name, the second is
+    layout has no word, as ``width_W/topk/k_K/params.safetensors``; transcoders, whose SITE is ``mlp_in_to_mlp`` for
+    one, in Gemma Scope 2's, ``params.safetensors``. Where two would have one name, the second is
     ``average_l0_L0_2`` and so on, in the order of ``specs``. ``facts`` go into the metadata of each, with what it was
     trained for, its ``l0`` {name: (mean, tokens)} and those of ``of_each`` {name: facts}. Returns {name: file}.
     """
@@ -124,7 +125,10 @@ def save_suite(
             "average_l0_of": "held-out rows",
             "average_l0_tokens": tokens,
         }
-        path = _free(folder / spec.site.kind / _path(spec, sae, average_l0), set(paths.values()))
+        if spec.target is not None:
+            sae.metadata["site_out"] = spec.target.name
+        kind = spec.site.kind if spec.target is None else f"{spec.site.kind}_to_{spec.target.kind}"
+        path = _free(folder / kind / _path(spec, sae, average_l0), set(paths.values()))
         sae.save(path if path.suffix == ".npz" else path.parent)
         paths[spec.name] = path
     return paths
@@ -149,15 +153,17 @@ def recipe_facts(spec: SAESpec) -> dict[str, Any]:
     return found
 
 
-def _path(spec: SAESpec, sae: BaseSAE, average_l0: float) -> Path:
+def _path(spec: SAESpec, sae: Codec, average_l0: float) -> Path:
     """Of the weights, below the folder of the kind of site."""
     path = Path(gemma_scope_path(spec.site.layer, sae.d_sae, average_l0))
+    if spec.target is not None:
+        path = path.with_name(SAFETENSORS)
     if spec.config.kind == "jumprelu":
         return path
     of_width = path.parents[1] / spec.config.kind
-    if sae.ARCHITECTURE != "jump_relu":
+    if isinstance(sae, TopKSAE):
         return of_width / f"k_{spec.config.k}" / SAFETENSORS
-    return of_width / path.parent.name / NPZ
+    return of_width / path.parent.name / path.name
 
 
 def _free(path: Path, taken: set[Path]) -> Path:

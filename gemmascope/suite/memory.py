@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..activations.moments import CHUNK_ELEMENTS
-from ..sites import Site
+from ..sites import INPUT_KINDS, Site
 from ..sites.decoder import embedding_weight, find_decoder
 from ..training import SAETrainer
 from ..training.memory import SuiteMemory
@@ -65,7 +65,7 @@ class ModelSizes:
     vocabulary: int
     itemsize: int
     widths: dict[Site, int]
-    """Of every site."""
+    """Of every site that SAEs are trained at."""
 
     @classmethod
     def of(cls, loaded: Loaded) -> "ModelSizes":
@@ -83,6 +83,10 @@ class ModelSizes:
             itemsize=embedding_weight(loaded.model).element_size(),
             widths={site: decoder.width(site) for site in loaded.sites},
         )
+
+    def width(self, site: Site) -> int:
+        """Of a site, those included where transcoders read."""
+        return self.hidden if site.kind in INPUT_KINDS else self.widths[site]
 
     def forward(self, rows: int, context: int) -> int:
         """Activations of one forward of the text model at most, with eager attention: about so many bytes."""
@@ -112,9 +116,13 @@ def needs(
     """What training ``specs`` takes. ring: where it is, `DEVICE` or `HOST`. text_bytes: those of the token shards."""
     is_gpu = device.type == "cuda"
     own = DEVICE if is_gpu else HOST
-    training = [SAETrainer.memory(spec.config, model.widths[spec.site], device) for spec in specs]
-    sites = {spec.site for spec in specs}
-    width = sum(model.widths[site] for site in sites)
+    out = [None if spec.target is None else model.width(spec.target) for spec in specs]
+    training = [
+        SAETrainer.memory(spec.config, model.width(spec.site), device, d_out)
+        for spec, d_out in zip(specs, out, strict=True)
+    ]
+    sites = {site for spec in specs for site in spec.sites}
+    width = sum(model.width(site) for site in sites)
     itemsize = 2 if config.activations.dtype == "bfloat16" else 4
     capacity = config.rows_per_block * config.text.context
     batch = config.suite.batch_size * width * itemsize

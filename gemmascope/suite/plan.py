@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from ..errors import EnvironmentProblemError
-from ..sites import Site
 from ..training.config import KINDS
 from ..training.memory import GIB
 from ..training.spec import SAESpec
@@ -75,7 +74,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Of all SAEs."""
-        return sum(_parameters(spec, self.model.widths) for spec in self.specs)
+        return sum(_parameters(spec, self.model) for spec in self.specs)
 
     @property
     def tokens(self) -> int:
@@ -164,10 +163,10 @@ class Plan:
         """A line for each width of site and SAE."""
         groups: dict[tuple[int, int], list[SAESpec]] = {}
         for spec in self.specs:
-            groups.setdefault((self.model.widths[spec.site], spec.config.d_sae), []).append(spec)
+            groups.setdefault((self.model.width(spec.site), spec.config.d_sae), []).append(spec)
         rows = [("width", "d_sae", "SAEs", "parameters", "aim", "sites")]
         for (width, d_sae), specs in sorted(groups.items()):
-            parameters = sum(_parameters(spec, self.model.widths) for spec in specs)
+            parameters = sum(_parameters(spec, self.model) for spec in specs)
             sites = listing({spec.site for spec in specs})
             rows.append((f"{width:,}", f"{d_sae:,}", f"{len(specs):,}", _count(parameters), _aims(specs), sites))
         return _table(rows)
@@ -263,9 +262,9 @@ def _measured(
     measure: Measure,
 ) -> Seconds:
     """One measurement for each shape of SAE; a CPU trains as many side by side as it has threads,
-    each by one of them."""
+    each by one of them. A transcoder counts as an SAE of its larger width."""
     rows, context = config.activations.forward_rows, config.text.context
-    sites = sorted({spec.site for spec in specs})
+    sites = sorted({site for spec in specs for site in spec.sites})
     forward = measure.forward(loaded.model, sites, rows, context)
     tokens = config.steps * config.suite.batch_size / _trained_share(config)
     on_gpu = machine.device.type == "cuda"
@@ -273,7 +272,7 @@ def _measured(
     found: dict[tuple[Any, ...], float] = {}
     total = 0.0
     for spec in specs:
-        width, recipe = model.widths[spec.site], spec.config
+        width, recipe = max(model.width(site) for site in spec.sites), spec.config.changed(skip=False)
         of_kind = recipe.kind, recipe.k, recipe.prefixes, recipe.aux_k, recipe.aux_coefficient
         shape = (width, recipe.d_sae, recipe.compute_dtype, recipe.route, recipe.loss.target_l0, *of_kind)
         if shape not in found:
@@ -441,9 +440,11 @@ def _memory(plan: Plan, where: str) -> list[str]:
 VECTORS = {"jumprelu": 2, "gated": 3}
 
 
-def _parameters(spec: SAESpec, widths: Mapping[Site, int]) -> int:
-    width, d_sae = widths[spec.site], spec.config.d_sae
-    return 2 * width * d_sae + VECTORS.get(spec.config.kind, 1) * d_sae + width
+def _parameters(spec: SAESpec, model: ModelSizes) -> int:
+    d_in, d_sae = model.width(spec.site), spec.config.d_sae
+    d_out = model.width(spec.target or spec.site)
+    of_latents = (d_in + d_out + VECTORS.get(spec.config.kind, 1)) * d_sae
+    return of_latents + d_out + spec.config.skip * d_in * d_out
 
 
 def _aims(specs: Sequence[SAESpec]) -> str:

@@ -48,7 +48,7 @@ class Prepared:
 
     @property
     def sites(self) -> list[Site]:
-        return sorted({spec.site for spec in self.specs})
+        return sorted({site for spec in self.specs for site in spec.sites})
 
     def harvester(self) -> Harvester:
         return Harvester(

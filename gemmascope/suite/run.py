@@ -21,7 +21,7 @@ from torch import Tensor
 from ..activations import ActivationStore, TokenRows, harvest_to_store, sample_rows
 from ..checks import check_choice, check_type
 from ..errors import EnvironmentProblemError, TrainingFailedError
-from ..evaluation import judge_suite, language_model_loss
+from ..evaluation import judge_suite, judge_transcoders, language_model_loss
 from ..formats.differences import differences, unequal
 from ..formats.files import read_json, shown, write_json
 from ..reporting.progress import StageProgress
@@ -300,25 +300,49 @@ def _judge(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Any]]:
     """Every metric of every SAE, as read back from its file, and what is known of the model. read: of ``held_out``,
     the rows that the model itself reads."""
-    sites = {spec.name: spec.site for spec in prepared.specs}
+    specs = {spec.name: spec for spec in prepared.specs}
+    sites = {name: spec.site for name, spec in specs.items() if spec.target is None}
     paths: dict[str, str] = saved.facts["paths"]
     config, model, rows = prepared.config, prepared.model, prepared.rows
     architecture = find_decoder(model).config
     medians = {site: training.facts["statistics"][str(site)]["median_norm"] for site in set(sites.values())}
     with StageProgress("Evaluation", len(paths), "SAE") as bar:
         loss = language_model_loss(model, read)
-        saes, frequencies = judge_suite(
-            model,
-            {name: (sites[name], folder / path) for name, path in paths.items()},
-            train_tokens,
-            held_out,
-            max_norm_ratio=config.activations.drop_norm,
-            median_norms=medians,
-            impl=config.run.impl,
-            loss_tokens=read,
-            clean_loss=loss,
-            on_done=lambda done, name: bar.update(done, str(name)),
-        )
+        shared: dict[str, Any] = {"impl": config.run.impl, "loss_tokens": read, "clean_loss": loss}
+        found: dict[str, dict[str, Any]] = {}
+        frequencies: dict[str, Tensor] = {}
+        if of_saes := {name: (sites[name], folder / path) for name, path in paths.items() if name in sites}:
+            rows_of_saes, frequencies = judge_suite(
+                model,
+                of_saes,
+                train_tokens,
+                held_out,
+                max_norm_ratio=config.activations.drop_norm,
+                median_norms=medians,
+                on_done=lambda done, name: bar.update(done, str(name)),
+                **shared,
+            )
+            found = dict(zip(of_saes, rows_of_saes, strict=True))
+        others = {}
+        for name, path in paths.items():
+            if (target := specs[name].target) is not None:
+                others[name] = specs[name].site, target, folder / path
+        if others:
+            begun = len(found)
+            rows_of_others, of_others = judge_transcoders(
+                model,
+                others,
+                train_tokens,
+                held_out,
+                on_done=lambda done, name: bar.update(begun + done, name),
+                **shared,
+            )
+            for name, row in zip(others, rows_of_others, strict=True):
+                recipe = specs[name].config  # which Gemma Scope 2's files have no room for
+                aims = {"seed": recipe.seed, "target_l0": recipe.loss.target_l0}
+                found[name] = row | aims | {"l0_coefficient": recipe.loss.l0_coefficient}
+            frequencies |= of_others
+        saes = [found[name] for name in paths]
     facts = {
         "name": prepared.name,
         "layers": architecture.num_hidden_layers,

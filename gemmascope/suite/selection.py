@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites import KINDS, Site
+from ..sites import Site
+from ..sites.site import HOOK_POINTS
 from ..training import TrainConfig
 from ..training.config import TARGETED
 from ..training.spec import SAESpec
@@ -56,7 +57,7 @@ def listing(sites: Iterable[Site]) -> str:
     """The sites in few words: ``layer_0 … layer_25 / att, mlp, resid`` where they are complete."""
     ordered = sorted(sites)
     layers = sorted({site.layer for site in ordered})
-    kinds = [kind for kind in KINDS if any(site.kind == kind for site in ordered)]
+    kinds = [kind for kind in HOOK_POINTS if any(site.kind == kind for site in ordered)]
     complete = len(ordered) == len(layers) * len(kinds) and layers == list(range(layers[0], layers[-1] + 1))
     if complete and len(layers) > 1:
         return f"layer_{layers[0]} … layer_{layers[-1]} / {', '.join(kinds)}"
@@ -74,13 +75,15 @@ class Candidate:
     config: TrainConfig
     init_from: str | None
     label: str | None
+    target: Site | None = None
 
 
 def named(candidates: Sequence[Candidate]) -> tuple[SAESpec, ...]:
     """The candidates with names, in their order: ``layer_9/resid/width_2560/target_l0_40``, or with λ,
     ``…/l0_coefficient_0.001``, where none is aimed at; then what else they differ in from those of the same name
     (``/seed_1``), then the label. Those of another kind than jumprelu have it behind their site, and k where they have
-    one: ``layer_9/resid/topk/width_2560/k_40``.
+    one: ``layer_9/resid/topk/width_2560/k_40``. Of transcoders, what they give stands behind the site:
+    ``layer_9/mlp_in/to_mlp/width_2560/target_l0_40``.
 
     Raises ValueError for the same SAE twice and for two that only ``init_from`` tells apart.
     """
@@ -95,7 +98,7 @@ def named(candidates: Sequence[Candidate]) -> tuple[SAESpec, ...]:
         name = "/".join([*parts, each.label] if each.label else parts)
         if name in specs:
             _refuse_twin(name, specs[name][1], each)
-        specs[name] = SAESpec(name, each.site, each.config, each.init_from), each
+        specs[name] = SAESpec(name, each.site, each.config, each.init_from, each.target), each
     return tuple(spec for spec, _ in specs.values())
 
 
@@ -108,8 +111,9 @@ def _refuse_twin(name: str, first: Candidate, second: Candidate) -> None:
 def _base(candidate: Candidate) -> str:
     config = candidate.config
     kind = "" if config.kind == "jumprelu" else f"/{config.kind}"
+    to = "" if candidate.target is None else f"/to_{candidate.target.kind}"
     aim = "target_l0" if config.loss.sparsity in TARGETED else "l0_coefficient" if config.k is None else "k"
-    return f"{candidate.site}{kind}/width_{config.d_sae}/{aim}_{_text(_settings(config)[aim])}"
+    return f"{candidate.site}{to}{kind}/width_{config.d_sae}/{aim}_{_text(_settings(config)[aim])}"
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

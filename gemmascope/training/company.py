@@ -28,9 +28,13 @@ def _threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _attempt(trainer: SAETrainer, x: Tensor) -> Exception | None:
+# What a trainer is given in a step: activations, for a transcoder with its target.
+Rows = tuple[Tensor] | tuple[Tensor, Tensor]
+
+
+def _attempt(trainer: SAETrainer, rows: Rows) -> Exception | None:
     try:
-        trainer.update(x)
+        trainer.update(*rows)
     except Exception as error:  # whatever befalls one SAE, the others go on
         return error
     return None
@@ -54,7 +58,7 @@ class _Steps:
         start = {"initializer": torch.set_num_threads, "initargs": (self._each,)}
         self._pool = ThreadPoolExecutor(workers, **start) if workers > 1 else None
 
-    def __call__(self, jobs: Sequence[tuple[SAETrainer, Tensor]]) -> list[Exception | None]:
+    def __call__(self, jobs: Sequence[tuple[SAETrainer, Rows]]) -> list[Exception | None]:
         """The error of each step, or None."""
         if self._on_gpu:
             return [_attempt(*job) for job in jobs]
@@ -73,12 +77,12 @@ class _Steps:
 
 
 class Company(Generic[Key]):
-    """Trainers by name, each of which takes its batches from a site.
+    """Trainers by name, each of which takes its batches from a site, or from those of ``sites``, the target behind.
 
     One that is parked takes no more steps; the others go on as they would without it.
     """
 
-    def __init__(self, trainers: Mapping[Key, SAETrainer], sites: Mapping[Key, Site], threads: int | None):
+    def __init__(self, trainers: Mapping[Key, SAETrainer], sites: Mapping[Key, tuple[Site, ...]], threads: int | None):
         self.trainers = dict(trainers)
         self.parked: dict[Key, str] = {}
         """Those that gave up, and why."""
@@ -92,18 +96,22 @@ class Company(Generic[Key]):
         """Those that take part in the next step."""
         return [name for name in self.trainers if name not in self.parked and name not in self.finished]
 
-    def rows(self, argument: str, batch: Any, names: Sequence[Key]) -> list[Tensor]:
+    def rows(self, argument: str, batch: Any, names: Sequence[Key]) -> list[Rows]:
         """The activations for each of ``names``; TypeError or ValueError naming ``argument`` where there are none."""
         if not isinstance(batch, Mapping):
             raise TypeError(f"{argument}: expected batches {{site: activations}}, got {type(batch).__name__}")
-        missing = [self._sites[name] for name in names if self._sites[name] not in batch]
+        missing = [site for name in names for site in self._sites[name] if site not in batch]
         if missing:
             raise ValueError(f"{argument}: expected batches of every trainer's site, {missing[0]} is missing")
-        return [batch[self._sites[name]] for name in names]
+        found: list[Rows] = []
+        for name in names:
+            site, *target = self._sites[name]
+            found.append((batch[site], batch[target[0]]) if target else (batch[site],))
+        return found
 
-    def take(self, names: Sequence[Key], rows: Sequence[Tensor]) -> dict[Key, Exception]:
+    def take(self, names: Sequence[Key], rows: Sequence[Rows]) -> dict[Key, Exception]:
         """A step of each of ``names``; the errors there were."""
-        errors = self._steps([(self.trainers[name], x) for name, x in zip(names, rows, strict=True)])
+        errors = self._steps([(self.trainers[name], each) for name, each in zip(names, rows, strict=True)])
         return {name: error for name, error in zip(names, errors, strict=True) if error is not None}
 
     def park(self, reasons: Mapping[Key, str]) -> None:

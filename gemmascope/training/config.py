@@ -148,6 +148,8 @@ class TrainConfig:
     """Dead latents that take part in it on each token; None: half of d_model."""
     prefixes: tuple[int, ...] = ()
     """Of `matryoshka`: latents of which each reconstruction is made, ascending, the last d_sae."""
+    skip: bool = False
+    """Of a transcoder: whether a linear map of its input is learned beside the latents (arXiv 2501.18823)."""
     steps: int = 976_562
     """Updates; 4 billion tokens at the default batch."""
     batch_size: int = 4096
@@ -172,7 +174,8 @@ class TrainConfig:
     """What Adam moves: log θ (the paper), or θ itself (`raw`, clamped at 0). Log θ moves at most about the learning
     rate a step, too slowly for short runs."""
     b_dec_init: str = "zeros"
-    """`zeros` (the paper), or the `mean` of the activations."""
+    """`zeros` (the paper), or the `mean` of the activations. Of a transcoder that is the mean of its target, and b_enc
+    then begins at −mean·W_enc of its input, so that latents begin by what varies there too."""
     scale_by: str = "mean_square"
     """C² is the mean squared norm E‖x‖² (the paper), or the `variance` E‖x − mean‖². λ, θ and ε then mean the same at
     every site, however far its mean outweighs what varies: 3 to 9 parts of E‖x‖² in 10 in a real residual stream. That
@@ -191,6 +194,7 @@ class TrainConfig:
             check_int(name, getattr(self, name), 1)
         for name in ("steps", "lr_warmup_steps", "lr_decay_steps", "l0_warmup_steps"):
             check_int(name, getattr(self, name), 0)
+        check_type("skip", self.skip, bool)
         check_int("seed", self.seed, 0)
         if self.seed > LARGEST_SEED:
             raise ValueError(f"seed: expected at most {LARGEST_SEED}, got {self.seed}")

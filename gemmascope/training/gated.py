@@ -52,7 +52,7 @@ def gated_loss_and_gradients(sae: GatedSAE, x: Tensor, loss: Loss) -> GatedLossA
     x: [N, d_model], N ≥ 1, already divided by the SAE's input_scale, on its device and in its dtype, fp32 or fp64.
     loss: of the sparsity `l1`, whose λ it is. Raises ValueError or TypeError for others.
     """
-    check_batch(sae, x, loss, GatedSAE)
+    check_batch(sae, x, loss, cls=GatedSAE)
     if loss.sparsity != "l1":
         raise ValueError(f"loss.sparsity: expected 'l1' with a GatedSAE, got {loss.sparsity!r}")
     n, zeros = len(x), torch.zeros_like(sae.b_enc)

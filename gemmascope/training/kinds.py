@@ -1,4 +1,4 @@
-"""The SAE that a recipe trains, by its kind."""
+"""The SAE or transcoder that a recipe trains, by its kind."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,11 @@ from torch import Tensor
 
 from ..saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE
 from ..saes.base import BaseSAE
+from ..saes.scaled_transcoder import ScaledSkipTranscoder, ScaledTranscoder
 from .config import TrainConfig
+
+# Kinds that reconstruct another activation than they read.
+OF_TRANSCODERS = ("jumprelu", "relu")
 
 
 def new_sae(config: TrainConfig, d_model: int, **options: Any) -> BaseSAE:
@@ -48,3 +52,12 @@ def of_kind(config: TrainConfig, jumprelu: Mapping[str, Tensor]) -> Mapping[str,
             f"init_from: expected thresholds of 0 with kind='relu', got one of {threshold.max().item():.4g}"
         )
     return jumprelu
+
+
+def new_transcoder(config: TrainConfig, d_in: int, d_out: int, **options: Any) -> ScaledTranscoder:
+    """Of random weights. options: as of `ScaledTranscoder`. Raises ValueError for a kind that is not one's."""
+    if config.kind not in OF_TRANSCODERS:
+        raise ValueError(f"kind: expected {' or '.join(OF_TRANSCODERS)} with a target, got {config.kind!r}")
+    threshold = config.threshold_init if config.kind == "jumprelu" else 0.0
+    made = ScaledSkipTranscoder if config.skip else ScaledTranscoder
+    return made(d_in, d_out, config.d_sae, threshold_init=threshold, **options)

@@ -1,6 +1,8 @@
 """What a `Loss` means: its penalties, and its straight-through gradients written out densely, which the fast routes are
 held to."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -8,9 +10,11 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..checks import check_tensor, check_type, dtype_name
+from ..formats.export import SKIP
 from ..kernels import Objective, entries, reference
 from ..saes import JumpReLUSAE
 from ..saes.base import BaseSAE
+from ..saes.scaled_transcoder import ScaledTranscoder
 from .config import Loss
 
 
@@ -59,34 +63,53 @@ class LossAndGradients(NamedTuple):
     l0: Tensor  # [] mean active latents
     firing_count: Tensor  # [d_sae] int32, tokens on which each latent fired
     n_entries: Tensor  # [] latents above the threshold or in its window, over all tokens
-    residual: Tensor  # [N, d_model] x̂ − x
+    residual: Tensor  # [N, d_model] x̂ − x, of a transcoder ŷ − y
     gradients: reference.Parameters
     bound: Tensor  # [] of `kernels.reference.conclusion.gradient_bound`
+    others: Mapping[str, Tensor] = MappingProxyType({})  # the gradients of ``sae.OTHERS``
 
 
-def check_batch(sae: BaseSAE, x: Tensor, loss: Loss, cls: type[BaseSAE] = JumpReLUSAE) -> None:
-    """Raise ValueError or TypeError unless ``loss`` can be taken of x [N, d_model], in the dtype and on the device of
-    ``sae``, which is a ``cls`` in fp32 or fp64."""
+def check_batch(
+    sae: BaseSAE, x: Tensor, loss: Loss, target: Tensor | None = None, cls: type[BaseSAE] = JumpReLUSAE
+) -> None:
+    """Raise ValueError or TypeError unless ``loss`` can be taken of x [N, d_in] and ``target`` [N, d_out], by default x
+    itself, in the dtype and on the device of ``sae``, which is a ``cls`` in fp32 or fp64."""
     check_type("sae", sae, cls)
     check_type("loss", loss, Loss)
     loss.check_width(sae.d_sae)
     if sae.W_dec.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"sae: expected float32 or float64, got {dtype_name(sae.W_dec.dtype)}")
-    check_tensor("x", x, ("N ≥ 1", sae.d_model), (sae.W_dec.dtype,), sae.W_dec.device)
+    d_in = sae.W_enc.shape[0]
+    check_tensor("x", x, ("N ≥ 1", d_in), (sae.W_dec.dtype,), sae.W_dec.device)
     if len(x) == 0:
-        raise ValueError(f"x: expected shape [N ≥ 1, {sae.d_model}], got {list(x.shape)}")
+        raise ValueError(f"x: expected shape [N ≥ 1, {d_in}], got {list(x.shape)}")
+    if target is not None:
+        check_tensor("target", target, (len(x), sae.d_model), (sae.W_dec.dtype,), sae.W_dec.device)
+    elif isinstance(sae, ScaledTranscoder):
+        raise ValueError("target: expected what the transcoder is to give, got None")
+
+
+def to_latents(sae: JumpReLUSAE, x: Tensor, target: Tensor | None) -> Tensor:
+    """What the latents and b_dec are to give: the target [N, d_out] without what a skip connection carries of x."""
+    if target is None:
+        return x
+    skipped = sae.skipped(x) if isinstance(sae, ScaledTranscoder) else None
+    return target if skipped is None else target - skipped
 
 
 @torch.no_grad()
 @without_autocast
-def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | None = None) -> LossAndGradients:
+def loss_and_gradients(
+    sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | None = None, target: Tensor | None = None
+) -> LossAndGradients:
     """The loss of one batch and its gradients (arXiv 2407.14435, equations 11 and 12).
 
     x: [N, d_model], N ≥ 1, already divided by the SAE's input_scale, on its device and in its dtype, fp32 or fp64.
+    target: [N, d_out], divided by the output_scale of a transcoder: what is to be reconstructed in the place of x.
     dead: bool [d_sae], for the pre-activation loss. The threshold's gradient is with respect to θ itself; a θ below 0
     counts as 0. Raises ValueError or TypeError for others, an empty batch, which has no mean, among them.
     """
-    check_batch(sae, x, loss)
+    check_batch(sae, x, loss, target)
     if dead is not None:
         check_tensor("dead", dead, (sae.d_sae,), (torch.bool,), x.device)
     n = x.shape[0]
@@ -95,7 +118,7 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     active, inside = reference.gate(z, theta), reference.window(z, theta, loss.bandwidth)
     f = reference.activation(z, theta)
     firing_count = (z > theta).sum(0).to(torch.int32)
-    residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x
+    residual = torch.addmm(sae.b_dec, f, sae.W_dec) - to_latents(sae, x, target)
     l0, weights = active.sum(1), objective(loss, n)
     squared_error, sparsity = residual.square().sum(1).mean(), penalty(loss)
     s, tanh = reference.conclusion.l0_penalty(sparsity, l0)[1], reference.conclusion.tanh_sum(sparsity, f)
@@ -123,6 +146,8 @@ def loss_and_gradients(sae: JumpReLUSAE, x: Tensor, loss: Loss, dead: Tensor | N
     is_entry = torch.maximum(active, inside)
     touched = torch.ones_like(theta) if loss.pre_act_coefficient else is_entry.amax(0)
     norms = torch.linalg.vector_norm(centred), torch.linalg.vector_norm(f)
+    others = {SKIP: g.T @ x} if SKIP in sae.OTHERS else {}
     coefficient = loss.pre_act_coefficient
     bound = reference.conclusion.gradient_bound(weights, coefficient, squared_error, s, *norms, theta, touched)
-    return LossAndGradients(total, squared_error, l0.mean(), firing_count, is_entry.sum(), residual, gradients, bound)
+    figures = (total, squared_error, l0.mean(), firing_count, is_entry.sum())
+    return LossAndGradients(*figures, residual, gradients, bound, others)

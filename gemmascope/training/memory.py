@@ -37,6 +37,9 @@ class TrainingMemory:
     entries: int
     scratch: int
     kind: str = "jumprelu"
+    d_out: int | None = None
+    """Of a transcoder."""
+    skip: bool = False
 
     @property
     def total(self) -> int:
@@ -85,11 +88,9 @@ class TrainingMemory:
         sizes[name] //= 2
         while sizes[name] >= smallest:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
-            batches = self.pending // (4 * self.batch_size * self.d_model)
-            yield (
-                sizes[name],
-                training_memory(**sizes, compute_dtype=dtype, l0=l0, pending=batches, kind=self.kind).total,
-            )
+            batches = self.pending // (4 * self.batch_size * (self.d_model + (self.d_out or 0)))
+            options = {"pending": batches, "kind": self.kind, "d_out": self.d_out, "skip": self.skip}
+            yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0, **options).total
             sizes[name] //= 2
 
 
@@ -143,16 +144,19 @@ def training_memory(
     l0: float = 128,
     pending: int = 0,
     kind: str = "jumprelu",
+    d_out: int | None = None,
+    skip: bool = False,
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
-    steps that are kept until their figures were read. kind: that of `TrainConfig`."""
-    gated = kind == "gated"
-    weights = 4 * (2 * d_model * d_sae + (3 if gated else 2) * d_sae + d_model)
+    steps that are kept until their figures were read. kind: that of `TrainConfig`. d_out: width of a transcoder's
+    target, with ``skip`` of its map from the input too."""
+    gated, out, target = kind == "gated", d_model if d_out is None else d_out, d_out or 0
+    weights = 4 * ((d_model + out) * d_sae + (3 if gated else 2) * d_sae + out + skip * d_model * out)
     operand = 2 if compute_dtype == "bf16" else 4
     n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae, kind)
     sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
-    dense = batch_size * tile * (16 * GATED_MATRICES if gated else 8 * operand + 1) // 4 + 8 * d_model * tile
+    dense = batch_size * tile * (16 * GATED_MATRICES if gated else 8 * operand + 1) // 4 + 4 * (d_model + out) * tile
     return TrainingMemory(
         d_model=d_model,
         d_sae=d_sae,
@@ -160,11 +164,16 @@ def training_memory(
         n_entries=n_entries,
         weights=weights,
         second_moments=weights + 4 * d_sae * gated,  # that of θ too, which stays 0
-        copies=4 * d_model * d_sae if compute_dtype == "bf16" else 0,
-        # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too
-        activations=batch_size * d_model * (8 + 2 * operand + (4 + operand if gated else 0)),
-        pending=pending * 4 * batch_size * d_model,
-        entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + 4 * -(-d_model // SHARE_COLUMNS)) * n_entries,
-        scratch=max(sparse, dense) + 24 * d_sae,
+        copies=2 * (d_model + out) * d_sae if compute_dtype == "bf16" else 0,
+        # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too; of a transcoder y, rounded for its
+        # sums, and what a skip leaves
+        activations=batch_size
+        * ((d_model + out) * (4 + operand) + gated * d_model * (4 + operand) + target * (4 + operand + 4 * skip)),
+        pending=pending * 4 * batch_size * (d_model + target),
+        entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + 4 * -(-out // SHARE_COLUMNS)) * n_entries,
+        # the gradient of a skip, and what Adam makes of it
+        scratch=max(sparse, dense) + 24 * d_sae + 16 * skip * d_model * out,
         kind=kind,
+        d_out=d_out,
+        skip=skip,
     )

@@ -70,7 +70,8 @@ def check_decision(name: str, found: Any) -> Checked:
 
 def check_facts(facts: Mapping[str, Any], routes: tuple[str, ...]) -> Checked:
     """The facts of `SAETrainer.snapshot` but its config, as values to be set; ValueError or TypeError for others."""
-    check_number("facts.input_scale", facts["input_scale"], 0, open_low=True)
+    for name in ("input_scale", "output_scale"):
+        check_number(f"facts.{name}", facts[name], 0, open_low=True)
     check_type("facts.pre_encoder_bias", facts["pre_encoder_bias"], bool)
     check_type("facts.copies_seen", facts["copies_seen"], bool)
     for name in ("step", "turn", "skipped_in_a_row"):

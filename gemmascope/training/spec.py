@@ -1,17 +1,19 @@
-"""`SAESpec`: one SAE of a suite, before it is trained."""
+"""`SAESpec`: one SAE or transcoder of a suite, before it is trained."""
 
 from dataclasses import dataclass
 
 from ..checks import check_type
-from ..sites import Site
+from ..sites import INPUT_KINDS, KINDS, Site
 from .config import TrainConfig
+from .kinds import OF_TRANSCODERS
 
 
 @dataclass(frozen=True)
 class SAESpec:
     """Which SAE to train: at which site, by which recipe, under which name.
 
-    Raises TypeError for fields of other kinds and ValueError for an empty name.
+    Raises TypeError for fields of other kinds and ValueError for an empty name, for a target that is the site itself, a
+    ``skip`` without target, and ``init_from`` or a kind of SAE that is not a transcoder's with one.
     """
 
     name: str
@@ -20,6 +22,8 @@ class SAESpec:
     config: TrainConfig
     init_from: str | None = None
     """A file or folder of an SAE, folded or not, to go on from; or ``REPOSITORY:PATH`` on the Hugging Face hub."""
+    target: Site | None = None
+    """Where what a transcoder gives belongs, whose input is ``site``; None for an SAE."""
 
     def __post_init__(self):
         check_type("name", self.name, str)
@@ -29,3 +33,24 @@ class SAESpec:
             check_type("init_from", self.init_from, str)
         if not self.name:
             raise ValueError("name: expected one, got an empty one")
+        if self.target is None:
+            if self.config.skip:
+                raise ValueError(f"skip: expected a target with skip=True, got none for {self.site}")
+            return
+        check_type("target", self.target, Site)
+        if self.target == self.site:
+            raise ValueError(f"target: expected another site than {self.site} itself, which an SAE reconstructs")
+        if self.target.kind in INPUT_KINDS:
+            raise ValueError(
+                f"target: expected one of {', '.join(KINDS)}, where something is written, got {self.target}"
+            )
+        if self.config.kind not in OF_TRANSCODERS:
+            expected = " or ".join(map(repr, OF_TRANSCODERS))
+            raise ValueError(f"kind: expected {expected} with a target, got {self.config.kind!r}")
+        if self.init_from is not None:
+            raise ValueError(f"init_from: expected none with a target, got {self.init_from!r}")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Those whose activations it is trained on: one, or that of its target too."""
+        return (self.site,) if self.target is None else (self.site, self.target)

@@ -40,8 +40,8 @@ class TrainState:
 
     sae: BaseSAE
     W_enc_v: Tensor
-    """Second moments of the parameters, in their dtype: [d_sae, d_model], by latent; those of latents as of step
-    ``last``."""
+    """Second moments of the parameters, in their dtype: [d_sae, d_in] and [d_sae, d_model], by latent; those of latents
+    as of step ``last``."""
     W_dec_v: Tensor
     b_enc_v: Tensor
     threshold_v: Tensor
@@ -250,7 +250,7 @@ class TrainState:
         copies, and when `ready` has just made them."""
         if self.W_enc_low is None or self.W_dec_low is None or self._fresh:
             return None
-        column = self.turn % self.sae.d_model
+        column = self.turn % max(self.W_enc_low.shape[1], self.W_dec_low.shape[1])
         self.turn += 1
         return column
 

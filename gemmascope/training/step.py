@@ -12,6 +12,9 @@ The first two never ask the device for a number. An update is withheld on the de
 * the entries did not fit or the bf16 copies were not those of the weights: `SAETrainer` reads that later, mends it and
   repeats the steps.
 
+Each takes a target, what is to be made of x: x itself unless a transcoder is trained. Where that has a skip connection,
+latents and b_dec are to give what it leaves of the target.
+
 Each raises ValueError for an SAE that is not the one training began with, see `TrainState.ready`.
 
 What differs from one step to the next besides tensors are the learning rate, λ with what follows from it, and the
@@ -19,6 +22,7 @@ column of the weights that is compared with the copies: `Scheduled`. The kernels
 sparse step by the kernels can be captured in a CUDA graph and replayed with other values in them.
 """
 
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -28,6 +32,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..autocast import without_autocast
+from ..formats.export import SKIP
 from ..kernels import ByLatent, Entries, LatentState, LatentSums, Residual, Rule, implementations, reference
 from ..saes import JumpReLUSAE
 from .config import Loss
@@ -153,9 +158,11 @@ def sparse_pass(
     loss: Loss,
     pre_encoder_bias: bool,
     scheduled: Scheduled | None = None,
+    to_latents: Tensor | None = None,
 ) -> SparsePass:
-    """From the entries of x [N, d_model] on. W_enc and W_dec: [d_sae, d_model], as the products read them."""
-    out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
+    """From the entries on. x: [N, d_out], what is reconstructed, and ``centred`` with its column sums; to_latents: what
+    is left of it for the latents, by default all. W_enc and W_dec: by latent, as the products read them."""
+    out = kernels.residual_pass(entries, x if to_latents is None else to_latents, W_dec, b_dec, impl=impl)
     tokens = implementations.operator("token_pass", impl)(entries, x, centred, out, _penalty(loss, scheduled))
     transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
     weights = _objective(loss, len(x), scheduled)
@@ -177,9 +184,37 @@ def _objective(loss: Loss, n: int, scheduled: Scheduled | None) -> kernels.Objec
     return found._replace(**{name: slope for name, slope in slopes.items() if slope is not None})
 
 
-def _centre(state: TrainState, x: Tensor) -> kernels.entries.Centred:
+def _centre(state: TrainState, x: Tensor, target: Tensor | None) -> kernels.entries.Centred:
+    """x as the encoder reads it; the column sums are those of the target."""
     b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
-    return implementations.operator("centre", state.impl)(x, b_dec, state.encoder_rows.dtype)
+    centre, dtype = implementations.operator("centre", state.impl), state.encoder_rows.dtype
+    centred = centre(x, b_dec, dtype)
+    return centred if target is None else centred._replace(column_sums=centre(target, None, dtype).column_sums)
+
+
+def _to_latents(state: TrainState, x: Tensor, target: Tensor) -> Tensor:
+    """What a skip connection leaves of the target [N, d_out]. x: as the products read it."""
+    if SKIP not in state.sae.OTHERS:
+        return target
+    W_skip = getattr(state.sae, SKIP).data.to(x.dtype)
+    with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
+        return target - matmul(x, W_skip.T).to(target.dtype)
+
+
+def _move_others(state: TrainState, gradients: Mapping[str, Tensor], rule: Rule, ok: Tensor, number: Tensor) -> None:
+    """The parameters of ``sae.OTHERS``, unless the update is withheld."""
+    for name, gradient in gradients.items():
+        moved = (getattr(state.sae, name).data, state.others_v[name])
+        reference.conclusion.adam(*moved, gradient, rule, ok, number)
+
+
+def _of_skip(state: TrainState, residual: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """The gradient (2/N)·rᵀx of a skip connection, if there is one. No bound of its own is needed: that on dW_enc,
+    ‖x‖·2E at least, is one for it too."""
+    if SKIP not in state.sae.OTHERS:
+        return {}
+    with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
+        return {SKIP: matmul(residual.T, x) * (2 / len(x))}
 
 
 def _conclude(
@@ -223,9 +258,16 @@ def _finish(
 @torch.no_grad()
 @without_autocast
 def sparse_step(
-    state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None, scheduled: Scheduled | None = None
+    state: TrainState,
+    x: Tensor,
+    loss: Loss,
+    rule: Rule,
+    capacity: int | None,
+    scheduled: Scheduled | None = None,
+    target: Tensor | None = None,
 ) -> StepFigures:
-    """Update ``state`` by the loss on x [N, d_model] fp32, divided by the input scale. capacity: room for entries; the
+    """Update ``state`` by the loss on x [N, d_in] fp32, divided by the input scale. target: [N, d_out] fp32, divided by
+    the output scale; by default x. capacity: room for entries; the
     reference, which knows how many there are, also takes None. scheduled: takes the place of the learning rate of
     ``rule``, of λ and of the column whose copies are compared, for a step that is captured; by default those of
     ``loss``, ``rule`` and `TrainState.next_column`, on the device where the kernels run."""
@@ -236,7 +278,8 @@ def sparse_step(
             scheduled = scheduled.to(x.device)
     rule = rule._replace(learning_rate=scheduled.learning_rate)
     W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
-    centred = _centre(state, x)
+    centred = _centre(state, x, target)
+    y = x if target is None else target
     entries = kernels.encode_entries(
         centred.x,
         W_enc.T,
@@ -248,7 +291,8 @@ def sparse_step(
         impl=impl,
     )
     weights = (W_enc, W_dec, b_dec, state.threshold)
-    found = sparse_pass(impl, entries, x, centred, *weights, loss, sae.pre_encoder_bias, scheduled)
+    to_latents = None if target is None else _to_latents(state, centred.x, target)
+    found = sparse_pass(impl, entries, y, centred, *weights, loss, sae.pre_encoder_bias, scheduled, to_latents)
     tokens, out, transposed, sums, of_encoder = found
     of_latents = (transposed, sums.firing_count, entries.offsets[-1], len(entries.z))
     of_loss = (_penalty(loss, scheduled), _objective(loss, len(x), scheduled), scheduled.column)
@@ -256,32 +300,41 @@ def sparse_step(
     kernels.update_from_entries(
         latents, transposed, sums, out.residual, centred.x, rule, conclusion.ok, state.updates, impl=impl
     )
+    _move_others(state, _of_skip(state, out.residual, centred.x), rule, conclusion.ok, conclusion.number)
     return _finish(state, tokens, of_encoder, sums.firing_count, rule, conclusion)
 
 
 @torch.no_grad()
 @without_autocast
-def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigures:
+def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, target: Tensor | None = None) -> StepFigures:
     """The same update without a limit on the entries."""
     latents, d_sae = state.ready(), state.sae.d_sae
     with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
         width = dense_tile(x.shape[0], d_sae)
         tiles = [slice(start, start + width) for start in range(0, d_sae, width)]
-        return _dense_step(state, latents, x, loss, rule, tiles)
+        return _dense_step(state, latents, x, loss, rule, tiles, target)
 
 
 def _dense_step(
-    state: TrainState, latents: LatentState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]
+    state: TrainState,
+    latents: LatentState,
+    x: Tensor,
+    loss: Loss,
+    rule: Rule,
+    tiles: list[slice],
+    target: Tensor | None,
 ) -> StepFigures:
     sae, impl, n, b_dec, sparsity = state.sae, state.impl, x.shape[0], state.sae.b_dec.data, penalty(loss)
-    centred = _centre(state, x)
+    centred = _centre(state, x, target)
+    y = x if target is None else target
+    to_latents = x if target is None else _to_latents(state, centred.x, target)
 
     def encode(tile: slice):
         weights = (state.encoder_rows[tile].T, sae.b_enc[tile], state.threshold[tile])
         tf32 = state.compute_dtype == "tf32"
         return kernels.dense_encode(centred.x, *weights, loss.bandwidth, tf32=tf32, impl=impl)
 
-    x_hat, l0, tanh, counts, touched, f_norms, n_entries = b_dec.expand(x.shape), 0.0, [], [], [], [], 0
+    x_hat, l0, tanh, counts, touched, f_norms, n_entries = b_dec.expand(y.shape), 0.0, [], [], [], [], 0
     for tile in tiles:
         code = encode(tile)
         x_hat = x_hat + matmul(code.f, state.decoder_rows[tile])
@@ -292,12 +345,12 @@ def _dense_step(
         f_norms.append(torch.linalg.vector_norm(code.f, dtype=x.dtype))
     assert isinstance(l0, Tensor)  # a sum over at least one tile
     assert isinstance(n_entries, Tensor)
-    firing_count, residual = torch.cat(counts), x_hat - x
+    firing_count, residual = torch.cat(counts), x_hat - to_latents
     low, g = (t.to(state.decoder_rows.dtype) for t in (residual, residual * (2 / n)))
     errors, s = residual.square().sum(1), l0_penalty(loss, l0)[1]
     tokens = kernels.entries.TokenSums(
         s,
-        *reference.conclusion.spread_and_shares(x, centred.column_sums, errors),
+        *reference.conclusion.spread_and_shares(y, centred.column_sums, errors),
         torch.stack(f_norms),
         None if sparsity.tanh_scale is None else torch.stack(tanh),
         low.sum(0, dtype=x.dtype)[None],
@@ -326,15 +379,23 @@ def _dense_step(
             state.updates,
             impl=impl,
         )
+    _move_others(state, _of_skip(state, low, centred.x), rule, conclusion.ok, conclusion.number)
     return _finish(state, tokens, of_encoder, firing_count, rule, conclusion)
 
 
 @torch.no_grad()
 @without_autocast
-def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: Tensor | None = None) -> StepFigures:
+def reference_step(
+    state: TrainState,
+    x: Tensor,
+    loss: Loss,
+    rule: Rule,
+    dead: Tensor | None = None,
+    target: Tensor | None = None,
+) -> StepFigures:
     """The same update by `loss_and_gradients`, in fp32. dead: bool [d_sae], for the pre-activation loss."""
     assert isinstance(state.sae, JumpReLUSAE)  # the trainer has chosen the step
-    latents, out, n = state.ready(), loss_and_gradients(state.sae, x, loss, dead), x.shape[0]
+    latents, out, n = state.ready(), loss_and_gradients(state.sae, x, loss, dead, target), x.shape[0]
     ok = reference.conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
     gradients, number = out.gradients, state.updates + 1
     kernels.update_from_dense(
@@ -349,12 +410,13 @@ def reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, dead: T
         state.updates,
         impl="reference",
     )
+    _move_others(state, out.others, rule, ok, number)
     counters = (state.tokens_since_fired, state.updates)
     reference.conclusion.move(
         state.sae.b_dec.data, state.b_dec_v, *counters, gradients.b_dec, out.firing_count, n, rule, ok, number
     )
-    errors = out.residual.square().sum(1)
-    means = reference.conclusion.fidelity(errors, *reference.conclusion.spread_and_shares(x, x.sum(0)[None], errors))
+    errors, y = out.residual.square().sum(1), x if target is None else target
+    means = reference.conclusion.fidelity(errors, *reference.conclusion.spread_and_shares(y, y.sum(0)[None], errors))
     return StepFigures.of(
         reference.conclusion.pack(out.loss, *means, out.l0, out.n_entries, state.stalled, ok, state.skipped)
     )

@@ -1,4 +1,4 @@
-"""Training of the SAEs of many sites at once, from one stream of activations."""
+"""Training of the SAEs and transcoders of many sites at once, from one stream of activations."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,21 +55,23 @@ class Suite(Company[str]):
         check_type("statistics", statistics, Mapping)
         check_type("model_name", model_name, str)
         check_int("threads", threads, 1)
-        for spec in self.specs.values():
-            if spec.site not in statistics:
-                raise ValueError(f"statistics: expected those of every SAE's site, {spec.site} is missing")
-            check_type(f"statistics[{spec.site}]", statistics[spec.site], SiteStatistics)
+        for site in (site for spec in self.specs.values() for site in spec.sites):
+            if site not in statistics:
+                raise ValueError(f"statistics: expected those of every SAE's site, {site} is missing")
+            check_type(f"statistics[{site}]", statistics[site], SiteStatistics)
         trainers = {}
         for name, spec in self.specs.items():
-            metadata = site_metadata(model_name, spec.site)
-            options = {"impl": impl, "device": device, "metadata": metadata}
+            metadata = site_metadata(model_name, spec.site, spec.target)
+            options: dict[str, Any] = {"impl": impl, "device": device, "metadata": metadata}
+            if spec.target is not None:
+                options["target"] = statistics[spec.target]
             if spec.init_from is not None:
                 metadata["init_from"] = spec.init_from
                 options["init_from"] = load(spec.init_from)
                 sizes = len(statistics[spec.site].mean), spec.config.d_sae
                 check_fits(f"init_from of {name}, {spec.init_from!r}", options["init_from"], *sizes)
             trainers[name] = SAETrainer(spec.config, statistics[spec.site], **options)
-        super().__init__(trainers, {name: spec.site for name, spec in self.specs.items()}, threads)
+        super().__init__(trainers, {name: spec.sites for name, spec in self.specs.items()}, threads)
         self.finished = {name for name, spec in self.specs.items() if not spec.config.steps}
         self._last = self.active
         self._whole = True  # but while steps are taken
@@ -93,8 +95,9 @@ class Suite(Company[str]):
         if not names:
             raise ValueError("update: expected an active SAE, found none: all have taken their steps or gave up")
         rows = self.rows("batch", batch, names)
-        for name, x in zip(names, rows, strict=True):
-            self.trainers[name].check_batch(x, f"batch[{self.specs[name].site}]")
+        for name, each in zip(names, rows, strict=True):
+            spec, target = self.specs[name], each[1] if len(each) > 1 else None
+            self.trainers[name].check_batch(each[0], f"batch[{spec.site}]", target, f"batch[{spec.target}]")
         self._whole = False
         errors = self.take(names, rows)
         self._whole = True
@@ -178,9 +181,10 @@ def _what(name: str, error: Exception, step: int) -> str:
     return f"{name}: {type(error).__name__} in its update after step {step}: {reason}: it gave up"
 
 
-def site_metadata(model_name: str, site: Site) -> dict[str, Any]:
+def site_metadata(model_name: str, site: Site, target: Site | None = None) -> dict[str, Any]:
     """What an SAE's metadata says of what it was trained on."""
-    return {"model": model_name, "site": site.name, "layer": site.layer}
+    found = {"model": model_name, "site": site.name, "layer": site.layer}
+    return found if target is None else found | {"site_out": target.name}
 
 
 def _check_sites(name: str, by_site: Any) -> None:
@@ -214,12 +218,14 @@ def train(
     ValueError or TypeError on bad arguments.
     """
     _check_sites("trainers", trainers)
-    for trainer in trainers.values():
+    for site, trainer in trainers.items():
         check_type("trainers", trainer, SAETrainer)
+        if trainer.is_transcoder:
+            raise ValueError(f"trainers: expected SAEs, got a transcoder at {site}; Suite trains those")
     if not isinstance(stream, Iterable) or isinstance(stream, Tensor):
         raise TypeError(f"stream: expected an iterable of batches, got {type(stream).__name__}")
     _check_log(log_every, log)
-    steps, company = 0, Company(trainers, {site: site for site in trainers}, None)
+    steps, company = 0, Company(trainers, {site: (site,) for site in trainers}, None)
 
     def part(skipped: Mapping[Site, int], patience: int) -> None:
         gone = {site: company.why(site, n) + ": it gave up" for site, n in skipped.items() if n >= patience}

@@ -17,9 +17,10 @@ from ..kernels import Rule, implementations
 from ..kernels import density as densities
 from ..saes import JumpReLUSAE
 from ..saes.base import BaseSAE
+from ..saes.scaled_transcoder import ScaledTranscoder
 from .config import TOP_K, TrainConfig
 from .gated_step import gated_step
-from .kinds import new_sae, of_kind
+from .kinds import new_sae, new_transcoder, of_kind
 from .memory import TrainingMemory, available_memory, training_memory
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
@@ -34,7 +35,18 @@ RUN_AHEAD = 4
 CAPACITY_UNIT = 4096
 CAPACITY_MARGIN = 1.5
 FACTS = (
-    *("config", "input_scale", "pre_encoder_bias", "step", "route", "capacity", "turn", "copies_seen", "figures"),
+    *(
+        "config",
+        "input_scale",
+        "output_scale",
+        "pre_encoder_bias",
+        "step",
+        "route",
+        "capacity",
+        "turn",
+        "copies_seen",
+        "figures",
+    ),
     *("skipped_in_a_row", "decided", "due"),
 )
 # Of the mean squared norm: less than that the rounding of fp32 hides, in which the SAE is trained.
@@ -76,6 +88,7 @@ class _Job:
     """A step the device has been given, with what it takes to give it again."""
 
     x: Tensor
+    target: Tensor | None
     step: int
     route: str
     figures: Tensor
@@ -98,27 +111,46 @@ def check_rows(name: str, x: Tensor, width: int | None = None) -> None:
         raise ValueError(f"{name}: expected activations, got a tensor on meta, which holds none")
 
 
-def _moments(sample: "Tensor | SiteStatistics") -> tuple[Tensor, float]:
+def _moments(sample: "Tensor | SiteStatistics", name: str = "sample") -> tuple[Tensor, float]:
     """Mean [d_model] and variance of a sample, or as they were measured; ValueError for what sets no scale."""
     if isinstance(sample, SiteStatistics):
         mean, variance = sample.mean, sample.variance
-        check_floating("sample.mean", mean)
+        check_floating(f"{name}.mean", mean)
         if mean.ndim != 1 or not len(mean):
-            raise ValueError(f"sample.mean: expected shape [d_model ≥ 1], got {list(mean.shape)}")
+            raise ValueError(f"{name}.mean: expected shape [d_model ≥ 1], got {list(mean.shape)}")
         if not (mean.isfinite().all() and math.isfinite(variance)):
-            raise ValueError("sample: expected a finite mean and variance, found NaN or Inf")
+            raise ValueError(f"{name}: expected a finite mean and variance, found NaN or Inf")
     else:
-        check_rows("sample", sample)
+        check_rows(name, sample)
         if 0 in sample.shape:
-            raise ValueError(f"sample: expected shape [N ≥ 1, d_model ≥ 1], got {list(sample.shape)}")
-        mean, variance = moments("sample", sample)
+            raise ValueError(f"{name}: expected shape [N ≥ 1, d_model ≥ 1], got {list(sample.shape)}")
+        mean, variance = moments(name, sample)
     mean_square = variance + mean.square().sum().item()
     if not variance > LEAST_VARIANCE * mean_square:
         raise ValueError(
-            f"sample: expected activations that vary, got a variance of {variance:.3g} "
+            f"{name}: expected activations that vary, got a variance of {variance:.3g} "
             f"and a mean squared norm of {mean_square:.3g}"
         )
     return mean, variance
+
+
+def _scale(config: TrainConfig, mean: Tensor, variance: float) -> float:
+    """C of activations with these moments."""
+    of_mean = 0.0 if config.scale_by == "variance" else mean.square().sum().item()
+    return math.sqrt(variance + of_mean)
+
+
+def _of_target(
+    config: TrainConfig, target: Tensor | SiteStatistics | None, init_from: JumpReLUSAE | None
+) -> tuple[Tensor, float] | None:
+    """Mean and variance of a transcoder's target, or None without one."""
+    if target is None:
+        if config.skip:
+            raise ValueError("skip: expected a target with skip=True, got none: an SAE would learn the identity")
+        return None
+    if init_from is not None:
+        raise ValueError("init_from: expected none with a target, got one: transcoders begin anew")
+    return _moments(target, "target")
 
 
 class SAETrainer:
@@ -132,6 +164,13 @@ class SAETrainer:
     init_from: an SAE to go on from, folded or not, instead of random weights: in the units of this run it computes the
     same at first, up to rounding, its decoder rows scaled to unit norm (`unfold.unfolded`). It is left as it is. Raises
     ValueError for one of another ``d_model`` or ``d_sae``.
+
+    target: likewise a sample of other activations of the same tokens, [n ≥ 1, d_out]: then a transcoder is trained,
+    which makes those of what ``sample`` is of, and every `update` takes both. They have an input scale and an output
+    scale of their own, W_enc does not begin as W_decᵀ, and there is no pre-encoder bias (arXiv 2408.05147, appendix B);
+    with ``config.skip`` a linear map of the input is learned beside the latents, from 0. Raises ValueError for a
+    ``skip`` without target, for ``init_from`` and for a ``kind`` that is not a transcoder's with one, and for two
+    widths where the Triton kernels run, which have one.
 
     dtype: fp64 is for comparisons, on a CPU.
 
@@ -148,6 +187,7 @@ class SAETrainer:
         config: TrainConfig,
         sample: Tensor | SiteStatistics,
         *,
+        target: Tensor | SiteStatistics | None = None,
         init_from: JumpReLUSAE | None = None,
         impl: str = "auto",
         metadata: dict[str, Any] | None = None,
@@ -161,31 +201,43 @@ class SAETrainer:
         device = check_device("device", "cpu" if device is None else device)
         mean, variance = _moments(sample)
         d_model = len(mean)
+        of_target = _of_target(config, target, init_from)
         if init_from is not None:
             check_fits("init_from", init_from, d_model, config.d_sae)
-        of_mean = 0.0 if config.scale_by == "variance" else mean.square().sum().item()
-        scale = math.sqrt(variance + of_mean)
+        scale = _scale(config, mean, variance)
         self.config = config
-        memory, self._available = self.memory(config, d_model, device), available_memory(device)
+        self._d_out = None if of_target is None else len(of_target[0])
+        memory, self._available = self.memory(config, d_model, device, self._d_out), available_memory(device)
         if self._available and memory.total > self._available:
             raise EnvironmentProblemError(memory.advice(self._available))
-        sae = new_sae(
-            config,
-            d_model,
-            input_scale=scale,
-            impl=impl,
-            metadata=metadata,
-            generator=torch.Generator("cpu").manual_seed(config.seed),
-            device=device,
-            dtype=dtype,
-        )
+        options: dict[str, Any] = {
+            "input_scale": scale,
+            "impl": impl,
+            "metadata": metadata,
+            "generator": torch.Generator("cpu").manual_seed(config.seed),
+            "device": device,
+            "dtype": dtype,
+        }
+        if of_target is None:
+            sae = new_sae(config, d_model, **options)
+        else:
+            options["output_scale"] = _scale(config, *of_target)
+            sae = new_transcoder(config, d_model, len(of_target[0]), **options)
         with torch.no_grad():
             if init_from is not None:
                 for name, value in of_kind(config, unfolded(init_from, scale)).items():
                     getattr(sae, name).copy_(value)
-            elif config.b_dec_init == "mean":
+            elif config.b_dec_init == "mean" and of_target is None:
                 sae.b_dec.copy_(mean / scale)
+            elif config.b_dec_init == "mean" and of_target is not None:
+                sae.b_dec.copy_(of_target[0] / options["output_scale"])
+                sae.b_enc.copy_(-((mean / scale).to(sae.W_enc) @ sae.W_enc))
         self.state = TrainState.start(sae, config.compute_dtype)
+        if self.state.impl == "triton" and d_model != len(sae.b_dec):
+            raise ValueError(
+                f"target: expected activations {d_model} wide as the sample is, for the Triton kernels, got "
+                f"{len(sae.b_dec)}; impl='pytorch' takes both"
+            )
         self.step = 0
         self.route = _first_route(config)
         self.capacity: int | None = None
@@ -206,36 +258,65 @@ class SAETrainer:
         """The SAE in training; `flush` first to have every step so far in it."""
         return self.state.sae
 
+    @property
+    def is_transcoder(self) -> bool:
+        return self._d_out is not None
+
     @staticmethod
-    def memory(config: TrainConfig, d_model: int, device: torch.device | str = "cpu") -> TrainingMemory:
-        """What training an SAE on activations of that width takes on its device."""
+    def memory(
+        config: TrainConfig, d_model: int, device: torch.device | str = "cpu", d_out: int | None = None
+    ) -> TrainingMemory:
+        """What training an SAE on activations of that width takes on its device; d_out: of a transcoder's target."""
         check_type("config", config, TrainConfig)
         check_int("d_model", d_model, 1)
+        if d_out is not None:
+            check_int("d_out", d_out, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
-        return training_memory(*sizes, pending=steps_ahead(torch.device(device)), kind=config.kind)
+        options = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
+        return training_memory(*sizes, **options, d_out=d_out, skip=config.skip)
 
-    def update(self, x_raw: Tensor) -> None:
-        """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device.
+    def update(self, x_raw: Tensor, y_raw: Tensor | None = None) -> None:
+        """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device; of a transcoder
+        with its target y_raw [N, d_out], row i of both the same token.
 
         On a GPU it returns before the step is made, and activations on the host are copied there beside the steps under
         way (`upload.uploaded`). Raises ValueError or TypeError for another batch, ValueError for an
         SAE that is not what it was (`TrainState.ready`), and EnvironmentProblemError when memory runs out.
         """
-        self.check_batch(x_raw)
-        given = x_raw.detach()
-        x = uploaded(given, self.state.b_dec_v).to(self.state.b_dec_v)
-        x = x / self.sae.input_scale if x is given else x.div_(self.sae.input_scale)
-        self._launch(x, self.step, self.route)
+        self.check_batch(x_raw, target=y_raw)
+        x = self._scaled(x_raw, self.sae.input_scale)
+        y = None if y_raw is None else self._scaled(y_raw, self.output_scale)
+        self._launch(x, self.step, self.route, y)
         self.step += 1
         while len(self._pending) > self.run_ahead:
             self._retire()
         self._decide()
 
-    def check_batch(self, x_raw: Tensor, name: str = "x") -> None:
-        """Raise ValueError or TypeError naming ``name`` for a batch that `update` would not take."""
-        check_rows(name, x_raw, len(self.state.b_dec_v))
+    @property
+    def output_scale(self) -> float:
+        """C_out of a transcoder; of an SAE that is its input scale."""
+        sae = self.sae
+        return sae.output_scale if isinstance(sae, ScaledTranscoder) else sae.input_scale
+
+    def _scaled(self, raw: Tensor, scale: float) -> Tensor:
+        given = raw.detach()
+        x = uploaded(given, self.state.b_dec_v).to(self.state.b_dec_v)
+        return x / scale if x is given else x.div_(scale)
+
+    def check_batch(self, x_raw: Tensor, name: str = "x", target: Tensor | None = None, target_name: str = "y") -> None:
+        """Raise ValueError or TypeError naming ``name`` or ``target_name`` for a batch that `update` would not take."""
+        check_rows(name, x_raw, self.state.W_enc_v.shape[1])
         if x_raw.shape[0] == 0:
             raise ValueError(f"{name}: expected at least one token, got an empty batch")
+        if self.is_transcoder and target is None:
+            raise ValueError(f"{target_name}: expected the target of a transcoder, got None")
+        if target is None:
+            return
+        if not self.is_transcoder:
+            raise ValueError(f"{target_name}: expected none for an SAE, got a target; SAETrainer(target=...) takes it")
+        check_rows(target_name, target, len(self.state.b_dec_v))
+        if len(target) != len(x_raw):
+            raise ValueError(f"{target_name}: expected the {len(x_raw)} tokens of {name}, got {len(target)}")
 
     def flush(self) -> None:
         """Wait for every step that was given to the device."""
@@ -249,8 +330,8 @@ class SAETrainer:
         except Exception:  # that for which it is stopped
             self._pending.clear()
 
-    def _launch(self, x: Tensor, step: int, route: str) -> None:
-        config, state, sae = self.config, self.state, self.sae
+    def _launch(self, x: Tensor, step: int, route: str, target: Tensor | None) -> None:
+        config, state = self.config, self.state
         loss = config.loss_at(step)
         rule = Rule(
             config.learning_rate_at(step),
@@ -266,16 +347,16 @@ class SAETrainer:
                 dead = state.tokens_since_fired >= config.dead_after_tokens
                 figures = topk_step(state, x, config, rule, dead)
             elif route == "sparse":
-                figures = sparse_step(state, x, loss, rule, self._room(len(x)))
+                figures = sparse_step(state, x, loss, rule, self._room(len(x)), target=target)
             elif route == "dense":
-                figures = dense_step(state, x, loss, rule)
+                figures = dense_step(state, x, loss, rule, target)
             else:
                 dead = state.tokens_since_fired >= config.dead_after_tokens if config.loss.pre_act_coefficient else None
-                figures = reference_step(state, x, loss, rule, dead)
+                figures = reference_step(state, x, loss, rule, dead, target)
         except torch.OutOfMemoryError as error:
-            memory = self.memory(replace(config, batch_size=len(x)), sae.d_model, x.device)
+            memory = self.memory(replace(config, batch_size=len(x)), x.shape[1], x.device, self._d_out)
             raise EnvironmentProblemError(memory.advice(self._available)) from error
-        self._pending.append(_Job(x, step, route, *_to_host(figures.packed)))
+        self._pending.append(_Job(x, target, step, route, *_to_host(figures.packed)))
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""
@@ -326,7 +407,7 @@ class SAETrainer:
         self.state.resume()
         try:
             while jobs:
-                self._launch(jobs[0].x, jobs[0].step, jobs[0].route)
+                self._launch(jobs[0].x, jobs[0].step, jobs[0].route, jobs[0].target)
                 jobs.popleft()
                 self._retire()
         finally:
@@ -367,6 +448,7 @@ class SAETrainer:
         facts = {
             "config": self.config.to_dict(),
             "input_scale": self.sae.input_scale,
+            "output_scale": self.output_scale,
             "pre_encoder_bias": self.sae.pre_encoder_bias,
             "step": self.step,
             "route": self.route,
@@ -400,6 +482,8 @@ class SAETrainer:
         self._pending.clear()
         self.state.put(tensors, found["turn"], found["copies_seen"])
         self.sae.input_scale, self.sae.pre_encoder_bias = found["input_scale"], found["pre_encoder_bias"]
+        if isinstance(self.sae, ScaledTranscoder):
+            self.sae.output_scale = found["output_scale"]
         for name in ("step", "route", "capacity", "figures", "skipped_in_a_row"):
             setattr(self, name, found[name])
         self._decided = _Decision(**found["decided"])

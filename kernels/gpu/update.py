@@ -301,6 +301,11 @@ def _launch(
 ) -> None:
     config = CONFIG
     F, d = state.W_dec.shape
+    if state.W_enc.shape[1] != d:
+        raise ValueError(
+            f"state: expected W_enc and W_dec of one width for the Triton kernels, got {state.W_enc.shape[1]} and {d}; "
+            'impl="pytorch" takes both'
+        )
     if F == 0:
         return
     blocks = triton.cdiv(d, config.block_d)

@@ -133,19 +133,19 @@ def gradient_bound(
 def copies_differ(latents: LatentState, column: int | Tensor | None) -> Tensor | None:
     """Bool scalar: whether a column of the weights differs from what the bf16 copies have there; None without a look.
 
-    column: a number, or a 0-d tensor of it on the device.
+    column: a number, or a 0-d tensor of it on the device; of a matrix of fewer columns, the one that it is when
+    counting goes on from the first.
     """
     if column is None or latents.W_enc_low is None or latents.W_dec_low is None:
         return None
-    if isinstance(column, Tensor):
-        column = column.reshape(1).long()
-        weights, copies = (
-            torch.stack([rows.index_select(1, column) for rows in pair])
-            for pair in ((latents.W_enc, latents.W_dec), (latents.W_enc_low, latents.W_dec_low))
-        )
-    else:
-        weights = torch.stack((latents.W_enc[:, column], latents.W_dec[:, column]))
-        copies = torch.stack((latents.W_enc_low[:, column], latents.W_dec_low[:, column]))
+
+    def at(rows: Tensor) -> Tensor:
+        if isinstance(column, Tensor):
+            return rows.index_select(1, column.reshape(1).long() % rows.shape[1])[:, 0]
+        return rows[:, column % rows.shape[1]]
+
+    weights = torch.stack((at(latents.W_enc), at(latents.W_dec)))
+    copies = torch.stack((at(latents.W_enc_low), at(latents.W_dec_low)))
     return (weights.bfloat16() != copies).any()
 
 
@@ -240,7 +240,10 @@ def conclude(
 def adam(p: Tensor, v: Tensor, gradient: Tensor, rule: Rule, ok: Tensor, number: Tensor) -> None:
     """Adam with β1 = 0 on a parameter that every update moves, in place; nothing moves unless ``ok``.
 
-    p, its second moment v and its gradient: of one shape. number: int64 scalar, which update this is, counted from 1.
+        v ← β2·v + (1 − β2)·g²;   p ← p − lr·g/(√(v/(1 − β2^k)) + eps)
+
+    p, its second moment v and its gradient: of one shape. k: ``number``, an int64 scalar, which update this is, counted
+    from 1. Does not wait for the device.
     """
     allowed, moment = ok > 0, rule.beta2 * v + (1 - rule.beta2) * gradient.square()
     correction = (1 - torch.pow(rule.beta2, number.double())).to(v.dtype)

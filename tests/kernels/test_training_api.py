@@ -108,7 +108,7 @@ BAD = [
     ),
     ("latent_pass", 5, OBJECTIVE._replace(ste_to_z=1), TypeError, "objective.ste_to_z: expected a bool, got int"),
     ("weight_gradients", 1, (1, 2), TypeError, "sums: expected a LatentSums, got tuple"),
-    ("weight_gradients", 3, torch.zeros(N, D + 1), ValueError, r"x_centred: expected shape \[5, 6\], got \[5, 7\]"),
+    ("weight_gradients", 3, torch.zeros(N + 1, D), ValueError, r"x_centred: expected shape \[5, d_in\], got \[6, 6\]"),
     ("encoder_times", 1, torch.zeros(F + 1), ValueError, r"db_enc: expected shape \[7\], got \[8\]"),
     ("update_from_entries", 0, state()._replace(last=None), TypeError, "state.last: expected a torch.Tensor, got None"),
     ("update_from_entries", 0, state()._replace(W_enc=torch.zeros(D, F).T), ValueError, "W_enc: expected a contiguous"),

@@ -13,7 +13,7 @@ from torch import nn
 
 from gemmascope.activations import harvest
 from gemmascope.errors import EnvironmentProblemError
-from gemmascope.sites import KINDS, Capture, Site, all_sites, attach, probe, site_width, special_token_ids
+from gemmascope.sites import INPUT_KINDS, KINDS, Capture, Site, all_sites, attach, probe, site_width, special_token_ids
 from tests import tiny_models as tiny
 
 pytest.importorskip("transformers")
@@ -59,7 +59,7 @@ class TestSite:
     def test_names_of_other_packages(self, site, transformer_lens, nnsight):
         assert (site.transformer_lens_name, site.nnsight_name) == (transformer_lens, nnsight)
 
-    @given(st.builds(Site, st.integers(0, 999_999), st.sampled_from(KINDS)))
+    @given(st.builds(Site, st.integers(0, 999_999), st.sampled_from([*KINDS, *INPUT_KINDS])))
     def test_parse_inverts_every_name(self, site):
         for name in (str(site), site.name, site.transformer_lens_name, site.nnsight_name):
             assert Site.parse(name) == site
@@ -74,7 +74,10 @@ class TestSite:
                  "blocks.3.hook_resid_post\n"]
     )  # fmt: skip
     def test_other_names_are_refused(self, name):
-        with pytest.raises(ValueError, match=r"^site: expected layer_L/KIND with KIND one of att, mlp, resid, or"):
+        with pytest.raises(
+            ValueError,
+            match=r"^site: expected layer_L/KIND with KIND one of att, mlp, resid, mlp_in, mlp_in_normed, or",
+        ):
             Site.parse(name)
 
     def test_bad_fields(self):
@@ -84,7 +87,9 @@ class TestSite:
             Site(1.0, "att")
         with pytest.raises(ValueError, match=r"^layer: expected at least 0, got -1$"):
             Site(-1, "att")
-        with pytest.raises(ValueError, match=r"^kind: expected one of att, mlp, resid, got 'res'$"):
+        with pytest.raises(
+            ValueError, match=r"^kind: expected one of att, mlp, resid, mlp_in, mlp_in_normed, got 'res'"
+        ):
             Site(1, "res")
 
 

@@ -45,9 +45,9 @@ struct Kernels {
       int64_t, int64_t, const int64_t*, const float*, const int32_t*, const int32_t*, const float*, float, const float*,
       const Objective&, float*, float*, int32_t*, float*, float*, float*, int32_t*);
   void (*update_latent)(
-      const State&, int64_t, int64_t, int64_t, const float*, const float*, float, const Rule&, int64_t);
+      const State&, int64_t, int64_t, int64_t, int64_t, const float*, const float*, float, const Rule&, int64_t);
   void (*update_from_lists)(
-      const State&, const Lists&, int64_t, int64_t, int64_t, const Rule&, int64_t, float*);
+      const State&, const Lists&, int64_t, int64_t, int64_t, int64_t, const Rule&, int64_t, float*);
   float (*dot)(const float*, const float*, int64_t);
 };
 

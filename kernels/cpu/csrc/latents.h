@@ -123,10 +123,10 @@ static void update_decoder(
   }
 }
 
-// gradients: dW_enc[j] and dW_dec[j], [d] each; along = ⟨dW_dec[j], W_dec[j]⟩. next: the latent that follows.
+// gradients: dW_enc[j] [d_in] and dW_dec[j] [d_out]; along = ⟨dW_dec[j], W_dec[j]⟩. next: the latent that follows.
 static void update_latent(
-    const State& state, int64_t j, int64_t next, int64_t d, const float* dW_enc, const float* dW_dec, float along,
-    const Rule& rule, int64_t step) {
+    const State& state, int64_t j, int64_t next, int64_t d_in, int64_t d_out, const float* dW_enc,
+    const float* dW_dec, float along, const Rule& rule, int64_t step) {
   AdamStep adam_step;
   double now = static_cast<double>(step), last = static_cast<double>(state.last[j]);  // their difference may leave int64
   adam_step.decay = static_cast<float>(std::pow(rule.beta2, now - last));
@@ -136,12 +136,12 @@ static void update_latent(
   adam_step.eps = rule.eps;
   bf16* enc_low = static_cast<bf16*>(state.W_enc_low);
   bf16* dec_low = static_cast<bf16*>(state.W_dec_low);
-  int64_t ahead = (next - j) * d;
   update_encoder(
-      state.W_enc + j * d, state.W_enc_v + j * d, dW_enc, d, adam_step, enc_low ? enc_low + j * d : nullptr, ahead);
+      state.W_enc + j * d_in, state.W_enc_v + j * d_in, dW_enc, d_in, adam_step,
+      enc_low ? enc_low + j * d_in : nullptr, (next - j) * d_in);
   update_decoder(
-      state.W_dec + j * d, state.W_dec_v + j * d, dW_dec, along, d, adam_step, dec_low ? dec_low + j * d : nullptr,
-      ahead);
+      state.W_dec + j * d_out, state.W_dec_v + j * d_out, dW_dec, along, d_out, adam_step,
+      dec_low ? dec_low + j * d_out : nullptr, (next - j) * d_out);
   state.b_enc[j] -= adam(state.b_enc_v + j, state.db_enc[j], adam_step);
   float theta = state.threshold[j];
   // dL/dt = θ·dL/dθ for θ = exp(t)
@@ -164,11 +164,11 @@ static void latent_gradient(
 }
 
 static void update_from_lists(
-    const State& state, const Lists& lists, int64_t j, int64_t next, int64_t d, const Rule& rule, int64_t step,
-    float* scratch) {
-  latent_gradient(lists, j, lists.dz, lists.x, d, scratch);
-  latent_gradient(lists, j, lists.dec, lists.residual, d, scratch + d);
-  update_latent(state, j, next, d, scratch, scratch + d, lists.along[j], rule, step);
+    const State& state, const Lists& lists, int64_t j, int64_t next, int64_t d_in, int64_t d_out, const Rule& rule,
+    int64_t step, float* scratch) {
+  latent_gradient(lists, j, lists.dz, lists.x, d_in, scratch);
+  latent_gradient(lists, j, lists.dec, lists.residual, d_out, scratch + d_in);
+  update_latent(state, j, next, d_in, d_out, scratch, scratch + d_in, lists.along[j], rule, step);
 }
 
 static float dot(const float* a, const float* b, int64_t d) {

@@ -48,7 +48,7 @@ struct Rule {
   bool log_threshold;
 };
 
-// The state of the latents, [F, d] and [F], and their gradients.
+// The state of the latents, W_enc [F, d_in], W_dec [F, d_out] and [F], and their gradients.
 struct State {
   float *W_enc, *W_dec, *b_enc, *threshold;
   float *W_enc_v, *W_dec_v, *b_enc_v, *threshold_v;
@@ -62,6 +62,6 @@ struct Lists {
   const int64_t* offsets;
   const float *dz, *dec, *along;
   const int32_t* tokens;
-  const void *x, *residual;  // [N, d]
+  const void *x, *residual;  // [N, d_in] and [N, d_out]
   bool low;                  // bf16
 };

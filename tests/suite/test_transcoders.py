@@ -1,0 +1,218 @@
+"""Transcoders beside SAEs in one run: trained from one forward, stopped and gone on with, judged, and exported."""
+
+import hashlib
+import os
+import signal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gemmascope import Transcoder
+from gemmascope.activations import harvest
+from gemmascope.evaluation import delta_loss, evaluate_transcoder, linear_fvu
+from gemmascope.formats.files import read_json
+from gemmascope.reporting import read_results
+from gemmascope.sites import Site
+from gemmascope.suite import export_saes
+from gemmascope.suite.config import SuiteConfig
+from gemmascope.suite.run import train_suite
+from gemmascope.training import Suite
+from tests.suite.configs import blocks, sites_of
+from tests.suite.small_runs import tables
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*never fired:RuntimeWarning")
+
+SAE = {"d_sae": 32, "target_l0": 4, "sites": ["layer_0/mlp"]}
+PLAIN = {"d_sae": 48, "target_l0": 6, "sites": ["mlp_in_normed"], "target": "mlp"}
+SKIP = {"d_sae": 40, "target_l0": 6, "sites": ["layer_1/mlp_in"], "target": "mlp", "skip": True}
+ACROSS = {"d_sae": 24, "target_l0": 5, "sites": ["layer_2/att"], "target": "resid"}
+GATED = {"d_sae": 48, "l0_coefficient": 0.1, "kind": "gated", "sparsity": "l1", "sites": ["mlp_in"], "target": "mlp"}
+NAMES = [
+    "layer_0/mlp/width_32/target_l0_4",
+    "layer_0/mlp_in_normed/to_mlp/width_48/target_l0_6",
+    "layer_1/mlp_in/to_mlp/width_40/target_l0_6",
+    "layer_1/mlp_in_normed/to_mlp/width_48/target_l0_6",
+    "layer_2/att/to_resid/width_24/target_l0_5",
+    "layer_2/mlp_in_normed/to_mlp/width_48/target_l0_6",
+]
+
+
+def config(model_folder, text_file, out, *each, **sections):
+    made = tables(model_folder, text_file, out)
+    made["suite"] = {"tokens": 24 * 120, "batch_size": 120, "sae": list(each or (SAE, PLAIN, SKIP, ACROSS))}
+    for name, section in sections.items():
+        made[name] |= section
+    return SuiteConfig.from_dict(made)
+
+
+def hashes(folder):
+    files = sorted([*folder.rglob("params.npz"), *folder.rglob("params.safetensors")])
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_folder, text_file):
+    out = tmp_path_factory.mktemp("runs") / "transcoders"
+    return out, train_suite(config(model_folder, text_file, out))
+
+
+@pytest.fixture(scope="module")
+def model(model_folder) -> nn.Module:
+    from transformers import Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM.from_pretrained(model_folder, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def held_out() -> Tensor:
+    ids = torch.randint(32, 127, (8, 32), generator=torch.Generator().manual_seed(3))
+    ids[:, 0] = 256
+    return ids
+
+
+def test_what_a_run_leaves(finished):
+    out, results = finished
+    assert [row["name"] for row in results["saes"]] == NAMES
+    rows = {row["name"]: row for row in read_results(out)["saes"]}
+    skipping = rows[NAMES[2]]
+    assert skipping["path"].startswith("saes/mlp_in_to_mlp/layer_1/width_40/average_l0_")
+    assert skipping["path"].endswith("/params.safetensors")
+    assert (skipping["site"], skipping["site_out"], skipping["target_l0"]) == ("mlp_in", "mlp", 6)
+    for name in NAMES[1:]:
+        found = Transcoder.load(out / rows[name]["path"])
+        assert (found.W_skip is not None) == (name == NAMES[2])
+        assert found.d_sae == rows[name]["width"]
+        assert read_json((out / rows[name]["path"]).with_name("config.json"))["l0"] == pytest.approx(rows[name]["l0"])
+        assert 0 < rows[name]["linear_fvu"] < 1
+        assert rows[name]["fvu"] > 0
+        assert rows[name]["tokens"] == rows[NAMES[0]]["tokens"]
+    across = Transcoder.load(out / rows[NAMES[4]]["path"])
+    assert (across.d_in, across.d_out) == (24, 16)
+    assert Transcoder.load(out / rows[NAMES[3]]["path"]).metadata["site"] == Site(1, "mlp_in_normed").name
+
+
+def test_figures_are_those_of_the_files(finished, model, held_out):
+    """FVU and Δloss by hand: x through the file's transcoder, put where the MLP's output was by hooks of one's own."""
+    out, results = finished
+    row = results["saes"][2]
+    transcoder = Transcoder.load(out / row["path"])
+    x, y = harvest(model, held_out, [Site(1, "mlp_in"), Site(1, "mlp")]).values()
+    with torch.no_grad():
+        error = (transcoder(x).double() - y.double()).square().sum()
+    fvu = error / (y.double() - y.double().mean(0)).square().sum()
+    metrics = evaluate_transcoder(transcoder, x, y)
+    assert metrics.fvu == pytest.approx(fvu.item(), rel=1e-6)
+    assert metrics.l0 == pytest.approx((transcoder.encode(x) != 0).sum(1).double().mean().item())
+
+    layer, seen, skipped = model.get_submodule("model.layers.1"), [], held_out == 256
+    handles = [
+        layer.get_submodule("pre_feedforward_layernorm").register_forward_hook(lambda m, a, o: seen.append(o)),
+        layer.get_submodule("post_feedforward_layernorm").register_forward_hook(
+            lambda m, a, o: torch.where(skipped[..., None], o, transcoder(seen.pop()))
+        ),
+    ]
+    ids = held_out[:, 2:, None]  # what BOS predicts is not scored
+
+    def loss() -> float:
+        with torch.no_grad():
+            logits = model(held_out, use_cache=False).logits.log_softmax(-1)
+        return -logits[:, 1:-1].gather(2, ids).mean().item()
+
+    spliced = loss()
+    for handle in handles:
+        handle.remove()
+    assert spliced - loss() != pytest.approx(0, abs=1e-4)
+    assert delta_loss(model, held_out, {Site(1, "mlp"): transcoder}) == pytest.approx(spliced - loss(), abs=1e-5)
+
+
+def test_a_linear_map_is_a_control():
+    generator = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(400, 5, generator=generator) for _ in range(2))
+    A, b = torch.randn(5, 3, generator=generator), torch.randn(3, generator=generator)
+    assert linear_fvu(x, x @ A + b, other, other @ A + b) < 1e-9
+    assert linear_fvu(x, (x @ A).abs(), other, (other @ A).abs()) > 0.5
+    with pytest.raises(ValueError, match=r"^inputs: expected the 399 tokens of its targets, got 400$"):
+        linear_fvu(x, x @ A, other, other[1:] @ A)
+
+
+def test_stopped_and_gone_on_with_to_the_same_bits(finished, model_folder, text_file, tmp_path, monkeypatch):
+    update = Suite.update
+
+    def stopped(self, batch):
+        update(self, batch)
+        if next(iter(self.trainers.values())).step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Suite, "update", stopped)
+        assert train_suite(config(model_folder, text_file, tmp_path / "run")) is None
+    train_suite(config(model_folder, text_file, tmp_path / "run"))
+    assert hashes(tmp_path / "run") == hashes(finished[0])
+    assert len(hashes(finished[0])) == len(NAMES)
+
+
+def test_an_sae_is_the_same_beside_transcoders(finished, model_folder, text_file, tmp_path):
+    """They share the forward and the order of tokens, and no more."""
+    alone = tmp_path / "alone"
+    train_suite(config(model_folder, text_file, alone, SAE))
+    beside = hashes(finished[0])
+    assert [beside[path] for path in hashes(alone)] == list(hashes(alone).values())
+
+
+def test_all_layers_go_to_circuit_tracer(finished, model_folder, text_file, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "circuit-tracer"
+    results = train_suite(config(model_folder, text_file, run, PLAIN))
+    assert results is not None
+    export_saes([run], "circuit-tracer", out)
+    text = (out / "config.yaml").read_text()
+    assert "ln2.hook_normalized" in text
+    assert "hook_mlp_out" in text
+    for row in results["saes"]:
+        ours, theirs = Transcoder.load(run / row["path"]), Transcoder.load(out / f"layer_{row['layer']}.safetensors")
+        assert theirs.metadata["site"] == Site(row["layer"], "mlp_in_normed").name
+        for name, tensor in ours.tensors.items():
+            assert torch.equal(tensor, theirs.tensors[name]), name
+
+
+def test_which_sites_a_block_means():
+    found = blocks(SAE, PLAIN | {"sites": ["layer_0-1/mlp_in"]}, sites=["mlp"])
+    with pytest.raises(ValueError, match=r"^suite.sites: expected sites of some block, got"):
+        found.specs(sites_of(3))
+    found = blocks({"d_sae": 32, "target_l0": 4}, PLAIN | {"sites": ["layer_0-1/mlp_in"]}, sites=["mlp"])
+    specs = found.specs(sites_of(3))
+    assert [(spec.site, spec.target) for spec in specs if spec.target] == [
+        (Site(0, "mlp_in"), Site(0, "mlp")),
+        (Site(1, "mlp_in"), Site(1, "mlp")),
+    ]
+    inputs = {spec.site for spec in specs if spec.target}
+    assert found.selected_sites(sites_of(3)) == tuple(sorted({Site(i, "mlp") for i in range(3)} | inputs))
+    everything = blocks({"d_sae": 8, "target_l0": 2, "sites": ["*"]})
+    assert {spec.site for spec in everything.specs(sites_of(2))} == set(sites_of(2))
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (PLAIN | {"target": "mlp_in"}, r"^suite.sae\[0\].target: expected 'att' or 'mlp' or 'resid', got 'mlp_in'$"),
+        ({**PLAIN, "sites": ()}, r"^suite.sae\[0\].sites: expected those that the transcoders read"),
+        (SAE | {"skip": True}, r"^suite.sae\[0\].skip: expected a target"),
+        (PLAIN | {"init_from": "x"}, r"^suite.sae\[0\].init_from: expected none with a target"),
+        (GATED, r"^suite.sae\[0\].kind: expected 'jumprelu' or 'relu' with a target, got 'gated'$"),
+    ],
+)  # fmt: skip
+def test_bad_blocks_are_refused_by_name(block, message):
+    with pytest.raises(ValueError, match=message):
+        blocks(block, **({} if block["sites"] else {"sites": ["mlp"]}))
+
+
+def test_bad_runs_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"^suite.sae\[0\].target: expected another site than layer_0/mlp itself"):
+        blocks(PLAIN | {"sites": ["layer_0/*"]}).specs(sites_of(1))
+    with pytest.raises(ValueError, match=r"^suite.training.skip: expected a target in every block"):
+        blocks(PLAIN, SAE, training={"skip": True})
+    made = {"model": {"name": "x"}, "text": {"files": ["x"]}, "activations": {"drop_norm": 10.0}}
+    with pytest.raises(ValueError, match=r"^activations.drop_norm: expected none with the target of suite.sae\[1\]"):
+        SuiteConfig.from_dict({**made, "suite": {"tokens": "20M", "sae": [SAE, PLAIN]}})
+    with pytest.raises(ValueError, match=r"^suite.sae\[0\].sites\[0\]: expected sites among"):
+        blocks(SAE | {"sites": ["mlp_in"]}).specs(sites_of(1))
