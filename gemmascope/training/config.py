@@ -21,6 +21,7 @@ SPARSITIES_OF = {
     "batchtopk": ("none",),
     "matryoshka": ("none",),
 }
+RESAMPLED = ("relu", "gated")
 TOP_K = ("topk", "batchtopk", "matryoshka")
 L0_OF = ("token", "batch")
 COMPUTE_DTYPES = ("fp32", "tf32", "bf16")
@@ -184,6 +185,9 @@ class TrainConfig:
     """`dense`, `sparse` (see `step`), `auto` (dense while many latents fire, then sparse) or the `reference`."""
     dead_after_tokens: int = 20_000
     """A latent is dead when it has not fired for so many tokens."""
+    resample_steps: tuple[int, ...] = ()
+    """Of `relu` and `gated`: updates, counted from 0 and ascending, before which dead latents begin anew where the
+    tokens of the batch are reconstructed worst (`resample.resample`). Then the learning rate warms up once more."""
     seed: int = 0
 
     def __post_init__(self):
@@ -248,6 +252,7 @@ class TrainConfig:
             raise ValueError(f"k: expected {expected} with kind={self.kind!r}, got {self.k}")
         if self.k is not None:
             check_int("k", self.k, 1, self.d_sae)
+        self._check_resampling()
         check_type("prefixes", self.prefixes, tuple)
         for index, prefix in enumerate(self.prefixes):
             check_int(f"prefixes[{index}]", prefix, 1)
@@ -267,6 +272,15 @@ class TrainConfig:
                 raise ValueError(f"pre_act_coefficient: expected 0 with kind={self.kind!r}")
         if self.kind in TOP_K and self.route == "dense":
             raise ValueError(f"route: expected 'auto', 'sparse' or 'reference' with kind={self.kind!r}, got 'dense'")
+
+    def _check_resampling(self) -> None:
+        check_type("resample_steps", self.resample_steps, tuple)
+        for index, step in enumerate(self.resample_steps):
+            check_int(f"resample_steps[{index}]", step, 1, max(1, self.steps - 1))
+        if any(a >= b for a, b in itertools.pairwise(self.resample_steps)):
+            raise ValueError(f"resample_steps: expected numbers that ascend, got {list(self.resample_steps)}")
+        if self.resample_steps and self.kind not in RESAMPLED:
+            raise ValueError(f"resample_steps: expected none with kind={self.kind!r}, got {list(self.resample_steps)}")
 
     def changed(self, **changes) -> "TrainConfig":
         """A copy with other numbers, those of the loss by their own names: ``config.changed(target_l0=50, seed=1)``.
@@ -288,8 +302,9 @@ class TrainConfig:
                 target = loss.target_l0 if of_loss["sparsity"] in TARGETED else None
                 of_loss = {"l0_coefficient": None, "target_l0": target} | of_loss
             changes["loss"] = dataclasses.replace(loss, **of_loss)
-        if isinstance(changes.get("prefixes"), list):
-            changes["prefixes"] = tuple(changes["prefixes"])
+        for name in ("prefixes", "resample_steps"):
+            if isinstance(changes.get(name), list):
+                changes[name] = tuple(changes[name])
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -356,8 +371,9 @@ class TrainConfig:
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of update ``step``, counted from 0."""
         step, rate = self._counted(step), self.learning_rate
-        if step < self.lr_warmup_steps:
-            rise = 0.5 * (1 - math.cos(math.pi * step / self.lr_warmup_steps))
+        since = step - max((begun for begun in self.resample_steps if begun <= step), default=0)
+        if since < self.lr_warmup_steps:
+            rise = 0.5 * (1 - math.cos(math.pi * since / self.lr_warmup_steps))
             rate *= self.lr_warmup_start + (1 - self.lr_warmup_start) * rise
         left = self.steps - step
         return rate * min(1.0, left / self.lr_decay_steps) if self.lr_decay_steps else rate

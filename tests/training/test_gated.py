@@ -1,6 +1,7 @@
 """The gated loss and its gradients, and the routes of its step, in fp64 and by error budget."""
 
 import copy
+import json
 import math
 import pickle
 
@@ -364,7 +365,7 @@ def test_training_resumes_with_the_same_bits(route, compute_dtype):
     tensors, facts = first.snapshot()
     assert {"b_mag", "r_mag", "b_mag_v", "r_mag_v"} <= tensors.keys()
     second = trainer(route=route, compute_dtype=compute_dtype)
-    second.restore({name: tensor.clone() for name, tensor in tensors.items()}, facts)
+    second.restore({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(facts)))
     others = [second, copy.deepcopy(first), pickle.loads(pickle.dumps(first))]
     for other in others:
         for seed in range(9, 20):
