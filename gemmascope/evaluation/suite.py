@@ -13,6 +13,7 @@ from ..activations.moments import check_activations, moments
 from ..activations.outliers import norms_of
 from ..checks import check_int, check_number, check_type, found, is_integer
 from ..saes import load_sae
+from ..saes.base import BaseSAE
 from ..saes.codec import Codec
 from ..sites import Site, site_width, special_token_ids
 from ..sites.decoder import embedding_weight, input_device
@@ -169,7 +170,7 @@ class _Text:
         self.device = input_device(model)
         self.predictions = n_predictions(model, tokens)
 
-    def splice(self, site: Site, sae: Codec, max_norm: float | None) -> float:
+    def splice(self, site: Site, sae: BaseSAE, max_norm: float | None) -> float:
         spliced = sae if max_norm is None else SparingOutliers(sae, max_norm)
         return delta_loss(self.model, self.tokens, {site: spliced}, clean_loss=self.clean_loss)
 
@@ -206,7 +207,7 @@ class _OnTokens:
         self.pair_table_fvu = pair_table_fvu(*tokens)
         self.ablation = text.ablate(site, mean, max_norm)
 
-    def judge(self, sae: Codec) -> tuple[dict[str, Any], Tensor]:
+    def judge(self, sae: BaseSAE) -> tuple[dict[str, Any], Tensor]:
         train, _, rows, _ = self.tokens
         metrics = evaluate_sae(sae, rows)
         rank = round(metrics.l0)
@@ -252,7 +253,7 @@ class _AtSite:
                     raise ValueError(f"median_norms: expected that of {site}, got one that leaves none of {name}")
             self.on_kept = _OnTokens(text, site, tokens.where(kept_in_train, kept), max_norm)
 
-    def judge(self, sae: Codec) -> tuple[dict[str, Any], Tensor]:
+    def judge(self, sae: BaseSAE) -> tuple[dict[str, Any], Tensor]:
         figures, frequency = self.on_kept.judge(sae)
         beside = {}
         if self.filters:

@@ -14,6 +14,7 @@ from ..activations import harvest, stream
 from ..activations.outliers import are_outliers, norms_of
 from ..formats.release import SAFETENSORS, gemma_scope_path
 from ..saes import BatchTopKSAE, TopKSAE
+from ..saes.base import BaseSAE
 from ..saes.codec import Codec
 from ..sites import Site
 from ..training.calibrate import calibrate_threshold
@@ -26,13 +27,13 @@ SAES_FOLDER = "saes"
 def calibrated(
     model: nn.Module,
     tokens: Tensor,
-    saes: Mapping[str, tuple[Site, Codec]],
+    saes: Mapping[str, tuple[Site, BaseSAE]],
     *,
     max_norm_ratio: float | None = None,
     median_norms: Mapping[Site, float],
     dtype: torch.dtype = torch.float32,
     batch_size: int = 8,
-) -> dict[str, tuple[Codec, dict[str, Any]]]:
+) -> dict[str, tuple[BaseSAE, dict[str, Any]]]:
     """Those of ``saes`` {name: (site, in training)} that were trained by what fires in a batch, as copies whose
     threshold lets k latents fire on a token of ``tokens`` [rows, context] on average; with facts that say so.
 
@@ -42,7 +43,7 @@ def calibrated(
     for name, (site, sae) in saes.items():
         if isinstance(sae, BatchTopKSAE):
             by_site.setdefault(site, {})[name] = copy.deepcopy(sae)
-    found: dict[str, tuple[Codec, dict[str, Any]]] = {}
+    found: dict[str, tuple[BaseSAE, dict[str, Any]]] = {}
     for site, of_site in by_site.items():
         x = harvest(model, tokens, [site], dtype=dtype, batch_size=batch_size)[site]
         if max_norm_ratio is not None:

@@ -22,6 +22,7 @@ from .config import TOP_K, TrainConfig
 from .gated_step import gated_step
 from .kinds import new_sae, new_transcoder, of_kind
 from .memory import TrainingMemory, available_memory, training_memory
+from .resample import resample, seed_of
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
@@ -150,6 +151,8 @@ def _of_target(
         return None
     if init_from is not None:
         raise ValueError("init_from: expected none with a target, got one: transcoders begin anew")
+    if config.resample_steps:
+        raise ValueError(f"resample_steps: expected none with a target, got {list(config.resample_steps)}")
     return _moments(target, "target")
 
 
@@ -286,6 +289,8 @@ class SAETrainer:
         self.check_batch(x_raw, target=y_raw)
         x = self._scaled(x_raw, self.sae.input_scale)
         y = None if y_raw is None else self._scaled(y_raw, self.output_scale)
+        if self.step in self.config.resample_steps:
+            self._resample(x)
         self._launch(x, self.step, self.route, y)
         self.step += 1
         while len(self._pending) > self.run_ahead:
@@ -357,6 +362,13 @@ class SAETrainer:
             memory = self.memory(replace(config, batch_size=len(x)), x.shape[1], x.device, self._d_out)
             raise EnvironmentProblemError(memory.advice(self._available)) from error
         self._pending.append(_Job(x, target, step, route, *_to_host(figures.packed)))
+
+    def _resample(self, x: Tensor) -> None:
+        """Begin the dead latents anew, every step so far made: what is repeated comes after it."""
+        self.flush()
+        self.state.ready()
+        dead = self.state.tokens_since_fired >= self.config.dead_after_tokens
+        resample(self.state, x, dead, seed_of(self.config.seed, self.step))
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""
