@@ -20,6 +20,7 @@ from gemmascope.suite.config import ModelSection, SuiteConfig
 from gemmascope.suite.export import export_saes
 from gemmascope.suite.measure import Stopwatch, narrowed
 from gemmascope.suite.model import load_model
+from gemmascope.suite.memory import ModelSizes
 from gemmascope.suite.plan import _parameters
 from gemmascope.suite.run import plan_suite, spread, train_suite
 from gemmascope.training import TrainConfig
@@ -159,7 +160,7 @@ def test_parameters_of_each_kind():
         (spec, *_) = blocks(block(kind), sites=["layer_1/resid"]).specs(sites_of(2))
         made = new_sae(spec.config, 16)
         fixed = 32 if kind != "jumprelu" and hasattr(made, "threshold") else 0  # thresholds that are not learnt
-        assert _parameters(spec, {spec.site: 16}) == sum(each.numel() for each in made.parameters()) - fixed
+        assert _parameters(spec, ModelSizes(2, 0, 0, 16, 32, 2, 64, 4, widths={spec.site: 16})) == sum(each.numel() for each in made.parameters()) - fixed
 
 
 @pytest.mark.parametrize("kind", MADE)
