@@ -81,6 +81,8 @@ METRICS = {
     "answering with the mean. 0 is perfect, 1 is no better than the mean.",
     "FVU of PCA": "The same for principal components, as many as the SAE has active latents. Where "
     "the SAE is not below it (✓), a plain linear projection does as well with the same number of values.",
+    "FVU of a linear map": "Of a transcoder: the same for the affine map from what it reads to its target that fits "
+    "the training tokens best. One that is not below it has learnt nothing that is not linear.",
     "FVU of a random dictionary": "The same for as many random directions as the SAE has latents, of which each token "
     "takes the L0 that fit it best, with the best coefficients. An SAE that is not below it has learnt no better "
     "directions than chance gives.",
@@ -199,6 +201,13 @@ def reload_code(run_dir: Path, saes: list[Mapping[str, Any]]) -> str:
     best = min(saes, key=lambda sae: sae["fvu"] / max(sae["pca_fvu"], 1e-12))
     path = str(best.get("path", ""))
     inside = run_dir / path
+    if best.get("site_out") is not None:
+        return (
+            "from gemmascope import Transcoder\n\n"
+            f"transcoder = Transcoder.load({str(inside if os.path.exists(inside) else Path(path))!r})\n"
+            "f = transcoder.encode(x)   # x: activations where it reads, [..., d_in]; f: [..., d_sae], mostly zeros\n"
+            "y_hat = transcoder(x)      # what it makes of them, [..., d_out]"
+        )
     load, what = ("load_sae", "load_sae") if kinds_of(saes) else ("JumpReLUSAE", "JumpReLUSAE.load")
     return (
         f"from gemmascope import {load}\n\n"

@@ -12,7 +12,8 @@ from gemmascope import Transcoder
 from gemmascope.activations import harvest
 from gemmascope.evaluation import delta_loss, evaluate_transcoder, linear_fvu
 from gemmascope.formats.files import read_json
-from gemmascope.reporting import read_results
+from gemmascope.reporting import read_results, write_html
+from gemmascope.reporting.page import reload_code
 from gemmascope.sites import Site
 from gemmascope.suite import export_saes
 from gemmascope.suite.config import SuiteConfig
@@ -90,6 +91,18 @@ def test_what_a_run_leaves(finished):
     across = Transcoder.load(out / rows[NAMES[4]]["path"])
     assert (across.d_in, across.d_out) == (24, 16)
     assert Transcoder.load(out / rows[NAMES[3]]["path"]).metadata["site"] == Site(1, "mlp_in_normed").name
+
+
+def test_a_report_shows_them(finished):
+    out, _ = finished
+    page = write_html(out).read_text()
+    assert "FVU of a linear map" in page
+    assert "that fits the training tokens best" in page
+    [row] = [row for row in read_results(out)["saes"] if row["name"] == NAMES[2]]
+    namespace = {"x": torch.zeros(3, 16)}
+    exec(reload_code(out, [row]), namespace)
+    assert namespace["f"].shape == (3, 40)
+    assert namespace["y_hat"].shape == (3, 16)
 
 
 def test_figures_are_those_of_the_files(finished, model, held_out):
