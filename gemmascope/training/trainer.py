@@ -181,7 +181,8 @@ class SAETrainer:
         with torch.no_grad():
             if init_from is not None:
                 for name, value in unfolded(init_from, scale).items():
-                    getattr(sae, name).copy_(value)
+                    if name in sae.PARAMETERS:  # a TopK SAE has no threshold
+                        getattr(sae, name).copy_(value)
             elif config.b_dec_init == "mean":
                 sae.b_dec.copy_(mean / scale)
         self.state = TrainState.start(sae, config.compute_dtype)
