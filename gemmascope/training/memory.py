@@ -13,6 +13,8 @@ GIB = 1 << 30
 DENSE_ELEMENTS = 1 << 29
 # Bytes the sparse step holds for each entry: z, latent, token, u, sort keys and order, coefficients by latent.
 ENTRY_BYTES = 56
+# What selecting the largest z holds, in units of z.
+SELECTION = 5
 # Columns of a block of the residual pass, which leaves a share of u in fp32 for each entry and block.
 SHARE_COLUMNS = 256
 
@@ -32,6 +34,8 @@ class TrainingMemory:
     pending: int
     entries: int
     scratch: int
+    blocks: int = 0
+    """As of `training_memory`."""
 
     @property
     def total(self) -> int:
@@ -81,7 +85,8 @@ class TrainingMemory:
         while sizes[name] >= smallest:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
             batches = self.pending // (4 * self.batch_size * self.d_model)
-            yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0, pending=batches).total
+            options = {"compute_dtype": dtype, "l0": l0, "pending": batches, "blocks": self.blocks}
+            yield sizes[name], training_memory(**sizes, **options).total
             sizes[name] //= 2
 
 
@@ -128,16 +133,20 @@ def available_memory(device: torch.device) -> int:
 
 
 def training_memory(
-    d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128, pending: int = 0
+    d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128, pending: int = 0, blocks: int = 0
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
-    steps that are kept until their figures were read."""
+    steps that are kept until their figures were read. blocks: of an SAE of which k latents fire, the residuals that a
+    token has, one for each prefix and for AuxK; 0 for others."""
     weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
     operand = 2 if compute_dtype == "bf16" else 4
     n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae)
     sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (8 * operand + 1) // 4 + 8 * d_model * tile
+    scratch = max(sparse, dense)
+    if blocks:  # z, and twice the keys by which a GPU selects, 8 bytes each; no dense route
+        scratch = SELECTION * sparse
     return TrainingMemory(
         d_model=d_model,
         d_sae=d_sae,
@@ -147,8 +156,9 @@ def training_memory(
         second_moments=weights,
         copies=4 * d_model * d_sae if compute_dtype == "bf16" else 0,
         # x, x − b_dec, x̂ − x and its rounding
-        activations=batch_size * d_model * (8 + 2 * operand),
+        activations=batch_size * d_model * (8 + 2 * operand) * max(1, blocks),
         pending=pending * 4 * batch_size * d_model,
         entries=(ENTRY_BYTES + 4 * -(-d_model // SHARE_COLUMNS)) * n_entries,
-        scratch=max(sparse, dense) + 24 * d_sae,
+        scratch=scratch + 24 * d_sae,
+        blocks=blocks,
     )
