@@ -17,6 +17,8 @@ ENTRY_BYTES = 56
 GATED_ENTRY_BYTES = 48
 # Matrices of fp32 [N, tile] that the dense route of a gated SAE holds, and by how many times smaller its tiles are.
 GATED_MATRICES, GATED_TILES = 7, 4
+# What selecting the largest z holds, in units of z.
+SELECTION = 5
 # Columns of a block of the residual pass, which leaves a share of u in fp32 for each entry and block.
 SHARE_COLUMNS = 256
 
@@ -40,6 +42,8 @@ class TrainingMemory:
     d_out: int | None = None
     """Of a transcoder."""
     skip: bool = False
+    blocks: int = 0
+    """As of `training_memory`."""
 
     @property
     def total(self) -> int:
@@ -90,7 +94,8 @@ class TrainingMemory:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
             batches = self.pending // (4 * self.batch_size * (self.d_model + (self.d_out or 0)))
             options = {"pending": batches, "kind": self.kind, "d_out": self.d_out, "skip": self.skip}
-            yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0, **options).total
+            options |= {"compute_dtype": dtype, "l0": l0, "blocks": self.blocks}
+            yield sizes[name], training_memory(**sizes, **options).total
             sizes[name] //= 2
 
 
@@ -146,10 +151,12 @@ def training_memory(
     kind: str = "jumprelu",
     d_out: int | None = None,
     skip: bool = False,
+    blocks: int = 0,
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
     steps that are kept until their figures were read. kind: that of `TrainConfig`. d_out: width of a transcoder's
-    target, with ``skip`` of its map from the input too."""
+    target, with ``skip`` of its map from the input too. blocks: of an SAE of which k latents fire, the residuals that a
+    token has, one for each prefix and for AuxK; 0 for others."""
     gated, out, target = kind == "gated", d_model if d_out is None else d_out, d_out or 0
     weights = 4 * ((d_model + out) * d_sae + (3 if gated else 2) * d_sae + out + skip * d_model * out)
     operand = 2 if compute_dtype == "bf16" else 4
@@ -157,6 +164,13 @@ def training_memory(
     sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (16 * GATED_MATRICES if gated else 8 * operand + 1) // 4 + 4 * (d_model + out) * tile
+    scratch = max(sparse, dense)
+    if blocks:  # z, and twice the keys by which a GPU selects, 8 bytes each; no dense route
+        scratch = SELECTION * sparse
+    # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too; of a transcoder y, rounded for its
+    # sums, and what a skip leaves
+    rows = (d_model + out) * max(1, blocks) + gated * d_model + target
+    activations = batch_size * (rows * (4 + operand) + 4 * skip * target)
     return TrainingMemory(
         d_model=d_model,
         d_sae=d_sae,
@@ -165,15 +179,13 @@ def training_memory(
         weights=weights,
         second_moments=weights + 4 * d_sae * gated,  # that of θ too, which stays 0
         copies=2 * (d_model + out) * d_sae if compute_dtype == "bf16" else 0,
-        # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too; of a transcoder y, rounded for its
-        # sums, and what a skip leaves
-        activations=batch_size
-        * ((d_model + out) * (4 + operand) + gated * d_model * (4 + operand) + target * (4 + operand + 4 * skip)),
+        activations=activations,
         pending=pending * 4 * batch_size * (d_model + target),
         entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + 4 * -(-out // SHARE_COLUMNS)) * n_entries,
         # the gradient of a skip, and what Adam makes of it
-        scratch=max(sparse, dense) + 24 * d_sae + 16 * skip * d_model * out,
+        scratch=scratch + 24 * d_sae + 16 * skip * d_model * out,
         kind=kind,
         d_out=d_out,
         skip=skip,
+        blocks=blocks,
     )

@@ -26,7 +26,7 @@ from .resample import resample, seed_of
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
-from .topk import topk_step
+from .topk import sizes_of_step, topk_step
 from .unfold import check_fits, unfolded
 from .upload import uploaded
 
@@ -275,7 +275,9 @@ class SAETrainer:
         if d_out is not None:
             check_int("d_out", d_out, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
-        options = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
+        options: dict[str, Any] = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
+        if config.kind in TOP_K:
+            options["l0"], options["blocks"] = sizes_of_step(config, d_model)
         return training_memory(*sizes, **options, d_out=d_out, skip=config.skip)
 
     def update(self, x_raw: Tensor, y_raw: Tensor | None = None) -> None:

@@ -117,6 +117,28 @@ def test_equals_the_reference(impl, N, d, F, of):
         assert_same(encode(impl, x, W_enc, b_enc, k, of=of), reference.encode_topk(x, W_enc, b_enc, k, of))
 
 
+@pytest.mark.parametrize("impl", ["pytorch", pytest.param("cpu", marks=needs_native)])
+def test_random_cases(impl, monkeypatch):
+    """Small shapes, many ties, some latents, what is not finite, in tiles of a few latents."""
+    monkeypatch.setattr(eager_inference, "PRODUCT_TOKENS", 4)
+    monkeypatch.setattr(eager_inference, "Z_ELEMENTS", 32)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for seed in range(150):
+        N, d, F = draw(1, 30), draw(1, 4), draw(1, 30)
+        x, W_enc = lattice(N, d, seed=seed, reach=2), lattice(F, d, seed=seed + 1000, reach=2).T
+        b_enc, k = lattice(F, seed=seed + 2000, reach=2), draw(1, F)
+        if draw(0, 2) == 0:
+            b_enc[draw(0, F - 1)] = (torch.nan, torch.inf, -torch.inf)[draw(0, 2)]
+        among = torch.rand(F, generator=generator) < 0.5 if draw(0, 1) else None
+        of = ("token", "batch")[draw(0, 1)]
+        found = encode(impl, x, W_enc, b_enc, k, of=of, among=among)
+        assert_same(found, reference.encode_topk(x, W_enc, b_enc, k, of, among))
+
+
 @every_of
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
 def test_among_some_latents(impl, of, share):

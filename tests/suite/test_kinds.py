@@ -160,7 +160,10 @@ def test_parameters_of_each_kind():
         (spec, *_) = blocks(block(kind), sites=["layer_1/resid"]).specs(sites_of(2))
         made = new_sae(spec.config, 16)
         fixed = 32 if kind != "jumprelu" and hasattr(made, "threshold") else 0  # thresholds that are not learnt
-        assert _parameters(spec, ModelSizes(2, 0, 0, 16, 32, 2, 64, 4, widths={spec.site: 16})) == sum(each.numel() for each in made.parameters()) - fixed
+        assert (
+            _parameters(spec, ModelSizes(2, 0, 0, 16, 32, 2, 64, 4, widths={spec.site: 16}))
+            == sum(each.numel() for each in made.parameters()) - fixed
+        )
 
 
 @pytest.mark.parametrize("kind", MADE)
