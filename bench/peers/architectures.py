@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.peers.dictionary_learning import sparsity_warmup
 from bench.trainers import Setting, Trainer
 from gemmascope.saes.base import BaseSAE
 
@@ -91,7 +92,7 @@ class SAELensArchitecture(Trainer):
             total_training_samples=config.steps * config.batch_size,
             train_batch_size_samples=config.batch_size,
             lr=rate,
-            lr_end=rate if not shared else rate / 10,
+            lr_end=rate,
             lr_warm_up_steps=config.lr_warmup_steps,
             dead_feature_window=max(1, config.dead_after_tokens // config.batch_size),
             **shared,
@@ -132,6 +133,7 @@ class DictionaryLearningArchitecture(Trainer):
         from dictionary_learning.trainers.top_k import TopKTrainer
 
         config, shared = setting.config, setting.recipe == "shared"
+        decay_start = config.steps - config.lr_decay_steps if shared and config.lr_decay_steps else None
         options: dict[str, Any] = {
             "steps": config.steps,
             "activation_dim": start.d_model,
@@ -140,13 +142,14 @@ class DictionaryLearningArchitecture(Trainer):
             "lm_name": "",
             "lr": config.learning_rate,
             "warmup_steps": config.lr_warmup_steps,
-            "decay_start": config.steps - config.lr_decay_steps if shared and config.lr_decay_steps else None,
+            "decay_start": decay_start,
             "seed": config.seed,
             "device": "cpu",
         }
         made = {"gated": GatedSAETrainer, "relu": StandardTrainer, "topk": TopKTrainer, "batchtopk": BatchTopKTrainer}
         if self.kind in ("gated", "relu"):
-            options |= {"l1_penalty": config.loss.l0_coefficient, "sparsity_warmup_steps": config.l0_warmup_steps}
+            warm_up = sparsity_warmup(config, decay_start)
+            options |= {"l1_penalty": config.loss.l0_coefficient, "sparsity_warmup_steps": warm_up}
         else:
             # By default from step 1,000 on, which a short run does not reach.
             options |= {"k": config.k, "threshold_start_step": config.steps // 2}

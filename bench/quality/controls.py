@@ -16,7 +16,8 @@ def random_dictionary(train: Tensor, d_sae: int, l0: float, seed: int) -> JumpRe
     """``d_sae`` random unit directions as encoder and decoder, about the mean of ``train`` [n, d_model].
 
     One threshold lets ``l0`` of them fire on a token of `FITTED_TOKENS` of ``train`` on average, and one factor for all
-    activations is that of least squares. `evaluation.random_dictionary_fvu` solves for each token and is harder to beat."""
+    activations is that of least squares. `evaluation.random_dictionary_fvu` solves for each token and is harder to
+    beat."""
     x = train[:: -(-len(train) // FITTED_TOKENS)].float()
     generator = torch.Generator("cpu").manual_seed(seed)
     sae = JumpReLUSAE(x.shape[1], d_sae, pre_encoder_bias=False, generator=generator)

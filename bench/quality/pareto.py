@@ -32,7 +32,7 @@ class Interval(NamedTuple):
     half: float | None
 
     def text(self, form: str = ".4f") -> str:
-        return format(self.mean, form) + ("" if self.half is None else f" ± {format(self.half, form)}")
+        return format(self.mean, form) + ("" if self.half is None else f" ± {format(self.half, form.lstrip('+'))}")
 
 
 def interval(values: Sequence[float]) -> Interval:
