@@ -6,6 +6,7 @@ from torch import Tensor
 from bench.contenders import INFERENCE, TRAINING, Contender, Inputs, copy_weights
 from bench.trainers import Setting, Trainer, jumprelu_sae
 from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import TrainConfig
 
 STEPS = 10**9  # more than are made: the trainer wants to know how many there will be
 
@@ -86,6 +87,11 @@ class DictionaryLearning(Contender):
         return found
 
 
+def sparsity_warmup(config: TrainConfig, decay_start: int | None) -> int:
+    """Ours, as far as it takes one: over before the last step, and before the rate decays."""
+    return min(config.l0_warmup_steps, (decay_start or config.steps) - 1)
+
+
 class DictionaryLearningTrainer(Trainer):
     name, requires, fixes_l0 = "dictionary_learning", ("dictionary-learning",), True
     differs = (
@@ -107,7 +113,7 @@ class DictionaryLearningTrainer(Trainer):
             lm_name="",
             lr=config.learning_rate,
             warmup_steps=config.lr_warmup_steps,
-            sparsity_warmup_steps=config.l0_warmup_steps,
+            sparsity_warmup_steps=sparsity_warmup(config, decay_start if shared else None),
             target_l0=setting.l0,
             **({"bandwidth": config.loss.bandwidth, "decay_start": decay_start} if shared else {}),
         )

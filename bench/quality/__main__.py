@@ -9,6 +9,8 @@ said under the table; --recipe shared takes away what a package's options let on
 Ours against the reference is judged in fp64, where rounding has no time to grow; their fp32 figures are shown. The last
 line of standard output is one JSON document; --save appends its rows to the results. The exit status is 1 when a
 training of ours failed or ours differs from the reference by more than one percent.
+
+With --architectures KIND … other kinds of SAE are compared too: `bench.quality.architectures`, whose --help says how.
 """
 
 import argparse
@@ -216,6 +218,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument.split("=")[0] == "--architectures" for argument in arguments):
+        from bench.quality import architectures
+
+        return architectures.main(arguments)
     top = parser()
     given = top.parse_args(arguments)
     if given.l0 and len(given.l0) != len(given.l0_coefficients):

@@ -2,7 +2,8 @@
 
     python -m bench.quality.activations runs/demo
 
-Writes activations.safetensors, bf16 [tokens, width] by site, into the folder of the run.
+Writes activations.safetensors, bf16 [tokens, width] by site, into the folder of the run, and beside it the
+(previous, current) ids of each token, token_pairs.safetensors.
 """
 
 import argparse
@@ -10,15 +11,17 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gemmascope.activations import TokenRows, harvest
+from gemmascope.evaluation.suite import token_pairs
 from gemmascope.formats.files import atomic_write
 from gemmascope.reporting.progress import StageProgress
 from gemmascope.suite.config import ModelSection
 from gemmascope.suite.model import load_model
 
-FILE = "activations.safetensors"
+FILE, PAIRS = "activations.safetensors", "token_pairs.safetensors"
 ROWS = 1280
 
 
@@ -32,7 +35,15 @@ def write(run: Path, n_rows: int = ROWS, seed: int = 0) -> Path:
         found = harvest(loaded.model, tokens, loaded.sites, dtype=torch.bfloat16, progress=bar.update)
     with atomic_write(run / FILE) as temporary:
         save_file({str(site): x for site, x in found.items()}, temporary)
+    with atomic_write(run / PAIRS) as temporary:
+        save_file({"pairs": token_pairs(loaded.model, tokens)}, temporary)
     return run / FILE
+
+
+def read_pairs(path: Path) -> Tensor | None:
+    """int64 [tokens, 2] beside the activations at ``path``; None where there are none."""
+    beside = path.with_name(PAIRS)
+    return load_file(beside)["pairs"] if beside.exists() else None
 
 
 def main(arguments: list[str] | None = None) -> int:
