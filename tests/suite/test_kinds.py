@@ -19,8 +19,8 @@ from gemmascope.suite import measure
 from gemmascope.suite.config import ModelSection, SuiteConfig
 from gemmascope.suite.export import export_saes
 from gemmascope.suite.measure import Stopwatch, narrowed
-from gemmascope.suite.model import load_model
 from gemmascope.suite.memory import ModelSizes
+from gemmascope.suite.model import load_model
 from gemmascope.suite.plan import _parameters
 from gemmascope.suite.run import plan_suite, spread, train_suite
 from gemmascope.training import TrainConfig
