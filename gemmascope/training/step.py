@@ -130,14 +130,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 class SparsePass(NamedTuple):
     """What the entries say of the loss and of every gradient but those of the weights, which `transposed`, `sums` and
-    `out.residual` still hold by entry."""
+    `out.residual` still hold by entry, and what a pre-encoder bias takes from that of b_dec."""
 
     tokens: kernels.entries.TokenSums
     out: Residual
     transposed: ByLatent
     sums: LatentSums
-    of_encoder: Tensor | None
-    """What the pre-encoder bias takes from the gradient of b_dec [d_model], if there is one."""
 
 
 def sparse_pass(
@@ -145,22 +143,19 @@ def sparse_pass(
     entries: Entries,
     x: Tensor,
     centred: kernels.entries.Centred,
-    W_enc: Tensor,
     W_dec: Tensor,
     b_dec: Tensor,
     threshold: Tensor,
     loss: Loss,
-    pre_encoder_bias: bool,
     scheduled: Scheduled | None = None,
 ) -> SparsePass:
-    """From the entries of x [N, d_model] on. W_enc and W_dec: [d_sae, d_model], as the products read them."""
+    """From the entries of x [N, d_model] on. W_dec: [d_sae, d_model], as the products read it."""
     out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
     tokens = implementations.operator("token_pass", impl)(entries, x, centred, out, _penalty(loss, scheduled))
     transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
     weights = _objective(loss, len(x), scheduled)
     sums = kernels.latent_pass(entries, out.u, transposed, threshold, tokens.s, weights, impl=impl)
-    of_encoder = kernels.encoder_times(W_enc, sums.db_enc, impl=impl) if pre_encoder_bias else None
-    return SparsePass(tokens, out, transposed, sums, of_encoder)
+    return SparsePass(tokens, out, transposed, sums)
 
 
 def _penalty(loss: Loss, scheduled: Scheduled | None) -> kernels.entries.Penalty:
@@ -177,8 +172,9 @@ def _objective(loss: Loss, n: int, scheduled: Scheduled | None) -> kernels.Objec
 
 
 def _centre(state: TrainState, x: Tensor) -> kernels.entries.Centred:
+    """Comes before all that reads a threshold."""
     b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
-    return implementations.operator("centre", state.impl)(x, b_dec, state.encoder_rows.dtype)
+    return implementations.operator("centre", state.impl)(x, b_dec, state.sae.threshold.data, state.encoder_rows.dtype)
 
 
 def _conclude(
@@ -228,7 +224,7 @@ def sparse_step(
     reference, which knows how many there are, also takes None. scheduled: takes the place of the learning rate of
     ``rule``, of λ and of the column whose copies are compared, for a step that is captured; by default those of
     ``loss``, ``rule`` and `TrainState.next_column`, on the device where the kernels run."""
-    sae, impl, latents = state.sae, state.impl, state.ready()
+    sae, impl, latents = state.sae, state.impl, state.ready(clamp=False)
     if scheduled is None:
         scheduled = Scheduled.of(loss, rule, len(x), state.next_column())
         if impl == "triton":
@@ -246,9 +242,11 @@ def sparse_step(
         tf32=state.compute_dtype == "tf32",
         impl=impl,
     )
-    weights = (W_enc, W_dec, b_dec, sae.threshold)
-    found = sparse_pass(impl, entries, x, centred, *weights, loss, sae.pre_encoder_bias, scheduled)
-    tokens, out, transposed, sums, of_encoder = found
+    tokens, out, transposed, sums = sparse_pass(
+        impl, entries, x, centred, W_dec, b_dec, sae.threshold, loss, scheduled
+    )  # fmt: skip
+    encoder_parts = implementations.operator("encoder_parts", impl)
+    of_encoder = encoder_parts(W_enc, sums.db_enc) if sae.pre_encoder_bias else None
     of_latents = (transposed, sums.firing_count, entries.offsets[-1], len(entries.z))
     of_loss = (_penalty(loss, scheduled), _objective(loss, len(x), scheduled), scheduled.column)
     conclusion = _conclude(state, latents, out.squared_error, out.l0, tokens, centred, *of_latents, *of_loss)
@@ -262,7 +260,7 @@ def sparse_step(
 @without_autocast
 def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigures:
     """The same update without a limit on the entries."""
-    latents, d_sae = state.ready(), state.sae.d_sae
+    latents, d_sae = state.ready(clamp=False), state.sae.d_sae
     with _tf32() if state.compute_dtype == "tf32" else nullcontext():
         width = dense_tile(x.shape[0], d_sae)
         tiles = [slice(start, start + width) for start in range(0, d_sae, width)]
@@ -324,7 +322,8 @@ def _dense_step(
             state.updates,
             impl=impl,
         )
-    return _finish(state, tokens, of_encoder, firing_count, rule, conclusion)
+    parts = None if of_encoder is None else of_encoder[None]
+    return _finish(state, tokens, parts, firing_count, rule, conclusion)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from .residual import residual_pass
 from .tokens import token_pass
 from .transpose import by_latent
 from .update import update_from_dense, update_from_entries
-from .weighted_sum import encoder_times
+from .weighted_sum import encoder_parts, encoder_times
 
 __all__ = [
     "by_latent",
@@ -26,6 +26,7 @@ __all__ = [
     "dense_encode",
     "encode_entries",
     "encode_forward",
+    "encoder_parts",
     "encoder_times",
     "finish",
     "jumprelu_backward",
