@@ -4,7 +4,8 @@ This is the one place that knows where an implementation lives. An implementatio
 same names and signatures: `jumprelu_forward`, `jumprelu_backward`, `preactivations`, `encode_forward`,
 `decode_forward`, `decode_backward` for inference, and the operators of the training step under their public names
 (`api.py` has their contracts), with `centre`, `token_pass`, `conclude` and `finish`, which surround them in a step and
-are not public (`reference/conclusion.py` has those). It is imported when one of its functions is first asked for.
+are not public (`reference/conclusion.py` has those), nor is `encoder_parts` (`reference/training.py`). It is imported
+when one of its functions is first asked for.
 """
 
 from collections.abc import Callable

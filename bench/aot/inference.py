@@ -149,9 +149,25 @@ def encode(target: str) -> Iterator[Spec]:
     yield Spec(
         name="encode_count",
         kernel=gpu_encode._count_kernel,
-        arguments={"words_ptr": "*i32", "counts_ptr": "*i32", "n_segments": "i32", **segments},
+        arguments={**dict.fromkeys(("words_ptr", "counts_ptr", "totals_ptr"), "*i32"), "n_segments": "i32", **segments},
         constants={"WORDS": words, "BLOCK": gpu_encode.COUNT_BLOCK},
         unaligned=("per_row",),
+        expects=("load128",),
+    )
+    yield Spec(
+        name="encode_scan",
+        kernel=gpu_encode._scan_kernel,
+        arguments={
+            **dict.fromkeys(("counts_ptr", "totals_ptr"), "*i32"),
+            **dict.fromkeys(("starts_ptr", "offsets_ptr"), "*i64"),
+            **dict.fromkeys(("n_segments", "first_row", "per_row"), "i32"),
+        },
+        constants={
+            "GROUP": gpu_encode.SCAN_BLOCK,
+            "TOTALS_OF_GROUP": gpu_encode.SCAN_BLOCK // gpu_encode.COUNT_BLOCK,
+            "BLOCK": gpu_encode.SCAN_TOTALS,
+        },
+        unaligned=("n_segments", "first_row", "per_row"),
         expects=("load128",),
     )
     compact = {

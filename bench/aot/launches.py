@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.aot.cards import EXPECTED, LAUNCH, Card, Utilisation
-from bench.aot.lists import Case
+from bench.aot.lists import MARGIN, Case
 
 # Of the step that is written down; one more of F is the length of offsets.
 SIZES = {"N": 24, "d": 48, "F": 224, "room": 1792}
-# Kernels of an operation that takes several.
-KERNELS = {"cumsum": 2}
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -30,10 +28,6 @@ class Operation:
     name: str
     tensors: tuple[tuple[tuple[int, ...], int], ...]
     """Shape and bytes an element of each tensor it reads or writes."""
-
-    @property
-    def kernels(self) -> int:
-        return KERNELS.get(self.name, 1)
 
     def bytes(self, sizes: Mapping[str, int]) -> float:
         """At other sizes."""
@@ -86,12 +80,12 @@ def small(
     card: Card,
     kernels: int,
     others: float = 0.0,
-    margin: float = 1.5,
+    margin: float = MARGIN,
     share: Utilisation = EXPECTED,
 ) -> Small:
     """kernels: launches of the step's own, which cost a gap each. others: bytes of those that are not followed. margin:
     room for entries, for one that there is."""
     sizes = {"N": case.tokens, "d": case.d, "F": case.F, "room": int(margin * case.entries)}
-    launches = kernels + sum(operation.kernels for operation in found)
+    launches = kernels + len(found)
     moved = others + sum(operation.bytes(sizes) for operation in found)
     return Small(len(found), launches, moved, launches * LAUNCH + moved / card.hbm / share.hbm)

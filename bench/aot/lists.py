@@ -19,6 +19,8 @@ from bench.timing.inputs import LEAST_FREQUENT, MOST_FREQUENT
 SPREAD = 0.3
 # Entries in the window below θ for one that is active: notes/2026-11-23-what-should-a-training-step-cost-on-a-gpu.md.
 WINDOW = 0.05
+# Room for entries, for one that there is, as `SAETrainer` makes it.
+MARGIN = 1.5
 
 
 def _normal_quantiles(count: int) -> np.ndarray:

@@ -44,10 +44,13 @@ def training_encode(target: str) -> Iterator[Spec]:
             if config.descriptors:
                 yield encode_gemm(target, f"training_dense_{name}_even", config, dtype, "dense", masked=False)
     yield Spec(
-        name="training_entries_edge",
-        kernel=gpu_entries._lower_edge_kernel,
-        arguments={"threshold_ptr": "*fp32", "lower_ptr": "*fp32", "half_bandwidth": "fp32", "F": "i32"},
-        constants={"BLOCK": gpu_entries.EDGE_BLOCK},
+        name="training_entries_begin",
+        kernel=gpu_entries._begin_kernel,
+        arguments={
+            **{"threshold_ptr": "*fp32", "lower_ptr": "*fp32", "latents_ptr": "*i32"},
+            **{"half_bandwidth": "fp32", "F": "i32", "capacity": "i32"},
+        },
+        constants={"BLOCK": gpu_entries.EDGE_BLOCK, "FILL": gpu_entries.FILL_BLOCK},
     )
     segments = {"n_words": "i32", "per_row": "i32"}
     yield Spec(
@@ -341,11 +344,11 @@ def around_the_step(target: str) -> Iterator[Spec]:
     yield from chosen
     if target == "sm_90":  # sizes of 1 are compile-time constants, which the interpreter does not show
         sizes = {
-            "centre_bf16": ("N", "D"),
+            "centre_bf16": ("N", "D", "F"),
             "tokens_bf16": ("N", "D", "capacity", "parts"),
             "touched": ("N", "F", "D"),
             "conclude": ("N", "capacity", "x_parts", "f_parts", "blocks"),
-            "finish": ("F", "D", "parts", "latent_blocks", "n_tokens"),
+            "finish": ("F", "D", "parts", "encoder_parts", "latent_blocks", "n_tokens"),
         }
         yield from (with_ones(spec, *sizes[spec.name]) for spec in chosen if spec.name in sizes)
 
@@ -358,10 +361,11 @@ def around_the_step_specs(target: str) -> Iterator[Spec]:
             name=f"centre_{dtype}",
             kernel=gpu_centring._centre_kernel,
             arguments={
-                **{"x_ptr": "*fp32", "b_dec_ptr": "*fp32", "centred_ptr": f"*{dtype}", **sums},
-                **dict.fromkeys(("N", "D", "tokens_per_part"), "i32"),
+                **dict.fromkeys(("x_ptr", "b_dec_ptr", "threshold_ptr"), "*fp32"),
+                **{"centred_ptr": f"*{dtype}", **sums},
+                **dict.fromkeys(("N", "D", "F", "tokens_per_part"), "i32"),
             },
-            constants={"BLOCK_N": config.block_n, "BLOCK_D": config.block_d},
+            constants={"BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "BLOCK_F": config.block_f},
             num_warps=config.num_warps,
             expects=("load128",),
         )
@@ -436,12 +440,13 @@ def around_the_step_specs(target: str) -> Iterator[Spec]:
             **dict.fromkeys(("b_dec_ptr", "v_ptr", "sums_ptr", "of_encoder_ptr"), "*fp32"),
             **dict.fromkeys(("since_ptr", "updates_ptr", "number_ptr"), "*i64"),
             **{"firing_count_ptr": "*i32", "learning_rate_ptr": "*fp64", "ok_ptr": "*i32"},
-            **dict.fromkeys(("F", "D", "parts", "latent_blocks", "n_tokens"), "i32"),
+            **dict.fromkeys(("F", "D", "parts", "encoder_parts", "latent_blocks", "n_tokens"), "i32"),
             **dict.fromkeys(("scale", "eps"), "fp32"),
         },
         constants={
             **{"BETA2": 0.999, "LOG2_BETA2": math.log2(0.999)},
             **{"BLOCK_F": config.block_f, "BLOCK_D": config.block_d, "BLOCK_N": config.block_n},
+            "LANES": config.lanes,
         },
         num_warps=config.num_warps,
     )

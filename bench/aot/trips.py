@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench.aot.inference import encode
-from bench.aot.lists import Case, Lengths
+from bench.aot.lists import MARGIN, Case, Lengths
 from bench.aot.spec import Spec
 from bench.aot.training import around_the_step, sparse_step, training_encode, update_specs
 from gemmascope.kernels.entries import tokens_per_chunk
@@ -120,7 +120,7 @@ def count(case: Case) -> Pass:
     segments = case.tokens * sizes["per_row"]
     programs = launches * _blocks(segments // launches, gpu_encode.COUNT_BLOCK)
     scalars = sizes | {"n_segments": segments // launches}
-    of_program = gpu_encode.COUNT_BLOCK * (min(case.F, gpu_encode.SEGMENT) / 8 + 4)
+    of_program = gpu_encode.COUNT_BLOCK * (min(case.F, gpu_encode.SEGMENT) / 8 + 4) + 4
     return Pass(
         "count", "encode_count", Lengths(np.array([0]), np.array([float(programs)])), lambda _: (scalars, {}),
         lambda _: of_program, case.tokens * case.F / 8, launches,
@@ -251,18 +251,6 @@ def encoder_times(case: Case) -> Pass:
     )  # fmt: skip
 
 
-def encoder_groups(case: Case) -> Pass:
-    """The sums of its groups added up."""
-    config, d = gpu_weighted_sum.GROUPS, case.d
-    groups = _blocks(case.F, _group_rows(case.F))
-    programs = Lengths(np.array([groups]), np.array([float(_blocks(d, config.block_d))]))
-    return Pass(
-        "encoder_groups", "encoder_times_groups", programs,
-        lambda length: ({"ROWS": length, "GROUP": length, "D": d, "stride_row": d}, {}),
-        lambda length: 4 * config.block_d * (length + 1), 4 * d * groups,
-    )  # fmt: skip
-
-
 def of_width(name: str, d: int) -> str:
     """A compilation whose width is a constant; that of `bench.aot.specs` is 2,304."""
     return name if d == 2304 else f"{name}_{d}"
@@ -360,16 +348,18 @@ class Light:
 def lights(case: Case) -> tuple[Light, ...]:
     """What else the step launches of Triton's. Atomics and gathers count a sector each."""
     N, d, F, entries = case.tokens, case.d, case.F, case.entries
-    blocks = F * _blocks(N, gpu_transpose.BLOCK_TOKENS)
+    blocks, room = F * _blocks(N, gpu_transpose.BLOCK_TOKENS), MARGIN * entries
+    segments, chunks = N * _segments(case)["per_row"], product(case).launches
     found = [
-        Light("edge", 1, 8 * F),
-        Light("centre", 1, (4 + 2) * N * d),
+        Light("begin", 1, 8 * F + 4 * room),
+        Light("scan", chunks, (4 + 8) * segments),
+        Light("centre", 1, (4 + 2) * N * d + 4 * F),
         Light("tokens", 1, (4 + 2) * N * d + 8 * entries),
         Light("touched", 1, (4 + 4 + 8) * F + 4 * SECTOR * F),
-        Light("finish", 1, (8 + 8 + 4) * F),
+        Light("finish", 1, (8 + 8 + 4) * F + 4 * d * _blocks(F, _group_rows(F))),
     ]
     if 4 * gpu_transpose._WORDS.value * blocks > gpu_transpose.MARKS_BYTES:
-        return (*found, Light("sort", KERNELS_OF_A_SORT, SORT_BYTES * 1.5 * entries))
+        return (*found, Light("sort", KERNELS_OF_A_SORT, SORT_BYTES * room))
     return (
         *found,
         Light("mark", 1, 4 * 9 * blocks + (8 + 2 * SECTOR) * entries),
@@ -379,8 +369,8 @@ def lights(case: Case) -> tuple[Light, ...]:
 
 
 STEP = (
-    product, count, move, residual, sum_shares, latents, long_latents, encoder_times, encoder_groups, conclude,
-    long_lists, update,
+    product, count, move, residual, sum_shares, latents, long_latents, encoder_times, conclude, long_lists,
+    update,
 )  # fmt: skip
 MEASURED = Case(2304, 16384)  # whose programs are recorded
 

@@ -75,7 +75,7 @@ def _sae(state: TrainState) -> GatedSAE:
 
 def _centre(state: TrainState, x: Tensor) -> entries.Centred:
     b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
-    return implementations.operator("centre", state.impl)(x, b_dec, state.encoder_rows.dtype)
+    return implementations.operator("centre", state.impl)(x, b_dec, None, state.encoder_rows.dtype)
 
 
 # ---- by entries

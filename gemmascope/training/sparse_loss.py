@@ -22,16 +22,14 @@ class _SparseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, pre_encoder_bias, loss, impl):
         threshold = threshold.clamp(min=0)
-        centred = kernels.implementations.operator("centre", impl)(x, b_dec if pre_encoder_bias else None, x.dtype)
+        centre = kernels.implementations.operator("centre", impl)
+        centred = centre(x, b_dec if pre_encoder_bias else None, None, x.dtype)
         entries = kernels.encode_entries(centred.x, W_enc, b_enc, threshold, loss.bandwidth, impl=impl)
-        weights = (W_enc.T, W_dec, b_dec, threshold)
-        tokens, out, transposed, sums, of_encoder = sparse_pass(
-            impl, entries, x, centred, *weights, loss, pre_encoder_bias
-        )
+        tokens, out, transposed, sums = sparse_pass(impl, entries, x, centred, W_dec, b_dec, threshold, loss)
         dW_enc, dW_dec = kernels.weight_gradients(transposed, sums, out.residual, centred.x, impl=impl)
         db_dec = tokens.residual_sums.sum(0) * (2 / len(x))
-        if of_encoder is not None:
-            db_dec = db_dec - of_encoder
+        if pre_encoder_bias:
+            db_dec = db_dec - kernels.encoder_times(W_enc.T, sums.db_enc, impl=impl)
         ctx.save_for_backward(dW_enc.T, sums.db_enc, dW_dec, db_dec, sums.dthreshold)
         return kernels.reference.conclusion.total_loss(
             penalty(loss), out.squared_error.mean(), out.l0, sums.firing_count, tokens.tanh_sums

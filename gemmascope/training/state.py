@@ -189,10 +189,11 @@ class TrainState:
             moments["threshold"] = self.threshold_v
         return {name: (v.shape, v.stride(), v.dtype, v.device) for name, v in moments.items()}
 
-    def ready(self) -> LatentState:
+    def ready(self, clamp: bool = True) -> LatentState:
         """`latents` for a step, in order.
 
-        A weight with other strides is laid out anew, thresholds below 0 are set to the 0 they count as. The copies are
+        A weight with other strides is laid out anew, thresholds below 0 are set to the 0 they count as unless ``clamp``
+        is False: a step whose first kernel does that asks for no launch of it. The copies are
         made anew when a weight lies in other memory than at the last step or was changed in place since, as far as
         PyTorch counts that; `copies_differ` finds the rest.
         Does not wait for the device. Raises ValueError for a parameter of another shape, dtype or device than training
@@ -207,7 +208,8 @@ class TrainState:
         if W_enc.data_ptr() == W_dec.data_ptr():  # two parameters, even if they were given one memory
             W_enc.data = W_enc.data.clone()
         latents, self._fresh = self.latents, False
-        latents.threshold.clamp_(min=0)
+        if clamp:
+            latents.threshold.clamp_(min=0)
         if self.W_enc_low is not None and self.W_dec_low is not None:
             seen = (_look(W_enc), _look(W_dec))
             if seen != self._seen:

@@ -136,14 +136,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 class SparsePass(NamedTuple):
     """What the entries say of the loss and of every gradient but those of the weights, which `transposed`, `sums` and
-    `out.residual` still hold by entry."""
+    `out.residual` still hold by entry, and what a pre-encoder bias takes from that of b_dec."""
 
     tokens: kernels.entries.TokenSums
     out: Residual
     transposed: ByLatent
     sums: LatentSums
-    of_encoder: Tensor | None
-    """What the pre-encoder bias takes from the gradient of b_dec [d_model], if there is one."""
 
 
 def sparse_pass(
@@ -151,24 +149,21 @@ def sparse_pass(
     entries: Entries,
     x: Tensor,
     centred: kernels.entries.Centred,
-    W_enc: Tensor,
     W_dec: Tensor,
     b_dec: Tensor,
     threshold: Tensor,
     loss: Loss,
-    pre_encoder_bias: bool,
     scheduled: Scheduled | None = None,
     to_latents: Tensor | None = None,
 ) -> SparsePass:
     """From the entries on. x: [N, d_out], what is reconstructed, and ``centred`` with its column sums; to_latents: what
-    is left of it for the latents, by default all. W_enc and W_dec: by latent, as the products read them."""
+    is left of it for the latents, by default all. W_dec: by latent, as the products read it."""
     out = kernels.residual_pass(entries, x if to_latents is None else to_latents, W_dec, b_dec, impl=impl)
     tokens = implementations.operator("token_pass", impl)(entries, x, centred, out, _penalty(loss, scheduled))
     transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
     weights = _objective(loss, len(x), scheduled)
     sums = kernels.latent_pass(entries, out.u, transposed, threshold, tokens.s, weights, impl=impl)
-    of_encoder = kernels.encoder_times(W_enc, sums.db_enc, impl=impl) if pre_encoder_bias else None
-    return SparsePass(tokens, out, transposed, sums, of_encoder)
+    return SparsePass(tokens, out, transposed, sums)
 
 
 def _penalty(loss: Loss, scheduled: Scheduled | None) -> kernels.entries.Penalty:
@@ -185,11 +180,11 @@ def _objective(loss: Loss, n: int, scheduled: Scheduled | None) -> kernels.Objec
 
 
 def _centre(state: TrainState, x: Tensor, target: Tensor | None) -> kernels.entries.Centred:
-    """x as the encoder reads it; the column sums are those of the target."""
+    """x as the encoder reads it; the column sums are those of the target. Comes before all that reads a threshold."""
     b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
     centre, dtype = implementations.operator("centre", state.impl), state.encoder_rows.dtype
-    centred = centre(x, b_dec, dtype)
-    return centred if target is None else centred._replace(column_sums=centre(target, None, dtype).column_sums)
+    centred = centre(x, b_dec, state.threshold, dtype)
+    return centred if target is None else centred._replace(column_sums=centre(target, None, None, dtype).column_sums)
 
 
 def _to_latents(state: TrainState, x: Tensor, target: Tensor) -> Tensor:
@@ -271,7 +266,7 @@ def sparse_step(
     reference, which knows how many there are, also takes None. scheduled: takes the place of the learning rate of
     ``rule``, of λ and of the column whose copies are compared, for a step that is captured; by default those of
     ``loss``, ``rule`` and `TrainState.next_column`, on the device where the kernels run."""
-    sae, impl, latents = state.sae, state.impl, state.ready()
+    sae, impl, latents = state.sae, state.impl, state.ready(clamp=False)
     if scheduled is None:
         scheduled = Scheduled.of(loss, rule, len(x), state.next_column())
         if impl == "triton":
@@ -290,10 +285,11 @@ def sparse_step(
         tf32=state.compute_dtype == "tf32",
         impl=impl,
     )
-    weights = (W_enc, W_dec, b_dec, state.threshold)
+    weights = (W_dec, b_dec, state.threshold)
     to_latents = None if target is None else _to_latents(state, centred.x, target)
-    found = sparse_pass(impl, entries, y, centred, *weights, loss, sae.pre_encoder_bias, scheduled, to_latents)
-    tokens, out, transposed, sums, of_encoder = found
+    tokens, out, transposed, sums = sparse_pass(impl, entries, y, centred, *weights, loss, scheduled, to_latents)
+    encoder_parts = implementations.operator("encoder_parts", impl)
+    of_encoder = encoder_parts(W_enc, sums.db_enc) if sae.pre_encoder_bias else None
     of_latents = (transposed, sums.firing_count, entries.offsets[-1], len(entries.z))
     of_loss = (_penalty(loss, scheduled), _objective(loss, len(x), scheduled), scheduled.column)
     conclusion = _conclude(state, latents, out.squared_error, out.l0, tokens, centred, *of_latents, *of_loss)
@@ -308,7 +304,7 @@ def sparse_step(
 @without_autocast
 def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, target: Tensor | None = None) -> StepFigures:
     """The same update without a limit on the entries."""
-    latents, d_sae = state.ready(), state.sae.d_sae
+    latents, d_sae = state.ready(clamp=False), state.sae.d_sae
     with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
         width = dense_tile(x.shape[0], d_sae)
         tiles = [slice(start, start + width) for start in range(0, d_sae, width)]
@@ -380,7 +376,8 @@ def _dense_step(
             impl=impl,
         )
     _move_others(state, _of_skip(state, low, centred.x), rule, conclusion.ok, conclusion.number)
-    return _finish(state, tokens, of_encoder, firing_count, rule, conclusion)
+    parts = None if of_encoder is None else of_encoder[None]
+    return _finish(state, tokens, parts, firing_count, rule, conclusion)
 
 
 @torch.no_grad()

@@ -275,7 +275,7 @@ def _sparse_step(state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, 
     sae, impl, latents = state.sae, state.impl, state.ready()
     (n, _), d_sae, W_dec, b_dec = x.shape, sae.d_sae, state.decoder_rows, sae.b_dec.data
     centre = implementations.operator("centre", impl)
-    centred = centre(x, b_dec if sae.pre_encoder_bias else None, state.encoder_rows.dtype)
+    centred = centre(x, b_dec if sae.pre_encoder_bias else None, None, state.encoder_rows.dtype)
 
     def encode(k: int, of: str, among: Tensor | None = None) -> Entries:
         tf32 = state.compute_dtype == "tf32"

@@ -81,6 +81,10 @@ def encoder_times(W_enc: Tensor, db_enc: Tensor) -> Tensor:
     return _ops.weighted_sum(W_enc.contiguous(), db_enc.contiguous())
 
 
+def encoder_parts(W_enc: Tensor, db_enc: Tensor) -> Tensor:
+    return encoder_times(W_enc, db_enc)[None]
+
+
 def _state(state: LatentState) -> list[Tensor]:
     none = state.W_enc.new_empty(0)
     return [none if t is None else t for t in state]

@@ -146,6 +146,10 @@ def encoder_times(W_enc: Tensor, db_enc: Tensor) -> Tensor:
     return db_enc @ W_enc.to(db_enc.dtype)
 
 
+def encoder_parts(W_enc: Tensor, db_enc: Tensor) -> Tensor:
+    return encoder_times(W_enc, db_enc)[None]
+
+
 # ---- dense
 
 

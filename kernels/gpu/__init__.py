@@ -15,7 +15,7 @@ from .tokens import token_pass
 from .topk import encode_topk
 from .transpose import by_latent
 from .update import update_from_dense, update_from_entries
-from .weighted_sum import encoder_times
+from .weighted_sum import encoder_parts, encoder_times
 
 __all__ = [
     "by_latent",
@@ -28,6 +28,7 @@ __all__ = [
     "encode_entries",
     "encode_forward",
     "encode_topk",
+    "encoder_parts",
     "encoder_times",
     "finish",
     "jumprelu_backward",

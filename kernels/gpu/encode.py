@@ -24,6 +24,8 @@ from .encode_gemm import EncodeConfig, encode_gemm, launch_config, words_per_row
 SEGMENT = 4096
 # Segments per program of the count: 4 KiB of words for four warps.
 COUNT_BLOCK = 8
+# Segments per program of the scan, and programs of the count that it adds up at a time.
+SCAN_BLOCK, SCAN_TOTALS = 4096, 1024
 # Up to that many tokens a row's program counts the rows before it: 128 KiB of words at most for F = 16k.
 FEW_TOKENS = 64
 # Words that it takes at a time, four for each lane of four warps.
@@ -42,8 +44,11 @@ def _popcount(words):  # uint32
 
 
 @triton.jit(do_not_specialize=["n_segments"])
-def _count_kernel(words_ptr, counts_ptr, n_segments, n_words, per_row, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Kept entries of each segment: WORDS words of one row, ``per_row`` segments a row, BLOCK segments a program."""
+def _count_kernel(
+    words_ptr, counts_ptr, totals_ptr, n_segments, n_words, per_row, WORDS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Kept entries of each segment, and of this program: WORDS words of one row are a segment, ``per_row`` segments a
+    row, BLOCK segments a program."""
     segments = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     word_columns = (segments % per_row)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     words = tl.load(
@@ -51,7 +56,32 @@ def _count_kernel(words_ptr, counts_ptr, n_segments, n_words, per_row, WORDS: tl
         mask=(segments < n_segments)[:, None] & (word_columns < n_words),
         other=0,
     )
-    tl.store(counts_ptr + segments, tl.sum(_popcount(words.to(tl.uint32)), 1), mask=segments < n_segments)
+    counts = tl.sum(_popcount(words.to(tl.uint32)), 1)
+    tl.store(counts_ptr + segments, counts, mask=segments < n_segments)
+    tl.store(totals_ptr + tl.program_id(0), tl.sum(counts, 0))
+
+
+@triton.jit(do_not_specialize=["n_segments", "first_row", "per_row"])
+def _scan_kernel(
+    counts_ptr, totals_ptr, starts_ptr, offsets_ptr, n_segments, first_row, per_row,
+    GROUP: tl.constexpr, TOTALS_OF_GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """starts [n_segments + 1]: what is counted before each segment of some rows, and offsets those of the rows.
+
+    The first rows start at 0, later ones where those before them end, which is in starts[0] already.
+    """
+    group, lanes = tl.program_id(0), tl.arange(0, BLOCK)
+    totals = tl.zeros([BLOCK], tl.int32)
+    last = group * TOTALS_OF_GROUP
+    for first in range(0, last, BLOCK):
+        totals += tl.load(totals_ptr + first + lanes, mask=first + lanes < last, other=0)
+    base = tl.load(starts_ptr, mask=first_row > 0, other=0)
+    segments = group * GROUP + tl.arange(0, GROUP)
+    counts = tl.load(counts_ptr + segments, mask=segments < n_segments, other=0)
+    starts = base + (tl.sum(totals, 0) + tl.cumsum(counts, 0) - counts)
+    is_new = (segments >= tl.minimum(first_row, 1)) & (segments <= n_segments)
+    tl.store(starts_ptr + segments, starts, mask=is_new)
+    tl.store(offsets_ptr + segments // per_row, starts, mask=is_new & (segments % per_row == 0))
 
 
 @triton.jit
@@ -117,10 +147,30 @@ def _compact_rows_kernel(
         tl.store(offsets_ptr + row + 1, start)
 
 
-def _count(words: Tensor, counts: Tensor, per_row: int):
-    grid = (triton.cdiv(counts.shape[0], COUNT_BLOCK),)
-    arguments = (words, counts, counts.shape[0], words.shape[1], per_row)
-    launch(_count_kernel, grid, *arguments, on=words, WORDS=SEGMENT // 32, BLOCK=COUNT_BLOCK, num_warps=4)
+def scan(words: Tensor, rows: int, per_row: int, starts: Tensor, offsets: Tensor, first_row: int = 0) -> None:
+    """Count and scan the kept entries of ``rows`` rows of words, the first of them ``first_row`` of a batch whose
+    starts [segments + 1] and offsets [rows + 1] are int64; two launches."""
+    segments = rows * per_row
+    programs = triton.cdiv(segments, COUNT_BLOCK)
+    counts, totals = words.new_empty(segments), words.new_empty(programs)
+    arguments = (words, counts, totals, segments, words.shape[1], per_row)
+    launch(_count_kernel, (programs,), *arguments, on=words, WORDS=SEGMENT // 32, BLOCK=COUNT_BLOCK, num_warps=4)
+    launch(
+        _scan_kernel,
+        (triton.cdiv(segments + 1, SCAN_BLOCK),),
+        on=words,
+        counts_ptr=counts,
+        totals_ptr=totals,
+        starts_ptr=starts[first_row * per_row :],
+        offsets_ptr=offsets[first_row:],
+        n_segments=segments,
+        first_row=first_row,
+        per_row=per_row,
+        GROUP=SCAN_BLOCK,
+        TOTALS_OF_GROUP=SCAN_BLOCK // COUNT_BLOCK,
+        BLOCK=SCAN_TOTALS,
+        num_warps=4,
+    )
 
 
 def _compact(words: Tensor, z: Tensor, threshold: Tensor, starts: Tensor, values: Tensor, indices: Tensor):
@@ -153,14 +203,12 @@ def _outputs(nnz: int, like: Tensor) -> tuple[Tensor, Tensor]:
 def _encode_chunk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, config: EncodeConfig):
     """values, indices and offsets of a chunk of tokens; waits for the device once, to learn nnz."""
     z, words = _product(x, W_enc, b_enc, threshold, config)
-    per_row = triton.cdiv(z.shape[1], SEGMENT)
-    counts = x.new_empty(z.shape[0] * per_row, dtype=torch.int32)
-    _count(words, counts, per_row)
-    starts = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum(counts, 0, dtype=torch.int64, out=starts[1:])
-    values, indices = _outputs(int(starts[-1]), x)
+    rows, per_row = z.shape[0], triton.cdiv(z.shape[1], SEGMENT)
+    starts, offsets = (x.new_empty(n + 1, dtype=torch.int64) for n in (rows * per_row, rows))
+    scan(words, rows, per_row, starts, offsets)
+    values, indices = _outputs(int(offsets[-1]), x)
     _compact(words, z, threshold, starts, values, indices)
-    return values, indices, starts[::per_row]
+    return values, indices, offsets
 
 
 def _encode_few(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, config: EncodeConfig):

@@ -6,7 +6,7 @@ x [N, d] and W_enc [d, F] of one dtype and any strides, b_enc [F], θ = threshol
     dense    f = z·1[z > θ]        f of every entry in its own dtype, z > θ in bits, |z − θ| < ε/2 in bits
 
 lower [F] is the largest z of a latent that is not kept: θ itself, or with a window of width ε the last z below it
-(`entries.lower_edge`), so that one comparison decides for both. Bits are packed by 32 along the latents, lowest first,
+(`entries.begin`), so that one comparison decides for both. Bits are packed by 32 along the latents, lowest first,
 into int32 words [N, ⌈F/32⌉]. Everything is decided on the fp32 accumulator. Scratch is written only where kept; nobody
 initialises it and nobody reads it back whole.
 

@@ -10,7 +10,8 @@ once more from the same z and θ when it is moved.
 
 The rounded distance |z − θ| never grows as z rises to θ. So a latent's entries are all z above some edge: the last
 z ≤ θ outside the window. It is searched once a batch, in the arithmetic that the definition above is decided in, and
-the GEMM compares with it alone.
+the GEMM compares with it alone. The same launch writes F for the latent of every entry there is room for, which stays
+beyond the last one.
 """
 
 import torch
@@ -21,12 +22,13 @@ from torch import Tensor
 from .. import cuda
 from ..entries import ACTIVE, Entries, tokens_per_chunk
 from .common import launch
-from .encode import SEGMENT, _count, _popcount
+from .encode import SEGMENT, _popcount, scan
 from .encode_gemm import encode_gemm, launch_config, words_per_row
 
 _ACTIVE = tl.constexpr(ACTIVE)
-# Latents per program of the search: few, so that every SM has some.
-EDGE_BLOCK = 128
+# Latents per program of the search: few, so that every SM has some. Entries that it fills at a time, and programs that
+# there are for them at least, if not each would have some.
+EDGE_BLOCK, FILL_BLOCK, FILL_PROGRAMS = 128, 1024, 128
 
 
 @triton.jit
@@ -37,7 +39,9 @@ def _rank(z):
 
 
 @triton.jit
-def _lower_edge_kernel(threshold_ptr, lower_ptr, half_bandwidth, F, BLOCK: tl.constexpr):
+def _begin_kernel(
+    threshold_ptr, lower_ptr, latents_ptr, half_bandwidth, F, capacity, BLOCK: tl.constexpr, FILL: tl.constexpr
+):  # fmt: skip
     """By bisection of the ranks: low is never inside the window, and everything above high is.
 
     −Inf is outside. Nothing is near a NaN, so for a NaN θ it ends at θ.
@@ -54,13 +58,19 @@ def _lower_edge_kernel(threshold_ptr, lower_ptr, half_bandwidth, F, BLOCK: tl.co
         high = tl.where(inside, middle - 1, high)
     lower = _rank(low.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True)
     tl.store(lower_ptr + latents, lower, mask=latents < F)
+    for start in range(tl.program_id(0).to(tl.int64) * FILL, capacity, tl.num_programs(0) * FILL):
+        entries = start + tl.arange(0, FILL)
+        tl.store(latents_ptr + entries, tl.zeros([FILL], tl.int32) + F, mask=entries < capacity)
 
 
-def lower_edge(threshold: Tensor, bandwidth: float) -> Tensor:
-    """The largest z ≤ θ with |z − θ| ≥ ε/2 in fp32, by latent; −Inf where there is none and NaN where θ is."""
-    lower, F = torch.empty_like(threshold), threshold.shape[0]
-    grid = (triton.cdiv(F, EDGE_BLOCK),)
-    launch(_lower_edge_kernel, grid, threshold, lower, bandwidth / 2, F, on=threshold, BLOCK=EDGE_BLOCK, num_warps=4)
+def begin(threshold: Tensor, bandwidth: float, latents: Tensor) -> Tensor:
+    """The largest z ≤ θ with |z − θ| ≥ ε/2 in fp32, by latent; −Inf where there is none and NaN where θ is. Every one
+    of ``latents`` [capacity] becomes F."""
+    lower, F, capacity = torch.empty_like(threshold), threshold.shape[0], latents.shape[0]
+    programs = max(triton.cdiv(F, EDGE_BLOCK), min(triton.cdiv(capacity, FILL_BLOCK), FILL_PROGRAMS))
+    arguments = (threshold, lower, latents, bandwidth / 2, F, capacity)
+    blocks = {"BLOCK": EDGE_BLOCK, "FILL": FILL_BLOCK}
+    launch(_begin_kernel, (programs,), *arguments, on=threshold, **blocks, num_warps=4)
     return lower
 
 
@@ -125,24 +135,22 @@ def encode_entries(
 
     Launches without waiting for the device. Any strides; x whose rows start on 16-byte boundaries and latent-major
     W_enc (a transposed contiguous [F, d]) are the fast path. Scratch: `scratch_bytes` of `tokens_per_chunk`
-    tokens, and 8 bytes for each `SEGMENT` latents of a token.
+    tokens, and 12 bytes for each `SEGMENT` latents of a token.
     """
     N, F = x.shape[0], W_enc.shape[1]
     z_out = x.new_empty(capacity, dtype=torch.float32)
-    latents = torch.full((capacity,), F, dtype=torch.int32, device=x.device)
-    tokens = x.new_empty(capacity, dtype=torch.int32)
+    latents, tokens = (x.new_empty(capacity, dtype=torch.int32) for _ in range(2))
     if N == 0 or F == 0:
-        return Entries(z_out, latents, tokens, torch.zeros(N + 1, dtype=torch.int64, device=x.device))
+        return Entries(z_out, latents.fill_(F), tokens, torch.zeros(N + 1, dtype=torch.int64, device=x.device))
     config = launch_config(x, W_enc, tf32)
     chunk, per_row = tokens_per_chunk(N, F), triton.cdiv(F, SEGMENT)
     z = x.new_empty(chunk, F, dtype=torch.float32)
     words = x.new_empty(chunk, words_per_row(F), dtype=torch.int32)
-    counts = x.new_empty(chunk * per_row, dtype=torch.int32)
-    starts = torch.zeros(N * per_row + 1, dtype=torch.int64, device=x.device)
-    entries = Entries(z_out, latents, tokens, starts[::per_row])
+    starts, offsets = (x.new_empty(n + 1, dtype=torch.int64) for n in (N * per_row, N))
+    entries = Entries(z_out, latents, tokens, offsets)
     b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
     by_cuda = cuda.asked() and cuda.takes(x, W_enc, b_enc, threshold)
-    lower = threshold if by_cuda else lower_edge(threshold, bandwidth)
+    lower = begin(threshold, bandwidth, latents)
     for first in range(0, N, chunk):
         rows = min(chunk, N - first)
         part_of_x = x[first : first + rows]
@@ -150,9 +158,6 @@ def encode_entries(
             cuda.product_of_entries(part_of_x, W_enc, b_enc, threshold, bandwidth, z, words)
         else:
             encode_gemm(part_of_x, W_enc, b_enc, lower, z, words, config)
-        _count(words, counts[: rows * per_row], per_row)
-        part = starts[first * per_row : (first + rows) * per_row + 1]
-        torch.cumsum(counts[: rows * per_row], 0, dtype=torch.int64, out=part[1:])
-        part[1:] += part[0]
-        _move(words, z, threshold, part, first, entries)
-    return entries._replace(offsets=entries.offsets.contiguous())
+        scan(words, rows, per_row, starts, offsets, first)
+        _move(words, z, threshold, starts[first * per_row : (first + rows) * per_row + 1], first, entries)
+    return entries

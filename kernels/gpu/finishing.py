@@ -3,8 +3,8 @@
     db_dec = (2/N)·Σ_n r_n − W_enc·db_enc;   v ← β2·v + (1 − β2)·db_dec²;   k: which update this is, counted from 1
     b_dec ← b_dec − lr·db_dec/(√(v/(1 − β2^k)) + eps);   tokens since latent j fired ← 0 where it did, else + N
 
-One launch: some programs do a block of latents, the others a block of columns, for which each adds up the parts of the
-residual's sum in their order. The first of them counts the update; the others do not read that counter, but k. Sums are
+One launch: some programs do a block of latents, the others a block of columns, for which each adds up the parts of both
+sums in their order. The first of them counts the update; the others do not read that counter, but k. Sums are
 fp32, the power of β2 fp64.
 """
 
@@ -23,19 +23,32 @@ from .common import device_scalar, launch
 class FinishConfig:
     block_f: int  # latents of a program
     block_d: int  # columns of a program
-    block_n: int  # parts taken together
+    block_n: int  # parts of the residual's sum taken together
+    lanes: int  # parts of W_enc·db_enc taken together
     num_warps: int
 
 
-CONFIG = FinishConfig(block_f=1024, block_d=64, block_n=32, num_warps=4)
+# 1,024 parts of W_enc·db_enc, the most there are, take sixteen turns.
+CONFIG = FinishConfig(block_f=1024, block_d=32, block_n=32, lanes=64, num_warps=4)
+
+
+@triton.jit
+def _sum_parts(parts_ptr, parts, columns, in_columns, D, LANES: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Σ of parts [parts, D] in the given columns, LANES at a time."""
+    totals = tl.zeros((LANES, BLOCK_D), tl.float32)
+    for start in range(0, parts, LANES):
+        rows = start + tl.arange(0, LANES)
+        mask = (rows < parts)[:, None] & in_columns[None, :]
+        totals += tl.load(parts_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    return tl.sum(totals, 0)
 
 
 @triton.jit
 def _finish_kernel(
     b_dec_ptr, v_ptr, since_ptr, updates_ptr, sums_ptr, of_encoder_ptr, firing_count_ptr, learning_rate_ptr, ok_ptr,
-    number_ptr, F, D, parts, latent_blocks, n_tokens, scale, eps,
+    number_ptr, F, D, parts, encoder_parts, latent_blocks, n_tokens, scale, eps,
     BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     if tl.load(ok_ptr) == 0:
         return
@@ -52,14 +65,9 @@ def _finish_kernel(
     else:
         columns = (pid - latent_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
         in_columns = columns < D
-        totals = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for start in range(0, parts, BLOCK_N):
-            rows = start + tl.arange(0, BLOCK_N)
-            mask = (rows < parts)[:, None] & in_columns[None, :]
-            totals += tl.load(sums_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0)
-        gradient = tl.sum(totals, 0) * scale
+        gradient = _sum_parts(sums_ptr, parts, columns, in_columns, D, BLOCK_N, BLOCK_D) * scale
         if of_encoder_ptr is not None:
-            gradient -= tl.load(of_encoder_ptr + columns, mask=in_columns, other=0.0)
+            gradient -= _sum_parts(of_encoder_ptr, encoder_parts, columns, in_columns, D, LANES, BLOCK_D)
         power = tl.exp2(number.to(tl.float64) * tl.full((), LOG2_BETA2, tl.float64))
         correction = (1.0 - power).to(tl.float32)
         learning_rate = tl.load(learning_rate_ptr).to(tl.float32)
@@ -95,7 +103,7 @@ def finish(
         since_ptr=tokens_since_fired,
         updates_ptr=updates,
         sums_ptr=residual_sums.contiguous(),
-        of_encoder_ptr=of_encoder,
+        of_encoder_ptr=None if of_encoder is None else of_encoder.contiguous(),
         firing_count_ptr=firing_count,
         learning_rate_ptr=device_scalar(rule.learning_rate, b_dec),
         ok_ptr=ok,
@@ -103,6 +111,7 @@ def finish(
         F=F,
         D=d,
         parts=residual_sums.shape[0],
+        encoder_parts=0 if of_encoder is None else of_encoder.shape[0],
         latent_blocks=latent_blocks,
         n_tokens=n,
         scale=2 / n,
@@ -112,5 +121,6 @@ def finish(
         BLOCK_F=config.block_f,
         BLOCK_D=config.block_d,
         BLOCK_N=config.block_n,
+        LANES=config.lanes,
         num_warps=config.num_warps,
     )

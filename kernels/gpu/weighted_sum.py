@@ -7,7 +7,8 @@ A row with the coefficient 0 is not read, and most latents of a wide SAE have no
 is therefore not seen; a latent whose weights are not finite has an entry for every token, and its coefficient is NaN.
 
 The latents are cut into groups by their number alone. One program sums a group's rows, `lanes` at a time, for a block
-of columns; a second launch of the same kernel sums the groups. So the order of every sum depends on F alone.
+of columns; a second launch of the same kernel sums the groups, or in a step `finishing.py`. So the order of every sum
+depends on F alone.
 """
 
 from dataclasses import dataclass
@@ -89,10 +90,15 @@ def _sum_rows(coefficients: Tensor | None, table: Tensor, group: int, config: Su
     return out
 
 
+def encoder_parts(W_enc: Tensor, db_enc: Tensor) -> Tensor:
+    """By the contract of `reference.encoder_parts`: the groups."""
+    return _sum_rows(db_enc.contiguous(), W_enc, max(_GROUP_ROWS, triton.cdiv(W_enc.shape[0], _GROUPS)), ROWS)
+
+
 def encoder_times(W_enc: Tensor, db_enc: Tensor) -> Tensor:
     """Σ_j db_enc_j·W_enc[j], [d] fp32, by the contract of `kernels.encoder_times`."""
     F, d = W_enc.shape
     if F == 0:
         return torch.zeros(d, dtype=torch.float32, device=W_enc.device)
-    partial = _sum_rows(db_enc.contiguous(), W_enc, max(_GROUP_ROWS, triton.cdiv(F, _GROUPS)), ROWS)
-    return _sum_rows(None, partial, partial.shape[0], GROUPS)[0]
+    parts = encoder_parts(W_enc, db_enc)
+    return _sum_rows(None, parts, parts.shape[0], GROUPS)[0]

@@ -1,7 +1,7 @@
 """What a training step does around its operators, in plain PyTorch: sums over x, the penalty, whether the update may be
 made, the figures, the decoder's bias and the counters. Every implementation but the kernels runs it, in this order:
 
-    centre      x_n − b_dec as the products read it, Σ_n x_n, ‖x − b_dec‖
+    centre      x_n − b_dec as the products read it, Σ_n x_n, ‖x − b_dec‖; thresholds below 0 become 0
     token_pass  s_n = ∂L/∂l0_n, ‖x_n − mean x‖², ‖f‖, Σ tanh(c·f) or Σ f, Σ_n r_n
     conclude    L, the bound on what an update could make, permission, the figures
     finish      b_dec by Adam on (2/N)·Σ_n r_n − W_enc·db_enc, tokens since each latent fired, the count of updates
@@ -167,8 +167,11 @@ def permission(
 # ---- the operators
 
 
-def centre(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Centred:
-    """x: [N, d]. b_dec: [d], None without a pre-encoder bias. dtype: of the products."""
+def centre(x: Tensor, b_dec: Tensor | None, threshold: Tensor | None, dtype: torch.dtype) -> Centred:
+    """x: [N, d]. b_dec: [d], None without a pre-encoder bias. threshold: [F], whose elements below 0 are set, in place,
+    to the 0 they count as; None where a caller has seen to that. dtype: of the products."""
+    if threshold is not None:
+        threshold.clamp_(min=0)
     centred = (x if b_dec is None else x - b_dec).to(dtype)
     return Centred(centred, x.sum(0)[None], torch.linalg.vector_norm(centred, dtype=x.dtype)[None])
 
@@ -286,10 +289,11 @@ def finish(
 ) -> None:
     """The decoder's bias [d] by Adam, and the counters, in place; nothing moves unless ``ok``.
 
-    residual_sums: [parts, d] over n tokens. of_encoder: [d] of `encoder_times`, None without a pre-encoder bias.
+    residual_sums: [parts, d] over n tokens. of_encoder: [parts, d] of `encoder_parts`, or `encoder_times` as the only
+    one; None without a pre-encoder bias.
     firing_count: [F]. number: int64 scalar, which update this is, counted from 1.
     """
     db_dec = residual_sums.sum(0) * (2 / n)
     if of_encoder is not None:
-        db_dec = db_dec - of_encoder
+        db_dec = db_dec - of_encoder.sum(0)
     move(b_dec, b_dec_v, tokens_since_fired, updates, db_dec, firing_count, n, rule, ok, number)

@@ -175,6 +175,11 @@ def encoder_times(W_enc: Tensor, db_enc: Tensor) -> Tensor:
     return db_enc @ W_enc.to(db_enc.dtype)
 
 
+def encoder_parts(W_enc: Tensor, db_enc: Tensor) -> Tensor:
+    """Parts [parts, d] whose sum is `encoder_times`. How many there are is up to the implementation."""
+    return encoder_times(W_enc, db_enc)[None]
+
+
 # ---- by whole matrices
 
 

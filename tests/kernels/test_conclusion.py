@@ -9,6 +9,7 @@ from gemmascope.kernels.entries import COPIES, ROOM, Objective, Penalty, Rule
 from gemmascope.kernels.implementations import operator
 from gemmascope.kernels.reference import conclusion as reference
 from tests.helpers import assert_bitwise_equal, assert_within_budget, normal, shape_cases
+from tests.kernels import sanitizer
 from tests.kernels.entries import batch, double
 from tests.kernels.test_update import random_state
 
@@ -34,10 +35,11 @@ FIGURES = ("loss", "squared_error", "fvu", "median_fvu", "l0", "n_entries", "sta
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(centring, "CONFIG", centring.CentreConfig(parts=3, block_n=4, block_d=8, num_warps=1))
+    monkeypatch.setattr(centring, "CONFIG", centring.CentreConfig(3, block_n=4, block_d=8, block_f=4, num_warps=1))
     monkeypatch.setattr(tokens, "CONFIG", tokens.TokenConfig(block_n=4, block_d=8, block_e=8, num_warps=1))
     monkeypatch.setattr(conclusion, "CONFIG", conclusion.ConcludeConfig(block_f=4, warps_f=1, block=8, num_warps=1))
-    monkeypatch.setattr(finishing, "CONFIG", finishing.FinishConfig(block_f=4, block_d=8, block_n=2, num_warps=1))
+    config = finishing.FinishConfig(block_f=4, block_d=8, block_n=2, lanes=4, num_warps=1)
+    monkeypatch.setattr(finishing, "CONFIG", config)
 
 
 def on(penalty, device):
@@ -49,8 +51,8 @@ def on(penalty, device):
 
 def check_centre(N, d, dtype, bias, device):
     x, b_dec = normal(N, d, device=device) + 3, normal(d, seed=1, device=device) if bias else None
-    actual, eager = centre(x, b_dec, dtype), reference.centre(x, b_dec, dtype)
-    exact = reference.centre(x.double(), None if b_dec is None else b_dec.double(), torch.float64)
+    actual, eager = centre(x, b_dec, None, dtype), reference.centre(x, b_dec, None, dtype)
+    exact = reference.centre(x.double(), None if b_dec is None else b_dec.double(), None, torch.float64)
     assert_bitwise_equal("centred", actual.x, eager.x)
     assert_within_budget("sums", actual.column_sums.sum(0), exact.column_sums[0], eager.column_sums[0])
     norm = torch.linalg.vector_norm(actual.norms)
@@ -72,9 +74,23 @@ def test_centre_as_shipped(dtype, device):
 def test_what_is_not_finite_stays(small_tiles, device):
     x = normal(5, 9, device=device)
     x[2, 3] = math.nan
-    found = centre(x, None, torch.float32)
+    found = centre(x, None, None, torch.float32)
     assert found.column_sums.sum(0).isnan().nonzero().tolist() == [[3]]
     assert torch.linalg.vector_norm(found.norms).isnan()
+
+
+@pytest.mark.parametrize("F", [1, 4, 5, 97])
+@pytest.mark.parametrize(("N", "d"), [(1, 1), (9, 17)])
+def test_thresholds_below_0_become_0(small_tiles, N, d, F, device):
+    special = torch.tensor([-1e-38, -math.inf, math.inf, math.nan, 0.0], device=device)
+    threshold = torch.cat([normal(F, device=device), special])[-F:].contiguous()
+    expected, x = threshold.clone(), normal(N, d, device=device)
+    reference.centre(x, None, expected, torch.float32)
+    with sanitizer.sanitize(race=True):
+        found = centre(x, None, threshold, torch.float32)
+    assert_bitwise_equal("threshold", threshold, expected)
+    for actual, alone in zip(found, centre(x, None, None, torch.float32), strict=True):
+        assert_bitwise_equal("centred", actual, alone)
 
 
 # ---- tokens
@@ -83,12 +99,12 @@ def test_what_is_not_finite_stays(small_tiles, device):
 def check_tokens(N, F, d, penalty, device, dtype=torch.float32, capacity=None):
     given = batch(N, F, d, dtype, device, capacity)
     x, W_dec = given.x + 2, given.W_dec
-    exact_centred = reference.centre(x.double(), None, torch.float64)
-    centred = centre(x, None, torch.float32)
+    exact_centred = reference.centre(x.double(), None, None, torch.float64)
+    centred = centre(x, None, None, torch.float32)
     out = operator("residual_pass", "reference")(given.entries, x, W_dec, given.b_dec)
     entries = given.entries._replace(z=given.entries.z.nan_to_num())  # what plain PyTorch reads beyond the last
     actual = token_pass(given.entries, x, centred, out, on(penalty, device))
-    eager = reference.token_pass(entries, x, reference.centre(x, None, torch.float32), out, penalty)
+    eager = reference.token_pass(entries, x, reference.centre(x, None, None, torch.float32), out, penalty)
     exact = reference.token_pass(double(entries), x.double(), exact_centred, double(out), penalty)
     for name in ("s", "spread", "shares"):
         assert_within_budget(name, *(getattr(each, name) for each in (actual, exact, eager)))
@@ -126,7 +142,7 @@ def test_a_residual_of_zero_is_no_share(small_tiles, device):
     given = batch(1, 5, 3, device=device)
     out = operator("residual_pass", "reference")(given.entries, given.x, given.W_dec, given.b_dec)
     out = out._replace(squared_error=torch.zeros_like(out.squared_error))
-    found = token_pass(given.entries, given.x, centre(given.x, None, torch.float32), out, PENALTIES["l0"])
+    found = token_pass(given.entries, given.x, centre(given.x, None, None, torch.float32), out, PENALTIES["l0"])
     assert (found.spread.item(), found.shares.item()) == (0, 0)
 
 
@@ -140,7 +156,7 @@ def test_tanh_has_no_cancellation(a, device):
         offsets=torch.tensor([0, 1], device=device),
     )
     out = operator("residual_pass", "reference")(entries, given.x, given.W_dec, given.b_dec)
-    centred = centre(given.x, None, torch.float32)
+    centred = centre(given.x, None, None, torch.float32)
     found = token_pass(entries, given.x, centred, out._replace(squared_error=out.l0 * 0), PENALTIES["tanh"])
     exact = math.tanh(4.0 * torch.tensor(a).double().item())
     assert found.tanh_sums is not None
@@ -159,7 +175,7 @@ class Given:
         given = batch(N, F, d, device=device)
         self.latents = random_state(F, d, low, device)
         self.out = operator("residual_pass", "reference")(given.entries, rows, given.W_dec, given.b_dec)
-        self.centred = reference.centre(rows, None, torch.float32)
+        self.centred = reference.centre(rows, None, None, torch.float32)
         entries = given.entries._replace(z=given.entries.z.nan_to_num())
         self.tokens = reference.token_pass(entries, rows, self.centred, self.out, penalty)
         self.lists = operator("by_latent", "reference")(given.entries, F)
@@ -310,7 +326,7 @@ def test_touched_latents_in_place_of_lists(small_tiles, device):
 
 
 @pytest.mark.parametrize("ok", [1, 0])
-@pytest.mark.parametrize("encoder", [True, False])
+@pytest.mark.parametrize("encoder", [0, 1, 4, 11])
 @pytest.mark.parametrize(("F", "d", "parts"), [(1, 1, 1), (3, 7, 2), (9, 17, 5), (8, 16, 4)])
 def test_finish(small_tiles, F, d, parts, encoder, ok, device):
     def start():
@@ -318,7 +334,7 @@ def test_finish(small_tiles, F, d, parts, encoder, ok, device):
         return normal(d, seed=1, device=device), normal(d, seed=2, device=device).abs(), *counters
 
     rule = Rule(torch.tensor(1e-2, dtype=torch.float64, device=device), 0.99, 1e-2, False)
-    of_encoder = normal(d, seed=3, device=device) if encoder else None
+    of_encoder = normal(encoder, d, seed=3, device=device) if encoder else None
     given = normal(parts, d, device=device), of_encoder, torch.arange(F, dtype=torch.int32, device=device) % 3, 7
     rest = torch.tensor(ok, dtype=torch.int32, device=device), torch.tensor(10, device=device)
     actual, eager, exact = start(), start(), double(start())

@@ -147,6 +147,34 @@ def test_several_segments(device, route):
     assert_matches_reference(*operands(3, 5, 2 * gpu_encode.SEGMENT + 45, device=device))
 
 
+@pytest.mark.parametrize(("rows", "F"), [(1, 5), (3, 32), (7, 70), (16, 64), (40, 100)])
+def test_scan(device, monkeypatch, rows, F):
+    """Programs of several groups and groups of several programs; in parts, each from where the last one ended."""
+    for name, size in (("SEGMENT", 32), ("COUNT_BLOCK", 2), ("SCAN_BLOCK", 16), ("SCAN_TOTALS", 4)):
+        monkeypatch.setattr(gpu_encode, name, size)
+    per_row, generator = -(-F // 32), torch.Generator().manual_seed(0)
+    words = torch.randint(-(1 << 31), 1 << 31, (rows, per_row), generator=generator, dtype=torch.int64)
+    bits = (words[..., None] >> torch.arange(32) & 1).sum(-1)
+    expected = torch.cat([torch.zeros(1, dtype=torch.int64), bits.flatten().cumsum(0)])
+    words = words.int().to(device)
+    for part in (rows, 3, 1):
+        starts, offsets = (torch.empty(n + 1, dtype=torch.int64, device=device) for n in (rows * per_row, rows))
+        with sanitizer.sanitize(race=True):
+            for first in range(0, rows, part):
+                count = min(part, rows - first)
+                gpu_encode.scan(words[first : first + count], count, per_row, starts, offsets, first)
+        assert_bitwise_equal("starts", starts.cpu(), expected)
+        assert_bitwise_equal("offsets", offsets.cpu(), expected[::per_row])
+
+
+def test_scan_goes_on_beyond_32_bits(device):
+    words = torch.full((1, 1), -1, dtype=torch.int32, device=device)
+    starts, offsets = (torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
+    starts[1] = offsets[1] = 2**31 + 5
+    gpu_encode.scan(words, 1, 1, starts, offsets, 1)
+    assert starts.tolist() == offsets.tolist() == [0, 2**31 + 5, 2**31 + 37]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_tie_is_not_active(device, dtype, route):
     """On a lattice every precision computes the same z, so the code must be the reference's, bit for bit."""

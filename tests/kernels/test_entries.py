@@ -181,7 +181,7 @@ def test_one_comparison_decides_what_the_window_does(device, bandwidth):
     special = [0.0, -0.0, smallest, -smallest, 1e-38, 1.0, -1.0, largest, -largest, torch.inf, -torch.inf, torch.nan]
     threshold = torch.cat([torch.tensor(special), torch.logspace(-6, 6, 200), 1e-3 + 1e-4 * normal(200)])
     half = torch.tensor(bandwidth / 2)
-    lower = gpu_entries.lower_edge(threshold.to(device), bandwidth).cpu()
+    lower = gpu_entries.begin(threshold.to(device), bandwidth, torch.empty(0, dtype=torch.int32, device=device)).cpu()
     z = torch.cat(
         [around(z) for z in (lower, threshold, threshold - half, threshold + half, torch.zeros_like(threshold))]
         + [torch.tensor(special)[:, None].expand(-1, len(threshold)), 10 * normal(50, len(threshold), seed=1)]
@@ -191,6 +191,19 @@ def test_one_comparison_decides_what_the_window_does(device, bandwidth):
     assert torch.equal(~((z <= lower) & z.isfinite()), entry)
     assert entry.any()
     assert not entry.all()
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 8, 9, 16, 50])
+@pytest.mark.parametrize("F", [1, 300])
+def test_every_latent_is_filled(device, monkeypatch, F, capacity):
+    """By more programs than there are latents for, and by fewer than there are entries for."""
+    monkeypatch.setattr(gpu_entries, "FILL_BLOCK", 8)
+    monkeypatch.setattr(gpu_entries, "FILL_PROGRAMS", 2)
+    threshold, latents = normal(F, device=device), torch.empty(capacity, dtype=torch.int32, device=device)
+    with sanitizer.sanitize(race=True):
+        lower = gpu_entries.begin(threshold, 0.1, latents)
+    assert latents.tolist() == [F] * capacity
+    assert (lower < threshold).all()
 
 
 def test_several_segments(device):
@@ -273,8 +286,8 @@ def test_how_often_the_weight_is_read(monkeypatch, F, chunks, gigabytes):
 
     monkeypatch.setattr(gpu_entries, "encode_gemm", lambda x, W, *_: launches.append((len(x), W.nbytes)))
     monkeypatch.setattr(gpu_entries, "launch_config", lambda *_: gpu_encode_gemm.DESCRIPTORS)
-    monkeypatch.setattr(gpu_entries, "lower_edge", lambda threshold, _: threshold)
-    for name in ("_count", "_move"):
+    monkeypatch.setattr(gpu_entries, "begin", lambda threshold, *_: threshold)
+    for name in ("scan", "_move"):
         monkeypatch.setattr(gpu_entries, name, lambda *_: None)
     x, W_enc = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((N, d), (d, F)))
     b_enc, threshold = torch.empty(2, F, device="meta")

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import weighted_sum as gpu_weighted_sum
 from gemmascope.kernels.gpu.latents import LatentConfig, latent_pass, weight_gradients
-from gemmascope.kernels.gpu.weighted_sum import encoder_times
+from gemmascope.kernels.gpu.weighted_sum import encoder_parts, encoder_times
 from gemmascope.kernels.transpose import by_latent
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
@@ -319,6 +319,17 @@ def test_encoder_times_repeats_in_two_launches(device):
         assert_bitwise_equal("product", again, first)
         if not W_enc.is_cuda:
             assert report.launches == 2
+
+
+def test_encoder_times_in_parts(device):
+    """Those of a step, of which the first launch is all."""
+    W_enc, db_enc = normal(150, 9, device=device), normal(150, device=device, seed=1)
+    with sanitizer.sanitize(race=True) as report:
+        parts = encoder_parts(W_enc, db_enc)
+    assert parts.shape == (3, 9)
+    assert_within_budget("product", parts.sum(0), db_enc.double() @ W_enc.double(), db_enc @ W_enc)
+    if not W_enc.is_cuda:
+        assert report.launches == 1
 
 
 @interpreted

@@ -15,10 +15,13 @@ from bench.launches import Recorder, record_step, small_step
 from gemmascope.kernels import Rule
 from gemmascope.kernels.dispatch import interpreting
 from gemmascope.training.config import Loss
-from gemmascope.training.step import Scheduled, sparse_step
+from gemmascope.training.step import Scheduled, dense_step, sparse_step
 from tests.training.test_losses import LOSSES
 
 pytest.importorskip("triton")
+from gemmascope.kernels.gpu import encode
+from gemmascope.kernels.gpu import entries as gpu_entries
+
 pytestmark = pytest.mark.skipif(not interpreting(), reason="records launches of the interpreter")
 EARLY, LATE = Rule(3e-4, 0.999, 1e-8, True), Rule(7e-5, 0.999, 1e-8, True)
 
@@ -47,14 +50,31 @@ def test_the_step_asks_the_host_for_nothing():
 
 
 def test_it_launches_no_more_than_it_must():
-    """What stands around the passes: the clamp of the thresholds and five kernels."""
-    own = ("centring", "tokens", "conclusion", "finishing")
-    calls = record_step().kernels
-    around = [call.name for call in calls if not call.in_operator or call.place.split(".")[2] in own]
-    assert [name.partition("[")[0] for name in around] == [
-        "clamp_", "_centre_kernel", "_tokens_kernel", "_touched_kernel", "_conclude_kernel", "_finish_kernel",
+    """Twenty, of which one is PyTorch's; rows of several segments need no other."""
+    expected = [
+        "_centre_kernel", "_begin_kernel", "_encode_fwd_kernel", "_count_kernel", "_scan_kernel", "_entries_kernel",
+        "_residual_kernel", "_sum_shares_kernel", "_tokens_kernel", "zeros", "_mark_kernel", "_starts_kernel",
+        "_place_kernel", "_latents_kernel", "_sum_rows_kernel", "_touched_kernel", "_conclude_kernel",
+        "_long_lists_kernel", "_update_kernel", "_finish_kernel",
     ]  # fmt: skip
-    assert not [call for call in calls if not call.in_operator and call.name != "clamp_"]
+    for segment in (encode.SEGMENT, 32):
+        with mock.patch.object(encode, "SEGMENT", segment), mock.patch.object(gpu_entries, "SEGMENT", segment):
+            calls = record_step().kernels
+        assert [call.name.partition("[")[0] for call in calls] == expected
+        assert [call.name for call in calls if not call.in_operator] == []
+
+
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_a_threshold_below_0_becomes_0_before_it_is_read(route):
+    """Written so that PyTorch does not count it; by the first kernel of a step, not by a launch of its own."""
+    found = []
+    for value in (-0.5, 0.0):
+        state, x, loss, room = small_step("bf16")
+        state.sae.threshold.data[1::3] = value
+        figures = sparse_step(state, x, loss, EARLY, room) if route == "sparse" else dense_step(state, x, loss, EARLY)
+        found.append(state.tensors() | {"figures": figures.packed})
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
 
 
 @pytest.mark.parametrize(

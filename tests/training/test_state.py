@@ -29,6 +29,20 @@ from tests.training.changes import (
 
 
 @every_way
+def test_a_threshold_below_0_counts_as_0(compute_dtype, route):
+    """However it was written, from the next step on and in what is saved before it."""
+    trainers = [in_training(compute_dtype, route) for _ in range(2)]
+    for trainer, value in zip(trainers, (-2.0, 0.0), strict=True):
+        trainer.sae.threshold.data[3::2] = value
+        take(trainer, 2)
+    assert_same(*trainers)
+    for trainer, value in zip(trainers, (-2.0, 0.0), strict=True):
+        trainer.sae.threshold.data[3::2] = value
+        trainer.state.settle(0.999)
+    assert_same(*trainers)
+
+
+@every_way
 @pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__)
 def test_a_change_is_trained_on(action, compute_dtype, route):
     trainer = in_training(compute_dtype, route)
