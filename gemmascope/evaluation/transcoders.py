@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import harvest
-from ..activations.moments import check_activations, chunks
+from ..activations.moments import check_activations, chunks, mean_row
 from ..checks import check_type
 from ..kernels import density
 from ..saes import Transcoder
 from ..sites import Site
+from ..sites.decoder import input_device
 from ..sites.reading import check_reads
 from .baselines import fit_pca, pair_table_fvu
 from .fidelity import HIGH_FREQUENCY, SAEMetrics
@@ -84,7 +85,7 @@ def linear_fvu(train_inputs: Tensor, train_targets: Tensor, inputs: Tensor, targ
         check_activations(name.replace("inputs", "targets"), y, train_targets.shape[1])
         if len(x) != len(y):
             raise ValueError(f"{name}: expected the {len(y)} tokens of its targets, got {len(x)}")
-    mean_x, mean_y = train_inputs.double().mean(0), train_targets.double().mean(0)
+    mean_x, mean_y = mean_row("train_inputs", train_inputs), mean_row("train_targets", train_targets)
     d_in, d_out = len(mean_x), len(mean_y)
     gram, products = mean_x.new_zeros(d_in, d_in), mean_x.new_zeros(d_in, d_out)
     start = 0
@@ -144,12 +145,12 @@ def judge_transcoders(
             "pair_table_fvu": pair_table_fvu(train[target], of_tokens[0], rows[target], of_tokens[1]),
             "linear_fvu": linear_fvu(train[site], train[target], rows[site], rows[target]),
         }
-        mean = rows[target].double().mean(0)
-        ablation = mean_ablation_loss(model, loss_tokens, target, mean.float()) - clean_loss
+        mean = mean_row("held_out", rows[target])
+        ablation = mean_ablation_loss(model, loss_tokens, target, mean) - clean_loss
         for name in names:
             transcoder = Transcoder.load(transcoders[name][2])
             check_reads(site, transcoder)
-            transcoder = transcoder.to(next(model.parameters()).device)
+            transcoder = transcoder.to(input_device(model))
             transcoder.impl = impl
             metrics = evaluate_transcoder(transcoder, rows[site], rows[target])
             of_pca = pca.fidelity(rows[target], round(metrics.l0))
@@ -176,4 +177,5 @@ def judge_transcoders(
 
 def _harvested(model: nn.Module, tokens: Tensor, sites: tuple[Site, ...], dtype: torch.dtype) -> Mapping[Site, Tensor]:
     batch_size = max(1, FORWARD_TOKENS // max(1, tokens.shape[1]))
-    return harvest(model, tokens, sites, dtype=dtype, batch_size=batch_size)
+    found = harvest(model, tokens, sites, dtype=dtype, batch_size=batch_size)
+    return {site: x.to(input_device(model)) for site, x in found.items()}
