@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gemmascope import training
 from gemmascope.errors import EnvironmentProblemError, TrainingFailedError
-from gemmascope.saes import JumpReLUSAE
+from gemmascope.saes import BatchTopKSAE, JumpReLUSAE
 from gemmascope.sites import Site
 from gemmascope.training import (
     Loss,
@@ -18,6 +18,7 @@ from gemmascope.training import (
     SAETrainer,
     Suite,
     TrainConfig,
+    calibrate_threshold,
     loss_and_gradients,
     sparse_loss,
     train,
@@ -88,6 +89,7 @@ WHOLE = {
     "decode": (lambda f: make_sae().decode(f), {"f": torch.ones(4, F)}),
     "sparse_loss": (sparse_loss, {"sae": make_sae(), "x": X, "loss": Loss()}),
     "loss_and_gradients": (loss_and_gradients, {"sae": make_sae(), "x": X, "loss": Loss(), "dead": None}),
+    "calibrate_threshold": (calibrate_threshold, {"sae": BatchTopKSAE(D, F, 2), "batches": lambda: [X], "k": 2}),
     "SAETrainer": (
         SAETrainer,
         {"config": config(), "sample": sample()} | dict.fromkeys(("impl", "metadata", "device", "dtype")),
@@ -120,7 +122,7 @@ KINDS = (ValueError, TypeError, EnvironmentProblemError, TrainingFailedError)
 
 def test_every_public_name_is_called():
     called = {function.__name__ for function, _ in WHOLE.values()}
-    assert {name for name in training.__all__ if name not in called} == {"LossAndGradients", "train"}
+    assert {name for name in training.__all__ if name not in called} == {"Calibration", "LossAndGradients", "train"}
 
 
 @settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
