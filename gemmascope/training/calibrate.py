@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_type
+from ..checks import check_floating, check_int, check_type
 from ..saes import BatchTopKSAE
 
 # Pre-activations held at once.
@@ -40,6 +40,8 @@ def calibrate_threshold(
     finite.
     """
     check_type("sae", sae, BatchTopKSAE)
+    if not callable(batches):
+        raise TypeError(f"batches: expected a function without arguments, got {type(batches).__name__}")
     k = sae.k if k is None else k
     check_int("k", k, 1, sae.d_sae)
     upper = torch.zeros(_UPPER_SIZE, dtype=torch.int64, device=sae.W_dec.device)
@@ -76,6 +78,9 @@ def _blocks(sae: BatchTopKSAE, batches: Callable[[], Iterable[Tensor]]) -> Itera
     rows = max(1, _HELD // sae.d_sae)
     with torch.no_grad():
         for batch in batches():
+            check_floating("batches", batch)
+            if batch.ndim != 2 or batch.shape[1] != sae.d_model:
+                raise ValueError(f"batches: expected shape [n, {sae.d_model}] each, got {list(batch.shape)}")
             for x in batch.to(sae.W_dec.device).split(rows):
                 yield sae.preactivations(x).float()
 

@@ -151,6 +151,10 @@ def test_what_calibration_refuses():
         calibrate_threshold(sae, lambda: [x], 0)
     with pytest.raises(TypeError, match="sae: expected a BatchTopKSAE"):
         calibrate_threshold(JumpReLUSAE(D_MODEL, D_SAE), lambda: [x])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="batches: expected a function without arguments, got list"):
+        calibrate_threshold(sae, [x])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"batches: expected shape \[n, 5\] each, got \[9, 4\]"):
+        calibrate_threshold(sae, lambda: [x[:, :4]])
     once = iter([x])
     with pytest.raises(ValueError, match="batches: expected the same activations when called again"):
         calibrate_threshold(sae, lambda: once)

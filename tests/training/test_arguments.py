@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gemmascope import training
 from gemmascope.errors import EnvironmentProblemError, TrainingFailedError
-from gemmascope.saes import GatedSAE, JumpReLUSAE
+from gemmascope.saes import BatchTopKSAE, GatedSAE, JumpReLUSAE
 from gemmascope.sites import Site
 from gemmascope.training import (
     Loss,
@@ -18,6 +18,7 @@ from gemmascope.training import (
     SAETrainer,
     Suite,
     TrainConfig,
+    calibrate_threshold,
     gated_loss_and_gradients,
     loss_and_gradients,
     sparse_loss,
@@ -93,6 +94,7 @@ WHOLE = {
         {"sae": GatedSAE(D, F), "x": X, "loss": Loss(sparsity="l1")},
     ),
     "loss_and_gradients": (loss_and_gradients, {"sae": make_sae(), "x": X, "loss": Loss(), "dead": None}),
+    "calibrate_threshold": (calibrate_threshold, {"sae": BatchTopKSAE(D, F, 2), "batches": lambda: [X], "k": 2}),
     "SAETrainer": (
         SAETrainer,
         {"config": config(), "sample": sample()} | dict.fromkeys(("impl", "metadata", "device", "dtype")),
@@ -127,7 +129,7 @@ KINDS = (ValueError, TypeError, EnvironmentProblemError, TrainingFailedError)
 def test_every_public_name_is_called():
     called = {function.__name__ for function, _ in WHOLE.values()}
     assert {name for name in training.__all__ if name not in called} == {
-        *("GatedLossAndGradients", "LossAndGradients", "train")
+        *("Calibration", "GatedLossAndGradients", "LossAndGradients", "train")
     }
 
 
