@@ -39,6 +39,9 @@ class SAEMetrics:
     """Share of the squared error held by the 0.1 % of the tokens where it is largest, at least one; NaN without any."""
     top_variance_share: float
     """Share of the variance held by the 0.1 % of the tokens that lie farthest from the mean, at least one."""
+    reconstruction_bias: float
+    """γ = E‖x̂‖² / E⟨x̂, x⟩: 1 where x̂ is unbiased, below it where it is too small, as an L1 penalty makes it; of x
+    itself, so that a large mean, which b_dec holds, brings it near 1. NaN where E⟨x̂, x⟩ is 0."""
     dead_fraction: float
     """Share of the latents that never fired here."""
     high_freq_fraction: float
@@ -100,6 +103,7 @@ def evaluate_sae(
         pca_median_fvu=None if pca is None else pca.median_fvu,
         top_error_share=found.top_error_share,
         top_variance_share=found.top_variance_share,
+        reconstruction_bias=found.bias,
         dead_fraction=(fired == 0).double().mean().item(),
         high_freq_fraction=(frequency > HIGH_FREQUENCY).double().mean().item(),
         firing_frequency=frequency.float().cpu(),

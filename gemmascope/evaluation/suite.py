@@ -223,6 +223,7 @@ class _OnTokens:
             "pca_median_fvu": pca.median_fvu,
             "top_error_share": metrics.top_error_share,
             "top_variance_share": metrics.top_variance_share,
+            "reconstruction_bias": metrics.reconstruction_bias,
             "delta_loss": delta,
             "ablation_delta_loss": self.ablation,
             "loss_recovered": loss_recovered(delta, self.ablation),

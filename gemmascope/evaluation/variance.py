@@ -29,6 +29,9 @@ class Fidelity(NamedTuple):
     """Share of Σ‖x − x̂‖² held by the 0.1 % of the tokens, at least one, where it is largest; NaN where it is 0."""
     top_variance_share: float
     """Likewise of Σ‖x − x̄‖²."""
+    bias: float
+    """γ = Σ‖x̂‖² / Σ⟨x̂, x⟩, by which x̂ is to be divided to come nearest to x (the relative
+    reconstruction bias of arXiv 2404.16014): 1 is unbiased, below it x̂ is too small. NaN where Σ⟨x̂, x⟩ is 0."""
 
 
 def fidelity(
@@ -43,24 +46,28 @@ def fidelity(
     n, d_model = activations.shape
     errors = torch.empty(n, dtype=torch.float64, device=activations.device)
     spread, start = torch.empty_like(errors), 0
+    square, product = errors.new_zeros(()), errors.new_zeros(())
     for x in chunks(activations, max(width or 0, d_model)):
         x_hat, x64 = reconstruct(x, start), x.double()
         if x_hat.shape != x.shape:
             raise ValueError(f"sae: expected a reconstruction of shape {list(x.shape)}, got {list(x_hat.shape)}")
         rows = slice(start, start + len(x))
-        errors[rows] = (x64 - x_hat.to(x64)).square().sum(1)
+        x_hat = x_hat.to(x64)
+        errors[rows] = (x64 - x_hat).square().sum(1)
+        square, product = square + x_hat.square().sum(), product + (x_hat * x64).sum()
         spread[rows] = (x64 - mean).square().sum(1)
         start += len(x)
     variance = spread.sum()
     check_squares(name, variance)
     if variance == 0:
-        return Fidelity(math.nan, math.nan, math.nan, math.nan)
+        return Fidelity(math.nan, math.nan, math.nan, math.nan, math.nan)
     by_token = torch.where(errors == 0, errors, errors / spread)  # a token that is the mean, exactly, is not 0/0
     return Fidelity(
         fvu=(errors.sum() / variance).item(),
         median_fvu=by_token.median().item(),
         top_error_share=_top_share(errors),
         top_variance_share=_top_share(spread),
+        bias=(square / product).item() if product != 0 else math.nan,
     )
 
 

@@ -65,6 +65,7 @@ COLUMNS = (
     Column("pca_median_fvu", "PCA", "PCA, median token", ".3f"),
     Column("top_error_share", None, "Error in top .1 %", ".0%"),
     Column("top_variance_share", None, "Variance in top .1 %", ".0%"),
+    Column("reconstruction_bias", None, "Reconstruction bias", ".3f", optional=True),
     Column("gamma", None, "γ", ".2f", optional=True),
     Column("outliers", "outl.", "Outliers", ".0f", optional=True),
     Column("l0_all", None, "L0, all tokens", ".1f", optional=True),

@@ -2,6 +2,7 @@
 
 from .calibrate import Calibration, calibrate_threshold
 from .config import Loss, TrainConfig
+from .gated import GatedLossAndGradients, gated_loss_and_gradients
 from .losses import LossAndGradients, loss_and_gradients
 from .sparse_loss import sparse_loss
 from .spec import SAESpec
@@ -10,6 +11,7 @@ from .trainer import SAETrainer
 
 __all__ = [
     "Calibration",
+    "GatedLossAndGradients",
     "Loss",
     "LossAndGradients",
     "SAESpec",
@@ -17,6 +19,7 @@ __all__ = [
     "Suite",
     "TrainConfig",
     "calibrate_threshold",
+    "gated_loss_and_gradients",
     "loss_and_gradients",
     "sparse_loss",
     "train",

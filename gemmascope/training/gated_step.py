@@ -22,9 +22,6 @@ from .memory import dense_tile
 from .state import TrainState
 from .step import StepFigures, matmul, tf32_products
 
-# Matrices of [N, tile] that the dense route holds at a time, where that of a JumpReLU SAE holds one or two.
-DENSE_MATRICES = 4
-
 
 class _Measured(NamedTuple):
     """What is told of the batch."""
@@ -66,7 +63,7 @@ def gated_step(
         return _reference_step(state, x, loss, rule)
     latents, sae = state.ready(), _sae(state)
     with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
-        width = dense_tile(DENSE_MATRICES * len(x), sae.d_sae)
+        width = dense_tile(len(x), sae.d_sae, "gated")
         tiles = [slice(start, start + width) for start in range(0, sae.d_sae, width)]
         return _dense_step(state, latents, x, loss, rule, tiles)
 

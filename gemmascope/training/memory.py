@@ -13,6 +13,10 @@ GIB = 1 << 30
 DENSE_ELEMENTS = 1 << 29
 # Bytes the sparse step holds for each entry: z, latent, token, u, sort keys and order, coefficients by latent.
 ENTRY_BYTES = 56
+# And what it holds beside them for a gated SAE: m and its latents, the second u and coefficients, numbers of latents.
+GATED_ENTRY_BYTES = 48
+# Matrices of fp32 [N, tile] that the dense route of a gated SAE holds, and by how many times smaller its tiles are.
+GATED_MATRICES, GATED_TILES = 7, 4
 # Columns of a block of the residual pass, which leaves a share of u in fp32 for each entry and block.
 SHARE_COLUMNS = 256
 
@@ -32,6 +36,7 @@ class TrainingMemory:
     pending: int
     entries: int
     scratch: int
+    kind: str = "jumprelu"
 
     @property
     def total(self) -> int:
@@ -81,7 +86,10 @@ class TrainingMemory:
         while sizes[name] >= smallest:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
             batches = self.pending // (4 * self.batch_size * self.d_model)
-            yield sizes[name], training_memory(**sizes, compute_dtype=dtype, l0=l0, pending=batches).total
+            yield (
+                sizes[name],
+                training_memory(**sizes, compute_dtype=dtype, l0=l0, pending=batches, kind=self.kind).total,
+            )
             sizes[name] //= 2
 
 
@@ -114,9 +122,9 @@ class SuiteMemory:
         return self.weights + self.second_moments + self.copies
 
 
-def dense_tile(n_tokens: int, d_sae: int) -> int:
+def dense_tile(n_tokens: int, d_sae: int, kind: str = "jumprelu") -> int:
     """Latents that the dense route takes at a time."""
-    return max(1, min(d_sae, DENSE_ELEMENTS // n_tokens))
+    return max(1, min(d_sae, DENSE_ELEMENTS // (n_tokens * (GATED_TILES if kind == "gated" else 1))))
 
 
 def available_memory(device: torch.device) -> int:
@@ -128,27 +136,35 @@ def available_memory(device: torch.device) -> int:
 
 
 def training_memory(
-    d_model: int, d_sae: int, batch_size: int, compute_dtype: str, l0: float = 128, pending: int = 0
+    d_model: int,
+    d_sae: int,
+    batch_size: int,
+    compute_dtype: str,
+    l0: float = 128,
+    pending: int = 0,
+    kind: str = "jumprelu",
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
-    steps that are kept until their figures were read."""
-    weights = 4 * (2 * d_model * d_sae + 2 * d_sae + d_model)
+    steps that are kept until their figures were read. kind: that of `TrainConfig`."""
+    gated = kind == "gated"
+    weights = 4 * (2 * d_model * d_sae + (3 if gated else 2) * d_sae + d_model)
     operand = 2 if compute_dtype == "bf16" else 4
-    n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae)
+    n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae, kind)
     sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
-    dense = batch_size * tile * (8 * operand + 1) // 4 + 8 * d_model * tile
+    dense = batch_size * tile * (16 * GATED_MATRICES if gated else 8 * operand + 1) // 4 + 8 * d_model * tile
     return TrainingMemory(
         d_model=d_model,
         d_sae=d_sae,
         batch_size=batch_size,
         n_entries=n_entries,
         weights=weights,
-        second_moments=weights,
+        second_moments=weights + 4 * d_sae * gated,  # that of θ too, which stays 0
         copies=4 * d_model * d_sae if compute_dtype == "bf16" else 0,
-        # x, x − b_dec, x̂ − x and its rounding
-        activations=batch_size * d_model * (8 + 2 * operand),
+        # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too
+        activations=batch_size * d_model * (8 + 2 * operand + (4 + operand if gated else 0)),
         pending=pending * 4 * batch_size * d_model,
-        entries=(ENTRY_BYTES + 4 * -(-d_model // SHARE_COLUMNS)) * n_entries,
+        entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + 4 * -(-d_model // SHARE_COLUMNS)) * n_entries,
         scratch=max(sparse, dense) + 24 * d_sae,
+        kind=kind,
     )

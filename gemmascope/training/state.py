@@ -261,6 +261,10 @@ class TrainState:
     def resume(self) -> None:
         """Let updates be made again, the next one with new copies: once `stalled` was seen and room made if need be."""
         self.stalled.zero_()
+        self.renew_copies()
+
+    def renew_copies(self) -> None:
+        """Let the next `ready` make new copies, as after a change of the weights that leaves no trace."""
         self._seen = None
 
     def settle(self, beta2: float) -> None:

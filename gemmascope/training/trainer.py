@@ -21,6 +21,7 @@ from .config import TOP_K, TrainConfig
 from .gated_step import gated_step
 from .kinds import new_sae, of_kind
 from .memory import TrainingMemory, available_memory, training_memory
+from .resample import resample, seed_of
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
@@ -212,7 +213,7 @@ class SAETrainer:
         check_type("config", config, TrainConfig)
         check_int("d_model", d_model, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
-        return training_memory(*sizes, pending=steps_ahead(torch.device(device)))
+        return training_memory(*sizes, pending=steps_ahead(torch.device(device)), kind=config.kind)
 
     def update(self, x_raw: Tensor) -> None:
         """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device.
@@ -225,6 +226,8 @@ class SAETrainer:
         given = x_raw.detach()
         x = uploaded(given, self.state.b_dec_v).to(self.state.b_dec_v)
         x = x / self.sae.input_scale if x is given else x.div_(self.sae.input_scale)
+        if self.step in self.config.resample_steps:
+            self._resample(x)
         self._launch(x, self.step, self.route)
         self.step += 1
         while len(self._pending) > self.run_ahead:
@@ -276,6 +279,13 @@ class SAETrainer:
             memory = self.memory(replace(config, batch_size=len(x)), sae.d_model, x.device)
             raise EnvironmentProblemError(memory.advice(self._available)) from error
         self._pending.append(_Job(x, step, route, *_to_host(figures.packed)))
+
+    def _resample(self, x: Tensor) -> None:
+        """Begin the dead latents anew, every step so far made: what is repeated comes after it."""
+        self.flush()
+        self.state.ready()
+        dead = self.state.tokens_since_fired >= self.config.dead_after_tokens
+        resample(self.state, x, dead, seed_of(self.config.seed, self.step))
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""

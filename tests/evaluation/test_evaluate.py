@@ -79,6 +79,37 @@ class TestEvaluateSAE:
         assert torch.equal(metrics.firing_frequency, torch.tensor([0.25, 0.5, 0.0]))
         assert metrics.firing_frequency.dtype == torch.float32
 
+    def test_the_bias_by_hand(self):
+        """x̂ = (3, 0), (1, 4), (1, 0), (1, 1) with b_dec = (1, 0): Σ‖x̂‖² = 9 + 17 + 1 + 2, Σ⟨x̂, x⟩ = 6 + 16 + ¼ + 0."""
+        sae = by_hand()
+        with torch.no_grad():
+            sae.b_dec[0] = 1
+        assert evaluate_sae(sae, X).reconstruction_bias == pytest.approx(29 / 22.25, rel=1e-15)
+
+    @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+    def test_the_bias_is_the_factor_that_x_hat_is_too_large(self, factor):
+        x = normal(50, 6, seed=2)
+        sae = JumpReLUSAE(6, 12, threshold_init=0.0, pre_encoder_bias=False, impl="reference")
+        with torch.no_grad():
+            sae.W_enc.copy_(torch.cat([torch.eye(6), -torch.eye(6)]).T)
+            sae.W_dec.copy_(factor * sae.W_enc.T)
+        assert evaluate_sae(sae, x).reconstruction_bias == pytest.approx(factor, rel=1e-6)
+
+    def test_it_is_unbiased_when_the_error_is_orthogonal(self):
+        """γ = 1 ⇔ E‖x̂‖² = E‖x‖² − E‖x̂ − x‖², as for PCA without a mean."""
+        x = normal(80, 6, seed=3)
+        V = torch.linalg.svd(x, full_matrices=False).Vh[:2]
+        sae = JumpReLUSAE(6, 4, threshold_init=0.0, pre_encoder_bias=False, impl="reference")
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.cat([V, -V]))
+            sae.W_enc.copy_(sae.W_dec.T)
+        found = evaluate_sae(sae, x)
+        assert found.fvu > 0.1
+        assert found.reconstruction_bias == pytest.approx(1, rel=1e-6)
+
+    def test_nothing_reconstructed_has_no_bias(self):
+        assert math.isnan(evaluate_sae(constant(torch.zeros(2)), X).reconstruction_bias)
+
     def test_positions_left_out_count_nowhere(self):
         noisy = torch.cat([X[:2], torch.full((3, 2), 1e6), X[2:]])
         keep = torch.tensor([True, True, False, False, False, True, True])

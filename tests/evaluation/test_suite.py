@@ -50,7 +50,7 @@ def saved(folder, site, width_of_sae=20, seed=0, **metadata):
 
 ON_ROWS = (
     *("l0", "fvu", "pca_fvu", "median_fvu", "pca_median_fvu", "top_error_share", "top_variance_share"),
-    *("dead_fraction", "high_freq_fraction", "tokens"),
+    *("reconstruction_bias", "dead_fraction", "high_freq_fraction", "tokens"),
 )
 
 

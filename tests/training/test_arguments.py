@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gemmascope import training
 from gemmascope.errors import EnvironmentProblemError, TrainingFailedError
-from gemmascope.saes import JumpReLUSAE
+from gemmascope.saes import GatedSAE, JumpReLUSAE
 from gemmascope.sites import Site
 from gemmascope.training import (
     Loss,
@@ -18,6 +18,7 @@ from gemmascope.training import (
     SAETrainer,
     Suite,
     TrainConfig,
+    gated_loss_and_gradients,
     loss_and_gradients,
     sparse_loss,
     train,
@@ -87,6 +88,10 @@ WHOLE = {
     "jumprelu": (lambda x, bandwidth: make_sae().jumprelu(x, bandwidth), {"x": X, "bandwidth": 0.1}),
     "decode": (lambda f: make_sae().decode(f), {"f": torch.ones(4, F)}),
     "sparse_loss": (sparse_loss, {"sae": make_sae(), "x": X, "loss": Loss()}),
+    "gated_loss_and_gradients": (
+        gated_loss_and_gradients,
+        {"sae": GatedSAE(D, F), "x": X, "loss": Loss(sparsity="l1")},
+    ),
     "loss_and_gradients": (loss_and_gradients, {"sae": make_sae(), "x": X, "loss": Loss(), "dead": None}),
     "SAETrainer": (
         SAETrainer,
@@ -112,6 +117,7 @@ ALIASES = {
     ("train", "stream"): "x",
     ("sparse_loss", "loss"): r"target_l0|loss\.pre_act_coefficient",
     ("loss_and_gradients", "loss"): "target_l0",
+    ("gated_loss_and_gradients", "loss"): "target_l0",
 }
 # Those that only make sense together.
 TOGETHER = "target_l0|l0_warmup_steps|lr_warmup_steps|route|compute_dtype|threshold_init|l0_coefficient"
@@ -120,7 +126,9 @@ KINDS = (ValueError, TypeError, EnvironmentProblemError, TrainingFailedError)
 
 def test_every_public_name_is_called():
     called = {function.__name__ for function, _ in WHOLE.values()}
-    assert {name for name in training.__all__ if name not in called} == {"LossAndGradients", "train"}
+    assert {name for name in training.__all__ if name not in called} == {
+        *("GatedLossAndGradients", "LossAndGradients", "train")
+    }
 
 
 @settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -62,9 +62,10 @@ def test_it_launches_no_more_than_it_must():
     [
         Loss(0.1, 0.1),
         Loss(0.1, 0.1, "target_l0", 4.0, l0_of="batch"),
+        Loss(0.1, 0.1, "l1"),
         Loss(0.1, 0.1, "tanh", frequency_scale=0.2, ste_to_z=True),
     ],
-    ids=["l0", "batch", "tanh and frequency"],
+    ids=["l0", "batch", "l1", "tanh and frequency"],
 )
 def test_a_replay_sees_the_schedule(loss):
     """Other rates, λ, slopes and columns are other numbers in tensors, not other arguments."""
@@ -102,7 +103,7 @@ def test_scheduled_numbers_are_those_of_the_loss_and_the_rule():
             if number is not None:
                 assert (tensor.item(), tensor.dtype, tensor.ndim) == (number, torch.float64, 0), f"{name}: {field}"
         assert (given.frequency_slope is None) == (loss.frequency_scale is None)
-        assert (given.tanh_slope is None) == (loss.sparsity != "tanh")
+        assert (given.tanh_slope is None) == (loss.sparsity not in ("tanh", "l1"))
 
 
 def test_steps_from_the_device_are_those_from_the_host():

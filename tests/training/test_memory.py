@@ -8,7 +8,7 @@ import torch
 
 from gemmascope.activations import SiteStatistics
 from gemmascope.kernels.entries import scratch_bytes, tokens_per_chunk
-from gemmascope.saes import JumpReLUSAE
+from gemmascope.saes import GatedSAE, JumpReLUSAE
 from gemmascope.sites import Site
 from gemmascope.training import SAESpec, Suite, TrainConfig
 from gemmascope.training.checkpoint import Checkpoints
@@ -17,15 +17,27 @@ from gemmascope.training.state import TrainState
 from gemmascope.training.trainer import RUN_AHEAD, SAETrainer
 
 
+@pytest.mark.parametrize("cls", [JumpReLUSAE, GatedSAE])
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
-def test_weights_moments_and_copies_are_those_of_the_state(compute_dtype):
-    state = TrainState.start(JumpReLUSAE(12, 40), compute_dtype)
-    memory = training_memory(12, 40, 64, compute_dtype)
+def test_weights_moments_and_copies_are_those_of_the_state(compute_dtype, cls):
+    state = TrainState.start(cls(12, 40), compute_dtype)
+    memory = training_memory(12, 40, 64, compute_dtype, kind="gated" if cls is GatedSAE else "jumprelu")
     assert memory.weights == sum(p.nbytes for p in state.sae.parameters())
     moments = [v for name, v in state.latents._asdict().items() if name.endswith("_v")]
-    assert memory.second_moments == sum(v.nbytes for v in moments) + state.b_dec_v.nbytes
+    moments += [state.b_dec_v, *state.others_v.values()]
+    assert memory.second_moments == sum(v.nbytes for v in moments)
     copies = [w for name, w in state.latents._asdict().items() if name.endswith("_low") and w is not None]
     assert memory.copies == sum(w.nbytes for w in copies)
+
+
+def test_a_gated_sae_holds_more_and_its_advice_says_so():
+    plain, gated = (SAETrainer.memory(TrainConfig.gemma_scope(kind=kind), 2304) for kind in ("jumprelu", "gated"))
+    for name in ("weights", "second_moments", "activations", "entries", "scratch"):
+        assert getattr(gated, name) > getattr(plain, name), name
+    available = int(0.8 * gated.total)
+    size = int(gated.advice(available).split("a batch_size of ")[1].split(" ")[0])
+    smaller = TrainConfig.gemma_scope(kind="gated", batch_size=size)
+    assert SAETrainer.memory(smaller, 2304).total < 0.9 * available
 
 
 def test_batches_of_steps_under_way_are_counted():
