@@ -88,7 +88,7 @@ CXX_RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print
 test-native-san: $(VENV)/.installed
 	GEMMASCOPE_NATIVE=1 GEMMASCOPE_NATIVE_FLAGS="$(SANITIZERS) -DPORTABLE_LANES=16" \
 	LD_PRELOAD="$(CXX_RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-	$(VENV)/bin/python -m pytest tests/kernels/test_native.py tests/kernels/test_native_training.py tests/kernels/test_training_operators.py $(ARGS)
+	$(VENV)/bin/python -m pytest tests/kernels/test_native.py tests/kernels/test_native_training.py tests/kernels/test_training_operators.py tests/kernels/test_topk.py $(ARGS)
 
 aot: $(VENV)/.installed
 	$(VENV)/bin/python -m bench.aot $(ARGS)

@@ -55,6 +55,8 @@ TESTS = {
     "cuda/csrc/pipeline.h": CUDA_TESTS,
     "cuda/csrc/gate.h": CUDA_TESTS,
     "cuda/csrc/tile.h": CUDA_TESTS,
+    "gpu/topk.py": ["tests/kernels/test_topk.py", "-k", "triton and not wait"],
+    "eager/topk.py": ["tests/kernels/test_topk.py", "-k", "pytorch"],
     "entries.py": ["tests/kernels/test_encode.py", "tests/kernels/test_entries.py", "-k", "chunk or scratch or read"],
 }
 
@@ -572,6 +574,28 @@ GPU_TRANSPOSE = [
     ("too few programs", "(triton.cdiv(possible, config.place),)", "(possible // config.place,)"),
 ]  # fmt: skip
 
+GPU_TOPK = [
+    ("latents that may not be chosen", "bits = bits * among", "bits = bits + 0"),
+    ("z below 0 chosen", "z.clamp(min=0).view", "z.abs().view"),
+    ("-Inf hidden", "torch.where(z.isfinite(),", "torch.where(z.isfinite() | (z < 0),"),
+    ("of equals the last", "(keys | last_first)", "(keys | last_first.flip(0))"),
+    ("as they were found", ".indices.sort(dim=1).values", ".indices"),
+    ("chunks do not compete", "if of == \"batch\" and found:", "if False:"),
+    ("tokens of the first chunk", "numbers = places + first * d_sae", "numbers = places"),
+    ("what does not fire is moved too", "torch.where(fires, places - 1, room)", "places - 1"),
+    ("not active", "numbers - tokens * d_sae + ACTIVE", "numbers - tokens * d_sae"),
+]  # fmt: skip
+
+EAGER_TOPK = [
+    ("latents that may not be chosen", "keys.masked_fill_(~among, 0)", "keys"),
+    ("-Inf hidden", "torch.where(z.isfinite(),", "torch.where(z.isfinite() | (z < 0),"),
+    ("equals at the border left out once it stands", "(keys >= self.bound)", "(keys > self.bound)"),
+    ("border from what is beyond it", "float(keys.min())", "float(keys.max())"),
+    ("places in the tile", "row * z.shape[1] + columns.start)", "row * z.shape[1])"),
+    ("candidates after the tile", "zip(kept, tile, strict=True)", "zip(tile, kept, strict=True)"),
+    ("tokens of the first block", "row + first_token, latents", "row, latents"),
+]  # fmt: skip
+
 CUDA_PRODUCT = [
     ("bits not checked", "torch.equal(bits[:, :F], kept) and ", ""),
     ("bits beyond F not checked", " and not bits[:, F:].any()", ""),
@@ -638,6 +662,8 @@ MUTANTS = [
         ("gpu/conclusion.py", CONCLUSION),
         ("gpu/finishing.py", FINISHING),
         ("gpu/transpose.py", GPU_TRANSPOSE),
+        ("gpu/topk.py", GPU_TOPK),
+        ("eager/topk.py", EAGER_TOPK),
         ("cuda/product.py", CUDA_PRODUCT),
         ("cuda/csrc/pipeline.h", CUDA_PIPELINE),
         ("cuda/csrc/gate.h", CUDA_GATE),

@@ -65,7 +65,7 @@ def calibrate_threshold(
         place, within = _place_of(lower, k * n_tokens - above)
         assert place is not None  # there are more of them than are to fire
         bits, above = (border << _LOWER) | place, above + within
-    theta = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+    theta = torch.tensor(bits, dtype=torch.int32, device="cpu").view(torch.float32).item()
     with torch.no_grad():
         sae.threshold.fill_(theta)
     return Calibration(theta, before / n_tokens, above / n_tokens, n_tokens)

@@ -17,6 +17,8 @@ ENTRY_BYTES = 56
 GATED_ENTRY_BYTES = 48
 # Matrices of fp32 [N, tile] that the dense route of a gated SAE holds, and by how many times smaller its tiles are.
 GATED_MATRICES, GATED_TILES = 7, 4
+# What selecting the largest z holds, in units of z.
+SELECTION = 5
 # Columns of a block of the residual pass, which leaves a share of u in fp32 for each entry and block.
 SHARE_COLUMNS = 256
 
@@ -37,6 +39,8 @@ class TrainingMemory:
     entries: int
     scratch: int
     kind: str = "jumprelu"
+    blocks: int = 0
+    """As of `training_memory`."""
 
     @property
     def total(self) -> int:
@@ -86,10 +90,8 @@ class TrainingMemory:
         while sizes[name] >= smallest:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
             batches = self.pending // (4 * self.batch_size * self.d_model)
-            yield (
-                sizes[name],
-                training_memory(**sizes, compute_dtype=dtype, l0=l0, pending=batches, kind=self.kind).total,
-            )
+            options = {"compute_dtype": dtype, "l0": l0, "pending": batches, "kind": self.kind, "blocks": self.blocks}
+            yield sizes[name], training_memory(**sizes, **options).total
             sizes[name] //= 2
 
 
@@ -143,9 +145,11 @@ def training_memory(
     l0: float = 128,
     pending: int = 0,
     kind: str = "jumprelu",
+    blocks: int = 0,
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
-    steps that are kept until their figures were read. kind: that of `TrainConfig`."""
+    steps that are kept until their figures were read. kind: that of `TrainConfig`. blocks: of an SAE of which k latents
+    fire, the residuals that a token has, one for each prefix and for AuxK; 0 for others."""
     gated = kind == "gated"
     weights = 4 * (2 * d_model * d_sae + (3 if gated else 2) * d_sae + d_model)
     operand = 2 if compute_dtype == "bf16" else 4
@@ -153,6 +157,9 @@ def training_memory(
     sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (16 * GATED_MATRICES if gated else 8 * operand + 1) // 4 + 8 * d_model * tile
+    scratch = max(sparse, dense)
+    if blocks:  # z, and twice the keys by which a GPU selects, 8 bytes each; no dense route
+        scratch = SELECTION * sparse
     return TrainingMemory(
         d_model=d_model,
         d_sae=d_sae,
@@ -162,9 +169,10 @@ def training_memory(
         second_moments=weights + 4 * d_sae * gated,  # that of θ too, which stays 0
         copies=4 * d_model * d_sae if compute_dtype == "bf16" else 0,
         # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too
-        activations=batch_size * d_model * (8 + 2 * operand + (4 + operand if gated else 0)),
+        activations=batch_size * d_model * (8 + 2 * operand + (4 + operand if gated else 0)) * max(1, blocks),
         pending=pending * 4 * batch_size * d_model,
         entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + 4 * -(-d_model // SHARE_COLUMNS)) * n_entries,
-        scratch=max(sparse, dense) + 24 * d_sae,
+        scratch=scratch + 24 * d_sae,
         kind=kind,
+        blocks=blocks,
     )

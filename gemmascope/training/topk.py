@@ -50,6 +50,16 @@ def _aux_k(config: TrainConfig, d_model: int, dead: Tensor | None) -> int:
     return min(config.aux_k or max(1, d_model // 2), int(dead.sum()))
 
 
+def sizes_of_step(config: TrainConfig, d_model: int) -> tuple[int, int]:
+    """Entries of a token that a step makes room for at most, and residuals of a token."""
+    assert config.k is not None
+    k, prefixes = config.k, len(_prefixes(config))
+    if not config.aux_coefficient:
+        return k, prefixes
+    aux_k = min(config.aux_k or max(1, d_model // 2), config.d_sae)
+    return 2 * (k + aux_k), prefixes + 1  # each selection, and both together
+
+
 def _aux_scale(e: Tensor, coefficient: float) -> Tensor:
     """α/Σ‖e_n − mean e‖²; 0 where e [N, d] does not vary."""
     spread = (e - e.mean(0)).square().sum()

@@ -25,7 +25,7 @@ from .resample import resample, seed_of
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
-from .topk import topk_step
+from .topk import sizes_of_step, topk_step
 from .unfold import check_fits, unfolded
 from .upload import uploaded
 
@@ -213,7 +213,10 @@ class SAETrainer:
         check_type("config", config, TrainConfig)
         check_int("d_model", d_model, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
-        return training_memory(*sizes, pending=steps_ahead(torch.device(device)), kind=config.kind)
+        options: dict[str, Any] = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
+        if config.kind in TOP_K:
+            options["l0"], options["blocks"] = sizes_of_step(config, d_model)
+        return training_memory(*sizes, **options)
 
     def update(self, x_raw: Tensor) -> None:
         """One step on activations [N ≥ 1, d_model] as harvested, floats of any precision on any device.

@@ -45,6 +45,10 @@ def arguments(impl: str) -> dict[str, dict[str, Any]]:
         "encode": encoder,
         "decode": {"code": code, "W_dec": latents.W_dec, "b_dec": b_dec},
         "encode_entries": {**training, "capacity": N * F, "tf32": False},
+        "encode_topk": {
+            **{name: encoder[name] for name in ("x", "W_enc", "b_enc")}, "k": 3, "of": "batch",
+            "among": normal(F, seed=8) > -0.5, "tf32": False,
+        },
         "residual_pass": {"entries": entries, "x": x, "W_dec": latents.W_dec, "b_dec": b_dec},
         "by_latent": {"entries": entries, "d_sae": F},
         "latent_pass": {
@@ -67,9 +71,9 @@ def arguments(impl: str) -> dict[str, dict[str, Any]]:
 
 
 OPERATORS = (
-    "jumprelu", "preactivations", "encode", "decode", "encode_entries", "residual_pass", "by_latent", "latent_pass",
-    "weight_gradients", "encoder_times", "update_from_entries", "settle", "dense_encode", "dense_backward",
-    "update_from_dense",
+    "jumprelu", "preactivations", "encode", "decode", "encode_entries", "encode_topk", "residual_pass", "by_latent",
+    "latent_pass", "weight_gradients", "encoder_times", "update_from_entries", "settle", "dense_encode",
+    "dense_backward", "update_from_dense",
 )  # fmt: skip
 
 

@@ -52,6 +52,21 @@ def test_batches_of_steps_under_way_are_counted():
     assert SAETrainer.memory(replace(config, batch_size=size), 2304, "cuda").total < 0.9 * available
 
 
+def test_prefixes_and_dead_latents_are_counted():
+    options = {"d_sae": 16384, "k": 40, "compute_dtype": "bf16"}
+    alone = SAETrainer.memory(TrainConfig().changed(kind="topk", aux_coefficient=0.0, **options), 2304)
+    assert (alone.n_entries, alone.blocks) == (40 * 4096, 1)
+    with_aux = SAETrainer.memory(TrainConfig().changed(kind="topk", **options), 2304)
+    assert (with_aux.n_entries, with_aux.blocks) == (2 * (40 + 1152) * 4096, 2)
+    prefixes = (4096, 8192, 16384)
+    nested = SAETrainer.memory(TrainConfig().changed(kind="matryoshka", prefixes=prefixes, **options), 2304)
+    assert nested.activations == 2 * with_aux.activations == 4 * alone.activations
+    assert nested.scratch == 5 * tokens_per_chunk(4096, 16384) * scratch_bytes(16384) + 24 * 16384
+    size = int(nested.advice(int(0.9 * nested.total)).split("a batch_size of ")[1].split(" ")[0])
+    smaller = TrainConfig().changed(kind="matryoshka", prefixes=prefixes, batch_size=size, **options)
+    assert SAETrainer.memory(smaller, 2304).total < 0.81 * nested.total
+
+
 SPECS = [
     SAESpec("a", Site(3, "resid"), TrainConfig(d_sae=16384, compute_dtype="bf16")),
     SAESpec("b", Site(3, "resid"), TrainConfig(d_sae=32768)),

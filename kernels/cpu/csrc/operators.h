@@ -22,6 +22,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_entries(
     const Tensor& x, const Tensor& W, const Tensor& b_enc, const Tensor& threshold, double bandwidth,
     optional<int64_t> capacity);
 
+// topk.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> encode_topk(
+    const Tensor& x, const Tensor& W, const Tensor& b_enc, int64_t k, bool of_the_batch);
+
 // sums.cpp
 Tensor decode(
     const Tensor& values, const Tensor& indices, const Tensor& offsets, const Tensor& W, const Tensor& b_dec);

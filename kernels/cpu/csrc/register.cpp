@@ -26,6 +26,8 @@ TORCH_LIBRARY(gemmascope_cpu, m) {
       "encode_entries(Tensor x, Tensor W, Tensor b_enc, Tensor threshold, float bandwidth, int? capacity) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "encode_topk(Tensor x, Tensor W, Tensor b_enc, int k, bool of_the_batch) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "residual_pass(Tensor z, Tensor latents, Tensor offsets, Tensor x, Tensor W, Tensor b_dec) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -59,6 +61,7 @@ TORCH_LIBRARY_IMPL(gemmascope_cpu, CPU, m) {
   m.impl("sum_rows", &sum_rows);
   m.impl("weighted_sum", &weighted_sum);
   m.impl("encode_entries", &encode_entries);
+  m.impl("encode_topk", &encode_topk);
   m.impl("residual_pass", &residual_pass);
   m.impl("latent_pass", &latent_pass);
   m.impl("update_from_entries", &update_from_entries);
