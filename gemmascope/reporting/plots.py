@@ -269,7 +269,8 @@ def l0_against_fvu(saes: Sequence[Mapping[str, Any]]) -> Figure:
     handles.append(
         Line2D([], [], markeredgecolor=GREY, markerfacecolor="white", marker="o", linestyle="", label="PCA, same rank")
     )
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9)
+    columns = min(len(handles), 5 if present else 8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     entitle(figure, "Sparsity against fidelity" + ("" if by_kind else " (numbers: layers)"))
     return figure
 
