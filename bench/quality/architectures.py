@@ -245,7 +245,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     top.add_argument("--seeds", nargs="+", type=int, default=[0])
     top.add_argument("--l0", nargs="+", type=float, default=[4, 8, 16], help="ks and targets, one a sparsity")
-    top.add_argument("--l1-coefficients", nargs="+", type=float, default=[0.6, 0.4, 0.2], help="of ReLU and gated SAEs")
+    few = [1.0, 0.7, 0.45]
+    top.add_argument("--l1-coefficients", nargs="+", type=float, default=few, help="of ReLU and gated SAEs")
     top.add_argument(
         "--l0-coefficients", nargs="+", type=float, default=[8e-3, 4e-3, 2e-3], help="of SAELens' JumpReLU"
     )

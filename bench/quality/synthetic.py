@@ -24,7 +24,7 @@ SAME, ALIKE = 0.9, 0.7
 class Planted:
     """What lies in the activations. Raises ValueError or TypeError naming what cannot be."""
 
-    n_features: int = 512
+    n_features: int = 256
     d_model: int = 64
     l0: float = 8.0
     """Features that fire on a token on average."""
