@@ -163,6 +163,7 @@ def judge_transcoders(
                 **{"median_fvu": metrics.median_fvu, "pca_median_fvu": of_pca.median_fvu},
                 "top_error_share": metrics.top_error_share,
                 "top_variance_share": metrics.top_variance_share,
+                "reconstruction_bias": metrics.reconstruction_bias,
                 "delta_loss": delta,
                 "ablation_delta_loss": ablation,
                 "loss_recovered": loss_recovered(delta, ablation),
