@@ -339,8 +339,8 @@ def _judge(
             )
             for name, row in zip(others, rows_of_others, strict=True):
                 recipe = specs[name].config  # which Gemma Scope 2's files have no room for
-                aims = {"seed": recipe.seed, "target_l0": recipe.loss.target_l0}
-                found[name] = row | aims | {"l0_coefficient": recipe.loss.l0_coefficient}
+                aims = {"target_l0": recipe.loss.target_l0, "l0_coefficient": recipe.loss.l0_coefficient}
+                found[name] = row | aims | {"seed": recipe.seed, "kind": recipe.kind}
             frequencies |= of_others
         saes = [found[name] for name in paths]
     facts = {
