@@ -18,13 +18,15 @@ import torch
 torch.cuda.is_available = lambda: True
 sys.modules.update(dict.fromkeys({ABSENT!r}))  # importing them raises ModuleNotFoundError
 """
-KERNELS = ("decode", "dense", "encode", "entries", "jumprelu", "latents", "residual", "update")
+KERNELS = ("decode", "dense", "encode", "entries", "jumprelu", "latents", "residual", "topk", "update")
+KINDS = ("gated", "relu", "topk", "transcoder")
 FILES = [
     *(f"tests/kernels/test_{name}.py" for name in KERNELS),
     "tests/kernels/test_native.py",  # needs hypothesis
     "tests/bench/test_report.py",  # needs matplotlib
     "tests/training/test_step.py",
     "tests/training/test_sparse_loss.py",
+    *(f"tests/training/test_{kind}.py" for kind in KINDS),
 ]
 
 
@@ -59,6 +61,11 @@ def test_steps_are_selected(collected):
     assert any(line.startswith("tests/training/test_step.py::test_full_shapes") for line in collected)
     assert any("test_step.py" in line and "triton" in line for line in collected)
     assert any(line.startswith("tests/training/test_sparse_loss.py::") for line in collected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_every_kind_are_selected(collected, kind):
+    assert any(line.startswith(f"tests/training/test_{kind}.py::") for line in collected)
 
 
 def test_a_folder_named_gpu_marks_nothing(request):

@@ -13,7 +13,12 @@ from tests.helpers import assert_bitwise_equal, lattice, normal
 from tests.kernels.entries import limit_scratch
 from tests.kernels.native import ISAS, needs_native, threads
 
-needs_triton = pytest.mark.skipif(triton_problem() is not None, reason=triton_problem() or "")
+# In the interpreter, or on a GPU where there is one.
+needs_triton = (
+    pytest.mark.gpu
+    if torch.cuda.is_available()
+    else pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
+)
 IMPLS = [
     pytest.param("pytorch", id="pytorch"),
     pytest.param("cpu", id="cpu", marks=needs_native),

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gemmascope.kernels import Rule
-from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.saes import BatchTopKSAE, JumpReLUSAE
 from gemmascope.training.calibrate import calibrate_threshold
 from gemmascope.training.config import TrainConfig
@@ -15,12 +14,12 @@ from gemmascope.training.state import TrainState
 from gemmascope.training.topk import THRESHOLD_DECAY, topk_loss_and_gradients, topk_step
 from gemmascope.training.trainer import SAETrainer
 from tests.kernels.native import needs_native
+from tests.training.test_step import DEVICE, needs_triton
 
 D, F, N, K = 7, 30, 11, 4
 PREFIXES = (5, 12, F)
 KINDS = ("topk", "batchtopk", "matryoshka")
 kinds = pytest.mark.parametrize("kind", KINDS)
-needs_triton = pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
 
 
 def config_of(kind, **changes):
@@ -99,14 +98,15 @@ def take(route, state, config, batches, dead, figures=None):
     rule = Rule(2e-3, 0.99, 1e-8, True)
     config = config.changed(route=route)
     for x in batches:
-        made = topk_step(state, x.to(state.sae.W_dec), config, rule, dead)
+        x = x.to(state.sae.W_dec)
+        made = topk_step(state, x, config, rule, None if dead is None else dead.to(x.device))
         if figures is not None:
             figures.append(made.packed)
 
 
 def relative(found, exact):
     return {
-        name: ((t.double() - exact[name].double()).norm() / exact[name].double().norm().clamp(min=1e-300)).item()
+        name: ((t.double().cpu() - exact[name].double()).norm() / exact[name].double().norm().clamp(min=1e-300)).item()
         for name, t in found.tensors().items()
         if t.is_floating_point() and not name.endswith("_low")
     }
@@ -177,12 +177,11 @@ def test_aux_loss_of_what_does_not_vary_is_nothing(route):
 
 
 @kinds
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
-def test_other_implementations_are_as_good_as_plain_fp32(kind, impl, request):
+@pytest.mark.parametrize(
+    "impl", [pytest.param("cpu", marks=needs_native), pytest.param("triton", marks=needs_triton)], ids=["cpu", "triton"]
+)
+def test_other_implementations_are_as_good_as_plain_fp32(kind, impl):
     """err ≤ 2·err(plain PyTorch in fp32) + one ulp, each tensor in the Euclidean norm, after a few steps."""
-    mark = {"cpu": needs_native, "triton": needs_triton}[impl].mark
-    if mark.args[0]:
-        pytest.skip(mark.kwargs["reason"])
     steps, n = (10, N) if impl == "cpu" else (2, 5)
     config, dead, exact, allowed = config_of(kind), seldom(), {}, {}
     for seed in range(0, 80, 10):
@@ -194,7 +193,7 @@ def test_other_implementations_are_as_good_as_plain_fp32(kind, impl, request):
         exact[seed] = states[0].tensors()
         for name, error in relative(states[1], exact[seed]).items():
             allowed[name] = max(error, allowed.get(name, 0.0))
-    state = TrainState.start(sae_of(config, torch.float32, impl))
+    state = TrainState.start(sae_of(config, torch.float32, impl).to(DEVICE if impl == "triton" else "cpu"))
     take("sparse", state, config, [batch(i, n) for i in range(steps)], dead)
     state.settle(0.99)
     assert state.updates == steps

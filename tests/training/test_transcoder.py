@@ -8,7 +8,6 @@ import torch
 from gemmascope import Transcoder, kernels
 from gemmascope.activations.statistics import SiteStatistics
 from gemmascope.kernels import Rule, reference
-from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.saes.scaled_transcoder import ScaledSkipTranscoder, ScaledTranscoder
 from gemmascope.sites import Site
@@ -16,6 +15,7 @@ from gemmascope.training import Loss, SAESpec, SAETrainer, Suite, TrainConfig, l
 from gemmascope.training.state import COPIES, TrainState
 from gemmascope.training.step import StepFigures, dense_step, reference_step, sparse_step
 from tests.kernels.native import needs_native
+from tests.training.test_step import needs_triton
 
 D_IN, D_OUT, F, N = 7, 11, 24, 40
 WIDTHS = [pytest.param(D_IN, D_OUT, id="wider"), pytest.param(D_OUT, D_IN, id="narrower"), pytest.param(9, 9, id="one")]
@@ -186,7 +186,7 @@ def test_the_native_backend_keeps_to_the_error_of_plain_pytorch(d_in, d_out, rou
         assert native[name] <= 2 * plain[name] + 2e-7, name
 
 
-@pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
+@needs_triton
 @pytest.mark.parametrize("route", ["sparse", "dense"])
 def test_the_triton_kernels_take_a_target_of_the_same_width(route):
     (x, y), found = pairs(8, 6, 6), {}
@@ -203,7 +203,7 @@ def test_the_triton_kernels_take_a_target_of_the_same_width(route):
         assert ours[name] <= 2 * plain[name] + 2e-7, name
 
 
-@pytest.mark.skipif(triton_problem() is not None, reason="needs triton")
+@needs_triton
 def test_the_triton_kernels_refuse_two_widths():
     x, y = pairs(dtype=torch.float32)
     with pytest.raises(
