@@ -249,7 +249,7 @@ def test_operators_and_determinism(registry):
     rows, failed = rows_of("ours", parts=("step",), ops=True, determinism=True)
     operators = [row for row in rows if row["kind"] == "operator"]
     assert [row["operator"] for row in operators] == [
-        "encode_entries", "residual_pass", "by_latent", "latent_pass", "update_from_entries"
+        "encode_entries", "residual_pass", "by_latent", "latent_pass", "encoder_times", "update_from_entries"
     ]  # fmt: skip
     for row in operators:
         assert row["pct_roofline"] == pytest.approx(100 * row["floor_ms"] / row["p50_ms"])
