@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bench.contenders import UnavailableError
 from bench.ours import OursTrainer
 from bench.quality import plots
+from bench.quality.reading import load
 from bench.quality.verdicts import OURS, Row, points_of, table, verdict_line, verdicts
 from bench.reporting import records
 from bench.trainers import RECIPES, TRAINERS, Setting, Trainer, class_of, make
@@ -42,27 +42,7 @@ from gemmascope.training.trainer import SAETrainer
 ACTIVATIONS = Path("runs/demo/activations.safetensors")
 OUT = Path("runs/bench")
 L0_COEFFICIENTS = (2e-3, 4e-3, 8e-3, 16e-3)
-HELD_OUT = 0.1
 CURVE_POINTS, CURVE_TOKENS = 10, 8192
-
-
-def load(path: Path, sites: Sequence[str]) -> dict[Site, tuple[Tensor, Tensor]]:
-    """Training and held-out activations [n, width] of each site. Raises ValueError for what is not there."""
-    if not path.exists():
-        raise ValueError(f"activations: found no {path}; `python -m bench.quality.activations RUN` makes it of a demo")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, found = set(file.keys()), {}
-            for name in sites:
-                if name not in names:
-                    raise ValueError(f"sites: expected some of {', '.join(sorted(names))}, found {name!r}")
-                rows = file.get_tensor(name)
-                held_out = math.ceil(HELD_OUT * len(rows))
-                # The last rows: neighbouring tokens are alike, so held-out ones must not be drawn from among the rest.
-                found[Site.parse(name)] = rows[:-held_out], rows[-held_out:]
-            return found
-    except SafetensorError as error:
-        raise ValueError(f"activations: {path} is not a safetensors file ({error})") from None
 
 
 def finite(value: float) -> float | None:

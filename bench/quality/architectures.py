@@ -31,6 +31,7 @@ from torch import Tensor
 from bench.contenders import Contender, UnavailableError
 from bench.quality import pareto
 from bench.quality.controls import control_rows
+from bench.quality.reading import HELD_OUT, load
 from bench.quality.synthetic import Planted, compare
 from bench.reporting import records
 from bench.trainers import RECIPES, Setting, Trainer, class_of, make
@@ -51,7 +52,6 @@ SYNTHETIC_TOKENS = 1 << 17
 OUTLIERS = 1e-3
 """Share of the held-out tokens, by norm, without which the figures are given too."""
 CALIBRATION_TOKENS = 16_384
-HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,6 @@ def data_of(given: argparse.Namespace) -> list[Data]:
         x = planted.draw(given.tokens)
         held_out = math.ceil(HELD_OUT * len(x))
         return [Data(Site(0, "resid"), x[:-held_out], x[-held_out:], planted)]
-    from bench.quality.__main__ import load
     from bench.quality.activations import read_pairs
 
     path, found = Path(given.data), []

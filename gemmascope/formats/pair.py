@@ -56,7 +56,8 @@ class Pair(NamedTuple):
                 try:
                     return files.enter_context(open_file(place))
                 except BadFileError as error:
-                    if not isinstance(error.__cause__, FileNotFoundError) or os.path.lexists(place):
+                    # Moved on, or a link to nothing. That it is there again says no more: another writer's may be.
+                    if not isinstance(error.__cause__, FileNotFoundError) or place.is_symlink():
                         raise
         return None
 

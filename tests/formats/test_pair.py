@@ -11,6 +11,7 @@ import torch
 
 from gemmascope import JumpReLUSAE
 from gemmascope.errors import BadFileError, EnvironmentProblemError
+from gemmascope.formats import pair as pair_module
 from gemmascope.formats.pair import Pair
 from tests.formats.test_release import METADATA, assert_same_bits, make_sae
 
@@ -229,6 +230,28 @@ def test_weights_that_move_while_they_are_looked_for_are_found(tmp_path, monkeyp
 
     monkeypatch.setattr(os.path, "lexists", move_what_was_found)
     assert seed_of(tmp_path) == 1
+
+
+def test_another_save_in_the_place_of_the_one_that_moved_on_is_no_error(tmp_path, monkeypatch):
+    """Between the look and the opening one save comes to its place, and the next one is committed."""
+    path = tmp_path / "params.npz"
+    for seed in (2, 1):
+        numbered(seed).save(tmp_path / str(seed) / "params.npz")
+    pair = Pair(path, tmp_path / "config.json")
+    os.rename(tmp_path / "1", pair.committed)
+    real = pair_module.open_file
+
+    def move_on(place):
+        if os.fspath(place) == os.fspath(pair.committed / "config.json") and not path.exists():
+            pair._settle()
+            try:
+                return real(place)  # it is gone
+            finally:
+                os.rename(tmp_path / "2", pair.committed)
+        return real(place)
+
+    monkeypatch.setattr(pair_module, "open_file", move_on)
+    assert seed_of(tmp_path) == 2
 
 
 def test_what_is_always_replaced_is_said(tmp_path, monkeypatch):

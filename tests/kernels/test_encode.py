@@ -250,7 +250,7 @@ def test_more_than_a_few_tokens_are_counted_first(device, monkeypatch):
     with Kernels(monkeypatch) as kernels:
         code = gpu_encode._encode(*arguments)
     assert [name for name in kernels.found if name.endswith("_kernel")] == [
-        *("_encode_fwd_kernel", "_count_kernel", "_compact_kernel"),
+        *("_encode_fwd_kernel", "_count_kernel", "_scan_kernel", "_compact_kernel"),
     ]
     assert_matches_reference(*arguments, SparseCode(*code, 70))
 
