@@ -37,12 +37,12 @@ TARGETED = ("target_l0", "quadratic_l0")
 # reconstructs worse. That of `l1` is amid those which SAEBench's gated and ReLU SAEs were trained with (.012 to .08).
 L0_COEFFICIENTS = {"l0": 6e-4, "target_l0": 0.3, "quadratic_l0": 0.02, "tanh": 6e-4, "l1": 0.04, "none": 0.0}
 # For hundreds of updates, where these two differ.
-SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3, "l1": 0.3}
+SHORT_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 8e-3, "tanh": 8e-3, "l1": 0.2}
 # In units of variance. The L0 rests above its target by about s·FVU/(2λ) of it with `target_l0`, s ≈ 0.3 the slope of
 # log FVU over log L0: a percent or two, whatever the target. A larger λ lets latents die and reconstructs worse.
-# With .3 of `l1`, 500 updates on synthetic activations of width 256 (11 of 1,024 directions a token) left L0 21 to a
-# ReLU SAE of 1,024 latents and 28 to a gated one; .2 and .4 left 63 and 16, 71 and 18, after 300.
-SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "target_l0": 1.6, "l1": 0.3}
+# With .2 of `l1`, 500 updates on synthetic activations of width 256 (11 of 1,024 directions a token) left L0 9 to a
+# ReLU SAE of 1,024 latents and 11 to a gated one; with .1 they left 26 and 89, with .3 both 6.
+SMALL_L0_COEFFICIENTS = L0_COEFFICIENTS | {"l0": 1e-3, "target_l0": 1.6, "l1": 0.2}
 # ε of the kinds whose thresholds are 0 and stay there: no entry lies in so narrow a window but a z of 0 itself.
 CLOSED_WINDOW = 1e-30
 SMALLEST_EPS = torch.finfo(torch.float32).tiny
@@ -351,7 +351,8 @@ class TrainConfig:
         Units are those of the variance, and the target is the batch's, so that tokens may differ. λ rises late and to
         the last update: early, while L0 is far above the target, it pushes latents out of reach of any gradient. Many
         fire at first, and the window is wide, for the same reason. Schedules take a share of the ``steps``. With
-        another ``sparsity``, `l0` for one, no target is set.
+        another ``sparsity``, `l0` for one, no target is set. The λ of `l1` rises linearly in the first third: the gate of
+        a gated SAE learns what its latents are only while it is sparse.
         """
         steps, sparsity = changes.get("steps", 500), changes.get("sparsity", _sparsity_of(changes, "target_l0"))
         check_int("steps", steps, 0)
@@ -360,8 +361,8 @@ class TrainConfig:
             d_sae=4096,
             steps=steps,
             loss=Loss(sparsity="target_l0", target_l0=40, l0_of="batch", bandwidth=5e-2),
-            l0_warmup_steps=steps,
-            l0_warmup_power=4.0,
+            l0_warmup_steps=steps // 3 if sparsity == "l1" else steps,
+            l0_warmup_power=1.0 if sparsity == "l1" else 4.0,
             threshold_init=0.01,
             scale_by="variance",
         )
