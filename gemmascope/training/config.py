@@ -351,8 +351,8 @@ class TrainConfig:
         Units are those of the variance, and the target is the batch's, so that tokens may differ. λ rises late and to
         the last update: early, while L0 is far above the target, it pushes latents out of reach of any gradient. Many
         fire at first, and the window is wide, for the same reason. Schedules take a share of the ``steps``. With
-        another ``sparsity``, `l0` for one, no target is set. The λ of `l1` rises linearly in the first third: the gate of
-        a gated SAE learns what its latents are only while it is sparse.
+        another ``sparsity``, `l0` for one, no target is set. The λ of `l1` rises linearly in the first third: a gate
+        learns what its latents are only while it is sparse.
         """
         steps, sparsity = changes.get("steps", 500), changes.get("sparsity", _sparsity_of(changes, "target_l0"))
         check_int("steps", steps, 0)
