@@ -267,6 +267,7 @@ def counter(kernel: str, metric: str) -> Callable[[Found], float | None]:
 PREDICTIONS = (
     Prediction("entries, dense, encode, step, sparse_loss are right (status 0)", status("correctness"), zero),
     Prediction("residual, latents, update are right (status 0)", status("units"), zero),
+    Prediction("the other kinds of SAE are right (status 0)", status("kinds"), zero),
     Prediction("none of 50 repeated steps differs", changed_runs, zero),
     Prediction("a step at 16k, L0 64, takes 1.2 to 1.8 ms", step_ms("step"), between(1.2, 1.8)),
     Prediction("compiled dense PyTorch: 2.5 to 3.3 ms", step_ms("compiled", "dense_compiled"), between(2.5, 3.3)),

@@ -33,9 +33,9 @@ bench="-m bench run --suite step --only"
 contact="-m bench.first_contact"
 step="--shapes 2304x16384 --l0 64 --rounds 10"
 entries="tests/kernels/test_entries.py tests/kernels/test_dense.py tests/kernels/test_encode.py"
-sums="tests/kernels/test_residual.py tests/kernels/test_latents.py tests/kernels/test_update.py tests/kernels/test_topk.py"
+sums="tests/kernels/test_residual.py tests/kernels/test_latents.py tests/kernels/test_update.py"
 steps="tests/training/test_step.py tests/training/test_sparse_loss.py"
-kinds="tests/training/test_gated.py tests/training/test_relu.py tests/training/test_topk.py tests/training/test_transcoder.py"
+kinds="tests/kernels/test_topk.py tests/training/test_gated.py tests/training/test_relu.py tests/training/test_topk.py tests/training/test_transcoder.py"
 suite="--ring-tokens 65536 --blocks 2"
 wide131k="--shapes 3584x131072 --l0 64 --rounds 5 --no-memory"
 if [ "$rehearse" ]; then
@@ -43,7 +43,7 @@ if [ "$rehearse" ]; then
     tests="-m pytest --import-mode=append -p no:cacheprovider --tb=short -k nothing"
     step="--shapes 16x64 --l0 4 --rounds 1 --tokens 24 --device cpu --no-memory"
     suite="--model tiny --device cpu --d-sae 64 --l0 6 --context 32 --ring-tokens 1024 --batch 128 --compute-dtype fp32"
-    entries=tests/kernels/test_dense.py sums=tests/kernels/test_residual.py steps="" kinds="" wide131k=$step
+    entries=tests/kernels/test_dense.py sums=tests/kernels/test_residual.py steps="" wide131k=$step
 fi
 
 section() { # NAME SECONDS COMMAND...: runs it if it is wanted, and keeps what it says
@@ -68,7 +68,7 @@ rm -f "$out/sections.tsv"
 # What comes first matters most. 590 seconds in all.
 section machine 15 "$python" $contact machine
 section correctness 120 "$python" $tests $entries $steps
-section units 60 "$python" $tests $sums $kinds
+section units 60 "$python" $tests $sums
 section step 45 "$python" $bench ours $step --determinism
 section skew0 30 "$python" $bench ours $step --skew 0 --no-memory
 section counters 50 ncu --csv --metrics "$("$python" $contact metrics)" --kernel-name 'regex:_(update|residual|encode_fwd.*)_kernel' \
@@ -79,7 +79,8 @@ section memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --too
 section wide131k 45 "$python" $bench ours $wide131k
 section compiled 45 "$python" $bench dense_compiled $step --no-memory
 section wide1m 50 "$python" $contact wide
-# By name alone: a whole suite takes minutes.
+# By name alone: the other kinds of SAE, of which no kernel is their own, and a whole suite, which takes minutes.
+case "$chosen" in *" kinds "*) section kinds 240 "$python" $tests $kinds ;; esac
 case "$chosen" in *" suite "*) section suite 420 "$python" -m bench.suite $suite ;; esac
 "$python" $contact verdict "$out" | tee "$out/verdict.txt"
 keep
