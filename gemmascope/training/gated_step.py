@@ -20,7 +20,7 @@ from .config import CLOSED_WINDOW, Loss
 from .gated import gated_loss_and_gradients, gradient_bound, is_entry
 from .memory import dense_tile
 from .state import TrainState
-from .step import StepFigures, matmul, tf32_products
+from .step import StepFigures, matmul, move_others, tf32_products, update_by_gradients
 
 
 class _Measured(NamedTuple):
@@ -202,21 +202,9 @@ def _dense_step(
 def _reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigures:
     """By `gated_loss_and_gradients`."""
     latents, out = state.ready(), gated_loss_and_gradients(_sae(state), x, loss)
-    number = state.updates + 1
-    ok = reference.conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
-    gradients, touched = out.gradients, torch.ones_like(out.firing_count)
-    kernels.update_from_dense(
-        latents,
-        gradients.W_enc.T,
-        gradients.W_dec,
-        gradients.b_enc,
-        torch.zeros_like(gradients.b_enc),
-        touched,
-        rule,
-        ok,
-        state.updates,
-        impl="reference",
-    )
+    gradients = out.gradients
+    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, torch.zeros_like(gradients.b_enc))
+    ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
     measured = _Measured(out.errors, out.l0, out.firing_count, out.n_entries)
     others = _Others(gradients.b_dec, gradients.b_mag, gradients.r_mag)
     return _finish(state, x, x.sum(0)[None], measured, others, rule, _Verdict(out.loss, ok, number))
@@ -259,10 +247,7 @@ def _finish(
 ) -> StepFigures:
     """The parameters that every update moves and the counters, unless the update is withheld; the figures."""
     sae, ok, number = _sae(state), verdict.ok, verdict.number
-    for name in sae.OTHERS:
-        reference.conclusion.adam(
-            getattr(sae, name).data, state.others_v[name], getattr(others, name), rule, ok, number
-        )
+    move_others(state, {name: getattr(others, name) for name in sae.OTHERS}, rule, ok, number)
     counters = (state.tokens_since_fired, state.updates)
     of_batch = (others.b_dec, measured.firing_count, len(x), rule, ok, number)
     reference.conclusion.move(sae.b_dec.data, state.b_dec_v, *counters, *of_batch)

@@ -196,7 +196,7 @@ def _to_latents(state: TrainState, x: Tensor, target: Tensor) -> Tensor:
         return target - matmul(x, W_skip.T).to(target.dtype)
 
 
-def _move_others(state: TrainState, gradients: Mapping[str, Tensor], rule: Rule, ok: Tensor, number: Tensor) -> None:
+def move_others(state: TrainState, gradients: Mapping[str, Tensor], rule: Rule, ok: Tensor, number: Tensor) -> None:
     """The parameters of ``sae.OTHERS``, unless the update is withheld."""
     for name, gradient in gradients.items():
         moved = (getattr(state.sae, name).data, state.others_v[name])
@@ -296,7 +296,7 @@ def sparse_step(
     kernels.update_from_entries(
         latents, transposed, sums, out.residual, centred.x, rule, conclusion.ok, state.updates, impl=impl
     )
-    _move_others(state, _of_skip(state, out.residual, centred.x), rule, conclusion.ok, conclusion.number)
+    move_others(state, _of_skip(state, out.residual, centred.x), rule, conclusion.ok, conclusion.number)
     return _finish(state, tokens, of_encoder, sums.firing_count, rule, conclusion)
 
 
@@ -375,9 +375,32 @@ def _dense_step(
             state.updates,
             impl=impl,
         )
-    _move_others(state, _of_skip(state, low, centred.x), rule, conclusion.ok, conclusion.number)
+    move_others(state, _of_skip(state, low, centred.x), rule, conclusion.ok, conclusion.number)
     parts = None if of_encoder is None else of_encoder[None]
     return _finish(state, tokens, parts, firing_count, rule, conclusion)
+
+
+def update_by_gradients(
+    state: TrainState,
+    latents: LatentState,
+    loss: Tensor,
+    bound: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:
+    """Every latent by gradients that were written out densely, of the parameters of those names, in their shapes.
+
+    loss, bound: [], on which it depends whether the update is made. Returns that, an int32 scalar, and which update it
+    is, counted from 1.
+    """
+    ok = reference.conclusion.permission(loss, bound, None, state.copies_differ(), state.stalled, state.skipped)
+    touched = torch.ones_like(b_enc, dtype=torch.int32)
+    gradients = (W_enc.T, W_dec, b_enc, threshold, touched)
+    kernels.update_from_dense(latents, *gradients, rule, ok, state.updates, impl="reference")
+    return ok, state.updates + 1
 
 
 @torch.no_grad()
@@ -393,21 +416,10 @@ def reference_step(
     """The same update by `loss_and_gradients`, in fp32. dead: bool [d_sae], for the pre-activation loss."""
     assert isinstance(state.sae, JumpReLUSAE)  # the trainer has chosen the step
     latents, out, n = state.ready(), loss_and_gradients(state.sae, x, loss, dead, target), x.shape[0]
-    ok = reference.conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
-    gradients, number = out.gradients, state.updates + 1
-    kernels.update_from_dense(
-        latents,
-        gradients.W_enc.T,
-        gradients.W_dec,
-        gradients.b_enc,
-        gradients.threshold,
-        torch.ones_like(out.firing_count),
-        rule,
-        ok,
-        state.updates,
-        impl="reference",
-    )
-    _move_others(state, out.others, rule, ok, number)
+    gradients = out.gradients
+    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold)
+    ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
+    move_others(state, out.others, rule, ok, number)
     counters = (state.tokens_since_fired, state.updates)
     reference.conclusion.move(
         state.sae.b_dec.data, state.b_dec_v, *counters, gradients.b_dec, out.firing_count, n, rule, ok, number

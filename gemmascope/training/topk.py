@@ -26,7 +26,7 @@ from ..saes import BatchTopKSAE
 from ..saes.base import BaseSAE
 from .config import TrainConfig
 from .state import TrainState
-from .step import StepFigures
+from .step import StepFigures, update_by_gradients
 
 # Of the moving average of the smallest z that fires, which the k·N-th of so many hardly scatters, while it drifts as
 # the SAE learns.
@@ -169,20 +169,9 @@ def _follow(state: TrainState, smallest: Tensor, ok: Tensor, number: Tensor) -> 
 
 def _reference_step(state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, dead: Tensor | None) -> StepFigures:
     latents, out, n = state.ready(), topk_loss_and_gradients(state.sae, x, config, dead), x.shape[0]
-    ok = reference.conclusion.permission(out.loss, out.bound, None, state.copies_differ(), state.stalled, state.skipped)
-    gradients, number = out.gradients, state.updates + 1
-    kernels.update_from_dense(
-        latents,
-        gradients.W_enc.T,
-        gradients.W_dec,
-        gradients.b_enc,
-        gradients.threshold,
-        torch.ones_like(out.firing_count),
-        rule,
-        ok,
-        state.updates,
-        impl="reference",
-    )
+    gradients = out.gradients
+    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold)
+    ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
     counters = (state.tokens_since_fired, state.updates)
     moved = (state.sae.b_dec.data, state.b_dec_v, *counters)
     reference.conclusion.move(*moved, gradients.b_dec, out.firing_count, n, rule, ok, number)
