@@ -1,14 +1,19 @@
-"""Activations of a demo's language model on rows of its text that were not held out, for the comparisons here.
+"""Activations for the comparisons here: of a demo's language model, or of another model on a text.
 
     python -m bench.quality.activations runs/demo
+    python -m bench.quality.activations --model gemma-3-270m --text english.jsonl --out runs/gemma3.safetensors
 
-Writes activations.safetensors, bf16 [tokens, width] by site, into the folder of the run, and beside it the
-(previous, current) ids of each token, token_pairs.safetensors.
+Writes bf16 [tokens, width] by site, of a demo into its folder as activations.safetensors, and beside it the
+(previous, current) ids of each token, token_pairs.safetensors. Of a demo they are of rows that were not held out; else
+the last ones are of documents of their own, and the file says how many. A model that transformers reads and that is not
+one of ours (BERT) is read at the output of its blocks, layer_N/resid; padding and special tokens are left out.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,26 +23,139 @@ from gemmascope.activations import TokenRows, harvest
 from gemmascope.evaluation.suite import token_pairs
 from gemmascope.formats.files import atomic_write
 from gemmascope.reporting.progress import StageProgress
-from gemmascope.suite.config import ModelSection
+from gemmascope.sites import Site
+from gemmascope.suite.config import ModelSection, TextSection
 from gemmascope.suite.model import load_model
+from gemmascope.suite.prepare import tokens as tokenised
 
-FILE, PAIRS = "activations.safetensors", "token_pairs.safetensors"
+FILE, PAIRS, HELD_OUT = "activations.safetensors", "token_pairs.safetensors", "held_out"
 ROWS = 1280
+MOST_PER_SOURCE = 60_000
+"""Tokens of one source of documents, so that none outweighs the rest."""
 
 
 def write(run: Path, n_rows: int = ROWS, seed: int = 0) -> Path:
-    """Those of ``n_rows`` training rows, drawn by the seed one by one; the file."""
+    """Those of ``n_rows`` training rows of a demo, drawn by the seed one by one; the file."""
     loaded = load_model(ModelSection(str(run / "model")), "cpu")
     rows = TokenRows.open(run / "tokens")
     generator = torch.Generator("cpu").manual_seed(seed)
     tokens = rows.train(torch.randperm(rows.n_train, generator=generator)[:n_rows])
     with StageProgress("Activations", len(tokens), "tok", rows.context) as bar:
         found = harvest(loaded.model, tokens, loaded.sites, dtype=torch.bfloat16, progress=bar.update)
-    with atomic_write(run / FILE) as temporary:
-        save_file({str(site): x for site, x in found.items()}, temporary)
-    with atomic_write(run / PAIRS) as temporary:
-        save_file({"pairs": token_pairs(loaded.model, tokens)}, temporary)
-    return run / FILE
+    return _save(run / FILE, dict(found), token_pairs(loaded.model, tokens), None)
+
+
+def write_text(
+    model: str, text: Sequence[str], sites: Sequence[str], out: Path, n_rows: int, context: int, drop_norm: float | None
+) -> Path:
+    """Those of ``n_rows`` rows of ``context`` tokens, a tenth of them of documents that the others are not of.
+
+    drop_norm: leave out tokens whose norm is above so many times the median of the first rows; None: none.
+    """
+    loaded = load_model(ModelSection(model, dtype="float32"), "cpu")
+    section = TextSection(files=tuple(text), context=context, held_out_every=8, max_tokens_per_source=MOST_PER_SOURCE)
+    rows = tokenised(section, loaded.tokenizer, out.with_suffix(".tokens"))
+    generator = torch.Generator("cpu").manual_seed(0)
+    last = min(n_rows // 10, rows.n_held_out)
+    parts = [
+        rows.train(torch.randperm(rows.n_train, generator=generator)[: n_rows - last]),
+        rows.held_out(torch.randperm(rows.n_held_out, generator=generator)[:last]),
+    ]
+    found, pairs, medians = [], [], None
+    with StageProgress("Activations", sum(map(len, parts)), "tok", context) as bar:
+        for done, tokens in zip((0, len(parts[0])), parts, strict=True):
+            each = harvest(
+                loaded.model,
+                tokens,
+                sites,
+                dtype=torch.bfloat16,
+                max_norm_ratio=drop_norm,
+                median_norms=medians,
+                progress=lambda n, done=done: bar.update(done + n),
+            )
+            medians = each.outliers.median_norms
+            print(f"{each.outliers.dropped} of {each.outliers.tokens} tokens left out", file=sys.stderr)
+            found.append(dict(each))
+            pairs.append(_kept_pairs(loaded.model, tokens, each.kept))
+    return _save(out, _joined(found), torch.cat(pairs), len(pairs[1]))
+
+
+def _kept_pairs(model: Any, tokens: Tensor, kept: Tensor) -> Tensor:
+    """`token_pairs` of those that `harvest` kept; bool [rows, context]."""
+    previous = torch.cat([torch.full_like(tokens[:, :1], model.config.vocab_size), tokens[:, :-1]], 1)
+    return torch.stack([previous, tokens], -1)[kept].long()
+
+
+def _joined(parts: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
+    return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+
+
+def write_encoder(model: str, text: Sequence[str], sites: Sequence[str], out: Path, n_rows: int, context: int) -> Path:
+    """`write_text` for an encoder of transformers, BERT for one, at the outputs of its blocks."""
+    from transformers import AutoModel, AutoTokenizer
+
+    wanted = [Site.parse(site) for site in sites]
+    if any(site.kind != "resid" for site in wanted):
+        raise ValueError(f"sites: expected layer_N/resid of an encoder, found {', '.join(sites)}")
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    section = TextSection(files=tuple(text), context=context, held_out_every=8, max_tokens_per_source=MOST_PER_SOURCE)
+    from gemmascope.activations import read_documents
+    from gemmascope.activations.packing import is_held_out
+
+    parts: list[list[dict[Site, Tensor]]] = [[], []]
+    pairs: list[list[Tensor]] = [[], []]
+    last = n_rows // 10
+    wants = [n_rows - last, last]
+
+    def texts() -> Iterator[tuple[int, str]]:
+        used: dict[str, int] = {}
+        for document in read_documents(section.files):
+            if used.setdefault(document.source, 0) < 4 * MOST_PER_SOURCE:
+                used[document.source] += len(document.text)
+                part = int(is_held_out(document, section.held_out_every))
+                yield from ((part, piece) for piece in _pieces(document.text, 4 * context))
+
+    batches: list[list[str]] = [[], []]
+    with StageProgress("Activations", n_rows, "row") as bar, torch.no_grad():
+        for part, piece in texts():
+            batches[part].append(piece)
+            if len(batches[part]) < 32 or sum(wants) == 0:
+                continue
+            batch, batches[part] = batches[part][: wants[part]], []
+            if not batch:
+                continue
+            wants[part] -= len(batch)
+            given = tokenizer(
+                batch,
+                truncation=True,
+                max_length=context,
+                padding=True,
+                return_tensors="pt",
+                return_special_tokens_mask=True,
+            )
+            keep = given["attention_mask"].bool() & ~given.pop("special_tokens_mask").bool()
+            states = network(**given, output_hidden_states=True).hidden_states
+            parts[part].append({site: states[site.layer + 1][keep].to(torch.bfloat16) for site in wanted})
+            pairs[part].append(_kept_pairs(network, given["input_ids"], keep))
+            bar.update(n_rows - sum(wants))
+    if any(wants):
+        raise ValueError(f"rows: expected a text of {n_rows} rows, found {n_rows - sum(wants)}")
+    whole = [_joined(part) for part in parts]
+    return _save(out, _joined(whole), torch.cat(pairs[0] + pairs[1]), sum(map(len, pairs[1])))
+
+
+def _pieces(text: str, length: int) -> Iterator[str]:
+    return (text[start : start + length] for start in range(0, len(text), length))
+
+
+def _save(path: Path, found: dict[Site, Tensor], pairs: Tensor, held_out: int | None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        metadata = None if held_out is None else {HELD_OUT: str(held_out)}
+        save_file({str(site): x.contiguous() for site, x in found.items()}, temporary, metadata)
+    with atomic_write(path.with_name(PAIRS)) as temporary:
+        save_file({"pairs": pairs}, temporary)
+    return path
 
 
 def read_pairs(path: Path) -> Tensor | None:
@@ -47,11 +165,30 @@ def read_pairs(path: Path) -> Tensor | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality.activations", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a finished demo")
-    parser.add_argument("--rows", type=int, default=ROWS)
-    given = parser.parse_args(arguments)
-    print(write(given.run, given.rows))
+    top = argparse.ArgumentParser(
+        prog="python -m bench.quality.activations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("run", type=Path, nargs="?", help="folder of a finished demo")
+    top.add_argument("--rows", type=int, default=ROWS)
+    top.add_argument("--model", help="another model, a folder or a name on the hub, instead of a demo's")
+    top.add_argument("--encoder", action="store_true", help="the model is an encoder such as BERT")
+    top.add_argument("--text", nargs="+", default=[], help="files or patterns, as of [text] files")
+    top.add_argument("--sites", nargs="+", default=["layer_9/resid", "layer_9/mlp", "layer_9/att"])
+    top.add_argument("--context", type=int, default=256)
+    top.add_argument("--drop-norm", type=float, default=None, help="as of [activations] drop_norm")
+    top.add_argument("--out", type=Path, help="file of the activations of --model")
+    given = top.parse_args(arguments)
+    if (given.run is None) == (given.model is None):
+        top.error("run: expected the folder of a demo, or --model with --text and --out")
+    if given.run is not None:
+        print(write(given.run, given.rows))
+        return 0
+    if not given.text or given.out is None:
+        top.error("--model: expected --text and --out with it")
+    wanted = (given.model, given.text, given.sites, given.out, given.rows, given.context)
+    print(write_encoder(*wanted) if given.encoder else write_text(*wanted, given.drop_norm))
     return 0
 
 

@@ -62,6 +62,7 @@ class Data:
     planted: Planted | None = None
     pairs: tuple[Tensor, Tensor] | None = None
     """(previous, current) ids of the rows and of those held out."""
+    centred: bool = False
 
     @property
     def kept(self) -> Tensor:
@@ -150,18 +151,18 @@ def released(trainer: Trainer, rows: Tensor) -> Any:
 
 def train(trainer: Trainer, setting: Setting, data: Data, tick: Callable[[], None] = lambda: None) -> Row:
     """The figures of one training. Its seconds are those of the updates alone."""
-    config, seconds = setting.config, 0.0
+    config, seconds, cpu_seconds = setting.config, 0.0, 0.0
     start = SAETrainer(config, data.rows).sae
     with contextlib.redirect_stdout(sys.stderr), Peak() as peak:
         trainer.start(setting, start, data.rows)  # type: ignore
         for batch in batches({data.site: data.rows}, config.batch_size, config.steps, config.seed):
-            begun = time.perf_counter()
+            begun, begun_cpu = time.perf_counter(), time.process_time()
             trainer.update(batch[data.site])
-            seconds += time.perf_counter() - begun
+            seconds, cpu_seconds = seconds + time.perf_counter() - begun, cpu_seconds + time.process_time() - begun_cpu
             tick()
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         trainer.sae()  # waits for the last update
-        seconds += time.perf_counter() - begun
+        seconds, cpu_seconds = seconds + time.perf_counter() - begun, cpu_seconds + time.process_time() - begun_cpu
     sae = released(trainer, data.rows)
     every, kept = evaluate_sae(sae, data.held_out), evaluate_sae(sae, data.held_out, keep=data.kept)
     found: Row = {
@@ -174,6 +175,7 @@ def train(trainer: Trainer, setting: Setting, data: Data, tick: Callable[[], Non
         "dead": every.dead_fraction,
         "high_frequency": every.high_freq_fraction,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_bytes": peak.nbytes,
     }
     if data.planted is not None:
@@ -205,6 +207,7 @@ def facts_of(name: str, kind: str, trainer: Trainer, setting: Setting, data: Dat
         "tokens_seen": config.steps * config.batch_size,
         "learning_rate": config.learning_rate,
         "seed": config.seed,
+        "centred": data.centred,
         "differs": trainer.differences(setting.recipe),
     }
 
@@ -242,6 +245,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--architectures", nargs="+", choices=KINDS, required=True)
     top.add_argument("--data", default=SYNTHETIC, help="'synthetic', or a file as bench.quality.activations writes it")
     top.add_argument("--sites", nargs="+", default=["layer_2/resid"], help="of the file")
+    top.add_argument(
+        "--centred",
+        action="store_true",
+        help="subtract the mean, at which the b_dec of ours begins and which the encoders of others see",
+    )
     top.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     top.add_argument("--seeds", nargs="+", type=int, default=[0])
     top.add_argument("--l0", nargs="+", type=float, default=[4, 8, 16], help="ks and targets, one a sparsity")
@@ -276,7 +284,8 @@ def data_of(given: argparse.Namespace) -> list[Data]:
     for site, (rows, held_out) in load(path, given.sites).items():
         pairs = read_pairs(path)
         split = None if pairs is None else (pairs[: len(rows)], pairs[len(rows) :])
-        found.append(Data(site, rows.float(), held_out.float(), pairs=split))
+        mean = rows.float().mean(0) if given.centred else torch.zeros(())
+        found.append(Data(site, rows.float() - mean, held_out.float() - mean, pairs=split, centred=given.centred))
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemmascope.sites import Site
 
-# Share of the rows.
+# Share of the rows, where the file does not say how many.
 HELD_OUT = 0.1
 
 
@@ -24,7 +24,8 @@ def load(path: Path, sites: Sequence[str]) -> dict[Site, tuple[Tensor, Tensor]]:
                 if name not in names:
                     raise ValueError(f"sites: expected some of {', '.join(sorted(names))}, found {name!r}")
                 rows = file.get_tensor(name)
-                held_out = math.ceil(HELD_OUT * len(rows))
+                stated = (file.metadata() or {}).get("held_out")
+                held_out = math.ceil(HELD_OUT * len(rows)) if stated is None else int(stated)
                 # The last rows: neighbouring tokens are alike, so held-out ones must not be drawn from among the rest.
                 found[Site.parse(name)] = rows[:-held_out], rows[-held_out:]
             return found
