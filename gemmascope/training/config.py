@@ -190,6 +190,10 @@ class TrainConfig:
     """`dense`, `sparse` (see `step`), `auto` (dense while many latents fire, then sparse) or the `reference`."""
     dead_after_tokens: int = 20_000
     """A latent is dead when it has not fired for so many tokens."""
+    revival_rate: float = 0.0
+    """Of `jumprelu`: θ of a dead latent falls by so many learning rates at each update, until it fires again. That is
+    what the pre-activation loss would do to a latent that nothing else moves, whatever its weight: alone, a gradient
+    moves what Adam without a first moment moves by the learning rate."""
     resample_steps: tuple[int, ...] = ()
     """Of `relu` and `gated`: updates, counted from 0 and ascending, before which dead latents begin anew where the
     tokens of the batch are reconstructed worst (`resample.resample`). Then the learning rate warms up once more."""
@@ -258,6 +262,9 @@ class TrainConfig:
             raise ValueError(f"k: expected {expected} with kind={self.kind!r}, got {self.k}")
         if self.k is not None:
             check_int("k", self.k, 1, self.d_sae)
+        check_number("revival_rate", self.revival_rate, 0)
+        if self.revival_rate and self.kind != "jumprelu":
+            raise ValueError(f"revival_rate: expected 0 with kind={self.kind!r}, got {self.revival_rate:g}")
         self._check_resampling()
         check_type("prefixes", self.prefixes, tuple)
         for index, prefix in enumerate(self.prefixes):

@@ -22,7 +22,7 @@ from .config import TOP_K, TrainConfig
 from .gated_step import gated_step
 from .kinds import new_sae, new_transcoder, of_kind
 from .memory import TrainingMemory, available_memory, training_memory
-from .resample import resample, seed_of
+from .resample import resample, revive, seed_of
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
@@ -363,6 +363,9 @@ class SAETrainer:
         except torch.OutOfMemoryError as error:
             memory = self.memory(replace(config, batch_size=len(x)), x.shape[1], x.device, self._d_out)
             raise EnvironmentProblemError(memory.advice(self._available)) from error
+        if config.revival_rate:
+            fall = config.revival_rate * config.learning_rate_at(step)
+            revive(state, config.dead_after_tokens, fall, rule.log_threshold, figures.made)
         self._pending.append(_Job(x, target, step, route, *_to_host(figures.packed)))
 
     def _resample(self, x: Tensor) -> None:
