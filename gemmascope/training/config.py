@@ -298,12 +298,15 @@ class TrainConfig:
     def changed(self, **changes) -> "TrainConfig":
         """A copy with other numbers, those of the loss by their own names: ``config.changed(target_l0=50, seed=1)``.
 
-        Another ``sparsity`` comes with its own λ, unless one is given, and another ``kind`` with its own penalty.
+        Another ``sparsity`` comes with its own λ, unless one is given, and another ``kind`` with its own penalty and
+        without revival.
         Raises TypeError for a name that neither the recipe nor its loss has, and else as the constructor.
         """
         kind = changes.get("kind", self.kind)
         if kind != self.kind and "loss" not in changes and kind in SPARSITIES_OF:
             changes = {"sparsity": SPARSITIES_OF[kind][0]} | changes
+        if kind != self.kind and kind in KINDS:
+            changes = {"revival_rate": 0.0} | changes
         of_loss = {name: changes.pop(name) for name in list(changes) if name in LOSS_FIELDS}
         unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
         if unknown:
@@ -355,11 +358,11 @@ class TrainConfig:
         """A recipe for real models and hundreds or thousands of updates, whose L0 comes out near ``target_l0``, by
         default 40, at every site with the same numbers; ``changes`` as of `changed`.
 
-        Units are those of the variance, and the target is the batch's, so that tokens may differ. λ rises late and to
-        the last update: early, while L0 is far above the target, it pushes latents out of reach of any gradient. Many
-        fire at first, and the window is wide, for the same reason. Schedules take a share of the ``steps``. With
-        another ``sparsity``, `l0` for one, no target is set. The λ of `l1` rises linearly in the first third: a gate
-        learns what its latents are only while it is sparse.
+        Units are those of the variance, and the target is the batch's, so that tokens may differ. λ rises linearly in
+        the first third: latents learn what they are only while few of them fire. That pushes some out of reach of any
+        gradient, while L0 is far above the target; ``revival_rate`` brings them back. Many fire at first, and the
+        window is wide, for the same reason. Schedules take a share of the ``steps``. With another ``sparsity``, `l0`
+        for one, no target is set.
         """
         steps, sparsity = changes.get("steps", 500), changes.get("sparsity", _sparsity_of(changes, "target_l0"))
         check_int("steps", steps, 0)
@@ -368,8 +371,9 @@ class TrainConfig:
             d_sae=4096,
             steps=steps,
             loss=Loss(sparsity="target_l0", target_l0=40, l0_of="batch", bandwidth=5e-2),
-            l0_warmup_steps=steps // 3 if sparsity == "l1" else steps,
-            l0_warmup_power=1.0 if sparsity == "l1" else 4.0,
+            learning_rate=4e-3,
+            l0_warmup_steps=steps // 3,
+            revival_rate=1.0,
             threshold_init=0.01,
             scale_by="variance",
         )

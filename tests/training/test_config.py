@@ -66,13 +66,21 @@ def test_small_aims_at_an_l0_of_the_batch_in_units_of_variance():
     assert TrainConfig.small(loss=Loss(0.25)).loss == Loss(0.25)
 
 
-def test_lambda_of_small_rises_to_the_last_update():
-    config = TrainConfig.small(steps=200)
-    rising = [config.l0_coefficient_at(step) for step in range(200)]
-    assert rising == sorted(set(rising))
-    assert rising[0] == 0
-    assert rising[100] == pytest.approx(config.loss.l0_coefficient / 16)
-    assert rising[-1] == pytest.approx(config.loss.l0_coefficient, rel=0.03)
+@pytest.mark.parametrize("kind", ["jumprelu", "relu"])
+def test_lambda_of_small_rises_linearly_in_a_third(kind):
+    config = TrainConfig.small(steps=300, kind=kind)
+    rising = [config.l0_coefficient_at(step) for step in range(300)]
+    assert rising[50] == pytest.approx(config.loss.l0_coefficient / 2)
+    assert rising[:101] == sorted(set(rising[:101]))
+    assert set(rising[100:]) == {config.loss.l0_coefficient}
+
+
+def test_small_revives_the_latents_of_jumprelu_alone():
+    small = TrainConfig.small()
+    assert small.revival_rate == 1
+    assert small.changed(kind="gated").revival_rate == TrainConfig.small(kind="topk", k=4).revival_rate == 0
+    assert small.changed(kind="jumprelu", seed=1).revival_rate == 1
+    assert TrainConfig.gemma_scope().revival_rate == TrainConfig.short().revival_rate == 0
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES_OF["jumprelu"])

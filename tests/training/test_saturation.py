@@ -121,7 +121,7 @@ def test_rows_of_another_kind():
 
 
 def test_an_l0_that_rests_at_its_target_while_lambda_rises():
-    """As with `TrainConfig.small`, whose λ rises to the end."""
+    """As with ``l0_warmup_power=4``, where λ rises to the end."""
     row = {"l0": 44.0, "lr": 1e-3, "window": 0.6, "threshold": 0.05, "target_l0": 40.0}
     rows = [row | {"step": 10 * step, "l0_coefficient": step**4 / 1e4} for step in range(1, 41)]
     assert saturated(rows) is None
