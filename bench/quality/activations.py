@@ -5,13 +5,13 @@
 
 Writes bf16 [tokens, width] by site, of a demo into its folder as activations.safetensors, and beside it the
 (previous, current) ids of each token, token_pairs.safetensors. Of a demo they are of rows that were not held out; else
-the last ones are of documents of their own, and the file says how many. A model that transformers reads and that is not
-one of ours (BERT) is read at the output of its blocks, layer_N/resid; padding and special tokens are left out.
+the last ones are of documents of their own, and the file says how many. An encoder such as BERT is read by
+`bench.quality.encoders`.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def write(run: Path, n_rows: int = ROWS, seed: int = 0) -> Path:
     tokens = rows.train(torch.randperm(rows.n_train, generator=generator)[:n_rows])
     with StageProgress("Activations", len(tokens), "tok", rows.context) as bar:
         found = harvest(loaded.model, tokens, loaded.sites, dtype=torch.bfloat16, progress=bar.update)
-    return _save(run / FILE, dict(found), token_pairs(loaded.model, tokens), None)
+    return save(run / FILE, dict(found), token_pairs(loaded.model, tokens), None)
 
 
 def write_text(
@@ -76,79 +76,21 @@ def write_text(
             medians = each.outliers.median_norms
             print(f"{each.outliers.dropped} of {each.outliers.tokens} tokens left out", file=sys.stderr)
             found.append(dict(each))
-            pairs.append(_kept_pairs(loaded.model, tokens, each.kept))
-    return _save(out, _joined(found), torch.cat(pairs), len(pairs[1]))
+            pairs.append(kept_pairs(loaded.model, tokens, each.kept))
+    return save(out, joined(found), torch.cat(pairs), len(pairs[1]))
 
 
-def _kept_pairs(model: Any, tokens: Tensor, kept: Tensor) -> Tensor:
+def kept_pairs(model: Any, tokens: Tensor, kept: Tensor) -> Tensor:
     """`token_pairs` of those that `harvest` kept; bool [rows, context]."""
     previous = torch.cat([torch.full_like(tokens[:, :1], model.config.vocab_size), tokens[:, :-1]], 1)
     return torch.stack([previous, tokens], -1)[kept].long()
 
 
-def _joined(parts: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
+def joined(parts: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
     return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
 
-def write_encoder(model: str, text: Sequence[str], sites: Sequence[str], out: Path, n_rows: int, context: int) -> Path:
-    """`write_text` for an encoder of transformers, BERT for one, at the outputs of its blocks."""
-    from transformers import AutoModel, AutoTokenizer
-
-    wanted = [Site.parse(site) for site in sites]
-    if any(site.kind != "resid" for site in wanted):
-        raise ValueError(f"sites: expected layer_N/resid of an encoder, found {', '.join(sites)}")
-    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
-    section = TextSection(files=tuple(text), context=context, held_out_every=8, max_tokens_per_source=MOST_PER_SOURCE)
-    from gemmascope.activations import read_documents
-    from gemmascope.activations.packing import is_held_out
-
-    parts: list[list[dict[Site, Tensor]]] = [[], []]
-    pairs: list[list[Tensor]] = [[], []]
-    last = n_rows // 10
-    wants = [n_rows - last, last]
-
-    def texts() -> Iterator[tuple[int, str]]:
-        used: dict[str, int] = {}
-        for document in read_documents(section.files):
-            if used.setdefault(document.source, 0) < 4 * MOST_PER_SOURCE:
-                used[document.source] += len(document.text)
-                part = int(is_held_out(document, section.held_out_every))
-                yield from ((part, piece) for piece in _pieces(document.text, 4 * context))
-
-    batches: list[list[str]] = [[], []]
-    with StageProgress("Activations", n_rows, "row") as bar, torch.no_grad():
-        for part, piece in texts():
-            batches[part].append(piece)
-            if len(batches[part]) < 32 or sum(wants) == 0:
-                continue
-            batch, batches[part] = batches[part][: wants[part]], []
-            if not batch:
-                continue
-            wants[part] -= len(batch)
-            given = tokenizer(
-                batch,
-                truncation=True,
-                max_length=context,
-                padding=True,
-                return_tensors="pt",
-                return_special_tokens_mask=True,
-            )
-            keep = given["attention_mask"].bool() & ~given.pop("special_tokens_mask").bool()
-            states = network(**given, output_hidden_states=True).hidden_states
-            parts[part].append({site: states[site.layer + 1][keep].to(torch.bfloat16) for site in wanted})
-            pairs[part].append(_kept_pairs(network, given["input_ids"], keep))
-            bar.update(n_rows - sum(wants))
-    if any(wants):
-        raise ValueError(f"rows: expected a text of {n_rows} rows, found {n_rows - sum(wants)}")
-    whole = [_joined(part) for part in parts]
-    return _save(out, _joined(whole), torch.cat(pairs[0] + pairs[1]), sum(map(len, pairs[1])))
-
-
-def _pieces(text: str, length: int) -> Iterator[str]:
-    return (text[start : start + length] for start in range(0, len(text), length))
-
-
-def _save(path: Path, found: dict[Site, Tensor], pairs: Tensor, held_out: int | None) -> Path:
+def save(path: Path, found: dict[Site, Tensor], pairs: Tensor, held_out: int | None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         metadata = None if held_out is None else {HELD_OUT: str(held_out)}
@@ -173,7 +115,6 @@ def main(arguments: list[str] | None = None) -> int:
     top.add_argument("run", type=Path, nargs="?", help="folder of a finished demo")
     top.add_argument("--rows", type=int, default=ROWS)
     top.add_argument("--model", help="another model, a folder or a name on the hub, instead of a demo's")
-    top.add_argument("--encoder", action="store_true", help="the model is an encoder such as BERT")
     top.add_argument("--text", nargs="+", default=[], help="files or patterns, as of [text] files")
     top.add_argument("--sites", nargs="+", default=["layer_9/resid", "layer_9/mlp", "layer_9/att"])
     top.add_argument("--context", type=int, default=256)
@@ -188,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.text or given.out is None:
         top.error("--model: expected --text and --out with it")
     wanted = (given.model, given.text, given.sites, given.out, given.rows, given.context)
-    print(write_encoder(*wanted) if given.encoder else write_text(*wanted, given.drop_norm))
+    print(write_text(*wanted, given.drop_norm))
     return 0
 
 

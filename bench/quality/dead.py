@@ -63,10 +63,12 @@ UNITS = {"b_dec_init": "mean", "scale_by": "variance"}
 
 
 def treatments(l0: int, steps: int) -> dict[str, Treatment]:
-    """By name. Each but the first of a kind adds to, or takes from, the one that `TrainConfig.small` and an outlier
-    filter are, which is "all"."""
+    """By name. "all" is what `TrainConfig.small` and an outlier filter do, but for what brings dead latents back; those
+    before it lack something of it, those after it add something."""
     found: dict[str, Treatment] = {}
-    for kind, aim in (("jumprelu", {"target_l0": float(l0)}), ("topk", {"k": l0})):
+    jumprelu: dict[str, Any] = {"target_l0": float(l0), "revival_rate": 0.0}
+    topk: dict[str, Any] = {"k": l0, "aux_coefficient": 0.0}
+    for kind, aim in (("jumprelu", jumprelu), ("topk", topk)):
         found |= {
             f"{kind}: as harvested": Treatment(kind, aim | PLAIN),
             f"{kind}: b_dec from the mean": Treatment(kind, aim | MEAN),
@@ -74,21 +76,21 @@ def treatments(l0: int, steps: int) -> dict[str, Treatment]:
             f"{kind}: outliers left out": Treatment(kind, aim | PLAIN, without_outliers),
             f"{kind}: all": Treatment(kind, aim | UNITS, without_outliers),
         }
-    top, relu = {"k": l0} | UNITS, {"l0_coefficient": 0.15} | UNITS
-    again = {"resample_steps": tuple(sorted({max(1, steps // 3), max(1, steps // 2)}))}
-    jumprelu = {"target_l0": float(l0)} | UNITS
-    return found | {
-        "topk: all without AuxK": Treatment("topk", top | {"aux_coefficient": 0.0}, without_outliers),
-        "jumprelu: all, λ that rises late": Treatment(
-            "jumprelu", jumprelu | {"l0_warmup_steps": steps, "l0_warmup_power": 4.0}, without_outliers
-        ),
-        "jumprelu: all, narrow window": Treatment("jumprelu", jumprelu | {"bandwidth": 5e-3}, without_outliers),
-        "jumprelu: all, pre-act loss": Treatment(
-            "jumprelu", jumprelu | {"pre_act_coefficient": 3e-3, "route": "reference"}, without_outliers
-        ),
-        "relu: all": Treatment("relu", relu, without_outliers),
-        "relu: all, resampled": Treatment("relu", relu | again, without_outliers),
-    }
+
+    def added(name: str, kind: str, changes: dict[str, Any]) -> None:
+        found[f"{kind}: {name}"] = Treatment(kind, changes | UNITS, without_outliers)
+
+    added("all, AuxK", "topk", {"k": l0})
+    found["topk: as harvested, AuxK"] = Treatment("topk", {"k": l0} | PLAIN)
+    added("all, revived", "jumprelu", jumprelu | {"revival_rate": 1.0})
+    found["jumprelu: as harvested, revived"] = Treatment("jumprelu", jumprelu | PLAIN | {"revival_rate": 1.0})
+    added("all, λ that rises late", "jumprelu", jumprelu | {"l0_warmup_steps": steps, "l0_warmup_power": 4.0})
+    added("all, narrow window", "jumprelu", jumprelu | {"bandwidth": 5e-3})
+    added("all, pre-act loss", "jumprelu", jumprelu | {"pre_act_coefficient": 3e-3, "route": "reference"})
+    again = tuple(sorted({max(1, steps // 3), max(1, steps // 2)}))
+    added("all", "relu", {"l0_coefficient": 0.15})
+    added("all, resampled", "relu", {"l0_coefficient": 0.15, "resample_steps": again})
+    return found
 
 
 def gamma(rows: Tensor) -> float:
@@ -100,8 +102,8 @@ def gamma(rows: Tensor) -> float:
 def run(site: Site, rows: Tensor, held_out: Tensor, name: str, given: argparse.Namespace, seed: int) -> Row:
     treatment = treatments(given.l0, given.steps)[name]
     size = {"steps": given.steps, "d_sae": given.d_sae, "batch_size": given.batch_size, "seed": seed}
-    config = TrainConfig.small(**size, kind=treatment.kind, dead_after_tokens=10 * given.batch_size)
-    config = config.changed(**treatment.changes)
+    size["dead_after_tokens"] = 10 * given.batch_size
+    config = TrainConfig.small(kind=treatment.kind, **size, **treatment.changes)
     train = treatment.rows(rows)
     begun = time.perf_counter()
     trainer = SAETrainer(config, train)

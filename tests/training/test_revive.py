@@ -108,7 +108,7 @@ def test_resumed_to_the_bit():
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"revival_rate": -1.0}, r"revival_rate: expected "),
         ({"kind": "relu"}, r"revival_rate: expected 0 with kind='relu', got 1"),
