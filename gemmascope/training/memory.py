@@ -15,6 +15,8 @@ DENSE_ELEMENTS = 1 << 29
 ENTRY_BYTES = 56
 # And what it holds beside them for a gated SAE: m and its latents, the second u and coefficients, numbers of latents.
 GATED_ENTRY_BYTES = 48
+# For a penalty of a power p < 1: f, its slopes, and the coefficients that they make; and matrices of fp32 [N, tile].
+POWER_ENTRY_BYTES, POWER_MATRICES = 32, 3
 # Matrices of fp32 [N, tile] that the dense route of a gated SAE holds, and by how many times smaller its tiles are.
 GATED_MATRICES, GATED_TILES = 7, 4
 # What selecting the largest z holds, in units of z.
@@ -44,6 +46,8 @@ class TrainingMemory:
     skip: bool = False
     blocks: int = 0
     """As of `training_memory`."""
+    of_power: bool = False
+    """Whether the penalty is of a power of the activations."""
 
     @property
     def total(self) -> int:
@@ -94,7 +98,7 @@ class TrainingMemory:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
             batches = self.pending // (4 * self.batch_size * (self.d_model + (self.d_out or 0)))
             options = {"pending": batches, "kind": self.kind, "d_out": self.d_out, "skip": self.skip}
-            options |= {"compute_dtype": dtype, "l0": l0, "blocks": self.blocks}
+            options |= {"compute_dtype": dtype, "l0": l0, "blocks": self.blocks, "of_power": self.of_power}
             yield sizes[name], training_memory(**sizes, **options).total
             sizes[name] //= 2
 
@@ -152,11 +156,12 @@ def training_memory(
     d_out: int | None = None,
     skip: bool = False,
     blocks: int = 0,
+    of_power: bool = False,
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
     steps that are kept until their figures were read. kind: that of `TrainConfig`. d_out: width of a transcoder's
     target, with ``skip`` of its map from the input too. blocks: of an SAE of which k latents fire, the residuals that a
-    token has, one for each prefix and for AuxK; 0 for others."""
+    token has, one for each prefix and for AuxK; 0 for others. of_power: whether its penalty is of a power p < 1."""
     gated, out, target = kind == "gated", d_model if d_out is None else d_out, d_out or 0
     weights = 4 * ((d_model + out) * d_sae + (3 if gated else 2) * d_sae + out + skip * d_model * out)
     operand = 2 if compute_dtype == "bf16" else 4
@@ -164,7 +169,7 @@ def training_memory(
     sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (16 * GATED_MATRICES if gated else 8 * operand + 1) // 4 + 4 * (d_model + out) * tile
-    scratch = max(sparse, dense)
+    scratch = max(sparse, dense + of_power * 4 * POWER_MATRICES * batch_size * tile)
     if blocks:  # z, and twice the keys by which a GPU selects, 8 bytes each; no dense route
         scratch = SELECTION * sparse
     # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too; of a transcoder y, rounded for its
@@ -181,11 +186,13 @@ def training_memory(
         copies=2 * (d_model + out) * d_sae if compute_dtype == "bf16" else 0,
         activations=activations,
         pending=pending * 4 * batch_size * (d_model + target),
-        entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + 4 * -(-out // SHARE_COLUMNS)) * n_entries,
+        entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + of_power * POWER_ENTRY_BYTES + 4 * -(-out // SHARE_COLUMNS))
+        * n_entries,
         # the gradient of a skip, and what Adam makes of it
         scratch=scratch + 24 * d_sae + 16 * skip * d_model * out,
         kind=kind,
         d_out=d_out,
         skip=skip,
         blocks=blocks,
+        of_power=of_power,
     )

@@ -18,6 +18,7 @@ from ..checks import dtype_name
 from ..kernels import LatentState, choose, entries, reference
 from ..saes import BatchTopKSAE, JumpReLUSAE
 from ..saes.base import BaseSAE
+from . import annealing
 
 # What keeps updates back until the host mends it: bits of `TrainState.stalled`.
 ROOM, COPIES = entries.ROOM, entries.COPIES
@@ -52,6 +53,8 @@ class TrainState:
     """Zeros [d_sae] for an SAE without thresholds, which never move."""
     smallest_kept: Tensor | None
     """fp64 scalar: the moving average of the smallest z that fired, of an SAE whose threshold follows it."""
+    annealing: Tensor | None
+    """fp64 [4] of p-annealing, see `annealing.start`."""
     last: Tensor
     """int64 [d_sae], updates made when the latent was last touched."""
     W_enc_low: Tensor | None
@@ -73,8 +76,9 @@ class TrainState:
     _fresh: bool = field(default=False, repr=False)
 
     @classmethod
-    def start(cls, sae: BaseSAE, compute_dtype: str = "fp32") -> "TrainState":
-        """Raises ValueError when the SAE is neither fp32 nor fp64, or its implementation cannot run."""
+    def start(cls, sae: BaseSAE, compute_dtype: str = "fp32", annealed: bool = False) -> "TrainState":
+        """annealed: whether the p of its penalty is. Raises ValueError when the SAE is neither fp32 nor fp64, or its
+        implementation cannot run."""
         W_enc, W_dec, device = sae.W_enc.data.t(), sae.W_dec.data, sae.W_dec.device
         if W_dec.dtype not in MASTER_DTYPES:
             raise ValueError(f"sae: expected float32 or float64 master weights, got {dtype_name(W_dec.dtype)}")
@@ -97,6 +101,7 @@ class TrainState:
             smallest_kept=torch.zeros((), dtype=torch.float64, device=device)
             if isinstance(sae, BatchTopKSAE)
             else None,
+            annealing=annealing.start(device) if annealed else None,
             last=count(sae.d_sae),
             W_enc_low=zeros(W_enc).bfloat16() if compute_dtype == "bf16" else None,
             W_dec_low=zeros(W_dec).bfloat16() if compute_dtype == "bf16" else None,
