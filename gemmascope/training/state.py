@@ -18,6 +18,7 @@ from ..checks import dtype_name
 from ..kernels import LatentState, choose, entries, reference
 from ..saes import BatchTopKSAE, JumpReLUSAE
 from ..saes.base import BaseSAE
+from ..saes.topk_transcoder import TopKTranscoder
 from . import annealing
 
 # What keeps updates back until the host mends it: bits of `TrainState.stalled`.
@@ -99,7 +100,7 @@ class TrainState:
             others_v={name: zeros(getattr(sae, name).data) for name in sae.OTHERS},
             no_threshold=None if isinstance(sae, JumpReLUSAE) else zeros(sae.b_enc.data),
             smallest_kept=torch.zeros((), dtype=torch.float64, device=device)
-            if isinstance(sae, BatchTopKSAE)
+            if isinstance(sae, BatchTopKSAE | TopKTranscoder)
             else None,
             annealing=annealing.start(device) if annealed else None,
             last=count(sae.d_sae),

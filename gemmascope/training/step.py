@@ -205,15 +205,16 @@ def _annealed(scheduled: Scheduled, state: TrainState, annealing: Annealing | No
     return scheduled._replace(l0_coefficient=scheduled.l0_coefficient * times, tanh_slope=steepest * times)
 
 
-def _centre(state: TrainState, x: Tensor, target: Tensor | None) -> kernels.entries.Centred:
-    """x as the encoder reads it; the column sums are those of the target. Comes before all that reads a threshold."""
+def centre(state: TrainState, x: Tensor, target: Tensor | None, clamp: bool = True) -> kernels.entries.Centred:
+    """x as the encoder reads it; the column sums are those of the target. Thresholds below 0 become 0 with ``clamp``:
+    then it comes before all that reads them."""
     b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
-    centre, dtype = implementations.operator("centre", state.impl), state.encoder_rows.dtype
-    centred = centre(x, b_dec, state.threshold, dtype)
-    return centred if target is None else centred._replace(column_sums=centre(target, None, None, dtype).column_sums)
+    centring, dtype = implementations.operator("centre", state.impl), state.encoder_rows.dtype
+    centred = centring(x, b_dec, state.threshold if clamp else None, dtype)
+    return centred if target is None else centred._replace(column_sums=centring(target, None, None, dtype).column_sums)
 
 
-def _to_latents(state: TrainState, x: Tensor, target: Tensor) -> Tensor:
+def skipped_target(state: TrainState, x: Tensor, target: Tensor) -> Tensor:
     """What a skip connection leaves of the target [N, d_out]. x: as the products read it."""
     if SKIP not in state.sae.OTHERS:
         return target
@@ -229,7 +230,7 @@ def move_others(state: TrainState, gradients: Mapping[str, Tensor], rule: Rule, 
         reference.conclusion.adam(*moved, gradient, rule, ok, number)
 
 
-def _of_skip(state: TrainState, residual: Tensor, x: Tensor) -> dict[str, Tensor]:
+def gradient_of_skip(state: TrainState, residual: Tensor, x: Tensor) -> dict[str, Tensor]:
     """The gradient (2/N)·rᵀx of a skip connection, if there is one. No bound of its own is needed: that on dW_enc,
     ‖x‖·2E at least, is one for it too."""
     if SKIP not in state.sae.OTHERS:
@@ -302,7 +303,7 @@ def sparse_step(
     scheduled = _annealed(scheduled, state, annealing)
     rule = rule._replace(learning_rate=scheduled.learning_rate)
     W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
-    centred = _centre(state, x, target)
+    centred = centre(state, x, target)
     y = x if target is None else target
     entries = kernels.encode_entries(
         centred.x,
@@ -315,7 +316,7 @@ def sparse_step(
         impl=impl,
     )
     weights = (W_dec, b_dec, state.threshold)
-    to_latents = None if target is None else _to_latents(state, centred.x, target)
+    to_latents = None if target is None else skipped_target(state, centred.x, target)
     tokens, out, transposed, sums = sparse_pass(impl, entries, y, centred, *weights, loss, scheduled, to_latents)
     encoder_parts = implementations.operator("encoder_parts", impl)
     of_encoder = encoder_parts(W_enc, sums.db_enc) if sae.pre_encoder_bias else None
@@ -325,7 +326,7 @@ def sparse_step(
     kernels.update_from_entries(
         latents, transposed, sums, out.residual, centred.x, rule, conclusion.ok, state.updates, impl=impl
     )
-    move_others(state, _of_skip(state, out.residual, centred.x), rule, conclusion.ok, conclusion.number)
+    move_others(state, gradient_of_skip(state, out.residual, centred.x), rule, conclusion.ok, conclusion.number)
     if annealing is not None and state.annealing is not None:
         follow(state.annealing, annealing, compared(annealing, active(entries)), conclusion.ok)
     return _finish(state, tokens, of_encoder, sums.firing_count, rule, conclusion)
@@ -362,9 +363,9 @@ def _dense_step(
     sae, impl, n, b_dec = state.sae, state.impl, x.shape[0], state.sae.b_dec.data
     scheduled = _annealed(Scheduled.of(loss, rule, n, None), state, annealing)
     sparsity, weights = _penalty(loss, scheduled), _objective(loss, n, scheduled)
-    centred = _centre(state, x, target)
+    centred = centre(state, x, target)
     y = x if target is None else target
-    to_latents = x if target is None else _to_latents(state, centred.x, target)
+    to_latents = x if target is None else skipped_target(state, centred.x, target)
 
     def encode(tile: slice):
         weights = (state.encoder_rows[tile].T, sae.b_enc[tile], state.threshold[tile])
@@ -423,7 +424,7 @@ def _dense_step(
             state.updates,
             impl=impl,
         )
-    move_others(state, _of_skip(state, low, centred.x), rule, conclusion.ok, conclusion.number)
+    move_others(state, gradient_of_skip(state, low, centred.x), rule, conclusion.ok, conclusion.number)
     if annealing is not None and state.annealing is not None:
         follow(state.annealing, annealing, torch.stack(of_penalties).sum(0), conclusion.ok)
     parts = None if of_encoder is None else of_encoder[None]

@@ -279,7 +279,7 @@ class SAETrainer:
         options: dict[str, Any] = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
         options["of_power"] = config.loss.p < 1 or config.p_end is not None
         if config.kind in TOP_K:
-            options["l0"], options["blocks"] = sizes_of_step(config, d_model)
+            options["l0"], options["blocks"] = sizes_of_step(config, d_model if d_out is None else d_out)
         return training_memory(*sizes, **options, d_out=d_out, skip=config.skip)
 
     def update(self, x_raw: Tensor, y_raw: Tensor | None = None) -> None:
@@ -354,7 +354,7 @@ class SAETrainer:
                 figures = gated_step(state, x, loss, rule, route, room, annealing)
             elif config.kind in TOP_K:
                 dead = state.tokens_since_fired >= config.dead_after_tokens
-                figures = topk_step(state, x, config, rule, dead)
+                figures = topk_step(state, x, config, rule, dead, target)
             elif route == "sparse":
                 room = self._room(len(x))
                 figures = sparse_step(state, x, loss, rule, room, target=target, annealing=annealing)
