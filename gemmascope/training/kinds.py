@@ -21,6 +21,7 @@ def new_sae(config: TrainConfig, d_model: int, **options: Any) -> BaseSAE:
     if config.kind == "jumprelu":
         return JumpReLUSAE(d_model, config.d_sae, threshold_init=config.threshold_init, **options)
     if config.kind == "relu":  # θ = 0, which as log θ never moves
+        options["metadata"] = {**(options.get("metadata") or {}), "kind": "relu"}
         return JumpReLUSAE(d_model, config.d_sae, threshold_init=0.0, **options)
     if config.kind == "gated":
         return GatedSAE(d_model, config.d_sae, **options)
