@@ -219,8 +219,10 @@ class TrainConfig:
     dead_after_tokens: int = 20_000
     """A latent is dead when it has not fired for so many tokens."""
     resample_steps: tuple[int, ...] = ()
-    """Of `relu` and `gated`: updates, counted from 0 and ascending, before which dead latents begin anew where the
-    tokens of the batch are reconstructed worst (`resample.resample`). Then the learning rate warms up once more."""
+    """Of `relu` and `gated`: updates, counted from 0 and ascending, before which dead latents begin anew where tokens
+    are reconstructed worst (`resample.resample`). Then the learning rate warms up once more."""
+    resample_tokens: int = 819_200
+    """Of the batches up to that update: those that the tokens are drawn from."""
     seed: int = 0
 
     def __post_init__(self):
@@ -309,6 +311,7 @@ class TrainConfig:
             raise ValueError(f"route: expected 'auto', 'sparse' or 'reference' with kind={self.kind!r}, got 'dense'")
 
     def _check_resampling(self) -> None:
+        check_int("resample_tokens", self.resample_tokens, 1)
         check_type("resample_steps", self.resample_steps, tuple)
         for index, step in enumerate(self.resample_steps):
             check_int(f"resample_steps[{index}]", step, 1, max(1, self.steps - 1))
@@ -424,6 +427,11 @@ class TrainConfig:
         """``step``, or the last of `steps` if it is past that."""
         check_int("step", step, 0)
         return min(step, max(0, self.steps - 1))
+
+    def observes(self, step: int) -> bool:
+        """Whether the batch of update ``step``, counted from 0, is among those that dead latents begin at."""
+        batches = math.ceil(self.resample_tokens / self.batch_size)
+        return any(step <= each < step + batches for each in self.resample_steps)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of update ``step``, counted from 0."""

@@ -7,6 +7,7 @@ from heapq import nlargest
 import torch
 
 from ..kernels import entries
+from .state import RESERVOIR
 
 GIB = 1 << 30
 # Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, which are encoded twice.
@@ -48,10 +49,12 @@ class TrainingMemory:
     """As of `training_memory`."""
     of_power: bool = False
     """Whether the penalty is of a power of the activations."""
+    kept_tokens: int = 0
+    """Of those that dead latents may begin at, where they do."""
 
     @property
     def total(self) -> int:
-        lasting = self.weights + self.second_moments + self.copies
+        lasting = self.weights + self.second_moments + self.copies + self.kept_tokens
         return lasting + self.activations + self.pending + self.entries + self.scratch
 
     @property
@@ -66,6 +69,7 @@ class TrainingMemory:
             "bf16 copies of the weights": self.copies,
             f"activations of {self.batch_size:,} tokens": self.activations,
             "batches of steps under way": self.pending,
+            **({"tokens for dead latents": self.kept_tokens} if self.kept_tokens else {}),
             f"{self.n_entries:,} entries": self.entries,
             "scratch": self.scratch,
             "total": self.total,
@@ -99,6 +103,7 @@ class TrainingMemory:
             batches = self.pending // (4 * self.batch_size * (self.d_model + (self.d_out or 0)))
             options = {"pending": batches, "kind": self.kind, "d_out": self.d_out, "skip": self.skip}
             options |= {"compute_dtype": dtype, "l0": l0, "blocks": self.blocks, "of_power": self.of_power}
+            options["resampled"] = self.kept_tokens > 0
             yield sizes[name], training_memory(**sizes, **options).total
             sizes[name] //= 2
 
@@ -111,6 +116,7 @@ class SuiteMemory:
     second_moments: int
     copies: int
     pending: int
+    kept_tokens: int
     steps: int
     """Activations, entries and scratch of the largest steps that are computed at a time."""
 
@@ -123,13 +129,14 @@ class SuiteMemory:
             second_moments=sum(each.second_moments for each in found),
             copies=sum(each.copies for each in found),
             pending=sum(each.pending for each in found),
+            kept_tokens=sum(each.kept_tokens for each in found),
             steps=sum(nlargest(at_once, (each.step for each in found))),
         )
 
     @property
     def lasting(self) -> int:
         """What a checkpoint holds, up to counters."""
-        return self.weights + self.second_moments + self.copies
+        return self.weights + self.second_moments + self.copies + self.kept_tokens
 
 
 def dense_tile(n_tokens: int, d_sae: int, kind: str = "jumprelu") -> int:
@@ -157,11 +164,13 @@ def training_memory(
     skip: bool = False,
     blocks: int = 0,
     of_power: bool = False,
+    resampled: bool = False,
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
     steps that are kept until their figures were read. kind: that of `TrainConfig`. d_out: width of a transcoder's
     target, with ``skip`` of its map from the input too. blocks: of an SAE of which k latents fire, the residuals that a
-    token has, one for each prefix and for AuxK; 0 for others. of_power: whether its penalty is of a power p < 1."""
+    token has, one for each prefix and for AuxK; 0 for others. of_power: whether its penalty is of a power p < 1.
+    resampled: whether dead latents begin anew."""
     gated, out, target = kind == "gated", d_model if d_out is None else d_out, d_out or 0
     weights = 4 * ((d_model + out) * d_sae + (3 if gated else 2) * d_sae + out + skip * d_model * out)
     operand = 2 if compute_dtype == "bf16" else 4
@@ -195,4 +204,5 @@ def training_memory(
         skip=skip,
         blocks=blocks,
         of_power=of_power,
+        kept_tokens=resampled * 4 * min(d_sae, RESERVOIR) * d_model,
     )

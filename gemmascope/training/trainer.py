@@ -23,7 +23,7 @@ from .config import TOP_K, TrainConfig
 from .gated_step import gated_step
 from .kinds import new_sae, new_transcoder, of_kind
 from .memory import TrainingMemory, available_memory, training_memory
-from .resample import resample, seed_of
+from .resample import observe, resample, seed_of
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
@@ -236,7 +236,9 @@ class SAETrainer:
             elif config.b_dec_init == "mean" and of_target is not None:
                 sae.b_dec.copy_(of_target[0] / options["output_scale"])
                 sae.b_enc.copy_(-((mean / scale).to(sae.W_enc) @ sae.W_enc))
-        self.state = TrainState.start(sae, config.compute_dtype, annealed=config.p_end is not None)
+        self.state = TrainState.start(
+            sae, config.compute_dtype, annealed=config.p_end is not None, resampled=bool(config.resample_steps)
+        )
         if self.state.impl == "triton" and d_model != len(sae.b_dec):
             raise ValueError(
                 f"target: expected activations {d_model} wide as the sample is, for the Triton kernels, got "
@@ -277,6 +279,7 @@ class SAETrainer:
             check_int("d_out", d_out, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
         options: dict[str, Any] = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
+        options["resampled"] = bool(config.resample_steps)
         options["of_power"] = config.loss.p < 1 or config.p_end is not None
         if config.kind in TOP_K:
             options["l0"], options["blocks"] = sizes_of_step(config, d_model if d_out is None else d_out)
@@ -293,8 +296,8 @@ class SAETrainer:
         self.check_batch(x_raw, target=y_raw)
         x = self._scaled(x_raw, self.sae.input_scale)
         y = None if y_raw is None else self._scaled(y_raw, self.output_scale)
-        if self.step in self.config.resample_steps:
-            self._resample(x)
+        if self.config.observes(self.step):
+            self._observe(x)
         self._launch(x, self.step, self.route, y)
         self.step += 1
         while len(self._pending) > self.run_ahead:
@@ -368,12 +371,14 @@ class SAETrainer:
             raise EnvironmentProblemError(memory.advice(self._available)) from error
         self._pending.append(_Job(x, target, step, route, *_to_host(figures.packed)))
 
-    def _resample(self, x: Tensor) -> None:
-        """Begin the dead latents anew, every step so far made: what is repeated comes after it."""
+    def _observe(self, x: Tensor) -> None:
+        """Keep tokens for dead latents to begin at, and let them begin anew when it is time, every step so far made:
+        what is repeated comes after it."""
         self.flush()
         self.state.ready()
-        dead = self.state.tokens_since_fired >= self.config.dead_after_tokens
-        resample(self.state, x, dead, seed_of(self.config.seed, self.step))
+        observe(self.state, x, seed_of(self.config.seed, self.step))
+        if self.step in self.config.resample_steps:
+            resample(self.state, self.state.tokens_since_fired >= self.config.dead_after_tokens)
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""
