@@ -5,6 +5,7 @@ import io
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -321,6 +322,23 @@ def test_the_table_the_page_and_the_plots_tell_the_kinds(finished, tmp_path):
 )
 def test_the_table_says_what_makes_each_sparse(saes, expected):
     assert aims_of(saes) == expected
+
+
+def test_titles_and_legends_of_plots_of_one_site_are_not_cut_off():
+    row = {"site": "resid", "layer": 2, "width": 512, "l0": 5.0, "fvu": 0.1, "pca_fvu": 0.3}
+    saes = [row | {"name": f"{kind} {k}", "kind": kind, "k": k} for kind in ("topk", "matryoshka") for k in (5, 2000)]
+    log = [
+        {"sae": sae["name"], "site": "resid", "step": step, "fvu": 0.5, "l0": 5.0} for sae in saes for step in (1, 2)
+    ]
+    fired = {sae["name"]: np.full(512, 0.01, dtype=np.float32) for sae in saes}
+    for figure in (plots.training_curves(saes, log), plots.firing_frequencies(saes, fired)):
+        figure.canvas.draw()
+        page = figure.bbox
+        assert figure._suptitle is not None
+        for each in (figure.legends[0], figure._suptitle):
+            box = each.get_window_extent()
+            assert page.x0 <= box.x0 < box.x1 <= page.x1, each
+        assert len(figure.legends[0].get_texts()) >= 4
 
 
 def test_a_run_of_jumprelu_alone_does_not_speak_of_kinds():
