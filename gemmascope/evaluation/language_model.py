@@ -7,7 +7,8 @@ Loss recovered saturates where ablation costs much: hence the rise itself, and t
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations.moments import CHUNK_ELEMENTS
-from ..checks import check_floating, check_int, check_number
+from ..checks import check_floating, check_int, check_number, check_tensor
 from ..sites import Site, attach, evaluating, site_width
 from ..sites.attach import Reconstruct
 from ..sites.decoder import eagerly, input_device
@@ -64,6 +65,18 @@ def language_model_loss(
     Raises TypeError or ValueError: no model with logits, not a matrix of ids of the vocabulary, rows too short, nothing
     to score, padding before text without a mask, a mask that does not fit.
     """
+    return _loss(model, tokens, skip_token_ids, batch_size, attention_mask, lambda batch: nullcontext())
+
+
+def _loss(
+    model: nn.Module,
+    tokens: Tensor,
+    skip_token_ids: Iterable[int] | None,
+    batch_size: int | None,
+    attention_mask: Tensor | None,
+    during: Callable[[slice], AbstractContextManager[Any]],
+) -> float:
+    """`language_model_loss`, each forward within what ``during`` gives for its rows."""
     given = TokenInput(model, skipped_ids(model, skip_token_ids))
     given.check("tokens", tokens, attention_mask)
     if tokens.shape[0] == 0 or tokens.shape[1] < 2:
@@ -82,7 +95,8 @@ def language_model_loss(
         for start in range(0, len(tokens), batch_size):
             batch = slice(start, start + batch_size)
             mask = None if attention_mask is None else attention_mask[batch]
-            logits = getattr(model(**forward_arguments(tokens[batch], mask, device)), "logits", None)
+            with during(batch):
+                logits = getattr(model(**forward_arguments(tokens[batch], mask, device)), "logits", None)
             if logits is None:
                 raise TypeError(f"model: expected one whose forward returns logits, got {type(model).__name__}")
             logits, counted = logits[:, :-1], scored[batch].to(logits.device)
@@ -117,17 +131,35 @@ def delta_loss(
     batch_size: int | None = None,
     clean_loss: float | None = None,
     attention_mask: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> float:
     """Rise of `language_model_loss` when every site of ``saes`` holds its reconstruction.
 
     Tokens in ``skip_token_ids`` are neither scored nor spliced. clean_loss: the loss without splice if known already,
-    from the same tokens, ``skip_token_ids``, ``batch_size`` and ``attention_mask``. Raises as `language_model_loss` and
-    `attach` do.
+    from the same tokens, ``skip_token_ids``, ``batch_size`` and ``attention_mask``. positions: bool of the shape of
+    ``tokens``, elsewhere the activations are kept. Raises as `language_model_loss` and `attach` do.
     """
     skipped = skipped_ids(model, skip_token_ids)
     clean_loss = _clean_loss(clean_loss, model, tokens, skipped, batch_size, attention_mask)
-    with attach(model, saes, skipped):
-        return language_model_loss(model, tokens, skipped, batch_size, attention_mask) - clean_loss
+    return _spliced_loss(model, tokens, saes, skipped, batch_size, attention_mask, positions) - clean_loss
+
+
+def _spliced_loss(
+    model: nn.Module,
+    tokens: Tensor,
+    saes: Mapping[Any, Any],
+    skipped: Iterable[int],
+    batch_size: int | None,
+    attention_mask: Tensor | None,
+    positions: Tensor | None,
+) -> float:
+    """`language_model_loss` with SAEs in the model, at ``positions`` alone where there are any."""
+    given = (model, tokens, skipped, batch_size, attention_mask)
+    if positions is None:
+        with attach(model, saes, skipped):
+            return language_model_loss(*given)
+    check_tensor("positions", positions, tuple(tokens.shape), (torch.bool,))
+    return _loss(*given, lambda batch: attach(model, saes, skipped, positions=positions[batch]))
 
 
 def _clean_loss(clean_loss: float | None, *arguments: Any) -> float:
@@ -174,17 +206,18 @@ def mean_ablation_loss(
     batch_size: int | None = None,
     attention_mask: Tensor | None = None,
     max_norm: float | None = None,
+    positions: Tensor | None = None,
 ) -> float:
     """`language_model_loss` (not its rise) with every activation of ``site`` replaced by ``mean`` [width].
 
-    Tokens in ``skip_token_ids`` keep their activation, as do those whose norm is above ``max_norm``. Raises TypeError
-    or ValueError for a ``mean`` that is no finite float vector of that width; else as `language_model_loss`, `attach`
-    and `SparingOutliers` do.
+    Tokens in ``skip_token_ids`` keep their activation, as do those whose norm is above ``max_norm`` and those outside
+    ``positions``, bool of the shape of ``tokens``. Raises TypeError or ValueError for a ``mean`` that is no finite
+    float vector of that width; else as `language_model_loss`, `attach` and `SparingOutliers` do.
     """
     _check_mean(model, site, mean)
     skipped, ablated = skipped_ids(model, skip_token_ids), _Constant(mean)
-    with attach(model, {as_site(site): ablated if max_norm is None else SparingOutliers(ablated, max_norm)}, skipped):
-        return language_model_loss(model, tokens, skipped, batch_size, attention_mask)
+    saes = {as_site(site): ablated if max_norm is None else SparingOutliers(ablated, max_norm)}
+    return _spliced_loss(model, tokens, saes, skipped, batch_size, attention_mask, positions)
 
 
 def _check_mean(model: nn.Module, site: Site | str, mean: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,14 +85,7 @@ def judge_suite(
         raise TypeError(f"on_done: expected a function, got {type(on_done).__name__}")
     check_int("max_bytes", max_bytes, 1)
     check_type("dtype", dtype, torch.dtype)
-    if max_norm_ratio is not None:
-        check_number("max_norm_ratio", max_norm_ratio, 1)
-    if median_norms is not None:
-        check_type("median_norms", median_norms, Mapping)
-        for site in sites:
-            if site not in median_norms:
-                raise ValueError(f"median_norms: expected one for each site of saes, found none for {site}")
-            check_number(f"median_norms[{site}]", median_norms[site], 0, open_low=True)
+    check_outliers(max_norm_ratio, median_norms, sites)
     pairs = [
         token_pairs(model, tokens, name) for name, tokens in (("train_tokens", train_tokens), ("held_out", held_out))
     ]
@@ -131,6 +124,20 @@ def judge_suite(
                 judged[name] = {key: defined(value) for key, value in (facts | figures).items()}
                 on_done(len(judged), name)
     return [judged[name] for name in saes], {name: frequencies[name] for name in saes}
+
+
+def check_outliers(
+    max_norm_ratio: float | None, median_norms: Mapping[Site, float] | None, sites: Iterable[Site]
+) -> None:
+    """Raise TypeError or ValueError unless they say which tokens of ``sites`` are outliers."""
+    if max_norm_ratio is not None:
+        check_number("max_norm_ratio", max_norm_ratio, 1)
+    if median_norms is not None:
+        check_type("median_norms", median_norms, Mapping)
+        for site in sites:
+            if site not in median_norms:
+                raise ValueError(f"median_norms: expected one for each site of saes, found none for {site}")
+            check_number(f"median_norms[{site}]", median_norms[site], 0, open_low=True)
 
 
 def _harvest(model: nn.Module, tokens: Tensor, sites: list[Site], dtype: torch.dtype) -> dict[Site, Tensor]:

@@ -8,23 +8,24 @@ tokens best, of which a skip connection is one.
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..activations import harvest
+from ..activations import OUTLIER_RATIO, harvest
 from ..activations.moments import check_activations, chunks, mean_row
+from ..activations.outliers import are_outliers, norms_of
 from ..checks import check_type
 from ..kernels import density
 from ..saes import Transcoder
-from ..sites import Site
+from ..sites import Site, special_token_ids
 from ..sites.decoder import input_device
 from ..sites.reading import check_reads
 from .baselines import fit_pca, pair_table_fvu
 from .fidelity import HIGH_FREQUENCY, SAEMetrics
 from .language_model import delta_loss, language_model_loss, loss_recovered, mean_ablation_loss, n_predictions
-from .suite import FORWARD_TOKENS, defined, recipe_of, token_pairs
+from .suite import FORWARD_TOKENS, check_outliers, defined, recipe_of, token_pairs
 from .variance import fidelity
 
 # Of the mean of the eigenvalues of x's second moments: what is added to each, for those that do not vary.
@@ -109,6 +110,8 @@ def judge_transcoders(
     train_tokens: Tensor,
     held_out: Tensor,
     *,
+    max_norm_ratio: float | None = None,
+    median_norms: Mapping[Site, float] | None = None,
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
     loss_tokens: Tensor | None = None,
@@ -118,10 +121,13 @@ def judge_transcoders(
     """Judge every transcoder of ``transcoders`` {name: (where it reads, where it writes, file or folder)}, as
     `judge_suite` does SAEs, on all tokens of the text but BOS, EOS and PAD.
 
-    Activations are harvested for one pair of sites at a time. Returns a row of results for each, in order, whose
-    ``site`` and ``site_out`` are the kinds of the two sites, and the firing frequencies {name: float32 [d_sae]}. There
-    is no random dictionary, which would be of y alone. Raises as `judge_suite`, and ValueError for a transcoder that
-    says it reads another kind of site.
+    Activations are harvested for one pair of sites at a time. Outliers are tokens whose norm is above
+    ``max_norm_ratio`` times the median norm at one of the two sites or at both; with it they are left out as
+    `judge_suite` leaves them out, and figures of all tokens stand beside the others with ``_all`` behind their names.
+
+    Returns a row of results for each, in order, whose ``site`` and ``site_out`` are the kinds of the two sites, and the
+    firing frequencies {name: float32 [d_sae]}. There is no random dictionary, which would be of y alone. Raises as
+    `judge_suite`, and ValueError for a transcoder that says it reads another kind of site.
     """
     check_type("transcoders", transcoders, Mapping)
     pairs: dict[tuple[Site, Site], list[str]] = {}
@@ -131,49 +137,148 @@ def judge_transcoders(
             raise TypeError(f"transcoders[{name!r}]: expected (Site, Site, path), got {entry!r:.60}")
         pairs.setdefault(entry[:2], []).append(name)
     check_type("dtype", dtype, torch.dtype)
+    check_outliers(max_norm_ratio, median_norms, {site for sites in pairs for site in sites})
     texts = (("train_tokens", train_tokens), ("held_out", held_out))
     of_tokens = [token_pairs(model, tokens, name) for name, tokens in texts]
     loss_tokens = held_out if loss_tokens is None else loss_tokens
     clean_loss = language_model_loss(model, loss_tokens) if clean_loss is None else clean_loss
-    predictions = n_predictions(model, loss_tokens)
+    text = _Text(model, loss_tokens, clean_loss, n_predictions(model, loss_tokens), dtype)
     judged: dict[str, dict[str, Any]] = {}
     frequencies: dict[str, Tensor] = {}
-    for (site, target), names in pairs.items():
-        train, rows = (_harvested(model, tokens, (site, target), dtype) for tokens in (train_tokens, held_out))
-        pca = fit_pca(train[target])
-        shared = {
-            "pair_table_fvu": pair_table_fvu(train[target], of_tokens[0], rows[target], of_tokens[1]),
-            "linear_fvu": linear_fvu(train[site], train[target], rows[site], rows[target]),
-        }
-        mean = mean_row("held_out", rows[target])
-        ablation = mean_ablation_loss(model, loss_tokens, target, mean) - clean_loss
+    for sites, names in pairs.items():
+        train, rows = (_harvested(model, tokens, sites, dtype) for tokens in (train_tokens, held_out))
+        tokens = _Tokens(train, of_tokens[0], rows, of_tokens[1])
+        between = _Between(text, sites, tokens, max_norm_ratio, median_norms)
         for name in names:
             transcoder = Transcoder.load(transcoders[name][2])
-            check_reads(site, transcoder)
+            check_reads(sites[0], transcoder)
             transcoder = transcoder.to(input_device(model))
             transcoder.impl = impl
-            metrics = evaluate_transcoder(transcoder, rows[site], rows[target])
-            of_pca = pca.fidelity(rows[target], round(metrics.l0))
-            delta = delta_loss(model, loss_tokens, {target: transcoder}, clean_loss=clean_loss)
+            figures, frequencies[name] = between.judge(transcoder)
             row = {
-                **{"name": name, "site": site.kind, "site_out": target.kind, "layer": site.layer},
+                **{"name": name, "site": sites[0].kind, "site_out": sites[1].kind, "layer": sites[0].layer},
                 **{"width": transcoder.d_sae, "skip": transcoder.W_skip is not None, **recipe_of(transcoder)},
-                **{"tokens": metrics.tokens, "predictions": predictions, "l0": metrics.l0, "fvu": metrics.fvu},
-                **{"pca_fvu": of_pca.fvu, "random_fvu": None, **shared},
-                **{"median_fvu": metrics.median_fvu, "pca_median_fvu": of_pca.median_fvu},
-                "top_error_share": metrics.top_error_share,
-                "top_variance_share": metrics.top_variance_share,
-                "reconstruction_bias": metrics.reconstruction_bias,
-                "delta_loss": delta,
-                "ablation_delta_loss": ablation,
-                "loss_recovered": loss_recovered(delta, ablation),
-                "dead_fraction": metrics.dead_fraction,
-                "high_freq_fraction": metrics.high_freq_fraction,
+                **figures,
             }
             judged[name] = {key: defined(value) for key, value in row.items()}
-            frequencies[name] = metrics.firing_frequency
             on_done(len(judged), name)
     return [judged[name] for name in transcoders], {name: frequencies[name] for name in transcoders}
+
+
+class _Text(NamedTuple):
+    """The model on held-out text."""
+
+    model: nn.Module
+    tokens: Tensor
+    clean_loss: float
+    predictions: int
+    dtype: torch.dtype
+
+
+class _Tokens(NamedTuple):
+    """Activations by site, and the pairs of ids that the tokens are of."""
+
+    train: Mapping[Site, Tensor]
+    train_pairs: Tensor
+    rows: Mapping[Site, Tensor]
+    """Of the held-out text."""
+    pairs: Tensor
+
+
+class _OnTokens:
+    """The controls between two sites on some of the tokens, and how a transcoder does there.
+
+    positions: of the text that the model reads, those to splice at; None for all.
+    """
+
+    def __init__(self, text: _Text, sites: tuple[Site, Site], tokens: _Tokens, positions: Tensor | None):
+        (self.site, self.target), self.text, self.positions = sites, text, positions
+        self.inputs, self.targets = tokens.rows[self.site], tokens.rows[self.target]
+        train = tokens.train[self.target]
+        self.pca = fit_pca(train)
+        self.shared = {
+            "pair_table_fvu": pair_table_fvu(train, tokens.train_pairs, self.targets, tokens.pairs),
+            "linear_fvu": linear_fvu(tokens.train[self.site], train, self.inputs, self.targets),
+        }
+        mean = mean_row("held_out", self.targets)
+        spliced = mean_ablation_loss(text.model, text.tokens, self.target, mean, positions=positions)
+        self.ablation = spliced - text.clean_loss
+
+    def judge(self, transcoder: Transcoder) -> tuple[dict[str, Any], Tensor]:
+        metrics = evaluate_transcoder(transcoder, self.inputs, self.targets)
+        of_pca = self.pca.fidelity(self.targets, round(metrics.l0))
+        given = {"clean_loss": self.text.clean_loss, "positions": self.positions}
+        delta = delta_loss(self.text.model, self.text.tokens, {self.target: transcoder}, **given)
+        figures = {
+            **{"tokens": metrics.tokens, "predictions": self.text.predictions, "l0": metrics.l0, "fvu": metrics.fvu},
+            **{"pca_fvu": of_pca.fvu, "random_fvu": None, **self.shared},
+            **{"median_fvu": metrics.median_fvu, "pca_median_fvu": of_pca.median_fvu},
+            "top_error_share": metrics.top_error_share,
+            "top_variance_share": metrics.top_variance_share,
+            "reconstruction_bias": metrics.reconstruction_bias,
+            "delta_loss": delta,
+            "ablation_delta_loss": self.ablation,
+            "loss_recovered": loss_recovered(delta, self.ablation),
+            "dead_fraction": metrics.dead_fraction,
+            "high_freq_fraction": metrics.high_freq_fraction,
+        }
+        return figures, metrics.firing_frequency
+
+
+class _Between:
+    """What the transcoders between two sites have in common."""
+
+    def __init__(
+        self,
+        text: _Text,
+        sites: tuple[Site, Site],
+        tokens: _Tokens,
+        max_norm_ratio: float | None,
+        median_norms: Mapping[Site, float] | None,
+    ):
+        ratio = OUTLIER_RATIO if max_norm_ratio is None else float(max_norm_ratio)
+        medians = {
+            site: norms_of(tokens.train[site]).median().item() if median_norms is None else median_norms[site]
+            for site in sites
+        }
+        kept_in_train, kept = (kept_at(found, medians, ratio) for found in (tokens.train, tokens.rows))
+        self.facts = {"outliers": int((~kept).sum()), "outlier_ratio": ratio}
+        self.filters = max_norm_ratio is not None
+        self.on_all = self.on_kept = _OnTokens(text, sites, tokens, None)
+        if self.filters and not (kept.all() and kept_in_train.all()):
+            for name, each in (("held_out", kept), ("train_tokens", kept_in_train)):
+                if not each.any():
+                    raise ValueError(f"median_norms: expected those of {sites[0]}, got some that leave none of {name}")
+            some = _Tokens(
+                {site: x[kept_in_train] for site, x in tokens.train.items()},
+                tokens.train_pairs[kept_in_train.to(tokens.train_pairs.device)],
+                {site: x[kept] for site, x in tokens.rows.items()},
+                tokens.pairs[kept.to(tokens.pairs.device)],
+            )
+            self.on_kept = _OnTokens(text, sites, some, _positions(text, sites, medians, ratio))
+
+    def judge(self, transcoder: Transcoder) -> tuple[dict[str, Any], Tensor]:
+        figures, frequency = self.on_kept.judge(transcoder)
+        beside = {}
+        if self.filters:
+            on_all = figures if self.on_all is self.on_kept else self.on_all.judge(transcoder)[0]
+            beside = {f"{name}_all": value for name, value in on_all.items() if name != "predictions"}
+        return figures | self.facts | beside, frequency
+
+
+def kept_at(activations: Mapping[Site, Tensor], medians: Mapping[Site, float], ratio: float) -> Tensor:
+    """Which tokens {site: [n, width]} are an outlier at no site: bool [n]."""
+    found = [~are_outliers(norms_of(x), medians[site], ratio) for site, x in activations.items()]
+    return torch.stack(found).all(0)
+
+
+def _positions(text: _Text, sites: tuple[Site, Site], medians: Mapping[Site, float], ratio: float) -> Tensor:
+    """Where the text holds a token that is kept: bool of the shape of its ids, False at special tokens."""
+    kept = kept_at(_harvested(text.model, text.tokens, sites, text.dtype), medians, ratio).cpu()
+    special = torch.tensor(special_token_ids(text.model), dtype=text.tokens.dtype, device=text.tokens.device)
+    found = (~torch.isin(text.tokens, special)).cpu()
+    found[found.clone()] = kept
+    return found
 
 
 def _harvested(model: nn.Module, tokens: Tensor, sites: tuple[Site, ...], dtype: torch.dtype) -> Mapping[Site, Tensor]:

@@ -78,6 +78,10 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)] if most > 1 else [items[0]]
 
 
+# Of a figure, so that its title has room.
+LEAST_WIDTH = 5.6
+# Of a legend: a line with the gaps around it, and a letter of the text.
+INCHES_OF_HANDLE, INCHES_OF_LETTER = 0.75, 0.075
 # What tells the SAEs of one site apart: key of a row of results, and how it is called.
 APART = (("width", "width"), ("target_l0", "target L0"), ("l0_coefficient", "λ"), ("k", "k"), ("seed", "seed"))
 
@@ -155,9 +159,17 @@ def variant_handles(labels: Iterable[str]) -> list[Line2D]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    figure = Figure(figsize=(max(width, LEAST_WIDTH), height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # no window system, whatever the user's matplotlibrc says
     return figure
+
+
+def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """A legend under the axes, in as many columns as the width has room for."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    room = int(figure.get_figwidth() / (INCHES_OF_HANDLE + INCHES_OF_LETTER * longest))
+    columns = max(1, min(len(handles), room, 8))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def tidy(axes: Axes) -> None:
@@ -210,7 +222,7 @@ def training_curves(saes: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str
             axes.set_yscale("log")
             plain_log(axes.yaxis)
     handles = layer_handles(colours) + variant_handles(chosen)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9)
+    legend_below(figure, handles)
     entitle(figure, "Training curves", note)
     return figure
 
@@ -328,7 +340,7 @@ def firing_frequencies(saes: Sequence[Mapping[str, Any]], frequencies: Mapping[s
         grid[0, 0].set_ylim(low, high * (1.1 + 0.15 * len(chosen)))  # room for the lines of text
     handles = variant_handles(chosen)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+        legend_below(figure, handles)
     entitle(figure, "How often latents fire (dashed: 10 % of tokens)", note)
     return figure
 
@@ -425,6 +437,6 @@ def _loss_by_layer(saes: Sequence[Mapping[str, Any]]) -> Figure:
         *([] if len(chosen) > 1 else [Line2D([], [], color=GREY, marker="o", label="SAE spliced in")]),
         Line2D([], [], color=LIGHT, marker="o", markerfacecolor="white", label="mean ablation"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    legend_below(figure, handles)
     entitle(figure, "What the language model loses at each site", note)
     return figure

@@ -24,9 +24,31 @@ WIDTH, GAP = 100, 2
 LEAVES_OUT = ("high_freq_fraction", "pca_median_fvu", "median_fvu", "pair_table_fvu", "ablation_delta_loss", "outliers")
 
 
+# By what an SAE is as sparse as it is: key of a row of results, and how the table calls it.
+AIMS = {"target_l0": "target", "k": "k", "l0_coefficient": "λ"}
+
+
+def aims_of(saes: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]] | None:
+    """The heading and the cells of the column that says what makes each SAE as sparse as it is: "20", or "k 20" where
+    they differ in that. None where no SAE says it, or λ alone does and is the same for all."""
+    found = [next((key for key in AIMS if sae.get(key) is not None), None) for sae in saes]
+    keys = {key for key in found if key is not None}
+    values = [None if key is None else float(sae[key]) for sae, key in zip(saes, found, strict=True)]
+    if not keys or (keys == {"l0_coefficient"} and len(set(values)) == 1):
+        return None
+    if len(keys) == 1:
+        return AIMS[keys.pop()], [formatted(value, "g") for value in values]
+    cells = [
+        formatted(None, "") if key is None else f"{AIMS[key]} {value:g}"
+        for key, value in zip(found, values, strict=True)
+    ]
+    return "sparse by", cells
+
+
 def columns_that_fit(saes: Sequence[Mapping[str, Any]]) -> tuple[list[Column], list[str]]:
-    """The columns that `WIDTH` has room for, and the headings of the others on the page."""
-    columns = [column for column in columns_of(saes) if column.short is not None]
+    """The columns that `WIDTH` has room for, but those of `aims_of`, and the headings of the others on the page."""
+    columns = [column for column in columns_of(saes) if column.short is not None and column.key not in AIMS]
+    aims = aims_of(saes)
 
     def width(column: Column) -> int:
         return GAP + max(len(column.short or ""), *(len(formatted(sae.get(column.key), column.form)) for sae in saes))
@@ -34,6 +56,8 @@ def columns_that_fit(saes: Sequence[Mapping[str, Any]]) -> tuple[list[Column], l
     keys = ("site", "layer", *(["kind"] if kinds_of(saes) else []), "width")
     fixed = {key: max(len(key), *(len(str(sae.get(key, ""))) for sae in saes)) for key in keys}
     names = sum(GAP + size for size in fixed.values()) + GAP + 1  # with that of the ✓
+    if aims is not None:
+        names += GAP + max(map(len, (aims[0], *aims[1])))
     left_out = []
     for key in LEAVES_OUT:
         if names + sum(map(width, columns)) <= WIDTH:
@@ -76,6 +100,8 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
     if several := bool(kinds_of(saes)):
         table.add_column("kind", no_wrap=True)
     table.add_column("width", justify="right", no_wrap=True)
+    if (aims := aims_of(saes)) is not None:
+        table.add_column(aims[0], justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column.short or "", justify="right", no_wrap=True)
         if column.key == "pca_fvu":
@@ -91,5 +117,6 @@ def final_table(results: Mapping[str, Any]) -> "rich.table.Table":
                 cells.append(rich.text.Text("✓" if wins else "✗", style="green" if wins else "red"))
         ends_layer = index + 1 < len(saes) and saes[index + 1]["layer"] != sae["layer"]
         name, kind = rich.text.Text(sae["site"]), [kind_of(sae)] if several else []
-        table.add_row(name, str(sae["layer"]), *kind, str(sae["width"]), *cells, end_section=ends_layer)
+        aim = [] if aims is None else [aims[1][index]]
+        table.add_row(name, str(sae["layer"]), *kind, str(sae["width"]), *aim, *cells, end_section=ends_layer)
     return table

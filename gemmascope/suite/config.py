@@ -33,7 +33,7 @@ from ..sites import INPUT_KINDS, KINDS, Site
 from ..training import TrainConfig
 from ..training.config import KINDS as KINDS_OF_SAE
 from ..training.config import LARGEST_SEED, LOSS_FIELDS, SPARSITIES_OF, TARGETED, TOP_K
-from ..training.kinds import OF_TRANSCODERS
+from ..training.kinds import check_of_transcoder
 from ..training.spec import SAESpec
 from .presets import BATCH_SIZES, RECIPES, preset_tables, recipe
 from .selection import Candidate, listing, matching, named
@@ -363,9 +363,8 @@ class SuiteSection(_Section):
             except (TypeError, ValueError) as error:
                 ours = str(error).partition(":")[0] in self.training.keys() - block.numbers.keys()
                 raise type(error)(f"{'training' if ours else key}.{error}") from error
-            if block.target is not None and config.kind not in OF_TRANSCODERS:
-                expected = " or ".join(map(repr, OF_TRANSCODERS))
-                raise ValueError(f"{key}.kind: expected {expected} with a target, got {config.kind!r}")
+            if block.target is not None:
+                check_of_transcoder(f"{key}.kind", config.kind)
             if block.target is None and config.skip:
                 raise ValueError("training.skip: expected a target in every block with skip = true, got blocks of SAEs")
             yield config
@@ -476,13 +475,6 @@ class SuiteConfig:
             raise ValueError(
                 f"activations.forward_rows: expected at most {LARGEST_FORWARD // self.text.context} rows of "
                 f"{self.text.context} tokens, got {self.activations.forward_rows}"
-            )
-        targets = [block.target is not None for block in self.suite.sae]
-        if self.activations.drop_norm is not None and any(targets):
-            raise ValueError(
-                f"activations.drop_norm: expected none with the target of suite.sae[{targets.index(True)}], got "
-                f"{self.activations.drop_norm:g}: of transcoders, which read one site and write another, the figures "
-                "would be of other tokens than those trained on"
             )
 
     @classmethod

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import harvest, stream
-from ..activations.outliers import are_outliers, norms_of
+from ..evaluation.transcoders import kept_at
 from ..formats.release import SAFETENSORS, gemma_scope_path
 from ..saes import BatchTopKSAE, TopKSAE
 from ..saes.base import BaseSAE
 from ..saes.codec import Codec
+from ..saes.topk_transcoder import TopKTranscoder
 from ..sites import Site
 from ..training.calibrate import calibrate_threshold
 from ..training.spec import SAESpec
@@ -29,6 +31,7 @@ def calibrated(
     tokens: Tensor,
     saes: Mapping[str, tuple[Site, BaseSAE]],
     *,
+    targets: Mapping[str, Site] = MappingProxyType({}),
     max_norm_ratio: float | None = None,
     median_norms: Mapping[Site, float],
     dtype: torch.dtype = torch.float32,
@@ -37,24 +40,27 @@ def calibrated(
     """Those of ``saes`` {name: (site, in training)} that were trained by what fires in a batch, as copies whose
     threshold lets k latents fire on a token of ``tokens`` [rows, context] on average; with facts that say so.
 
-    Which tokens count is as of `held_out_l0`. The activations of a site are held in ``dtype``, one site at a time.
+    Which tokens count is as of `held_out_l0`, with its ``targets``. The activations of a site are held in ``dtype``,
+    one site at a time.
     """
-    by_site: dict[Site, dict[str, BatchTopKSAE]] = {}
+    by_site: dict[tuple[Site, ...], dict[str, BatchTopKSAE | TopKTranscoder]] = {}
     for name, (site, sae) in saes.items():
-        if isinstance(sae, BatchTopKSAE):
-            by_site.setdefault(site, {})[name] = copy.deepcopy(sae)
+        if isinstance(sae, BatchTopKSAE | TopKTranscoder):
+            by_site.setdefault(_sites(site, targets.get(name)), {})[name] = copy.deepcopy(sae)
     found: dict[str, tuple[BaseSAE, dict[str, Any]]] = {}
-    for site, of_site in by_site.items():
-        x = harvest(model, tokens, [site], dtype=dtype, batch_size=batch_size)[site]
+    for sites, of_site in by_site.items():
+        harvested = harvest(model, tokens, sites, dtype=dtype, batch_size=batch_size)
+        x = harvested[sites[0]]
         if max_norm_ratio is not None:
-            x = x[~are_outliers(norms_of(x), median_norms[site], max_norm_ratio)]
+            x = x[kept_at(harvested, median_norms, max_norm_ratio)]
         for name, sae in of_site.items():
             calibration = calibrate_threshold(sae, lambda x=x: [x.float()])
+            scale = sae.output_scale if isinstance(sae, TopKTranscoder) else sae.input_scale
             found[name] = (
                 sae,
                 {
                     "calibration": {
-                        "threshold": calibration.threshold * sae.input_scale,
+                        "threshold": calibration.threshold * scale,
                         "l0_before": calibration.l0_before,
                         "l0_after": calibration.l0_after,
                         "tokens": calibration.n_tokens,
@@ -71,29 +77,38 @@ def held_out_l0(
     held_out: Tensor,
     saes: Mapping[str, tuple[Site, Codec]],
     *,
+    targets: Mapping[str, Site] = MappingProxyType({}),
     max_norm_ratio: float | None = None,
     median_norms: Mapping[Site, float],
     batch_size: int = 8,
 ) -> dict[str, tuple[float, int]]:
     """Mean L0 of each SAE {name: (site, folded)} on the tokens of ``held_out`` [rows, context] that are kept at its
     site, and how many those are: the figures of `evaluation.judge_suite`. One forward of the model for all of them.
+    targets: the sites that transcoders {name: site} write, where a token is to be kept too.
 
     Raises ValueError when none is kept at a site.
     """
-    sites = sorted({site for site, _ in saes.values()})
-    active, tokens = dict.fromkeys(saes, 0), dict.fromkeys(sites, 0)
-    for batch in stream(model, held_out, sites, batch_size=batch_size):
+    sites_of = {name: _sites(site, targets.get(name)) for name, (site, _) in saes.items()}
+    active, tokens = dict.fromkeys(saes, 0), dict.fromkeys(sites_of.values(), 0)
+    for batch in stream(model, held_out, sorted({*chain(*sites_of.values())}), batch_size=batch_size):
+        rows = {sites: batch[sites[0]] for sites in tokens}
         if max_norm_ratio is not None:
-            for site, x in batch.items():
-                batch[site] = x[~are_outliers(norms_of(x), median_norms[site], max_norm_ratio)]
-        for name, (site, sae) in saes.items():
-            active[name] += len(sae.encode_sparse(batch[site].to(sae.W_dec)).indices)
-        for site in sites:
-            tokens[site] += len(batch[site])
-    for site, kept in tokens.items():
-        if not kept:
+            for sites in tokens:
+                kept = kept_at({site: batch[site] for site in sites}, median_norms, max_norm_ratio)
+                rows[sites] = rows[sites][kept]
+        for name, (_, sae) in saes.items():
+            active[name] += len(sae.encode_sparse(rows[sites_of[name]].to(sae.W_dec)).indices)
+        for sites in tokens:
+            tokens[sites] += len(rows[sites])
+    for (site, *_), n in tokens.items():
+        if not n:
             raise ValueError(f"drop_norm: expected some held-out tokens to be left at {site}, found none; raise it")
-    return {name: (active[name] / tokens[site], tokens[site]) for name, (site, _) in saes.items()}
+    return {name: (active[name] / tokens[sites], tokens[sites]) for name, sites in sites_of.items()}
+
+
+def _sites(site: Site, target: Site | None) -> tuple[Site, ...]:
+    """Those at which a token must not be an outlier."""
+    return (site,) if target is None else (site, target)
 
 
 def save_suite(

@@ -143,6 +143,7 @@ def needs(
         Item("SAEs: second moments, fp32", own, saes.second_moments),
         Item("SAEs: bf16 copies", own, saes.copies),
         Item("SAEs: batches of steps under way", own, saes.pending),
+        *([Item("SAEs: tokens for dead latents", own, saes.kept_tokens)] if saes.kept_tokens else []),
         Item("SAEs: activations, entries, scratch", own, saes.steps),
         Item("context and workspaces of the GPU", own, CONTEXT_OF_GPU if is_gpu else 0),
         Item("libraries", HOST, LIBRARIES),

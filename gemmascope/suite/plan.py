@@ -124,7 +124,7 @@ class Plan:
             [
                 ("model", ", ".join(part for part in (model, run) if part)),
                 ("text", f"{text}, rows of {config.text.context:,} tokens{self._rows()}"),
-                ("SAEs", f"{len(self.specs):,} at {len({spec.site for spec in self.specs}):,} sites"),
+                ("SAEs", f"{len(self.specs):,} at {_sites(self.specs)}"),
                 ("parameters", f"{_count(self.parameters)} in all SAEs"),
                 ("tokens", f"{_count(self.tokens)}: {steps}{self._epochs()}"),
                 ("recipe", self._recipe()),
@@ -382,8 +382,7 @@ class _Budget:
                     yield f"d_sae of at most {d_sae}"
                 break
         if count := self._most(ring):
-            sites = len({spec.site for spec in self.specs[:count]})
-            yield f"the first {count:,} of {len(self.specs):,} SAEs, at {sites:,} sites"
+            yield f"the first {count:,} of {len(self.specs):,} SAEs, at {_sites(self.specs[:count])}"
 
     def _all_fit(self, ring: str) -> bool:
         return all(self.fits(where, ring) for where in (DEVICE, HOST, DISK))
@@ -482,6 +481,12 @@ def _bytes(number: int) -> str:
         return f"{number / 2**20:.1f} MiB"
     size = number / GIB
     return f"{size:,.{2 if size < 100 else 1 if size < 1000 else 0}f} GiB"
+
+
+def _sites(specs: Sequence[SAESpec]) -> str:
+    """How many sites they are at."""
+    n = len({spec.site for spec in specs})
+    return f"{n:,} site{'' if n == 1 else 's'}"
 
 
 def _count(number: float) -> str:

@@ -28,7 +28,7 @@ from ..reporting.progress import StageProgress
 from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write_frequencies
 from ..runs import Run, Stage
 from ..sites.decoder import find_decoder
-from ..training.config import BY_BATCH
+from ..training.config import BY_BATCH, TOP_K
 from .config import SuiteConfig
 from .finish import SAES_FOLDER, calibrated, held_out_l0, save_suite
 from .model import load_architecture, load_model
@@ -208,8 +208,11 @@ def _run(
     rows = prepared.rows
     held_out = rows.held_out(spread(rows.n_held_out, config.evaluate.rows))
     train_tokens = rows.train(spread(rows.n_train, config.evaluate.train_rows))
-    by_batch = any(spec.config.kind in BY_BATCH for spec in prepared.specs)  # calibrated on training rows
-    saved = work.stage("saes", held_out, *([train_tokens] if by_batch else []), after=[training])
+    calibrates = any(
+        spec.config.kind in BY_BATCH or (spec.config.kind in TOP_K and spec.target is not None)
+        for spec in prepared.specs
+    )  # on training rows
+    saved = work.stage("saes", held_out, *([train_tokens] if calibrates else []), after=[training])
     if not saved.done():
         with saved.doing():
             trained = trained or restored(prepared, work.folder)
@@ -272,7 +275,11 @@ def _save(prepared: Prepared, trained: Trained, folder: Path, train_tokens: Tens
     specs = [spec for spec in prepared.specs if spec.name not in suite.parked]
     if not specs:
         raise TrainingFailedError("; ".join(suite.parked.values()))
-    kept = {"max_norm_ratio": prepared.config.activations.drop_norm, "median_norms": trained.median_norms}
+    kept: dict[str, Any] = {
+        "max_norm_ratio": prepared.config.activations.drop_norm,
+        "median_norms": trained.median_norms,
+        "targets": {spec.name: spec.target for spec in specs if spec.target is not None},
+    }
     in_training = {spec.name: (spec.site, suite.trainers[spec.name].sae) for spec in specs}
     dtype = getattr(torch, prepared.config.activations.dtype)
     calibrations = calibrated(prepared.model, train_tokens, in_training, dtype=dtype, **kept)
@@ -305,10 +312,12 @@ def _judge(
     paths: dict[str, str] = saved.facts["paths"]
     config, model, rows = prepared.config, prepared.model, prepared.rows
     architecture = find_decoder(model).config
-    medians = {site: training.facts["statistics"][str(site)]["median_norm"] for site in set(sites.values())}
+    every = {site for spec in specs.values() for site in spec.sites}
+    medians = {site: training.facts["statistics"][str(site)]["median_norm"] for site in every}
     with StageProgress("Evaluation", len(paths), "SAE") as bar:
         loss = language_model_loss(model, read)
         shared: dict[str, Any] = {"impl": config.run.impl, "loss_tokens": read, "clean_loss": loss}
+        shared |= {"max_norm_ratio": config.activations.drop_norm, "median_norms": medians}
         found: dict[str, dict[str, Any]] = {}
         frequencies: dict[str, Tensor] = {}
         if of_saes := {name: (sites[name], folder / path) for name, path in paths.items() if name in sites}:
@@ -317,8 +326,6 @@ def _judge(
                 of_saes,
                 train_tokens,
                 held_out,
-                max_norm_ratio=config.activations.drop_norm,
-                median_norms=medians,
                 on_done=lambda done, name: bar.update(done, str(name)),
                 **shared,
             )
@@ -340,6 +347,8 @@ def _judge(
             for name, row in zip(others, rows_of_others, strict=True):
                 recipe = specs[name].config  # which Gemma Scope 2's files have no room for
                 aims = {"target_l0": recipe.loss.target_l0, "l0_coefficient": recipe.loss.l0_coefficient}
+                if recipe.k is not None:
+                    aims = {"k": recipe.k}
                 found[name] = row | aims | {"seed": recipe.seed, "kind": recipe.kind}
             frequencies |= of_others
         saes = [found[name] for name in paths]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checks import check_floating, check_int, check_type
 from ..saes import BatchTopKSAE
+from ..saes.topk_transcoder import TopKTranscoder
 
 # Pre-activations held at once.
 _HELD = 1 << 26
@@ -27,19 +28,20 @@ class Calibration(NamedTuple):
 
 
 def calibrate_threshold(
-    sae: BatchTopKSAE, batches: Callable[[], Iterable[Tensor]], k: int | None = None
+    sae: BatchTopKSAE | TopKTranscoder, batches: Callable[[], Iterable[Tensor]], k: int | None = None
 ) -> Calibration:
     """Set ``sae.threshold``, in place, to the θ by which k latents fire on a held-out token on average.
 
-    batches: called twice for the same batches of activations, [n, d_model] floats each, as harvested. k: by default
-    ``sae.k``.
+    batches: called twice for the same batches of activations, [n, d_model] floats each, as harvested, of a transcoder
+    those that it reads. k: by default ``sae.k``.
 
     θ is exact: the largest z, in fp32, that must not fire, so that the k·N larger ones do; it is 0 when fewer than
     k·N are positive, and L0 then is below k. Of equal z at the border none fires. The bits of z are counted in two
     passes, so that no z is kept but those of a block of tokens. Raises ValueError for no tokens and for z that are not
     finite.
     """
-    check_type("sae", sae, BatchTopKSAE)
+    if not isinstance(sae, TopKTranscoder):
+        check_type("sae", sae, BatchTopKSAE)
     if not callable(batches):
         raise TypeError(f"batches: expected a function without arguments, got {type(batches).__name__}")
     k = sae.k if k is None else k
@@ -73,14 +75,14 @@ def calibrate_threshold(
     return Calibration(theta, before / n_tokens, above / n_tokens, n_tokens)
 
 
-def _blocks(sae: BatchTopKSAE, batches: Callable[[], Iterable[Tensor]]) -> Iterable[Tensor]:
+def _blocks(sae: BatchTopKSAE | TopKTranscoder, batches: Callable[[], Iterable[Tensor]]) -> Iterable[Tensor]:
     """fp32 z of so many tokens at a time."""
     rows = max(1, _HELD // sae.d_sae)
     with torch.no_grad():
         for batch in batches():
             check_floating("batches", batch)
-            if batch.ndim != 2 or batch.shape[1] != sae.d_model:
-                raise ValueError(f"batches: expected shape [n, {sae.d_model}] each, got {list(batch.shape)}")
+            if batch.ndim != 2 or batch.shape[1] != len(sae.W_enc):
+                raise ValueError(f"batches: expected shape [n, {len(sae.W_enc)}] each, got {list(batch.shape)}")
             for x in batch.to(sae.W_dec.device).split(rows):
                 yield sae.preactivations(x).float()
 

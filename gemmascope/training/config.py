@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -21,7 +21,7 @@ SPARSITIES_OF = {
     "batchtopk": ("none",),
     "matryoshka": ("none",),
 }
-RESAMPLED = ("relu", "gated")
+RESAMPLED = ANNEALED = ("relu", "gated")
 TOP_K = ("topk", "batchtopk", "matryoshka")
 # Of which k fire on average over a batch, and afterwards those above a threshold.
 BY_BATCH = ("batchtopk", "matryoshka")
@@ -50,6 +50,10 @@ SMALLEST_EPS = torch.finfo(torch.float32).tiny
 LARGEST_LOG_STEP = 40.0
 # The seeds of later epochs follow on it, and a generator takes 64 bits.
 LARGEST_SEED = 2**63 - 1
+# δ of the penalties of a power p < 1, small beside activations of which a few make up an x of norm 1.
+P_OFFSET = 1e-4
+# Updates before a change of p over which the penalties of the old and the new p are compared.
+P_WINDOW = 10
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,13 @@ class Loss:
     | `quadratic_l0` | λ·(2/L0*)·mean_n (l0_n − L0*)² | Gemma Scope 2 |
     | `tanh` | λ·mean_n Σ_j tanh(c·f_nj), rows of W_dec having unit norm | Anthropic, January 2025 update |
     | `l1` | λ·mean_n Σ_j f_nj (relu(π_nj) of a gated SAE), rows of W_dec having unit norm | arXiv 2404.16014 |
+    | `l1`, p < 1 | λ·mean_n Σ_j ((f_nj + δ)^p − δ^p) | arXiv 2408.00113, with δ = 0 |
     | `none` | 0, for the kinds of which a fixed number of latents fires | arXiv 2406.04093 |
 
-    ``l0_coefficient`` is λ, by default that of the kind; ``target_l0`` is L0*, ``tanh_scale`` c. With ``l0_of="batch"``
-    the mean L0 of the batch takes the place of each l0_n. ``frequency_scale`` s adds λ·Σ_j p_j²/s, p_j the share of the
-    tokens that latent j fires on (Smith et al., March 2025). ``pre_act_coefficient`` λ_P adds
-    λ_P·mean_n Σ_j relu(θ_j − z_nj) over the dead latents.
+    ``l0_coefficient`` is λ, by default that of the kind; ``target_l0`` is L0*, ``tanh_scale`` c; δ is `P_OFFSET`,
+    without which the slope at f = 0 were infinite. With ``l0_of="batch"`` the mean L0 of the batch takes the place of
+    each l0_n. ``frequency_scale`` s adds λ·Σ_j p_j²/s, p_j the share of the tokens that latent j fires on (Smith et
+    al., March 2025). ``pre_act_coefficient`` λ_P adds λ_P·mean_n Σ_j relu(θ_j − z_nj) over the dead latents.
 
     The straight-through estimator of width ``bandwidth`` passes gradients to θ, and with ``ste_to_z`` to z too.
 
@@ -87,6 +92,8 @@ class Loss:
     """s: adds the penalty λ·Σ_j p_j²/s on the frequencies of the latents."""
     tanh_scale: float = 4.0
     """c of the `tanh` penalty."""
+    p: float = 1.0
+    """Of `l1`: the power of the activations that is penalised."""
     pre_act_coefficient: float = 0.0
     """λ_P of the pre-activation loss, which pulls dead latents towards firing; on the `reference` route only."""
     ste_to_z: bool = False
@@ -99,6 +106,7 @@ class Loss:
         check_number("l0_coefficient", self.l0_coefficient, 0)
         check_number("bandwidth", self.bandwidth, 0, open_low=True)
         check_number("tanh_scale", self.tanh_scale, 0, open_low=True)
+        check_number("p", self.p, 0, 1, open_low=True)
         check_number("pre_act_coefficient", self.pre_act_coefficient, 0)
         for name in ("target_l0", "frequency_scale"):
             if getattr(self, name) is not None:
@@ -107,6 +115,8 @@ class Loss:
         check_choice("l0_of", self.l0_of, L0_OF)
         if self.sparsity == "none" and self.l0_coefficient:
             raise ValueError(f"l0_coefficient: expected 0 with sparsity='none', got {self.l0_coefficient}")
+        if self.sparsity != "l1" and self.p != 1:
+            raise ValueError(f"p: expected 1 with sparsity={self.sparsity!r}, got {self.p:g}")
         if (self.sparsity in TARGETED) != (self.target_l0 is not None):
             expected = "a number" if self.target_l0 is None else "None"
             raise ValueError(f"target_l0: expected {expected} with sparsity={self.sparsity!r}, got {self.target_l0}")
@@ -122,6 +132,16 @@ def _sparsity_of(changes: dict, of_jumprelu: str) -> str:
     kind = changes.get("kind", "jumprelu")
     check_choice("kind", kind, KINDS)
     return of_jumprelu if kind == "jumprelu" else SPARSITIES_OF[kind][0]
+
+
+class Annealing(NamedTuple):
+    """Where p-annealing is at an update."""
+
+    changes: int
+    """Of p, so far."""
+    p: float
+    next_p: float | None
+    """The p after the next change, where the update is one of those before it that compare the penalties of both."""
 
 
 LOSS_FIELDS = frozenset(field.name for field in dataclasses.fields(Loss))
@@ -172,6 +192,14 @@ class TrainConfig:
     """Warm-up of λ from 0."""
     l0_warmup_power: float = 1.0
     """λ rises with that power of the share of the warm-up that is over: linearly (the paper), or late."""
+    p_end: float | None = None
+    """Of `relu` and `gated`: p-annealing (arXiv 2408.00113). In equal parts the p of the `l1` penalty goes down from
+    the loss's to this one, and at each change λ is multiplied by what the penalty of the old p was, over the `P_WINDOW`
+    updates before, as a multiple of that of the new. None: p stays."""
+    anneal_start: int | None = None
+    """The first update after a change of p; None: when the warm-up of λ ends."""
+    anneal_changes: int = 10
+    """Changes of p from there to the end, of equal length: with the last p the last tenth is trained."""
     threshold_init: float = 1e-3
     threshold_parametrisation: str = "log"
     """What Adam moves: log θ (the paper), or θ itself (`raw`, clamped at 0). Log θ moves at most about the learning
@@ -195,8 +223,10 @@ class TrainConfig:
     what the pre-activation loss would do to a latent that nothing else moves, whatever its weight: alone, a gradient
     moves what Adam without a first moment moves by the learning rate."""
     resample_steps: tuple[int, ...] = ()
-    """Of `relu` and `gated`: updates, counted from 0 and ascending, before which dead latents begin anew where the
-    tokens of the batch are reconstructed worst (`resample.resample`). Then the learning rate warms up once more."""
+    """Of `relu` and `gated`: updates, counted from 0 and ascending, before which dead latents begin anew where tokens
+    are reconstructed worst (`resample.resample`). Then the learning rate warms up once more."""
+    resample_tokens: int = 819_200
+    """Of the batches up to that update: those that the tokens are drawn from."""
     seed: int = 0
 
     def __post_init__(self):
@@ -266,6 +296,7 @@ class TrainConfig:
         if self.revival_rate and self.kind != "jumprelu":
             raise ValueError(f"revival_rate: expected 0 with kind={self.kind!r}, got {self.revival_rate:g}")
         self._check_resampling()
+        self._check_annealing()
         check_type("prefixes", self.prefixes, tuple)
         for index, prefix in enumerate(self.prefixes):
             check_int(f"prefixes[{index}]", prefix, 1)
@@ -287,6 +318,7 @@ class TrainConfig:
             raise ValueError(f"route: expected 'auto', 'sparse' or 'reference' with kind={self.kind!r}, got 'dense'")
 
     def _check_resampling(self) -> None:
+        check_int("resample_tokens", self.resample_tokens, 1)
         check_type("resample_steps", self.resample_steps, tuple)
         for index, step in enumerate(self.resample_steps):
             check_int(f"resample_steps[{index}]", step, 1, max(1, self.steps - 1))
@@ -294,6 +326,27 @@ class TrainConfig:
             raise ValueError(f"resample_steps: expected numbers that ascend, got {list(self.resample_steps)}")
         if self.resample_steps and self.kind not in RESAMPLED:
             raise ValueError(f"resample_steps: expected none with kind={self.kind!r}, got {list(self.resample_steps)}")
+
+    def _check_annealing(self) -> None:
+        check_int("anneal_changes", self.anneal_changes, 1)
+        if self.anneal_start is not None:
+            check_int("anneal_start", self.anneal_start, 1)
+        if self.p_end is None:
+            if self.anneal_start is not None:
+                raise ValueError(f"anneal_start: expected None without p_end, got {self.anneal_start}")
+            return
+        if self.kind not in ANNEALED:
+            raise ValueError(f"p_end: expected None with kind={self.kind!r}, got {self.p_end}")
+        check_number("p_end", self.p_end, 0, self.loss.p, open_low=True)
+        if self._first_change() + self.anneal_changes > self.steps:
+            raise ValueError(
+                f"anneal_changes: expected at most the {max(0, self.steps - self._first_change())} updates from "
+                f"update {self._first_change()} to the end, got {self.anneal_changes}"
+            )
+
+    def _first_change(self) -> int:
+        """The first update with another p; there is one before it, to compare."""
+        return max(1, self.l0_warmup_steps) if self.anneal_start is None else self.anneal_start
 
     def changed(self, **changes) -> "TrainConfig":
         """A copy with other numbers, those of the loss by their own names: ``config.changed(target_l0=50, seed=1)``.
@@ -386,6 +439,11 @@ class TrainConfig:
         check_int("step", step, 0)
         return min(step, max(0, self.steps - 1))
 
+    def observes(self, step: int) -> bool:
+        """Whether the batch of update ``step``, counted from 0, is among those that dead latents begin at."""
+        batches = math.ceil(self.resample_tokens / self.batch_size)
+        return any(step <= each < step + batches for each in self.resample_steps)
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of update ``step``, counted from 0."""
         step, rate = self._counted(step), self.learning_rate
@@ -401,9 +459,26 @@ class TrainConfig:
         share = min(1.0, self._counted(step) / self.l0_warmup_steps) if self.l0_warmup_steps else 1.0
         return self.loss.l0_coefficient * share**self.l0_warmup_power
 
+    def annealing_at(self, step: int) -> Annealing | None:
+        """Where p-annealing is at update ``step``, counted from 0; None without it."""
+        if self.p_end is None:
+            return None
+        step, first = self._counted(step), self._first_change()
+        span, changes = self.steps - first, 0
+        if step >= first:
+            changes = 1 + (step - first) * self.anneal_changes // span
+        next_change = first + math.ceil(changes * span / self.anneal_changes)  # beyond the end after the last
+        compares = next_change < self.steps and next_change - step <= P_WINDOW
+        shares = (changes / self.anneal_changes, (changes + 1) / self.anneal_changes)
+        p, next_p = ((1 - share) * self.loss.p + share * self.p_end for share in shares)
+        return Annealing(changes, p, next_p if compares else None)
+
     def loss_at(self, step: int) -> Loss:
-        """The loss of update ``step``, counted from 0. Without thresholds to learn their window is closed."""
-        loss = dataclasses.replace(self.loss, l0_coefficient=self.l0_coefficient_at(step))
+        """The loss of update ``step``, counted from 0, but for the factor of λ that annealing measures. Without
+        thresholds to learn their window is closed."""
+        annealing = self.annealing_at(step)
+        p = self.loss.p if annealing is None else annealing.p
+        loss = dataclasses.replace(self.loss, l0_coefficient=self.l0_coefficient_at(step), p=p)
         return loss if self.kind == "jumprelu" else dataclasses.replace(loss, bandwidth=CLOSED_WINDOW)
 
     def to_dict(self) -> dict:

@@ -4,6 +4,8 @@ With the symbols of `GatedSAE`, r = x̂ − x and ρ = relu(π)·W_dec + b_dec �
 
     L = mean_n( ‖r_n‖² + λ·Σ_j relu(π_nj) + ‖ρ_n‖² ),   W_dec and b_dec constant in ρ
 
+With a p < 1 the penalty is λ·c·Σ_j φ(relu(π_nj)) and λ·c·φ' takes the place of the slope λ, see `annealing`.
+
 The step 1[π > 0] has no gradient: the magnitudes learn from the first term, the gate from the two others. With
 u = (2/N)·r·W_decᵀ and w = (2/N)·ρ·W_decᵀ,
 
@@ -21,6 +23,7 @@ from ..autocast import without_autocast
 from ..kernels import reference
 from ..saes import GatedSAE
 from ..saes.gated import magnitude
+from .annealing import concave, slope, steepest
 from .config import CLOSED_WINDOW, Loss
 from .losses import check_batch
 
@@ -42,6 +45,7 @@ class GatedLossAndGradients(NamedTuple):
     n_entries: Tensor  # [] pairs of token and latent whose gate is open
     gradients: GatedGradients
     bound: Tensor  # [] of `gradient_bound`
+    rectified: Tensor  # [N, d_sae] relu(π)
 
 
 @torch.no_grad()
@@ -63,11 +67,12 @@ def gated_loss_and_gradients(sae: GatedSAE, x: Tensor, loss: Loss) -> GatedLossA
     rectified = reference.activation(pi, zeros)
     residual, frozen = (torch.addmm(sae.b_dec, code, sae.W_dec) - x for code in (f, rectified))
     errors, frozen_errors = residual.square().sum(1), frozen.square().sum(1)
-    total = errors.mean() + loss.l0_coefficient * rectified.sum() / n + frozen_errors.mean()
+    weight = loss.l0_coefficient * steepest(loss.p)
+    total = errors.mean() + weight * concave(rectified, loss.p).sum() / n + frozen_errors.mean()
 
     g = residual * (2 / n)
     dm = fires * (g @ sae.W_dec.T)
-    dpi = opened * ((frozen * (2 / n)) @ sae.W_dec.T + loss.l0_coefficient / n)
+    dpi = opened * ((frozen * (2 / n)) @ sae.W_dec.T + weight / n * slope(rectified, loss.p))
     dy = sae.r_mag.exp() * dm + dpi
     db_dec = g.sum(0)
     if sae.pre_encoder_bias:
@@ -76,9 +81,10 @@ def gated_loss_and_gradients(sae: GatedSAE, x: Tensor, loss: Loss) -> GatedLossA
         (dy.T @ centred).T, dpi.sum(0), f.T @ g, db_dec, dm.sum(0), (dm * (m - sae.b_mag)).sum(0)
     )
     norms = torch.linalg.vector_norm(centred), torch.linalg.vector_norm(f)
-    bound = gradient_bound(loss, errors, frozen_errors, *norms, sae.r_mag, sae.b_mag)
+    bound = gradient_bound(weight, errors, frozen_errors, *norms, sae.r_mag, sae.b_mag)
     firing_count, n_entries = fires.sum(0).to(torch.int32), is_entry(pi).sum()
-    return GatedLossAndGradients(total, errors, fires.sum(1).mean(), firing_count, n_entries, gradients, bound)
+    figures = (total, errors, fires.sum(1).mean(), firing_count, n_entries)
+    return GatedLossAndGradients(*figures, gradients, bound, rectified)
 
 
 def is_entry(pi: Tensor) -> Tensor:
@@ -87,7 +93,13 @@ def is_entry(pi: Tensor) -> Tensor:
 
 
 def gradient_bound(
-    loss: Loss, errors: Tensor, frozen_errors: Tensor, x_norm: Tensor, f_norm: Tensor, r_mag: Tensor, b_mag: Tensor
+    weight: float | Tensor,
+    errors: Tensor,
+    frozen_errors: Tensor,
+    x_norm: Tensor,
+    f_norm: Tensor,
+    r_mag: Tensor,
+    b_mag: Tensor,
 ) -> Tensor:
     """[] What no element of the gradients of the latents exceeds, from scalars that every route has.
 
@@ -97,9 +109,10 @@ def gradient_bound(
         Σ_n |dm| ≤ 2E;   Σ_n |dπ| ≤ 2A + λ;   Σ_n |dy| ≤ D = max_j e^r_j·2E + 2A + λ
         |dW_enc| ≤ ‖x‖·D;   |dW_dec| ≤ B = 2E·‖f‖/√N;   |dr| ≤ B + max_j |b_mag_j|·2E, for Σ_n |dm|·f ≤ B
 
-    errors, frozen_errors: [N] ‖r_n‖² and ‖ρ_n‖². x_norm, f_norm: [] of x − b_dec and of all activations.
+    weight: λ, times the steepest slope of its penalty. errors, frozen_errors: [N] ‖r_n‖² and ‖ρ_n‖². x_norm, f_norm: []
+    of x − b_dec and of all activations.
     """
     main, frozen = (2 * squares.mean().sqrt() for squares in (errors, frozen_errors))
-    dpi, of_decoder = frozen + loss.l0_coefficient, main * f_norm / len(errors) ** 0.5
+    dpi, of_decoder = frozen + weight, main * f_norm / len(errors) ** 0.5
     dy = r_mag.exp().amax() * main + dpi
     return torch.stack((main, dpi, dy, x_norm * dy, of_decoder, of_decoder + b_mag.abs().amax() * main)).amax()

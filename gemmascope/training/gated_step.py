@@ -16,11 +16,12 @@ from ..autocast import without_autocast
 from ..kernels import Entries, LatentState, Objective, Rule, entries, implementations, reference
 from ..saes import GatedSAE
 from ..saes.gated import magnitude
-from .config import CLOSED_WINDOW, Loss
+from .annealing import annealed, compared, concave, factor, follow, slope, steepest
+from .config import CLOSED_WINDOW, Annealing, Loss
 from .gated import gated_loss_and_gradients, gradient_bound, is_entry
 from .memory import dense_tile
 from .state import TrainState
-from .step import StepFigures, matmul, move_others, tf32_products, update_by_gradients
+from .step import StepFigures, active, matmul, move_others, tf32_products, update_by_gradients
 
 
 class _Measured(NamedTuple):
@@ -49,23 +50,37 @@ class _Verdict(NamedTuple):
 @torch.no_grad()
 @without_autocast
 def gated_step(
-    state: TrainState, x: Tensor, loss: Loss, rule: Rule, route: str, capacity: int | None = None
+    state: TrainState,
+    x: Tensor,
+    loss: Loss,
+    rule: Rule,
+    route: str,
+    capacity: int | None = None,
+    annealing: Annealing | None = None,
 ) -> StepFigures:
     """Update ``state``, that of a `GatedSAE`, by the loss on x [N, d_model] in its dtype, divided by the input scale.
 
     loss: of the sparsity `l1`. route: `sparse`, `dense` or `reference`. capacity: room for entries on the sparse route;
-    None: as much as is needed, which the kernels do not take. An update is withheld and counted as in `step`. Raises
-    ValueError for an SAE that is not the one training began with, see `TrainState.ready`.
+    None: as much as is needed, which the kernels do not take. annealing: as of `sparse_step`. An update is withheld and
+    counted as in `step`. Raises ValueError for an SAE that is not the one training began with, see `TrainState.ready`.
     """
     if route == "sparse":
-        return _sparse_step(state, x, loss, rule, capacity)
+        return _sparse_step(state, x, loss, rule, capacity, annealing)
     if route == "reference":
-        return _reference_step(state, x, loss, rule)
+        return _reference_step(state, x, loss, rule, annealing)
     latents, sae = state.ready(), _sae(state)
     with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
         width = dense_tile(len(x), sae.d_sae, "gated")
         tiles = [slice(start, start + width) for start in range(0, sae.d_sae, width)]
-        return _dense_step(state, latents, x, loss, rule, tiles)
+        return _dense_step(state, latents, x, loss, rule, tiles, annealing)
+
+
+def _weight(state: TrainState, loss: Loss, annealing: Annealing | None) -> float | Tensor:
+    """λ, times the steepest slope of its penalty."""
+    weight = loss.l0_coefficient * steepest(loss.p)
+    if annealing is None or state.annealing is None:
+        return weight
+    return weight * factor(state.annealing, annealing)
 
 
 def _sae(state: TrainState) -> GatedSAE:
@@ -81,7 +96,9 @@ def _centre(state: TrainState, x: Tensor) -> entries.Centred:
 # ---- by entries
 
 
-def _sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None) -> StepFigures:
+def _sparse_step(
+    state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None, annealing: Annealing | None
+) -> StepFigures:
     sae, impl, latents, n = _sae(state), state.impl, state.ready(), len(x)
     W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
     centred, tf32 = _centre(state, x), state.compute_dtype == "tf32"
@@ -93,8 +110,13 @@ def _sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity:
     transposed = kernels.by_latent(gate, sae.d_sae, impl=impl)
     s, plain = torch.zeros_like(out.squared_error), Objective(CLOSED_WINDOW)
     of_f = kernels.latent_pass(magnitudes, out.u, transposed, state.threshold, s, plain, impl=impl)
-    penalised = plain._replace(tanh_slope=loss.l0_coefficient / n)  # of scale 0: λ/N as it is
-    of_gate = kernels.latent_pass(gate, frozen.u, transposed, state.threshold, s, penalised, impl=impl)
+    weight, rectified, u = _weight(state, loss, annealing), active(gate), frozen.u
+    penalised = plain
+    if loss.p == 1:
+        penalised = plain._replace(tanh_slope=weight / n)  # of scale 0: λ/N as it is
+    else:  # `latent_pass` takes 2/N, and the sum along W_dec is that of f
+        u = u + slope(rectified, loss.p) * (reference.conclusion.as_number(weight, x) / 2)
+    of_gate = kernels.latent_pass(gate, u, transposed, state.threshold, s, penalised, impl=impl)
     scale = sae.r_mag.data.exp()
     sums = of_f._replace(dz=scale[_latents(transposed)] * of_f.dz + of_gate.dz, db_enc=of_gate.db_enc)
     db_dec = out.residual.sum(0, dtype=x.dtype) * (2 / n)
@@ -104,9 +126,11 @@ def _sparse_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity:
     others = _Others(db_dec, of_f.db_enc, of_f.along - sae.b_mag.data * of_f.db_enc)
 
     measured = _Measured(out.squared_error, out.l0, of_f.firing_count, gate.offsets[-1])
-    activity, f_norm = _active(gate).sum(), torch.linalg.vector_norm(_active(magnitudes))
+    activity, f_norm = concave(rectified, loss.p).sum(), torch.linalg.vector_norm(active(magnitudes))
     fits = None if capacity is None else measured.n_entries <= capacity
-    verdict = _conclude(state, centred, out.squared_error, frozen.squared_error, activity, f_norm, fits, loss)
+    verdict = _conclude(state, centred, out.squared_error, frozen.squared_error, activity, f_norm, fits, weight)
+    if annealing is not None and state.annealing is not None:
+        follow(state.annealing, annealing, compared(annealing, rectified), verdict.ok)
     kernels.update_from_entries(
         latents, transposed, sums, out.residual, centred.x, rule, verdict.ok, state.updates, impl=impl
     )
@@ -128,17 +152,17 @@ def _latents(transposed: kernels.ByLatent) -> Tensor:
     return torch.searchsorted(ends, places, right=True).clamp(max=len(ends) - 1)
 
 
-def _active(found: Entries) -> Tensor:
-    """z of the active entries, [capacity], 0 elsewhere."""
-    places = torch.arange(len(found.z), dtype=torch.int64, device=found.z.device)
-    return torch.where((places < found.offsets[-1]) & (found.latents >= entries.ACTIVE), found.z, 0)
-
-
 # ---- by whole matrices
 
 
 def _dense_step(
-    state: TrainState, latents: LatentState, x: Tensor, loss: Loss, rule: Rule, tiles: list[slice]
+    state: TrainState,
+    latents: LatentState,
+    x: Tensor,
+    loss: Loss,
+    rule: Rule,
+    tiles: list[slice],
+    annealing: Annealing | None,
 ) -> StepFigures:
     sae, impl, n, b_dec, centred = _sae(state), state.impl, len(x), state.sae.b_dec.data, _centre(state, x)
     low = state.decoder_rows.dtype
@@ -152,31 +176,37 @@ def _dense_step(
         return pi, reference.activation(pi, zeros), reference.gate(pi, zeros) * reference.activation(m, zeros)
 
     residual, frozen, l0 = b_dec - x, b_dec - x, torch.zeros_like(x[:, 0])
-    activity, f_norms, counts, touched = [], [], [], []
+    activity, f_norms, counts, touched, of_penalties = [], [], [], [], []
+    weight = _weight(state, loss, annealing)
     for tile in tiles:
         pi, rectified, f = encode(tile)
         residual, frozen = (
             r + matmul(code.to(low), state.decoder_rows[tile]) for r, code in ((residual, f), (frozen, rectified))
         )
         l0 = l0 + (f > 0).sum(1)
-        activity.append(rectified.sum())
+        activity.append(concave(rectified, loss.p).sum())
+        if annealing is not None:
+            of_penalties.append(compared(annealing, rectified))
         f_norms.append(torch.linalg.vector_norm(f))
         counts.append((f > 0).sum(0).to(torch.int32))
         touched.append(is_entry(pi).sum(0).to(torch.int32))
     of_gate = torch.cat(touched)
     measured = _Measured(residual.square().sum(1), l0, torch.cat(counts), of_gate.sum())
     of_entries = torch.stack(activity).sum(), torch.linalg.vector_norm(torch.stack(f_norms))
-    verdict = _conclude(state, centred, measured.errors, frozen.square().sum(1), *of_entries, None, loss)
+    verdict = _conclude(state, centred, measured.errors, frozen.square().sum(1), *of_entries, None, weight)
+    if annealing is not None and state.annealing is not None:
+        follow(state.annealing, annealing, torch.stack(of_penalties).sum(0), verdict.ok)
 
     rounded, frozen = residual.to(low), frozen.to(low)
     g, db_dec = (residual * (2 / n)).to(low), rounded.sum(0, dtype=x.dtype) * (2 / n)
-    db_mag, dr_mag = [], []
+    db_mag, dr_mag, per_token = [], [], reference.conclusion.as_number(weight, x) / n
     for tile in tiles:
         if len(tiles) > 1:
             pi, rectified, f = encode(tile)
         W_dec = state.decoder_rows[tile].T
         dm = (f > 0) * (matmul(rounded, W_dec) * (2 / n))
-        dpi = (pi > 0) * (matmul(frozen, W_dec) * (2 / n) + loss.l0_coefficient / n)
+        of_penalty = per_token if loss.p == 1 else slope(rectified, loss.p) * per_token
+        dpi = (pi > 0) * (matmul(frozen, W_dec) * (2 / n) + of_penalty)
         db_gate = dpi.sum(0)
         db_mag.append(dm.sum(0))
         dr_mag.append((dm * f).sum(0) - sae.b_mag.data[tile] * db_mag[-1])
@@ -199,12 +229,15 @@ def _dense_step(
     return _finish(state, x, centred.column_sums, measured, others, rule, verdict)
 
 
-def _reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule) -> StepFigures:
+def _reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, annealing: Annealing | None) -> StepFigures:
     """By `gated_loss_and_gradients`."""
+    loss = annealed(loss, state.annealing, annealing)
     latents, out = state.ready(), gated_loss_and_gradients(_sae(state), x, loss)
     gradients = out.gradients
     of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, torch.zeros_like(gradients.b_enc))
     ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
+    if annealing is not None and state.annealing is not None:
+        follow(state.annealing, annealing, compared(annealing, out.rectified), ok)
     measured = _Measured(out.errors, out.l0, out.firing_count, out.n_entries)
     others = _Others(gradients.b_dec, gradients.b_mag, gradients.r_mag)
     return _finish(state, x, x.sum(0)[None], measured, others, rule, _Verdict(out.loss, ok, number))
@@ -221,17 +254,19 @@ def _conclude(
     activity: Tensor,
     f_norm: Tensor,
     fits: Tensor | None,
-    loss: Loss,
+    weight: float | Tensor,
 ) -> _Verdict:
     """The loss and whether the update may be made; counts in the state what is withheld.
 
-    errors, frozen_errors: [N] of f and of relu(π). activity: [] Σ relu(π). fits: whether there was room for the
-    entries, None where none was needed.
+    errors, frozen_errors: [N] of f and of relu(π). activity: [] Σ φ(relu(π)), φ that of its penalty (`annealing`), with
+    p = 1 the identity; weight: λ times its steepest slope. fits: whether there was room for the entries, None where
+    none was needed.
     """
     sae = _sae(state)
-    total = errors.mean() + loss.l0_coefficient * activity / len(errors) + frozen_errors.mean()
+    weight = reference.conclusion.as_number(weight, errors)
+    total = errors.mean() + weight * activity / len(errors) + frozen_errors.mean()
     norms = torch.linalg.vector_norm(centred.norms), f_norm
-    bound = gradient_bound(loss, errors, frozen_errors, *norms, sae.r_mag.data, sae.b_mag.data)
+    bound = gradient_bound(weight, errors, frozen_errors, *norms, sae.r_mag.data, sae.b_mag.data)
     ok = reference.conclusion.permission(total, bound, fits, state.copies_differ(), state.stalled, state.skipped)
     return _Verdict(total, ok, state.updates + 1)
 

@@ -15,16 +15,18 @@ from ..kernels import Objective, entries, reference
 from ..saes import JumpReLUSAE
 from ..saes.base import BaseSAE
 from ..saes.scaled_transcoder import ScaledTranscoder
+from .annealing import concave, slope, steepest
 from .config import Loss
 
 
 def penalty(loss: Loss) -> entries.Penalty:
-    """What the sums over tokens and latents need to know of ``loss``."""
+    """What the sums over tokens and latents need to know of ``loss``; with a p < 1 the steepest slope of its penalty
+    and Σφ take the places of λ and Σf, see `annealing`."""
     of_l0, factor = {"l0": "linear", "tanh": "none", "l1": "none", "none": "none"}.get(loss.sparsity, "quadratic"), 1.0
     if loss.target_l0 is not None:
         factor = 2 / loss.target_l0 if loss.sparsity == "quadratic_l0" else loss.target_l0**-2
     return entries.Penalty(
-        loss.l0_coefficient,
+        loss.l0_coefficient * steepest(loss.p),
         of_l0,
         factor,
         loss.target_l0 or 0.0,
@@ -45,9 +47,10 @@ def frequency_penalty(loss: Loss, firing_count: Tensor, n: int) -> Tensor | floa
 
 
 def objective(loss: Loss, n: int) -> Objective:
-    """What the kernels need to know of ``loss``, for a batch of n tokens."""
+    """What the kernels need to know of ``loss``, for a batch of n tokens; ``tanh_slope`` is the steepest, with a p < 1
+    that at f = 0."""
     scale, tanh = loss.frequency_scale, loss.sparsity == "tanh"
-    slope = loss.l0_coefficient * {"tanh": loss.tanh_scale, "l1": 1.0}.get(loss.sparsity, 0.0)
+    slope = loss.l0_coefficient * {"tanh": loss.tanh_scale, "l1": steepest(loss.p)}.get(loss.sparsity, 0.0)
     return Objective(
         loss.bandwidth,
         frequency_slope=0.0 if scale is None else 2 * loss.l0_coefficient / (scale * n * n),
@@ -66,6 +69,7 @@ class LossAndGradients(NamedTuple):
     residual: Tensor  # [N, d_model] x̂ − x, of a transcoder ŷ − y
     gradients: reference.Parameters
     bound: Tensor  # [] of `kernels.reference.conclusion.gradient_bound`
+    f: Tensor  # [N, d_sae] the activations
     others: Mapping[str, Tensor] = MappingProxyType({})  # the gradients of ``sae.OTHERS``
 
 
@@ -121,12 +125,15 @@ def loss_and_gradients(
     residual = torch.addmm(sae.b_dec, f, sae.W_dec) - to_latents(sae, x, target)
     l0, weights = active.sum(1), objective(loss, n)
     squared_error, sparsity = residual.square().sum(1).mean(), penalty(loss)
-    s, tanh = reference.conclusion.l0_penalty(sparsity, l0)[1], reference.conclusion.tanh_sum(sparsity, f)
+    s = reference.conclusion.l0_penalty(sparsity, l0)[1]
+    tanh = reference.conclusion.tanh_sum(sparsity, concave(f, loss.p))
     total = reference.conclusion.total_loss(sparsity, squared_error, l0, firing_count, tanh)
 
     g = residual * (2 / n)
     u = g @ sae.W_dec.T
-    if weights.tanh_slope:
+    if loss.p != 1:
+        u += weights.tanh_slope * slope(f, loss.p)
+    elif weights.tanh_slope:
         u += weights.tanh_slope / torch.cosh(weights.tanh_scale * f).square()  # 1 − tanh² would cancel
     frequency = weights.frequency_slope * firing_count.to(s.dtype)  # times an integer it were of the default dtype
     q = inside * -(theta * u + s[:, None] + frequency) / loss.bandwidth
@@ -150,4 +157,4 @@ def loss_and_gradients(
     coefficient = loss.pre_act_coefficient
     bound = reference.conclusion.gradient_bound(weights, coefficient, squared_error, s, *norms, theta, touched)
     figures = (total, squared_error, l0.mean(), firing_count, is_entry.sum())
-    return LossAndGradients(*figures, residual, gradients, bound, others)
+    return LossAndGradients(*figures, residual, gradients, bound, f, others)

@@ -7,6 +7,7 @@ from heapq import nlargest
 import torch
 
 from ..kernels import entries
+from .state import RESERVOIR
 
 GIB = 1 << 30
 # Elements of f that the dense route holds; wider SAEs go through it in tiles of latents, which are encoded twice.
@@ -15,6 +16,8 @@ DENSE_ELEMENTS = 1 << 29
 ENTRY_BYTES = 56
 # And what it holds beside them for a gated SAE: m and its latents, the second u and coefficients, numbers of latents.
 GATED_ENTRY_BYTES = 48
+# For a penalty of a power p < 1: f, its slopes, and the coefficients that they make; and matrices of fp32 [N, tile].
+POWER_ENTRY_BYTES, POWER_MATRICES = 32, 3
 # Matrices of fp32 [N, tile] that the dense route of a gated SAE holds, and by how many times smaller its tiles are.
 GATED_MATRICES, GATED_TILES = 7, 4
 # What selecting the largest z holds, in units of z.
@@ -44,10 +47,14 @@ class TrainingMemory:
     skip: bool = False
     blocks: int = 0
     """As of `training_memory`."""
+    of_power: bool = False
+    """Whether the penalty is of a power of the activations."""
+    kept_tokens: int = 0
+    """Of those that dead latents may begin at, where they do."""
 
     @property
     def total(self) -> int:
-        lasting = self.weights + self.second_moments + self.copies
+        lasting = self.weights + self.second_moments + self.copies + self.kept_tokens
         return lasting + self.activations + self.pending + self.entries + self.scratch
 
     @property
@@ -62,6 +69,7 @@ class TrainingMemory:
             "bf16 copies of the weights": self.copies,
             f"activations of {self.batch_size:,} tokens": self.activations,
             "batches of steps under way": self.pending,
+            **({"tokens for dead latents": self.kept_tokens} if self.kept_tokens else {}),
             f"{self.n_entries:,} entries": self.entries,
             "scratch": self.scratch,
             "total": self.total,
@@ -94,7 +102,8 @@ class TrainingMemory:
             dtype, l0 = "bf16" if self.copies else "fp32", self.n_entries / self.batch_size
             batches = self.pending // (4 * self.batch_size * (self.d_model + (self.d_out or 0)))
             options = {"pending": batches, "kind": self.kind, "d_out": self.d_out, "skip": self.skip}
-            options |= {"compute_dtype": dtype, "l0": l0, "blocks": self.blocks}
+            options |= {"compute_dtype": dtype, "l0": l0, "blocks": self.blocks, "of_power": self.of_power}
+            options["resampled"] = self.kept_tokens > 0
             yield sizes[name], training_memory(**sizes, **options).total
             sizes[name] //= 2
 
@@ -107,6 +116,7 @@ class SuiteMemory:
     second_moments: int
     copies: int
     pending: int
+    kept_tokens: int
     steps: int
     """Activations, entries and scratch of the largest steps that are computed at a time."""
 
@@ -119,13 +129,14 @@ class SuiteMemory:
             second_moments=sum(each.second_moments for each in found),
             copies=sum(each.copies for each in found),
             pending=sum(each.pending for each in found),
+            kept_tokens=sum(each.kept_tokens for each in found),
             steps=sum(nlargest(at_once, (each.step for each in found))),
         )
 
     @property
     def lasting(self) -> int:
         """What a checkpoint holds, up to counters."""
-        return self.weights + self.second_moments + self.copies
+        return self.weights + self.second_moments + self.copies + self.kept_tokens
 
 
 def dense_tile(n_tokens: int, d_sae: int, kind: str = "jumprelu") -> int:
@@ -152,11 +163,14 @@ def training_memory(
     d_out: int | None = None,
     skip: bool = False,
     blocks: int = 0,
+    of_power: bool = False,
+    resampled: bool = False,
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
     steps that are kept until their figures were read. kind: that of `TrainConfig`. d_out: width of a transcoder's
     target, with ``skip`` of its map from the input too. blocks: of an SAE of which k latents fire, the residuals that a
-    token has, one for each prefix and for AuxK; 0 for others."""
+    token has, one for each prefix and for AuxK; 0 for others. of_power: whether its penalty is of a power p < 1.
+    resampled: whether dead latents begin anew."""
     gated, out, target = kind == "gated", d_model if d_out is None else d_out, d_out or 0
     weights = 4 * ((d_model + out) * d_sae + (3 if gated else 2) * d_sae + out + skip * d_model * out)
     operand = 2 if compute_dtype == "bf16" else 4
@@ -164,7 +178,7 @@ def training_memory(
     sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (16 * GATED_MATRICES if gated else 8 * operand + 1) // 4 + 4 * (d_model + out) * tile
-    scratch = max(sparse, dense)
+    scratch = max(sparse, dense + of_power * 4 * POWER_MATRICES * batch_size * tile)
     if blocks:  # z, and twice the keys by which a GPU selects, 8 bytes each; no dense route
         scratch = SELECTION * sparse
     # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too; of a transcoder y, rounded for its
@@ -181,11 +195,14 @@ def training_memory(
         copies=2 * (d_model + out) * d_sae if compute_dtype == "bf16" else 0,
         activations=activations,
         pending=pending * 4 * batch_size * (d_model + target),
-        entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + 4 * -(-out // SHARE_COLUMNS)) * n_entries,
+        entries=(ENTRY_BYTES + gated * GATED_ENTRY_BYTES + of_power * POWER_ENTRY_BYTES + 4 * -(-out // SHARE_COLUMNS))
+        * n_entries,
         # the gradient of a skip, and what Adam makes of it
         scratch=scratch + 24 * d_sae + 16 * skip * d_model * out,
         kind=kind,
         d_out=d_out,
         skip=skip,
         blocks=blocks,
+        of_power=of_power,
+        kept_tokens=resampled * 4 * min(d_sae, RESERVOIR) * d_model,
     )

@@ -1,8 +1,11 @@
-"""Dead latents brought back: begun anew from the tokens that are reconstructed worst, as in *Towards Monosemanticity*
-(Bricken et al. 2023, appendix on neuron resampling), which arXiv 2404.16014 follows, or with a θ that falls until they
-fire."""
+"""Dead latents begun anew, from the tokens that are reconstructed worst, as in *Towards Monosemanticity* (Bricken et
+al. 2023, appendix on neuron resampling), which arXiv 2404.16014 follows.
 
-import math
+They are drawn from many batches, of which a bounded sample is kept: every token n of those before a resampling gets the
+key log(u_n)/‖x_n − x̂_n‖⁴ with a uniform u_n, its error as of its own update, and the tokens of the `RESERVOIR` largest
+keys stay. Those of the m largest are a draw of m tokens without replacement, with probabilities in proportion to the
+square of the loss (Efraimidis and Spirakis 2006), so that no two latents begin as one. Checkpoints hold the sample.
+"""
 
 import torch
 from torch import Tensor
@@ -21,31 +24,49 @@ def seed_of(seed: int, step: int) -> int:
 
 @torch.no_grad()
 @without_autocast
-def resample(state: TrainState, x: Tensor, dead: Tensor, seed: int) -> Tensor:
-    """Put each latent j with ``dead`` [d_sae] (bool) where a token n of x [N, d_model] is, drawn with a probability in
-    proportion to ‖x_n − x̂_n‖⁴:
+def observe(state: TrainState, x: Tensor, seed: int) -> None:
+    """Add the tokens of x [N, d_model], in the dtype of the SAE and divided by the input scale, to those that dead
+    latents may begin at. Tokens without an error, or whose error is not finite, are none. The same seed gives the same
+    sample."""
+    assert state.seen is not None  # the trainer keeps one
+    assert state.seen_keys is not None
+    sae, n = state.sae, len(x)
+    x_hat = sae(x * sae.input_scale) / sae.input_scale
+    weights = (x - x_hat).double().square().sum(1).square()
+    drawn = torch.rand(n, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float64, device="cpu")
+    keys = torch.log1p(-drawn).to(x.device) / weights
+    keys = torch.where((weights > 0) & weights.isfinite(), keys, -torch.inf)
+    keys, order = torch.cat((state.seen_keys, keys)).sort(descending=True, stable=True)
+    order = order[: len(state.seen_keys)]
+    state.seen.copy_(torch.cat((state.seen, x))[order])
+    state.seen_keys.copy_(keys[: len(order)])
+
+
+@torch.no_grad()
+@without_autocast
+def resample(state: TrainState, dead: Tensor) -> Tensor:
+    """Put each latent j with ``dead`` [d_sae] (bool) where one of the tokens x_n is that were drawn from all `observe`
+    was given since the last time:
 
         W_dec[j] ← (x_n − b_dec)/‖x_n − b_dec‖;   W_enc[:, j] ← 0.2·c·W_dec[j];   biases, r_mag and second moments ← 0
 
-    c is the mean norm of the encoder columns of the others, 1 where there are none. x: in the dtype of the SAE, divided
-    by the input scale. b_dec counts as 0 without a pre-encoder bias. The bf16 copies are made anew by the next step.
-    Nothing changes where the errors say nothing: one is not finite, or all are 0. The same seed draws the same tokens.
+    c is the mean norm of the encoder columns of the others, 1 where there are none. b_dec counts as 0 without a
+    pre-encoder bias. The bf16 copies are made anew by the next step. Of more dead latents than there are tokens those
+    of larger number stay as they are.
 
     Returns how many began anew. Waits for the device.
     """
-    sae, latents = state.sae, torch.nonzero(dead)[:, 0]
-    x_hat = sae(x * sae.input_scale) / sae.input_scale
-    weights = (x - x_hat).double().square().sum(1).square()
-    sums = weights.cumsum(0)
-    if not len(latents) or not (sums[-1] > 0 and sums[-1].isfinite()):
-        return torch.zeros((), dtype=torch.int64, device=x.device)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.rand(len(latents), generator=generator, dtype=torch.float64, device="cpu").to(x.device)
-    tokens = torch.searchsorted(sums, drawn * sums[-1], right=True).clamp(max=len(x) - 1)
-    rows = x[tokens] - sae.b_dec if sae.pre_encoder_bias else x[tokens]
+    assert state.seen is not None
+    assert state.seen_keys is not None
+    sae, found = state.sae, state.seen[state.seen_keys > -torch.inf]
+    state.seen_keys.fill_(-torch.inf)
+    rows = found - sae.b_dec if sae.pre_encoder_bias else found
     rows = rows / rows.norm(dim=1, keepdim=True)
-    usable = rows.isfinite().all(1)  # a token that is b_dec has no direction
-    latents, rows = latents[usable], rows[usable]
+    rows = rows[rows.isfinite().all(1)]  # a token that is b_dec has no direction
+    latents = torch.nonzero(dead)[: len(rows), 0]
+    rows = rows[: len(latents)]
+    if not len(latents):
+        return torch.zeros((), dtype=torch.int64, device=dead.device)
 
     alive = sae.W_enc.data.T[~dead]
     norm = alive.norm(dim=1).mean() if len(alive) else alive.new_ones(())
@@ -60,20 +81,4 @@ def resample(state: TrainState, x: Tensor, dead: Tensor, seed: int) -> Tensor:
         state.others_v[name][latents] = 0
     state.tokens_since_fired[latents] = 0
     state.renew_copies()
-    return usable.sum()
-
-
-@torch.no_grad()
-@without_autocast
-def revive(state: TrainState, dead_after_tokens: int, fall: float, log_threshold: bool, made: Tensor) -> None:
-    """Let θ of each latent that has not fired for so many tokens fall by ``fall``, down to 0, or log θ by it. Nothing
-    changes where the update was not ``made`` [] (0 or 1). Does not wait for the device.
-
-    With the learning rate as ``fall`` it is the step that Adam without a first moment comes to by the pre-activation
-    loss λ_P·mean_n Σ_j (θ_j − z_nj)₊ of dead latents (`training.config.Loss`), which alone has a gradient for their θ:
-    that is λ_P at every update, and g/√v is 1 whatever λ_P is.
-    """
-    theta = state.threshold
-    lower = theta * math.exp(-fall) if log_threshold else (theta - fall).clamp(min=0)
-    falls = (state.tokens_since_fired >= dead_after_tokens) & (made > 0)
-    theta.copy_(torch.where(falls, lower, theta))
+    return torch.full((), len(latents), dtype=torch.int64, device=dead.device)

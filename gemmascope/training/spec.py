@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..checks import check_type
 from ..sites import INPUT_KINDS, KINDS, Site
 from .config import TrainConfig
-from .kinds import OF_TRANSCODERS
+from .kinds import check_of_transcoder
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class SAESpec:
             raise ValueError(
                 f"target: expected one of {', '.join(KINDS)}, where something is written, got {self.target}"
             )
-        if self.config.kind not in OF_TRANSCODERS:
-            expected = " or ".join(map(repr, OF_TRANSCODERS))
-            raise ValueError(f"kind: expected {expected} with a target, got {self.config.kind!r}")
+        check_of_transcoder("kind", self.config.kind)
         if self.init_from is not None:
             raise ValueError(f"init_from: expected none with a target, got {self.init_from!r}")
 

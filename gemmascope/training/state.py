@@ -18,9 +18,13 @@ from ..checks import dtype_name
 from ..kernels import LatentState, choose, entries, reference
 from ..saes import BatchTopKSAE, JumpReLUSAE
 from ..saes.base import BaseSAE
+from ..saes.topk_transcoder import TopKTranscoder
+from . import annealing
 
 # What keeps updates back until the host mends it: bits of `TrainState.stalled`.
 ROOM, COPIES = entries.ROOM, entries.COPIES
+# Tokens that are kept for dead latents to begin at, at most: more latents do not begin anew at a time.
+RESERVOIR = 4096
 MASTER_DTYPES = (torch.float32, torch.float64)
 
 
@@ -52,6 +56,12 @@ class TrainState:
     """Zeros [d_sae] for an SAE without thresholds, which never move."""
     smallest_kept: Tensor | None
     """fp64 scalar: the moving average of the smallest z that fired, of an SAE whose threshold follows it."""
+    seen: Tensor | None
+    """[`RESERVOIR` or d_sae, d_in] tokens that dead latents may begin at, and fp64 their keys, descending, −Inf where
+    there is none (`resample.observe`); where dead latents begin anew."""
+    seen_keys: Tensor | None
+    annealing: Tensor | None
+    """fp64 [4] of p-annealing, see `annealing.start`."""
     last: Tensor
     """int64 [d_sae], updates made when the latent was last touched."""
     W_enc_low: Tensor | None
@@ -73,8 +83,11 @@ class TrainState:
     _fresh: bool = field(default=False, repr=False)
 
     @classmethod
-    def start(cls, sae: BaseSAE, compute_dtype: str = "fp32") -> "TrainState":
-        """Raises ValueError when the SAE is neither fp32 nor fp64, or its implementation cannot run."""
+    def start(
+        cls, sae: BaseSAE, compute_dtype: str = "fp32", annealed: bool = False, resampled: bool = False
+    ) -> "TrainState":
+        """annealed: whether the p of its penalty is. resampled: whether dead latents begin anew. Raises ValueError when
+        the SAE is neither fp32 nor fp64, or its implementation cannot run."""
         W_enc, W_dec, device = sae.W_enc.data.t(), sae.W_dec.data, sae.W_dec.device
         if W_dec.dtype not in MASTER_DTYPES:
             raise ValueError(f"sae: expected float32 or float64 master weights, got {dtype_name(W_dec.dtype)}")
@@ -95,8 +108,13 @@ class TrainState:
             others_v={name: zeros(getattr(sae, name).data) for name in sae.OTHERS},
             no_threshold=None if isinstance(sae, JumpReLUSAE) else zeros(sae.b_enc.data),
             smallest_kept=torch.zeros((), dtype=torch.float64, device=device)
-            if isinstance(sae, BatchTopKSAE)
+            if isinstance(sae, BatchTopKSAE | TopKTranscoder)
             else None,
+            seen=zeros(W_enc[:RESERVOIR]) if resampled else None,
+            seen_keys=torch.full((min(sae.d_sae, RESERVOIR),), -torch.inf, dtype=torch.float64, device=device)
+            if resampled
+            else None,
+            annealing=annealing.start(device) if annealed else None,
             last=count(sae.d_sae),
             W_enc_low=zeros(W_enc).bfloat16() if compute_dtype == "bf16" else None,
             W_dec_low=zeros(W_dec).bfloat16() if compute_dtype == "bf16" else None,

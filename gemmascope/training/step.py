@@ -35,7 +35,8 @@ from ..autocast import without_autocast
 from ..formats.export import SKIP
 from ..kernels import ByLatent, Entries, LatentState, LatentSums, Residual, Rule, implementations, reference
 from ..saes import JumpReLUSAE
-from .config import Loss
+from .annealing import annealed, compared, concave, factor, follow, slope
+from .config import Annealing, Loss
 from .losses import l0_penalty, loss_and_gradients, objective, penalty
 from .memory import dense_tile
 from .state import TrainState
@@ -92,7 +93,7 @@ class Scheduled(NamedTuple):
         weights = objective(loss, n)
         return cls(
             rule.learning_rate,
-            loss.l0_coefficient,
+            penalty(loss).coefficient,
             None if loss.frequency_scale is None else weights.frequency_slope,
             weights.tanh_slope if loss.sparsity in ("tanh", "l1") else None,
             column,
@@ -162,8 +163,24 @@ def sparse_pass(
     tokens = implementations.operator("token_pass", impl)(entries, x, centred, out, _penalty(loss, scheduled))
     transposed = kernels.by_latent(entries, threshold.shape[0], impl=impl)
     weights = _objective(loss, len(x), scheduled)
-    sums = kernels.latent_pass(entries, out.u, transposed, threshold, tokens.s, weights, impl=impl)
+    at_once = weights if loss.p == 1 else weights._replace(tanh_slope=0.0)
+    sums = kernels.latent_pass(entries, out.u, transposed, threshold, tokens.s, at_once, impl=impl)
+    if loss.p != 1:
+        f = active(entries)
+        tokens = tokens._replace(tanh_sums=concave(f, loss.p).sum()[None])
+        steepness = reference.conclusion.as_number(weights.tanh_slope, f) * (len(x) / 2)  # `latent_pass` takes 2/N
+        of_penalty = (slope(f, loss.p) * steepness, transposed, threshold, torch.zeros_like(tokens.s))
+        plain = kernels.Objective(loss.bandwidth, ste_to_z=loss.ste_to_z)
+        added = kernels.latent_pass(entries, *of_penalty, plain, impl=impl)
+        both = {name: getattr(sums, name) + getattr(added, name) for name in ("dz", "db_enc", "dthreshold")}
+        sums = sums._replace(**both)
     return SparsePass(tokens, out, transposed, sums)
+
+
+def active(found: Entries) -> Tensor:
+    """z of the active entries, [capacity], 0 elsewhere."""
+    places = torch.arange(len(found.z), dtype=torch.int64, device=found.z.device)
+    return torch.where((places < found.offsets[-1]) & (found.latents >= kernels.entries.ACTIVE), found.z, 0)
 
 
 def _penalty(loss: Loss, scheduled: Scheduled | None) -> kernels.entries.Penalty:
@@ -179,15 +196,25 @@ def _objective(loss: Loss, n: int, scheduled: Scheduled | None) -> kernels.Objec
     return found._replace(**{name: slope for name, slope in slopes.items() if slope is not None})
 
 
-def _centre(state: TrainState, x: Tensor, target: Tensor | None) -> kernels.entries.Centred:
-    """x as the encoder reads it; the column sums are those of the target. Comes before all that reads a threshold."""
+def _annealed(scheduled: Scheduled, state: TrainState, annealing: Annealing | None) -> Scheduled:
+    """With the λ that annealing has come to, if there is any."""
+    if annealing is None or state.annealing is None:
+        return scheduled
+    times, steepest = factor(state.annealing, annealing), scheduled.tanh_slope
+    assert steepest is not None  # of a loss that has a p
+    return scheduled._replace(l0_coefficient=scheduled.l0_coefficient * times, tanh_slope=steepest * times)
+
+
+def centre(state: TrainState, x: Tensor, target: Tensor | None, clamp: bool = True) -> kernels.entries.Centred:
+    """x as the encoder reads it; the column sums are those of the target. Thresholds below 0 become 0 with ``clamp``:
+    then it comes before all that reads them."""
     b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
-    centre, dtype = implementations.operator("centre", state.impl), state.encoder_rows.dtype
-    centred = centre(x, b_dec, state.threshold, dtype)
-    return centred if target is None else centred._replace(column_sums=centre(target, None, None, dtype).column_sums)
+    centring, dtype = implementations.operator("centre", state.impl), state.encoder_rows.dtype
+    centred = centring(x, b_dec, state.threshold if clamp else None, dtype)
+    return centred if target is None else centred._replace(column_sums=centring(target, None, None, dtype).column_sums)
 
 
-def _to_latents(state: TrainState, x: Tensor, target: Tensor) -> Tensor:
+def skipped_target(state: TrainState, x: Tensor, target: Tensor) -> Tensor:
     """What a skip connection leaves of the target [N, d_out]. x: as the products read it."""
     if SKIP not in state.sae.OTHERS:
         return target
@@ -203,7 +230,7 @@ def move_others(state: TrainState, gradients: Mapping[str, Tensor], rule: Rule, 
         reference.conclusion.adam(*moved, gradient, rule, ok, number)
 
 
-def _of_skip(state: TrainState, residual: Tensor, x: Tensor) -> dict[str, Tensor]:
+def gradient_of_skip(state: TrainState, residual: Tensor, x: Tensor) -> dict[str, Tensor]:
     """The gradient (2/N)·rᵀx of a skip connection, if there is one. No bound of its own is needed: that on dW_enc,
     ‖x‖·2E at least, is one for it too."""
     if SKIP not in state.sae.OTHERS:
@@ -260,20 +287,23 @@ def sparse_step(
     capacity: int | None,
     scheduled: Scheduled | None = None,
     target: Tensor | None = None,
+    annealing: Annealing | None = None,
 ) -> StepFigures:
     """Update ``state`` by the loss on x [N, d_in] fp32, divided by the input scale. target: [N, d_out] fp32, divided by
     the output scale; by default x. capacity: room for entries; the
     reference, which knows how many there are, also takes None. scheduled: takes the place of the learning rate of
     ``rule``, of λ and of the column whose copies are compared, for a step that is captured; by default those of
-    ``loss``, ``rule`` and `TrainState.next_column`, on the device where the kernels run."""
+    ``loss``, ``rule`` and `TrainState.next_column`, on the device where the kernels run. annealing: of the p of
+    ``loss``, whose λ then is another multiple."""
     sae, impl, latents = state.sae, state.impl, state.ready(clamp=False)
     if scheduled is None:
         scheduled = Scheduled.of(loss, rule, len(x), state.next_column())
         if impl == "triton":
             scheduled = scheduled.to(x.device)
+    scheduled = _annealed(scheduled, state, annealing)
     rule = rule._replace(learning_rate=scheduled.learning_rate)
     W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
-    centred = _centre(state, x, target)
+    centred = centre(state, x, target)
     y = x if target is None else target
     entries = kernels.encode_entries(
         centred.x,
@@ -286,7 +316,7 @@ def sparse_step(
         impl=impl,
     )
     weights = (W_dec, b_dec, state.threshold)
-    to_latents = None if target is None else _to_latents(state, centred.x, target)
+    to_latents = None if target is None else skipped_target(state, centred.x, target)
     tokens, out, transposed, sums = sparse_pass(impl, entries, y, centred, *weights, loss, scheduled, to_latents)
     encoder_parts = implementations.operator("encoder_parts", impl)
     of_encoder = encoder_parts(W_enc, sums.db_enc) if sae.pre_encoder_bias else None
@@ -296,19 +326,28 @@ def sparse_step(
     kernels.update_from_entries(
         latents, transposed, sums, out.residual, centred.x, rule, conclusion.ok, state.updates, impl=impl
     )
-    move_others(state, _of_skip(state, out.residual, centred.x), rule, conclusion.ok, conclusion.number)
+    move_others(state, gradient_of_skip(state, out.residual, centred.x), rule, conclusion.ok, conclusion.number)
+    if annealing is not None and state.annealing is not None:
+        follow(state.annealing, annealing, compared(annealing, active(entries)), conclusion.ok)
     return _finish(state, tokens, of_encoder, sums.firing_count, rule, conclusion)
 
 
 @torch.no_grad()
 @without_autocast
-def dense_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, target: Tensor | None = None) -> StepFigures:
+def dense_step(
+    state: TrainState,
+    x: Tensor,
+    loss: Loss,
+    rule: Rule,
+    target: Tensor | None = None,
+    annealing: Annealing | None = None,
+) -> StepFigures:
     """The same update without a limit on the entries."""
     latents, d_sae = state.ready(clamp=False), state.sae.d_sae
     with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
         width = dense_tile(x.shape[0], d_sae)
         tiles = [slice(start, start + width) for start in range(0, d_sae, width)]
-        return _dense_step(state, latents, x, loss, rule, tiles, target)
+        return _dense_step(state, latents, x, loss, rule, tiles, target, annealing)
 
 
 def _dense_step(
@@ -319,11 +358,14 @@ def _dense_step(
     rule: Rule,
     tiles: list[slice],
     target: Tensor | None,
+    annealing: Annealing | None,
 ) -> StepFigures:
-    sae, impl, n, b_dec, sparsity = state.sae, state.impl, x.shape[0], state.sae.b_dec.data, penalty(loss)
-    centred = _centre(state, x, target)
+    sae, impl, n, b_dec = state.sae, state.impl, x.shape[0], state.sae.b_dec.data
+    scheduled = _annealed(Scheduled.of(loss, rule, n, None), state, annealing)
+    sparsity, weights = _penalty(loss, scheduled), _objective(loss, n, scheduled)
+    centred = centre(state, x, target)
     y = x if target is None else target
-    to_latents = x if target is None else _to_latents(state, centred.x, target)
+    to_latents = x if target is None else skipped_target(state, centred.x, target)
 
     def encode(tile: slice):
         weights = (state.encoder_rows[tile].T, sae.b_enc[tile], state.threshold[tile])
@@ -331,11 +373,14 @@ def _dense_step(
         return kernels.dense_encode(centred.x, *weights, loss.bandwidth, tf32=tf32, impl=impl)
 
     x_hat, l0, tanh, counts, touched, f_norms, n_entries = b_dec.expand(y.shape), 0.0, [], [], [], [], 0
+    of_penalties: list[Tensor] = []
     for tile in tiles:
         code = encode(tile)
         x_hat = x_hat + matmul(code.f, state.decoder_rows[tile])
         l0, n_entries = l0 + code.l0, n_entries + code.n_entries
-        tanh.append(reference.conclusion.tanh_sum(sparsity, code.f))
+        tanh.append(reference.conclusion.tanh_sum(sparsity, concave(code.f, loss.p)))
+        if annealing is not None:
+            of_penalties.append(compared(annealing, code.f))
         counts.append(code.firing_count)
         touched.append(code.touched)
         f_norms.append(torch.linalg.vector_norm(code.f, dtype=x.dtype))
@@ -352,14 +397,18 @@ def _dense_step(
         low.sum(0, dtype=x.dtype)[None],
     )
     of_latents = (torch.cat(touched), firing_count, n_entries, None)
-    of_loss = (sparsity, objective(loss, n), state.next_column())
+    of_loss = (sparsity, weights, state.next_column())
     conclusion = _conclude(state, latents, errors, l0, tokens, centred, *of_latents, *of_loss)
     of_encoder = None
     for tile in tiles:
         code = code if len(tiles) == 1 else encode(tile)
         u = low @ state.decoder_rows[tile].T
-        theta, of_loss = state.threshold[tile], objective(loss, n)
-        dz, db_enc, dthreshold = kernels.dense_backward(u, code, theta, s, of_loss, impl=impl)
+        at_once = weights
+        if loss.p != 1 or annealing is not None:  # `dense_backward` takes 2/N, and its slope is a number on the host
+            steepness = reference.conclusion.as_number(weights.tanh_slope, x) * (n / 2)
+            u.add_(slope(code.f, loss.p) * steepness)
+            at_once = weights._replace(tanh_slope=0.0)
+        dz, db_enc, dthreshold = kernels.dense_backward(u, code, state.threshold[tile], s, at_once, impl=impl)
         if sae.pre_encoder_bias:
             part = kernels.encoder_times(state.encoder_rows[tile], db_enc, impl=impl)
             of_encoder = part if of_encoder is None else of_encoder + part
@@ -375,7 +424,9 @@ def _dense_step(
             state.updates,
             impl=impl,
         )
-    move_others(state, _of_skip(state, low, centred.x), rule, conclusion.ok, conclusion.number)
+    move_others(state, gradient_of_skip(state, low, centred.x), rule, conclusion.ok, conclusion.number)
+    if annealing is not None and state.annealing is not None:
+        follow(state.annealing, annealing, torch.stack(of_penalties).sum(0), conclusion.ok)
     parts = None if of_encoder is None else of_encoder[None]
     return _finish(state, tokens, parts, firing_count, rule, conclusion)
 
@@ -412,10 +463,12 @@ def reference_step(
     rule: Rule,
     dead: Tensor | None = None,
     target: Tensor | None = None,
+    annealing: Annealing | None = None,
 ) -> StepFigures:
     """The same update by `loss_and_gradients`, in fp32. dead: bool [d_sae], for the pre-activation loss."""
     assert isinstance(state.sae, JumpReLUSAE)  # the trainer has chosen the step
-    latents, out, n = state.ready(), loss_and_gradients(state.sae, x, loss, dead, target), x.shape[0]
+    latents, loss, n = state.ready(), annealed(loss, state.annealing, annealing), x.shape[0]
+    out = loss_and_gradients(state.sae, x, loss, dead, target)
     gradients = out.gradients
     of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold)
     ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
@@ -424,6 +477,8 @@ def reference_step(
     reference.conclusion.move(
         state.sae.b_dec.data, state.b_dec_v, *counters, gradients.b_dec, out.firing_count, n, rule, ok, number
     )
+    if annealing is not None and state.annealing is not None:
+        follow(state.annealing, annealing, compared(annealing, out.f), ok)
     errors, y = out.residual.square().sum(1), x if target is None else target
     means = reference.conclusion.fidelity(errors, *reference.conclusion.spread_and_shares(y, y.sum(0)[None], errors))
     return StepFigures.of(

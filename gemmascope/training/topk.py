@@ -12,8 +12,12 @@ denominator. It is 0 without dead latents, and where e does not vary.
 With r_m = x̂_m − x and R_j = Σ r_m over the prefixes that latent j is in, all gradients are those of a JumpReLU SAE with
 R in the place of r and no window: dz = (2/N)·⟨R_j, W_dec[j]⟩, dW_dec[j] = Σ (2/N)·f·R_j over the entries of latent j.
 AuxK adds entries of its own, with r' = ê − e in the place of R and α·N/Σ‖e − mean e‖² as a factor.
+
+A transcoder has a target y in the place of the x that is reconstructed, and no b_dec in z. A skip connection adds
+x·W_skipᵀ to every x̂_m, with the gradient (2/N)·(Σ_m r_m)ᵀ·x.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,12 +25,15 @@ from torch import Tensor
 
 from .. import kernels
 from ..autocast import without_autocast
-from ..kernels import LATENT, Entries, Objective, Rule, implementations, reference
+from ..formats.export import SKIP
+from ..kernels import LATENT, Entries, Objective, Rule, reference
 from ..saes import BatchTopKSAE
 from ..saes.base import BaseSAE
+from ..saes.scaled_transcoder import ScaledTranscoder
+from ..saes.topk_transcoder import TopKTranscoder
 from .config import TrainConfig
 from .state import TrainState
-from .step import StepFigures, update_by_gradients
+from .step import StepFigures, centre, gradient_of_skip, move_others, skipped_target, update_by_gradients
 
 # Of the moving average of the smallest z that fires, which the k·N-th of so many hardly scatters, while it drifts as
 # the SAE learns.
@@ -89,16 +96,20 @@ class TopKLoss(NamedTuple):
     residual: Tensor  # [N, d_model] x̂ − x
     gradients: reference.Parameters
     bound: Tensor  # [] what no element of a latent's gradients exceeds
-    smallest: Tensor  # [] z that fired; 0 when fewer fired than might have
+    smallest: Tensor  # [] of `_smallest`
+    others: Mapping[str, Tensor]  # the gradients of ``sae.OTHERS``
 
 
 @torch.no_grad()
 @without_autocast
-def topk_loss_and_gradients(sae: BaseSAE, x: Tensor, config: TrainConfig, dead: Tensor | None = None) -> TopKLoss:
+def topk_loss_and_gradients(
+    sae: BaseSAE, x: Tensor, config: TrainConfig, dead: Tensor | None = None, target: Tensor | None = None
+) -> TopKLoss:
     """The loss of one batch and its gradients, by whole matrices.
 
     x: [N ≥ 1, d_model], divided by the SAE's input_scale, on its device and in its dtype, fp32 or fp64. dead: bool
-    [d_sae], latents that AuxK revives; None: without AuxK.
+    [d_sae], latents that AuxK revives; None: without AuxK. target: [N, d_out], divided by the output_scale of a
+    transcoder; by default x.
     """
     assert config.k is not None  # of a recipe of these kinds
     n = x.shape[0]
@@ -108,7 +119,9 @@ def topk_loss_and_gradients(sae: BaseSAE, x: Tensor, config: TrainConfig, dead: 
     f = torch.where(active, z, 0)
 
     loss, bounds, groups, first = z.new_zeros(()), [], [], 0
-    residual, R = sae.b_dec - x, torch.zeros_like(x)
+    y = x if target is None else target
+    skipped = sae.skipped(x) if isinstance(sae, ScaledTranscoder) else None
+    residual, R = sae.b_dec - (y if skipped is None else y - skipped), torch.zeros_like(y)
     for m in _prefixes(config):
         residual = residual + f[:, first:m] @ sae.W_dec[first:m]
         loss = loss + residual.square().sum(1).mean()
@@ -140,7 +153,7 @@ def topk_loss_and_gradients(sae: BaseSAE, x: Tensor, config: TrainConfig, dead: 
         db_dec = db_dec - sae.W_enc @ db_enc
     gradients = reference.Parameters((dz.T @ centred).T, db_enc, dW_dec, db_dec, torch.zeros_like(sae.b_enc))
     n_entries = active.sum()
-    smallest = torch.where(active, z, torch.inf).amin()
+    of_token = torch.where(active, z, torch.inf).amin(1)
     return TopKLoss(
         loss,
         residual.square().sum(1).mean(),
@@ -150,8 +163,19 @@ def topk_loss_and_gradients(sae: BaseSAE, x: Tensor, config: TrainConfig, dead: 
         residual,
         gradients,
         _bound(parts, torch.linalg.vector_norm(centred), n),
-        torch.where(n_entries == config.k * n, smallest, 0),
+        _smallest(of_token, n_entries == config.k * n, config),
+        {SKIP: (2 / n) * R.T @ x} if SKIP in sae.OTHERS else {},
     )
+
+
+def _smallest(of_token: Tensor, full: Tensor, config: TrainConfig) -> Tensor:
+    """[] The smallest z that fired in a batch, 0 when fewer fired than might have; where each token has k of its own,
+    the mean over the tokens of the smallest there. of_token: [N] those, Inf where none fired; of a batch all z will do.
+    full: bool scalar."""
+    if _of(config) == "batch":
+        return torch.where(full, of_token.amin(), 0)
+    fired = of_token != torch.inf
+    return torch.where(fired, of_token, 0).sum() / fired.sum().clamp(min=1)
 
 
 def _follow(state: TrainState, smallest: Tensor, ok: Tensor, number: Tensor) -> None:
@@ -159,7 +183,7 @@ def _follow(state: TrainState, smallest: Tensor, ok: Tensor, number: Tensor) -> 
     the updates made, which weighs none before the first."""
     if state.smallest_kept is None:
         return
-    assert isinstance(state.sae, BatchTopKSAE)
+    assert isinstance(state.sae, BatchTopKSAE | TopKTranscoder)
     threshold = state.sae.threshold.data
     mean = THRESHOLD_DECAY * state.smallest_kept + (1 - THRESHOLD_DECAY) * smallest.double()
     unbiased = (mean / (1 - torch.pow(THRESHOLD_DECAY, number.double()))).to(threshold.dtype)
@@ -167,17 +191,20 @@ def _follow(state: TrainState, smallest: Tensor, ok: Tensor, number: Tensor) -> 
     state.smallest_kept.copy_(torch.where(ok > 0, mean, state.smallest_kept))
 
 
-def _reference_step(state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, dead: Tensor | None) -> StepFigures:
-    latents, out, n = state.ready(), topk_loss_and_gradients(state.sae, x, config, dead), x.shape[0]
+def _reference_step(
+    state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, dead: Tensor | None, target: Tensor | None
+) -> StepFigures:
+    latents, out, n = state.ready(), topk_loss_and_gradients(state.sae, x, config, dead, target), x.shape[0]
     gradients = out.gradients
     of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold)
     ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
     counters = (state.tokens_since_fired, state.updates)
     moved = (state.sae.b_dec.data, state.b_dec_v, *counters)
     reference.conclusion.move(*moved, gradients.b_dec, out.firing_count, n, rule, ok, number)
+    move_others(state, out.others, rule, ok, number)
     _follow(state, out.smallest, ok, number)
-    errors = out.residual.square().sum(1)
-    means = reference.conclusion.fidelity(errors, *reference.conclusion.spread_and_shares(x, x.sum(0)[None], errors))
+    errors, y = out.residual.square().sum(1), x if target is None else target
+    means = reference.conclusion.fidelity(errors, *reference.conclusion.spread_and_shares(y, y.sum(0)[None], errors))
     return StepFigures.of(
         reference.conclusion.pack(out.loss, *means, out.l0, out.n_entries, state.stalled, ok, state.skipped)
     )
@@ -202,13 +229,15 @@ class _Main(NamedTuple):
     total: Tensor  # [] Σ_m mean_n ‖x − x̂_m‖²
     root: Tensor  # [] Σ_m √(mean_n ‖x − x̂_m‖²)
     residual_sums: Tensor  # [d] Σ_m Σ_n of x̂_m − x
+    R: Tensor  # [N, d] Σ_m of x̂_m − x, as the products read it
 
 
 def _whole(entries: Entries, x: Tensor, W_dec: Tensor, b_dec: Tensor, impl: str) -> _Main:
     """One reconstruction, by all latents."""
     out = kernels.residual_pass(entries, x, W_dec, b_dec, impl=impl)
     last, mean = out.residual.to(x.dtype), out.squared_error.mean()
-    return _Main(_Part(entries, out.u, out.residual, None), last, out.squared_error, mean, mean.sqrt(), last.sum(0))
+    part = _Part(entries, out.u, out.residual, None)
+    return _Main(part, last, out.squared_error, mean, mean.sqrt(), last.sum(0), out.residual)
 
 
 def _by_prefix(
@@ -235,7 +264,7 @@ def _by_prefix(
     inactive = grouped._replace(latents=grouped.latents & LATENT)  # they add nothing: the residual is R itself
     out = kernels.residual_pass(inactive, -R.view(blocks * n, d), W_dec, nothing, impl=impl)
     part = _Part(grouped, out.u, out.residual, None)
-    return _Main(part, R[-1], errors[-1], means.sum(), means.sqrt().sum(), R[0].sum(0))
+    return _Main(part, R[-1], errors[-1], means.sum(), means.sqrt().sum(), R[0].sum(0), R[0].to(W_dec.dtype))
 
 
 def _joined(parts: list[_Part], d_sae: int) -> _Part:
@@ -259,12 +288,14 @@ def _joined(parts: list[_Part], d_sae: int) -> _Part:
     return _Part(Entries(z, latents, tokens, torch.cat(offsets)), u, residual, None)
 
 
-def _sparse_step(state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, dead: Tensor | None) -> StepFigures:
+def _sparse_step(
+    state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, dead: Tensor | None, target: Tensor | None
+) -> StepFigures:
     assert config.k is not None
     sae, impl, latents = state.sae, state.impl, state.ready()
     (n, _), d_sae, W_dec, b_dec = x.shape, sae.d_sae, state.decoder_rows, sae.b_dec.data
-    centre = implementations.operator("centre", impl)
-    centred = centre(x, b_dec if sae.pre_encoder_bias else None, None, state.encoder_rows.dtype)
+    centred, y = centre(state, x, target, clamp=False), x if target is None else target
+    to_latents = x if target is None else skipped_target(state, centred.x, target)
 
     def encode(k: int, of: str, among: Tensor | None = None) -> Entries:
         tf32 = state.compute_dtype == "tf32"
@@ -273,9 +304,9 @@ def _sparse_step(state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, 
 
     entries, prefixes = encode(config.k, _of(config)), _prefixes(config)
     if len(prefixes) == 1:
-        main = _whole(entries, x, W_dec, b_dec, impl)
+        main = _whole(entries, to_latents, W_dec, b_dec, impl)
     else:
-        main = _by_prefix(entries, x, W_dec, b_dec, prefixes, impl)
+        main = _by_prefix(entries, to_latents, W_dec, b_dec, prefixes, impl)
     loss, parts = main.total, [main.part]
     bounds = [(main.root, torch.linalg.vector_norm(entries.z))]
     aux_k = _aux_k(config, sae.d_model, dead)
@@ -319,9 +350,16 @@ def _sparse_step(state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, 
         db_dec = db_dec - of_encoder
     counters = (state.tokens_since_fired, state.updates)
     reference.conclusion.move(b_dec, state.b_dec_v, *counters, db_dec, firing_count, n, rule, ok, number)
-    full = entries.offsets[-1] == len(entries.z)
-    _follow(state, torch.where(full, entries.z.amin(), 0), ok, number)
-    of_tokens = reference.conclusion.spread_and_shares(x, centred.column_sums, main.errors)
+    move_others(state, gradient_of_skip(state, main.R, centred.x), rule, ok, number)
+    if state.smallest_kept is not None:
+        stored = torch.arange(len(entries.z), dtype=torch.int64, device=x.device) < entries.offsets[-1]
+        kept = torch.where(stored, entries.z, torch.inf)
+        of_token = kept
+        if _of(config) == "token":
+            tokens = torch.where(stored, entries.tokens, 0).long()
+            of_token = torch.full_like(kept[:1], torch.inf).expand(n).scatter_reduce(0, tokens, kept, "amin")
+        _follow(state, _smallest(of_token, entries.offsets[-1] == config.k * n, config), ok, number)
+    of_tokens = reference.conclusion.spread_and_shares(y, centred.column_sums, main.errors)
     means = reference.conclusion.fidelity(main.errors, *of_tokens)
     n_entries = entries.offsets[-1]
     figures = (loss, *means, n_entries.double() / n, n_entries, state.stalled, ok, state.skipped)
@@ -330,12 +368,20 @@ def _sparse_step(state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, 
 
 @torch.no_grad()
 @without_autocast
-def topk_step(state: TrainState, x: Tensor, config: TrainConfig, rule: Rule, dead: Tensor | None = None) -> StepFigures:
+def topk_step(
+    state: TrainState,
+    x: Tensor,
+    config: TrainConfig,
+    rule: Rule,
+    dead: Tensor | None = None,
+    target: Tensor | None = None,
+) -> StepFigures:
     """Update ``state`` by the loss on x [N, d_model] fp32, divided by the input scale; on the entries alone, but with
-    the ``reference`` route by whole matrices. dead: bool [d_sae], latents that AuxK revives.
+    the ``reference`` route by whole matrices. dead: bool [d_sae], latents that AuxK revives. target: [N, d_out] fp32,
+    divided by the output scale, of a transcoder.
 
     On a GPU it waits for the device where there is AuxK, once, to learn how many latents are dead: without any, which
     is usual, half of the step falls away. In bf16 the sums over the prefixes are of reconstructions rounded to it.
     """
     step = _reference_step if config.route == "reference" else _sparse_step
-    return step(state, x, config, rule, dead)
+    return step(state, x, config, rule, dead, target)

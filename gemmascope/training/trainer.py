@@ -18,11 +18,13 @@ from ..kernels import density as densities
 from ..saes import JumpReLUSAE
 from ..saes.base import BaseSAE
 from ..saes.scaled_transcoder import ScaledTranscoder
+from .annealing import annealed
 from .config import TOP_K, TrainConfig
 from .gated_step import gated_step
 from .kinds import new_sae, new_transcoder, of_kind
 from .memory import TrainingMemory, available_memory, training_memory
-from .resample import resample, revive, seed_of
+from .resample import observe, resample, seed_of
+from .revive import revive
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
@@ -235,7 +237,9 @@ class SAETrainer:
             elif config.b_dec_init == "mean" and of_target is not None:
                 sae.b_dec.copy_(of_target[0] / options["output_scale"])
                 sae.b_enc.copy_(-((mean / scale).to(sae.W_enc) @ sae.W_enc))
-        self.state = TrainState.start(sae, config.compute_dtype)
+        self.state = TrainState.start(
+            sae, config.compute_dtype, annealed=config.p_end is not None, resampled=bool(config.resample_steps)
+        )
         if self.state.impl == "triton" and d_model != len(sae.b_dec):
             raise ValueError(
                 f"target: expected activations {d_model} wide as the sample is, for the Triton kernels, got "
@@ -276,8 +280,10 @@ class SAETrainer:
             check_int("d_out", d_out, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
         options: dict[str, Any] = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
+        options["resampled"] = bool(config.resample_steps)
+        options["of_power"] = config.loss.p < 1 or config.p_end is not None
         if config.kind in TOP_K:
-            options["l0"], options["blocks"] = sizes_of_step(config, d_model)
+            options["l0"], options["blocks"] = sizes_of_step(config, d_model if d_out is None else d_out)
         return training_memory(*sizes, **options, d_out=d_out, skip=config.skip)
 
     def update(self, x_raw: Tensor, y_raw: Tensor | None = None) -> None:
@@ -291,8 +297,8 @@ class SAETrainer:
         self.check_batch(x_raw, target=y_raw)
         x = self._scaled(x_raw, self.sae.input_scale)
         y = None if y_raw is None else self._scaled(y_raw, self.output_scale)
-        if self.step in self.config.resample_steps:
-            self._resample(x)
+        if self.config.observes(self.step):
+            self._observe(x)
         self._launch(x, self.step, self.route, y)
         self.step += 1
         while len(self._pending) > self.run_ahead:
@@ -339,7 +345,7 @@ class SAETrainer:
 
     def _launch(self, x: Tensor, step: int, route: str, target: Tensor | None) -> None:
         config, state = self.config, self.state
-        loss = config.loss_at(step)
+        loss, annealing = config.loss_at(step), config.annealing_at(step)
         rule = Rule(
             config.learning_rate_at(step),
             config.adam_beta2,
@@ -349,17 +355,18 @@ class SAETrainer:
         try:
             if config.kind == "gated":
                 room = self._room(len(x)) if route == "sparse" else None
-                figures = gated_step(state, x, loss, rule, route, room)
+                figures = gated_step(state, x, loss, rule, route, room, annealing)
             elif config.kind in TOP_K:
                 dead = state.tokens_since_fired >= config.dead_after_tokens
-                figures = topk_step(state, x, config, rule, dead)
+                figures = topk_step(state, x, config, rule, dead, target)
             elif route == "sparse":
-                figures = sparse_step(state, x, loss, rule, self._room(len(x)), target=target)
+                room = self._room(len(x))
+                figures = sparse_step(state, x, loss, rule, room, target=target, annealing=annealing)
             elif route == "dense":
-                figures = dense_step(state, x, loss, rule, target)
+                figures = dense_step(state, x, loss, rule, target, annealing)
             else:
                 dead = state.tokens_since_fired >= config.dead_after_tokens if config.loss.pre_act_coefficient else None
-                figures = reference_step(state, x, loss, rule, dead, target)
+                figures = reference_step(state, x, loss, rule, dead, target, annealing)
         except torch.OutOfMemoryError as error:
             memory = self.memory(replace(config, batch_size=len(x)), x.shape[1], x.device, self._d_out)
             raise EnvironmentProblemError(memory.advice(self._available)) from error
@@ -368,12 +375,14 @@ class SAETrainer:
             revive(state, config.dead_after_tokens, fall, rule.log_threshold, figures.made)
         self._pending.append(_Job(x, target, step, route, *_to_host(figures.packed)))
 
-    def _resample(self, x: Tensor) -> None:
-        """Begin the dead latents anew, every step so far made: what is repeated comes after it."""
+    def _observe(self, x: Tensor) -> None:
+        """Keep tokens for dead latents to begin at, and let them begin anew when it is time, every step so far made:
+        what is repeated comes after it."""
         self.flush()
         self.state.ready()
-        dead = self.state.tokens_since_fired >= self.config.dead_after_tokens
-        resample(self.state, x, dead, seed_of(self.config.seed, self.step))
+        observe(self.state, x, seed_of(self.config.seed, self.step))
+        if self.step in self.config.resample_steps:
+            resample(self.state, self.state.tokens_since_fired >= self.config.dead_after_tokens)
 
     def _room(self, n_tokens: int) -> int | None:
         """Entries the sparse route makes room for, where it must be told."""
@@ -441,21 +450,25 @@ class SAETrainer:
         """The figures of the last step, measured on its batch before its update. ``fvu`` and ``median_fvu`` are what
         `evaluation.evaluate_sae` gives of those rows, up to rounding; ``window`` is the share of the batch's entries
         that lie below θ, through which L0 answers to λ, and ``threshold`` the mean θ, after the update, in units of C.
-        ``target_l0`` is there where the loss has one. Raises ValueError when there was no step."""
+        ``target_l0`` is there where the loss has one, ``p`` where that is annealed. Raises ValueError when there was no
+        step."""
         self.flush()
-        figures, config = self.figures, self.config
+        figures, config, last = self.figures, self.config, self.step - 1
         if not figures:
             raise ValueError("report: expected at least one update before it, got none")
+        annealing = config.annealing_at(last)
         n_entries = figures["n_entries"]
         row = {"step": self.step} | {name: figures[name] for name in ("loss", "l0", "fvu", "median_fvu")}
         row |= {
             "dead": (self.state.tokens_since_fired >= config.dead_after_tokens).double().mean().item(),
             "skipped": int(figures["skipped"]),
-            "lr": config.learning_rate_at(self.step - 1),
-            "l0_coefficient": config.l0_coefficient_at(self.step - 1),
+            "lr": config.learning_rate_at(last),
+            "l0_coefficient": annealed(config.loss_at(last), self.state.annealing, annealing).l0_coefficient,
             "window": max(0.0, 1 - figures["l0"] * figures["n_tokens"] / n_entries) if n_entries else 0.0,
             "threshold": self.state.threshold.double().mean().item(),
         }
+        if annealing is not None:
+            row["p"] = annealing.p
         return row if config.loss.target_l0 is None else row | {"target_l0": config.loss.target_l0}
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

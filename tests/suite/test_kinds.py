@@ -5,6 +5,7 @@ import io
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from gemmascope.errors import BadFileError
 from gemmascope.evaluation import evaluate_sae
 from gemmascope.kernels import preactivations
 from gemmascope.reporting import final_table, plots, read_results, write_html
+from gemmascope.reporting.table import aims_of
 from gemmascope.saes.base import BaseSAE
 from gemmascope.sites import Site
 from gemmascope.suite import measure
@@ -285,6 +287,14 @@ def test_the_table_the_page_and_the_plots_tell_the_kinds(finished, tmp_path):
     assert head[:4] == ["site", "layer", "kind", "width"]
     told = [line.split()[2] for line in text.splitlines() if line.strip().startswith("resid")]
     assert told == [row["kind"] for row in read["saes"]]
+    cells = [" ".join(line.split()[4:6]) for line in text.splitlines() if line.strip().startswith("resid")]
+    assert cells == [
+        f"{name} {row[key]:g}"
+        for row in read["saes"]
+        for key, name in (("target_l0", "target"), ("k", "k"), ("l0_coefficient", "λ"))
+        if row.get(key) is not None and not (key == "l0_coefficient" and row.get("target_l0"))
+    ]
+    assert {cell.split()[0] for cell in cells} == {"target", "k", "λ"}
     assert max(map(len, text.splitlines())) <= 100
     page = write_html(out).read_text()
     for kind in MADE:
@@ -297,6 +307,38 @@ def test_the_table_the_page_and_the_plots_tell_the_kinds(finished, tmp_path):
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert set(MADE) <= labels
     assert any(label.startswith("relu, λ 0.3") for label in plots.variants(read["saes"]))
+
+
+@pytest.mark.parametrize(
+    ("saes", "expected"),
+    [
+        ([{"target_l0": 20.0, "l0_coefficient": 0.3}, {"target_l0": 40.0}], ("target", ["20", "40"])),
+        ([{"k": 20, "l0_coefficient": None}, {"k": None}], ("k", ["20", "–"])),
+        ([{"l0_coefficient": 0.04}, {"l0_coefficient": 0.4}], ("λ", ["0.04", "0.4"])),
+        ([{"l0_coefficient": 0.04}, {"l0_coefficient": 0.04}], None),
+        ([{"k": 8}, {"l0_coefficient": 0.04}, {}], ("sparse by", ["k 8", "λ 0.04", "–"])),
+        ([{}], None),
+    ],
+)
+def test_the_table_says_what_makes_each_sparse(saes, expected):
+    assert aims_of(saes) == expected
+
+
+def test_titles_and_legends_of_plots_of_one_site_are_not_cut_off():
+    row = {"site": "resid", "layer": 2, "width": 512, "l0": 5.0, "fvu": 0.1, "pca_fvu": 0.3}
+    saes = [row | {"name": f"{kind} {k}", "kind": kind, "k": k} for kind in ("topk", "matryoshka") for k in (5, 2000)]
+    log = [
+        {"sae": sae["name"], "site": "resid", "step": step, "fvu": 0.5, "l0": 5.0} for sae in saes for step in (1, 2)
+    ]
+    fired = {sae["name"]: np.full(512, 0.01, dtype=np.float32) for sae in saes}
+    for figure in (plots.training_curves(saes, log), plots.firing_frequencies(saes, fired)):
+        figure.canvas.draw()
+        page = figure.bbox
+        assert figure._suptitle is not None
+        for each in (figure.legends[0], figure._suptitle):
+            box = each.get_window_extent()
+            assert page.x0 <= box.x0 < box.x1 <= page.x1, each
+        assert len(figure.legends[0].get_texts()) >= 4
 
 
 def test_a_run_of_jumprelu_alone_does_not_speak_of_kinds():

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from gemmascope import Transcoder
 from gemmascope.activations import harvest
-from gemmascope.evaluation import delta_loss, evaluate_transcoder, linear_fvu
+from gemmascope.evaluation import (
+    delta_loss,
+    evaluate_transcoder,
+    language_model_loss,
+    linear_fvu,
+    mean_ablation_loss,
+)
 from gemmascope.formats.files import read_json
 from gemmascope.reporting import read_results, write_html
 from gemmascope.reporting.page import reload_code
@@ -29,6 +35,10 @@ PLAIN = {"d_sae": 48, "target_l0": 6, "sites": ["mlp_in_normed"], "target": "mlp
 SKIP = {"d_sae": 40, "target_l0": 6, "sites": ["layer_1/mlp_in"], "target": "mlp", "skip": True}
 ACROSS = {"d_sae": 24, "target_l0": 5, "sites": ["layer_2/att"], "target": "resid"}
 GATED = {"d_sae": 48, "l0_coefficient": 0.1, "kind": "gated", "sparsity": "l1", "sites": ["mlp_in"], "target": "mlp"}
+OF_K = {"d_sae": 40, "k": 5, "sites": ["layer_1/att"], "target": "resid"}  # norms of mlp_in and mlp hardly differ
+TOPK = OF_K | {"kind": "topk", "skip": True}
+BATCHTOPK = OF_K | {"kind": "batchtopk"}
+MATRYOSHKA = OF_K | {"kind": "matryoshka", "prefixes": [10, 40]}
 NAMES = [
     "layer_0/mlp/width_32/target_l0_4",
     "layer_0/mlp_in_normed/to_mlp/width_48/target_l0_6",
@@ -188,6 +198,105 @@ def test_all_layers_go_to_circuit_tracer(finished, model_folder, text_file, tmp_
             assert torch.equal(tensor, theirs.tensors[name]), name
 
 
+DROP = 1.2
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory, model_folder, text_file):
+    out = tmp_path_factory.mktemp("runs") / "filtered"
+    each = (SAE, ACROSS | {"sites": ["layer_1/att"]}, TOPK, BATCHTOPK, MATRYOSHKA)
+    made = config(model_folder, text_file, out, *each, activations={"drop_norm": DROP})
+    return out, train_suite(made), made
+
+
+def of_held_out(out, made, model):
+    """The run's held-out text, x and y of its tokens, and which are outliers at neither site."""
+    from gemmascope.suite.prepare import prepare
+    from gemmascope.suite.run import spread
+
+    rows = prepare(made, out, begun=True).rows
+    held_out = rows.held_out(spread(rows.n_held_out, made.evaluate.rows))
+    statistics = read_results(out)["statistics"]
+    found = harvest(model, held_out, [Site(1, "att"), Site(1, "resid")])
+    kept = [x.norm(dim=1) <= DROP * statistics[str(site)]["median_norm"] for site, x in found.items()]
+    return held_out, *found.values(), kept
+
+
+def test_tokens_that_are_outliers_at_either_site_are_left_out(filtered, model):
+    """By training, by the L0 that names the files and by every figure, and the figures of all tokens stand beside."""
+    out, results, made = filtered
+    held_out, x, y, kept = of_held_out(out, made, model)
+    both = kept[0] & kept[1]
+    assert 0 < both.sum() < min(kept[0].sum(), kept[1].sum())
+    for row in results["saes"][1:]:
+        transcoder = Transcoder.load(out / row["path"])
+        metrics, of_all = evaluate_transcoder(transcoder, x[both], y[both]), evaluate_transcoder(transcoder, x, y)
+        assert (row["tokens"], row["tokens_all"], row["outliers"]) == (both.sum(), len(x), (~both).sum())
+        assert (row["l0"], row["fvu"]) == (pytest.approx(metrics.l0), pytest.approx(metrics.fvu, rel=1e-5))
+        assert (row["l0_all"], row["fvu_all"]) == (pytest.approx(of_all.l0), pytest.approx(of_all.fvu, rel=1e-5))
+        assert read_json((out / row["path"]).with_name("config.json"))["l0"] == pytest.approx(row["l0"])
+        positions = held_out != 256
+        positions[positions.clone()] = both
+        spliced = {Site(1, "resid"): transcoder}
+        assert row["delta_loss"] == pytest.approx(delta_loss(model, held_out, spliced, positions=positions), abs=1e-5)
+        assert row["delta_loss_all"] == pytest.approx(delta_loss(model, held_out, spliced), abs=1e-5)
+        assert row["delta_loss"] != row["delta_loss_all"]
+    page = write_html(out).read_text()
+    assert "FVU, all tokens" in page
+
+
+def test_transcoders_of_which_k_fire(filtered):
+    out, results, _ = filtered
+    rows = {row["kind"]: row for row in results["saes"][2:]}
+    assert list(rows) == ["topk", "batchtopk", "matryoshka"]
+    for kind, row in rows.items():
+        assert row["name"] == f"layer_1/att/to_resid/{kind}/width_40/k_5"
+        assert row["path"].startswith(f"saes/att_to_resid/layer_1/width_40/{kind}/average_l0_")
+        assert row["k"] == 5
+        assert row["l0"] == pytest.approx(5, rel=0.25)
+        found = Transcoder.load(out / row["path"])
+        assert found.threshold.unique().numel() == 1
+        assert (found.W_skip is not None) == (kind == "topk")
+
+
+def test_a_loss_with_some_positions_spliced(finished, model, held_out):
+    """As if by hand: what is elsewhere keeps what the MLP wrote, whatever the batches are."""
+    out, results = finished
+    transcoder = Transcoder.load(out / results["saes"][2]["path"])
+    positions = torch.rand(held_out.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    layer, seen, rows = model.get_submodule("model.layers.1"), [], iter(positions & (held_out != 256))
+    handles = [
+        layer.get_submodule("pre_feedforward_layernorm").register_forward_hook(lambda m, a, o: seen.append(o)),
+        layer.get_submodule("post_feedforward_layernorm").register_forward_hook(
+            lambda m, a, o: torch.where(next(rows)[None, :, None], transcoder(seen.pop()), o)
+        ),
+    ]
+    losses = []
+    for row in held_out:
+        with torch.no_grad():
+            logits = model(row[None], use_cache=False).logits.log_softmax(-1)
+        losses.append(-logits[0, 1:-1].gather(1, row[2:, None]).mean().item())
+    for handle in handles:
+        handle.remove()
+    clean = language_model_loss(model, held_out)
+    spliced = {Site(1, "mlp"): transcoder}
+    for batch_size in (None, 3):
+        found = delta_loss(model, held_out, spliced, batch_size=batch_size, clean_loss=clean, positions=positions)
+        assert found == pytest.approx(sum(losses) / len(losses) - clean, abs=1e-5)
+    nowhere = torch.zeros_like(positions)
+    assert delta_loss(model, held_out, spliced, positions=nowhere) == 0
+    everywhere = torch.ones_like(positions)
+    assert delta_loss(model, held_out, spliced, positions=everywhere) == delta_loss(model, held_out, spliced)
+    mean = torch.zeros(16)
+    ablated = [
+        mean_ablation_loss(model, held_out, Site(1, "mlp"), mean, positions=each)
+        for each in (None, nowhere, everywhere)
+    ]
+    assert ablated[0] == ablated[2] != ablated[1] == clean
+    with pytest.raises(ValueError, match=r"^positions: expected shape \[8, 32\], got \[8, 31\]"):
+        delta_loss(model, held_out, spliced, positions=positions[:, 1:])
+
+
 def test_which_sites_a_block_means():
     found = blocks(SAE, PLAIN | {"sites": ["layer_0-1/mlp_in"]}, sites=["mlp"])
     with pytest.raises(ValueError, match=r"^suite.sites: expected sites of some block, got"):
@@ -211,7 +320,7 @@ def test_which_sites_a_block_means():
         ({**PLAIN, "sites": ()}, r"^suite.sae\[0\].sites: expected those that the transcoders read"),
         (SAE | {"skip": True}, r"^suite.sae\[0\].skip: expected a target"),
         (PLAIN | {"init_from": "x"}, r"^suite.sae\[0\].init_from: expected none with a target"),
-        (GATED, r"^suite.sae\[0\].kind: expected 'jumprelu' or 'relu' with a target, got 'gated'$"),
+        (GATED, r"^suite.sae\[0\].kind: expected one of jumprelu, relu, .* with a target, got 'gated'$"),
     ],
 )  # fmt: skip
 def test_bad_blocks_are_refused_by_name(block, message):
@@ -224,8 +333,5 @@ def test_bad_runs_are_refused_by_name():
         blocks(PLAIN | {"sites": ["layer_0/*"]}).specs(sites_of(1))
     with pytest.raises(ValueError, match=r"^suite.training.skip: expected a target in every block"):
         blocks(PLAIN, SAE, training={"skip": True})
-    made = {"model": {"name": "x"}, "text": {"files": ["x"]}, "activations": {"drop_norm": 10.0}}
-    with pytest.raises(ValueError, match=r"^activations.drop_norm: expected none with the target of suite.sae\[1\]"):
-        SuiteConfig.from_dict({**made, "suite": {"tokens": "20M", "sae": [SAE, PLAIN]}})
     with pytest.raises(ValueError, match=r"^suite.sae\[0\].sites\[0\]: expected sites among"):
         blocks(SAE | {"sites": ["mlp_in"]}).specs(sites_of(1))

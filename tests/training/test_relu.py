@@ -146,6 +146,19 @@ def test_a_training_reports_its_loss_and_lowers_it():
     assert found[-1]["l0"] < 0.9 * found[0]["l0"]
 
 
+def test_what_is_saved_by_hand_says_what_it_is(tmp_path):
+    given = {"site": "model.layers.0.output", "kind": "jumprelu"}
+    sae = SAETrainer(recipe(), rows(64), metadata=given).sae
+    assert sae.kind == "relu"
+    sae.save(tmp_path / "as_it_is")
+    sae.released().save(tmp_path / "folded")
+    for name in ("as_it_is", "folded"):
+        found = JumpReLUSAE.load(tmp_path / name)
+        assert (found.kind, found.metadata["site"]) == ("relu", given["site"])
+    assert given["kind"] == "jumprelu"
+    assert SAETrainer(TrainConfig.short(d_sae=24), rows(64), metadata={}).sae.metadata == {}
+
+
 def test_it_goes_on_from_a_relu_sae_alone():
     other = JumpReLUSAE(6, 24, threshold_init=0.0)
     begun = SAETrainer(recipe(), rows(64), init_from=other).sae

@@ -8,7 +8,7 @@ import torch
 
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.training import SAETrainer, TrainConfig
-from gemmascope.training.resample import revive
+from gemmascope.training.revive import revive
 from gemmascope.training.state import TrainState
 
 MADE, WITHHELD = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)

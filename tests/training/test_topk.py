@@ -149,7 +149,7 @@ def test_one_case_by_hand():
     out = topk_loss_and_gradients(sae, x, config)
     assert out.loss == 0.5
     assert out.l0 == 1
-    assert out.smallest == 1
+    assert out.smallest == 1.5  # of each token's own k: their mean
     assert out.firing_count.tolist() == [2, 0]
     # g = (2/2)·[[0, −1], [0, 0]]: dz = ⟨g, W_dec[0]⟩ = 0, dW_dec[0] = 2·[0, −1], db_dec = [0, −1].
     assert out.gradients.W_dec.tolist() == [[0, -2], [0, 0]]

@@ -413,7 +413,7 @@ def test_bad_trainers_are_refused_by_name():
         SAETrainer(config(skip=True), x)
     with pytest.raises(TypeError, match=r"^skip: expected a bool, got int"):
         config(skip=1)
-    with pytest.raises(ValueError, match=r"^kind: expected jumprelu or relu with a target, got 'gated'"):
+    with pytest.raises(ValueError, match=r"^kind: expected one of jumprelu, relu, .* with a target, got 'gated'"):
         SAETrainer(TrainConfig(d_sae=F, kind="gated", loss=Loss(sparsity="l1")), x, target=y)
     with pytest.raises(ValueError, match=r"^init_from: expected none with a target"):
         SAETrainer(config(), x, target=y, init_from=JumpReLUSAE(D_IN, F))
@@ -489,7 +489,7 @@ def test_bad_suites_are_refused_by_name():
         SAESpec("sae", X, config(skip=True))
     with pytest.raises(ValueError, match=r"^init_from: expected none with a target, got 'x'"):
         SAESpec("sae", X, config(), "x", target=Y)
-    with pytest.raises(ValueError, match=r"^kind: expected 'jumprelu' or 'relu' with a target, got 'gated'"):
+    with pytest.raises(ValueError, match=r"^kind: expected one of jumprelu, relu, .* with a target, got 'gated'"):
         SAESpec("sae", X, TrainConfig(d_sae=F, kind="gated", loss=Loss(sparsity="l1")), target=Y)
     with pytest.raises(TypeError, match=r"^target: expected a Site, got str"):
         SAESpec("sae", X, config(), target="mlp")  # pyright: ignore[reportArgumentType]
