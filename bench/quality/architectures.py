@@ -94,6 +94,7 @@ def trainer_of(name: str, kind: str, impl: str) -> Trainer:
 def settings(given: argparse.Namespace, trainer: str, kind: str, seed: int) -> Iterator[Setting]:
     """One for each sparsity."""
     size = {"steps": given.steps, "d_sae": given.d_sae, "batch_size": given.batch_size, "seed": seed, "kind": kind}
+    own = dict(given.coefficients).get((trainer, kind))
     for index, l0 in enumerate(given.l0):
         aim: dict[str, Any]
         if kind in TOP_K:
@@ -101,12 +102,21 @@ def settings(given: argparse.Namespace, trainer: str, kind: str, seed: int) -> I
             if kind == "matryoshka":
                 aim["prefixes"] = prefixes(given.d_sae)
         elif kind != "jumprelu":
-            aim = {"l0_coefficient": given.l1_coefficients[index]}
+            aim = {"l0_coefficient": (own or given.l1_coefficients)[index]}
         elif trainer == "saelens":  # whose penalty aims at no L0
-            aim = {"sparsity": "l0", "l0_coefficient": given.l0_coefficients[index]}
+            aim = {"sparsity": "l0", "l0_coefficient": (own or given.l0_coefficients)[index]}
         else:
             aim = {"target_l0": float(l0)}
         yield Setting(TrainConfig.small(**size, **aim), l0, given.recipe)
+
+
+def own_coefficients(text: str) -> tuple[tuple[str, str], list[float]]:
+    """Of "saelens/gated=.1,.2"."""
+    place, found, numbers = text.partition("=")
+    trainer, _, kind = place.partition("/")
+    if not found or trainer not in TRAINERS or kind not in KINDS:
+        raise argparse.ArgumentTypeError(f"expected TRAINER/KIND=NUMBER,…, found {text!r}")
+    return (trainer, kind), [float(number) for number in numbers.split(",")]
 
 
 def prefixes(d_sae: int) -> tuple[int, ...]:
@@ -258,6 +268,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--l0-coefficients", nargs="+", type=float, default=[8e-3, 4e-3, 2e-3], help="of SAELens' JumpReLU"
     )
+    top.add_argument(
+        "--coefficients",
+        nargs="+",
+        type=own_coefficients,
+        default=[],
+        metavar="TRAINER/KIND=λ,…",
+        help="those of one trainer in the place of either, as saelens/gated=.1,.2",
+    )
     top.add_argument("--recipe", choices=RECIPES, default=RECIPES[0])
     top.add_argument("--steps", type=int, default=400)
     top.add_argument("--d-sae", type=int, default=512)
@@ -298,6 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
             top.error(
                 f"--{option}: expected {len(given.l0)} numbers, one for each of --l0, found {getattr(given, name)}"
             )
+    for place, numbers in given.coefficients:
+        if len(numbers) != len(given.l0):
+            top.error(f"--coefficients: expected {len(given.l0)} numbers for {'/'.join(place)}, found {numbers}")
     try:
         every = data_of(given)
         for kind in given.architectures:

@@ -271,6 +271,8 @@ def test_a_training_of_ours_that_fails_is_an_exit_status(tmp_path, capsys, monke
     ("arguments", "message"),
     [
         (["--l1-coefficients", "0.1"], "--l1-coefficients: expected 2 numbers, one for each of --l0"),
+        (["--coefficients", "saelens/gated=0.1"], "--coefficients: expected 2 numbers for saelens/gated, found [0.1]"),
+        (["--coefficients", "other/gated=0.1,0.2"], "expected TRAINER/KIND=NUMBER,…, found 'other/gated=0.1,0.2'"),
         (["--d-sae", "1"], "k: expected at most 1, got 2"),
         (["--data", "nowhere.safetensors"], "`python -m bench.quality.activations RUN` makes it"),
     ],
@@ -279,6 +281,15 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         quality.main(["--architectures", "topk", *TINY, *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_coefficients_of_one_trainer():
+    given = architectures.parser().parse_args([*TINY, "--architectures", "relu", "--coefficients", "ours/relu=.7,.6"])
+    found = {
+        name: [setting.config.loss.l0_coefficient for setting in architectures.settings(given, name, "relu", 0)]
+        for name in ("ours", "saelens")
+    }
+    assert found == {"ours": [0.7, 0.6], "saelens": [0.3, 0.1]}
 
 
 def test_prefixes_end_with_all():
