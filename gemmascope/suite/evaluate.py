@@ -22,6 +22,7 @@ from ..checks import check_type
 from ..evaluation.bootstrap import LEVEL, Bootstrap
 from ..evaluation.controls import ControlTokens, controls
 from ..evaluation.figures import Figures, added, plain
+from ..evaluation.language_model import rows_of_a_forward
 from ..evaluation.protocol import Sums, measure
 from ..evaluation.site_moments import SiteMoments, site_moments
 from ..evaluation.suite import MAX_BYTES
@@ -62,7 +63,7 @@ def evaluate_saes(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, A
     """
     check_type("config", config, EvaluateConfig)
     sources = Sources.of(config.saes)
-    out = sources.out(config)
+    out = config.folder
     started = time.monotonic()
     with Run(out, fresh, kind="evaluation") as work, stopping() as stop:
         try:
@@ -168,7 +169,9 @@ class _Task:
     def blocks(self, moments: Mapping[Site, SiteMoments]) -> Iterator[Sums]:
         """The sums of every block of every group; what all groups share, of the first alone."""
         text = self.texts.judged
-        rows = -(-len(text.tokens) // MOST_BLOCKS)
+        # Whole forwards of the model, so that none is cut short.
+        of_forward = rows_of_a_forward(self.loaded.model, text.tokens.shape[1])
+        rows = of_forward * -(-len(text.tokens) // (MOST_BLOCKS * of_forward))
         starts = range(0, len(text.tokens), rows)
         groups = self._groups()
         with StageProgress("Evaluation", len(groups) * len(text.tokens), "row") as bar:

@@ -21,6 +21,7 @@ from ..evaluation.token_sets import MarkedText
 from ..formats.files import as_path, read_json, shown
 from ..kernels import dispatch
 from ..reporting.progress import StageProgress
+from ..reporting.results import RESULTS
 from ..runs import key_of
 from ..saes import JumpReLUSAE, TopKSAE, Transcoder
 from ..saes.base import BaseSAE
@@ -100,6 +101,15 @@ class EvaluateConfig:
         check_choice("impl", self.impl, dispatch.IMPLS)
         check_int("max_sae_bytes", self.max_sae_bytes, 1)
 
+    @property
+    def folder(self) -> Path:
+        """Of the results."""
+        if self.out is not None:
+            return Path(self.out)
+        only = Path(self.saes[0])
+        of_run = len(self.saes) == 1 and os.path.lexists(only / RESULTS)
+        return (only if of_run else Path("runs")) / "evaluation"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -143,11 +153,6 @@ class Sources:
             for each in results:
                 runs[as_path("saes", name)] = each
         return cls(tuple(saes), runs)
-
-    def out(self, config: EvaluateConfig) -> Path:
-        if config.out is not None:
-            return Path(config.out)
-        return next(iter(self.runs)) / "evaluation" if len(self.runs) == 1 else Path("runs") / "evaluation"
 
     def model(self, config: EvaluateConfig, device: torch.device) -> Loaded:
         """The model of the settings, else that of the run.
