@@ -20,20 +20,22 @@ from .plots import (
 )
 from .results import kind_of, kinds_of, site_of
 
+NARROWEST = 7.2
+
 
 def l0_against_delta_loss(saes: Sequence[Mapping[str, Any]]) -> Figure:
     """L0 and ΔLM loss of every SAE on logarithmic axes, as in Gemma Scope's figure 2, with the interval of the loss; a
     panel for each kind of site, colours by layer, marks and lines by kind of SAE. A rise that is not above 0 has no
     place on them and is counted in the title."""
     panels = kinds(saes)
-    figure = new_figure(3.8 * len(panels) + 0.6, 4.6)
+    figure = new_figure(max(NARROWEST, 3.8 * len(panels) + 0.6), 4.8)
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
     colours = layer_colours(sorted({sae["layer"] for sae in saes}))
-    curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    curves: dict[tuple, list[Mapping[str, Any]]] = {}
     shown = [sae for sae in saes if (sae.get("l0") or 0) > 0 and (sae.get("delta_loss") or 0) > 0]
     for sae in shown:
-        curves.setdefault((site_of(sae), kind_of(sae)), []).append(sae)
-    for (_, kind), curve in curves.items():
+        curves.setdefault((site_of(sae), kind_of(sae), sae["width"], sae.get("seed")), []).append(sae)
+    for (_, kind, *_), curve in curves.items():
         curve.sort(key=lambda sae: sae["l0"])
         axes, colour = grid[panels.index(curve[0]["site"])], colours[curve[0]["layer"]]
         marker, line = KIND_STYLES[kind]
@@ -58,7 +60,9 @@ def l0_against_delta_loss(saes: Sequence[Mapping[str, Any]]) -> Figure:
     for kind in kinds_of(saes):
         marker, line = KIND_STYLES[kind]
         handles.append(Line2D([], [], color=GREY, marker=marker, linestyle=line, label=kind))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 4 * len(panels)), frameon=False, fontsize=9
+    )
     left_out = len(saes) - len(shown)
     entitle(figure, "Sparsity against the model's loss", f"without {left_out} that cost nothing" if left_out else "")
     return figure

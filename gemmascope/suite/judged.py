@@ -147,7 +147,7 @@ class Sources:
         runs: dict[Path, Mapping[str, Any]] = {}
         for name in names:
             results: list[Mapping[str, Any]] = []
-            found = list(expand(name, results))
+            found = list(expand(name, results, below=True))
             several = len(names) > 1 and len(found) > 1
             saes += [each._replace(name=f"{os.fspath(name)}: {each.name}") for each in found] if several else found
             for each in results:

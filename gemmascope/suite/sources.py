@@ -43,10 +43,10 @@ def _load_at(path: Path, dtype: torch.dtype | None = None) -> JumpReLUSAE | TopK
     return Transcoder.load(path, dtype=dtype) if transcoders.is_named_so(path) else load_sae(path, dtype=dtype)
 
 
-def expand(source: str | os.PathLike, runs: list[Mapping[str, Any]]) -> Iterator[Source]:
-    """The SAEs at ``source``: of the folder of a run all, with their rows; of one of circuit-tracer every layer; of a
-    folder without weights of its own those of the folders below it, in the order of their names. The results of a run
-    go to ``runs``.
+def expand(source: str | os.PathLike, runs: list[Mapping[str, Any]], *, below: bool = False) -> Iterator[Source]:
+    """The SAEs at ``source``: of the folder of a run all, with their rows; of one of circuit-tracer every layer. The
+    results of a run go to ``runs``. below: of a folder without weights of its own, those of the folders below it, in
+    the order of their names.
 
     Raises BadFileError for a row whose file is elsewhere and for too many folders, and what `read_results` does.
     """
@@ -59,7 +59,7 @@ def expand(source: str | os.PathLike, runs: list[Mapping[str, Any]]) -> Iterator
     elif layers := transcoders.layer_files(path):
         for layer in layers:
             yield Source(layer, None, layer.stem)
-    elif path.is_dir() and not _has_weights(path):
+    elif below and path.is_dir() and not _has_weights(path):
         found = sorted(_folders_below(path))
         if not found:  # what it lacks is for its reader to say
             yield Source(source, None, os.fspath(source))
