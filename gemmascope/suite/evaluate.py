@@ -315,9 +315,7 @@ def _warnings(config: EvaluateConfig, texts: Texts, places: Sequence[Place], loa
     found = []
     if texts.facts["sequences"] < config.sequences:
         n = texts.facts["sequences"]
-        found.append(
-            f"{n:,} rows of text are judged on, fewer than the {config.sequences:,} asked for: there are no more"
-        )
+        found.append(f"judged on {n:,} rows of text, not on {config.sequences:,}: there are no more")
     if texts.facts["documents"] < 2:
         found.append("the text is of one document: there are no intervals")
     for place in places:
