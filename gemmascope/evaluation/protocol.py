@@ -2,12 +2,13 @@
 
 A batch of rows runs through the model once as it is. From this one forward come the activations of all sites, the clean
 losses, and what every SAE makes of its site. Then the model runs with one activation after another replaced: by zero,
-by the mean of the site, and by each reconstruction, where the set of tokens says so (`token_sets`). No activation
-outlives its batch. All sums are fp64, and of each document by itself, so that documents can be drawn anew
-(`bootstrap`).
+by the mean of the site, and by each reconstruction, where the set of tokens says so (`token_sets`); each time from the
+layer of the site on, for the layers before do what they did. No activation outlives its batch. All sums are fp64, and
+of each document by itself, so that documents can be drawn anew (`bootstrap`).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from ..kernels import density
 from ..saes import Transcoder
 from ..saes.base import BaseSAE
 from ..sites import Capture, Site, attach, evaluating
+from ..sites.beginning import beginning_at
 from ..sites.decoder import eagerly, input_device
 from .language_model import divergence, logits_of, next_token_losses, rows_of_a_forward
 from .site_moments import SiteMoments
@@ -86,7 +88,8 @@ def measure(
     """
     written = list(dict.fromkeys(subject.writes for subject in subjects))
     ablated = written if ablations is None else list(ablations)
-    read = list(dict.fromkeys([*(subject.reads for subject in subjects), *written, *ablated]))
+    read = [*(subject.reads for subject in subjects), *written, *ablated]
+    read = list(dict.fromkeys([*read, *filter(None, map(_before, read))]))
     present = text.documents[text.documents >= 0]
     documents = present.unique()
     sums = _Tables(documents)
@@ -126,6 +129,11 @@ class _Tables:
         return {"documents": self.documents.double(), **self._tables}
 
 
+def _before(site: Site) -> Site | None:
+    """Where the stream is that the layer of ``site`` reads; None of the first layer."""
+    return Site(site.layer - 1, "resid") if site.layer else None
+
+
 class _Batch:
     """One forward of the model as it is, and what came of it."""
 
@@ -137,7 +145,7 @@ class _Batch:
         self.targets = text.tokens[:, 1:][self.scored]
         with Capture(model, sites) as capture:
             self.logits = self._scored_logits()
-        self.activations = {site: capture[site] for site in sites}
+        self.activations = {site: capture[site] for site in capture.sites}
         loss = next_token_losses(self.logits, self.targets.to(self.logits.device)).double().cpu()
         sums.add("clean", self.owners, torch.stack([torch.ones_like(loss), loss], 1))
 
@@ -147,7 +155,9 @@ class _Batch:
 
     def losses_with(self, site: Site, value: Tensor, mask: Tensor) -> Tensor:
         """`LOSSES` of each prediction [n, 2], fp64, with ``value`` in the place of the activations in ``mask``."""
-        with attach(self.model, {site: _Fixed(value)}, (), positions=mask):
+        before = _before(site)
+        shared = nullcontext() if before is None else beginning_at(self.model, site.layer, self.activations[before])
+        with shared, attach(self.model, {site: _Fixed(value)}, (), positions=mask):
             logits = self._scored_logits()
         loss = next_token_losses(logits, self.targets.to(logits.device)).double()
         return torch.stack([loss, divergence(self.logits.to(logits.device), logits)], 1).cpu()
