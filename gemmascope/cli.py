@@ -207,7 +207,10 @@ def evaluate(
     site: Annotated[str | None, typer.Option(help="Of every SAE: layer_12/resid, … [default: what each says]")] = None,
     sequences: Annotated[int, typer.Option(help="Rows of text, at most.")] = 2048,
     context: Annotated[int | None, typer.Option(help="Tokens of a row. [default: 1024, of a run its own]")] = None,
-    outliers: Annotated[float, typer.Option(help="A token is one above so many times the median norm.")] = 5.0,
+    outliers: Annotated[
+        float | None,
+        typer.Option(help="A token is one above so many times the median norm. [default: the run's, or 5]"),
+    ] = None,
     control_tokens: Annotated[int, typer.Option(help="Tokens that controls are fitted on, and judged on.")] = 65536,
     draws: Annotated[int, typer.Option(help="Of the bootstrap over documents.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,

@@ -14,7 +14,7 @@ With Σ over the tokens of a set, and Δ over the predictions, which are of the 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,12 +33,15 @@ SUFFIXES = {"text": "", "inliers": "_inliers", "every": "_every"}
 LOWEST_EXPONENT, BINS_OF_A_DECADE = -8, 2
 
 
-def added(blocks: Sequence[Sums]) -> Sums:
-    """The sums of all blocks, over all their documents; those of one document in several blocks are added in order."""
-    documents = torch.cat([block["documents"] for block in blocks]).unique()
-    total: Sums = {"documents": documents}
+def added(blocks: Iterable[Sums], documents: Tensor) -> Sums:
+    """The sums of all blocks, one after the other, by document.
+
+    documents: the numbers of all documents in any of the blocks; others, and −1, may be among them.
+    """
+    numbers = documents[documents >= 0].unique()
+    total: Sums = {"documents": numbers.double()}
     for block in blocks:
-        place = torch.searchsorted(documents, block["documents"])
+        place = torch.searchsorted(numbers.double(), block["documents"])
         for name, values in block.items():
             if name == "documents":
                 continue
@@ -47,7 +50,7 @@ def added(blocks: Sequence[Sums]) -> Sums:
                 total[name] = total[name] + values if name in total else values
                 continue
             if name not in total:
-                total[name] = values.new_zeros(len(documents), *values.shape[1:])
+                total[name] = values.new_zeros(len(numbers), *values.shape[1:])
             total[name].index_add_(0, place, values)
     return total
 

@@ -78,13 +78,14 @@ def _evaluate(config: EvaluateConfig, sources: Sources, work: Run, stop: Stop, s
     loaded = sources.model(config, device)
     places = find_places(config, sources, loaded)
     texts = read_texts(config, sources, loaded, work.folder / TOKENS)
-    task = _Task(config, loaded, places, texts, work, stop)
+    task = _Task(config, loaded, places, texts, work, stop, sources.outlier_ratio(config))
     finished = work.stage(FINISHED, task.settings, [_identity(place) for place in places], config.draws, config.seed)
     if finished.done():
+        task.clear()
         say(f"{work.folder}: finished before; start over with --fresh")
         return read_json(work.folder / RESULTS)
     moments = task.moments()
-    sums = added(list(task.blocks(moments)))
+    sums = added(task.blocks(moments), texts.judged.documents)
     figures = Figures(sums, Bootstrap(len(sums["documents"]), draws=config.draws, seed=config.seed))
     beside = task.controls(moments, {place.name: figures.of(place.name, place.writes)["l0"] for place in places})
     stop.check()
@@ -97,7 +98,7 @@ def _evaluate(config: EvaluateConfig, sources: Sources, work: Run, stop: Stop, s
             "evaluation": {
                 "sequences": len(texts.judged.tokens),
                 "context": texts.judged.tokens.shape[1],
-                "outlier_ratio": config.outliers,
+                "outlier_ratio": task.outlier_ratio,
                 "draws": config.draws,
                 "seed": config.seed,
                 "level": LEVEL,
@@ -111,7 +112,7 @@ def _evaluate(config: EvaluateConfig, sources: Sources, work: Run, stop: Stop, s
         write_json(work.folder / RESULTS, results)
         write_frequencies(work.folder, {place.name: figures.frequency(place.name) for place in places})
         finished.keep(work.folder / RESULTS, work.folder / FREQUENCIES)
-    shutil.rmtree(work.folder / BLOCKS, ignore_errors=True)  # what they were for is done
+    task.clear()
     return results
 
 
@@ -132,14 +133,21 @@ class _Task:
     """The stages of an evaluation."""
 
     def __init__(
-        self, config: EvaluateConfig, loaded: Loaded, places: Sequence[Place], texts: Texts, work: Run, stop: Stop
+        self,
+        config: EvaluateConfig,
+        loaded: Loaded,
+        places: Sequence[Place],
+        texts: Texts,
+        work: Run,
+        stop: Stop,
+        outlier_ratio: float,
     ):
         self.config, self.loaded, self.places, self.texts = config, loaded, tuple(places), texts
-        self.work, self.stop = work, stop
+        self.work, self.stop, self.outlier_ratio = work, stop, outlier_ratio
         self.device = as_device(config.device)
         impl = choose(config.impl, self.device, torch.float32).impl
         self.environment = environment(self.device) | {"impl": impl}
-        self.settings = [loaded.identity, self.environment, texts.settings, config.outliers, config.control_tokens]
+        self.settings = [loaded.identity, self.environment, texts.content, outlier_ratio, config.control_tokens]
 
     def moments(self) -> dict[Site, SiteMoments]:
         """Of every site that is written to."""
@@ -151,7 +159,7 @@ class _Task:
             total = len(train) + len(judged.tokens)
             with stage.doing(), StageProgress("Means of the sites", total, "row") as bar:
                 found = site_moments(
-                    self.loaded.model, train, judged, sites, self.config.outliers, lambda rows: self._tick(bar, rows)
+                    self.loaded.model, train, judged, sites, self.outlier_ratio, lambda rows: self._tick(bar, rows)
                 )
                 tensors = {f"{site}/{key}": x for site in sites for key, x in found[site].to_tensors().items()}
                 _save(path, tensors)
@@ -193,6 +201,10 @@ class _Task:
                     done += min(rows, len(text.tokens) - start)
                     bar.update(done, f"{len(group.places)} SAEs")
                     yield {key: x for key, x in found.items() if key != "clean" or group.number == 0}
+
+    def clear(self) -> None:
+        """Remove the sums of blocks, once the results are there."""
+        shutil.rmtree(self.work.folder / BLOCKS, ignore_errors=True)
 
     def _block(self, group: _Group, number: int, start: int, rows: int) -> tuple[Stage, Path]:
         name = f"{BLOCKS}/group_{group.number}/block_{number}"

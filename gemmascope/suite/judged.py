@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations import TokenRows, read_documents, sample_rows, tokenise
+from ..activations import OUTLIER_RATIO, TokenRows, read_documents, sample_rows, tokenise
 from ..activations.packing import as_encoder, tokenizer_hash
 from ..activations.python_docs import python_documentation
 from ..checks import check_choice, check_int, check_number, check_type
@@ -21,7 +21,7 @@ from ..evaluation.token_sets import MarkedText
 from ..formats.files import as_path, read_json, shown
 from ..kernels import dispatch
 from ..reporting.progress import StageProgress
-from ..reporting.results import RESULTS
+from ..reporting.results import MAX_SAES, RESULTS
 from ..runs import key_of
 from ..saes import JumpReLUSAE, TopKSAE, Transcoder
 from ..saes.base import BaseSAE
@@ -39,7 +39,6 @@ from .stated import stated_of
 
 SEQUENCES, CONTEXT = 2048, 1024
 CONTROL_TOKENS = 1 << 16
-OUTLIERS = 5.0
 # Bytes of weights that are on the device at once, beside the model's.
 MAX_SAE_BYTES = 8 << 30
 # Of given text, one document of so many is judged on; the controls are fitted on the others.
@@ -55,9 +54,10 @@ class EvaluateConfig:
     held-out text of the run, without one Python's own documentation. site: where every SAE is to be judged, by default
     the one that each states. sequences, context: rows of the text, and tokens of a row, of which the text may have
     fewer; the rows of a run have the length that they have. outliers: a token is one whose norm is above so many times
-    the median. control_tokens: that the controls are fitted on, and that they are judged on, at most. draws, seed: of
-    the bootstrap. out: the folder of the results, by default ``evaluation`` in that of the run, else
-    ``runs/evaluation``.
+    the median, by default as many as the run leaves them out above, else `OUTLIER_RATIO`. control_tokens: that the
+    controls are fitted on, and that they are judged on, at most. draws, seed: of the bootstrap. out: the folder of the
+    results, by default ``evaluation`` in that of the run, else ``runs/evaluation``. device, impl: where all runs, and
+    who computes the SAEs, see `gemmascope.kernels`. max_sae_bytes: of weights of SAEs that are on the device at once.
 
     Raises ValueError and TypeError naming the setting that is wrong.
     """
@@ -68,7 +68,7 @@ class EvaluateConfig:
     site: Site | str | None = None
     sequences: int = SEQUENCES
     context: int | None = None
-    outliers: float = OUTLIERS
+    outliers: float | None = None
     control_tokens: int = CONTROL_TOKENS
     draws: int = DRAWS
     seed: int = 0
@@ -91,7 +91,8 @@ class EvaluateConfig:
         check_int("sequences", self.sequences, 1)
         if self.context is not None:
             check_int("context", self.context, 2, LARGEST_CONTEXT)
-        check_number("outliers", self.outliers, 1)
+        if self.outliers is not None:
+            check_number("outliers", self.outliers, 1)
         check_int("control_tokens", self.control_tokens, 1)
         check_int("draws", self.draws, 2)
         check_int("seed", self.seed, 0, 2**63 - 1)
@@ -142,7 +143,7 @@ class Sources:
 
     @classmethod
     def of(cls, names: Sequence[str | os.PathLike]) -> "Sources":
-        """Raises BadFileError where there is nothing, and as `expand`."""
+        """Raises ValueError for more SAEs than results can hold, and as `expand`."""
         saes: list[Source] = []
         runs: dict[Path, Mapping[str, Any]] = {}
         for name in names:
@@ -152,7 +153,21 @@ class Sources:
             saes += [each._replace(name=f"{os.fspath(name)}: {each.name}") for each in found] if several else found
             for each in results:
                 runs[as_path("saes", name)] = each
+        if len(saes) > MAX_SAES:
+            raise ValueError(f"saes: expected at most {MAX_SAES} together, got {len(saes)}")
         return cls(tuple(saes), runs)
+
+    def outlier_ratio(self, config: EvaluateConfig) -> float:
+        """That of the settings, else the one that all runs share."""
+        if config.outliers is not None:
+            return float(config.outliers)
+        found = set()
+        for results in self.runs.values():
+            training = results.get("training")
+            section = training.get("activations") if isinstance(training, dict) else None
+            found.add(section.get("drop_norm") if isinstance(section, dict) else None)
+        ratio = found.pop() if len(found) == 1 else None
+        return float(ratio) if isinstance(ratio, (int, float)) and ratio >= 1 else OUTLIER_RATIO
 
     def model(self, config: EvaluateConfig, device: torch.device) -> Loaded:
         """The model of the settings, else that of the run.
@@ -214,9 +229,9 @@ class Texts:
     facts: Mapping[str, Any]
 
     @property
-    def settings(self) -> list[Any]:
-        """All that results depend on."""
-        return [self.train, self.judged.tokens, self.judged.documents, self.judged.is_text]
+    def content(self) -> str:
+        """A key of all that results depend on."""
+        return key_of(self.train, self.judged.tokens, self.judged.documents, self.judged.is_text)
 
 
 def read_texts(config: EvaluateConfig, sources: Sources, loaded: Loaded, folder: Path) -> Texts:

@@ -63,7 +63,7 @@ def dense(sae, x):
 
 
 def figures_of(sums, draws=20):
-    return Figures(added([sums]), Bootstrap(len(sums["documents"]), draws=draws))
+    return Figures(added([sums], sums["documents"]), Bootstrap(len(sums["documents"]), draws=draws))
 
 
 # ---- tokens
@@ -341,10 +341,10 @@ def test_the_model_runs_once_as_it_is_and_once_for_each_replacement(model, momen
 
 def test_blocks_add_up(model, moments):
     text, _ = text_of(model)
-    whole = added([measure(model, text, subjects(), moments)])
+    whole = added([measure(model, text, subjects(), moments)], text.documents)
     parts = [measure(model, text.rows(rows), subjects(), moments) for rows in (slice(0, 1), slice(1, 3), slice(3, 4))]
     assert [part["documents"].tolist() for part in parts] == [[4], [4, 7], [9]]
-    together = added(parts)
+    together = added(iter(parts), text.documents)
     assert together.keys() == whole.keys()
     for name, values in together.items():
         assert values == pytest.approx(whole[name], rel=1e-9, abs=1e-12), name
@@ -375,7 +375,7 @@ def test_figures_are_those_of_judge_suite(tmp_path):
     text = MarkedText.of(model, held_out, documents)
     facts = site_moments(model, train, text, [RESID], RATIO)
     sums = measure(model, text, [Subject("a", RESID, RESID, sae)], facts)
-    figures = Figures(added([sums]), Bootstrap(1))
+    figures = figures_of(sums)
     found = figures.of("a", RESID) | figures.gamma("a", facts[RESID].means)
     saes = {"a": (RESID, tmp_path / "params.npz")}
     medians = {RESID: facts[RESID].median_norm}

@@ -3,6 +3,7 @@
 import json
 import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from gemmascope.evaluation import evaluate_sae
 from gemmascope.formats.files import read_json
 from gemmascope.reporting import read_evaluation, read_frequencies, read_results
 from gemmascope.sites import Site
-from gemmascope.suite import EvaluateConfig, evaluate, evaluate_saes
+from gemmascope.suite import EvaluateConfig, evaluate, evaluate_saes, judged
 from gemmascope.suite.config import ModelSection
 from gemmascope.suite.export import export_saes
+from gemmascope.suite.judged import Sources
 from gemmascope.suite.run import train_suite
 from tests.suite.small_runs import config as run_config
 from tests.suite.small_runs import write_model, write_text
@@ -326,6 +328,28 @@ def test_a_context_that_cannot_be(tmp_path, undisturbed, model_folder, text_file
     sae, section = saved(tmp_path / "one", site=RESID.name), ModelSection(name=str(model_folder))
     found = refusal(ValueError, tmp_path, [sae], model=section, text=[text_file], context=65)
     assert found == "context: expected at most the 64 tokens that the model takes, got 65"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "given", "expected"),
+    [
+        ([3.0], None, 3.0),
+        ([3.0], 7, 7.0),
+        ([3.0, 3.0], None, 3.0),
+        ([3.0, 4.0], None, 5.0),
+        ([None], None, 5.0),
+        ([], None, 5.0),
+    ],
+)
+def test_who_says_what_an_outlier_is(ratios, given, expected):
+    runs = {Path(str(index)): {"training": {"activations": {"drop_norm": each}}} for index, each in enumerate(ratios)}
+    assert Sources((), runs).outlier_ratio(EvaluateConfig(["one"], outliers=given)) == expected
+
+
+def test_more_saes_than_results_can_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(judged, "MAX_SAES", 1)
+    found = refusal(ValueError, tmp_path, [saved(tmp_path / "a"), saved(tmp_path / "b")])
+    assert found == "saes: expected at most 1 together, got 2"
 
 
 # ---- the command
