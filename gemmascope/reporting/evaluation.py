@@ -160,6 +160,7 @@ def _judged_on(results: Mapping[str, Any]) -> str:
 
 WIDTH, GAP = 100, 2
 SHOWN_WITH_INTERVAL = ("fvu", "delta_loss")
+LEAST_SHOWN = 0.0005
 
 
 def _short(number: str) -> str:
@@ -185,7 +186,8 @@ def evaluation_table(results: Mapping[str, Any]) -> "rich.table.Table":
         text = _short(formatted(sae.get(column.key), column.form))
         ends = sae.get(f"{column.key}_interval") if column.key in SHOWN_WITH_INTERVAL else None
         if ends is not None:
-            text += f"±{_short(format((ends[1] - ends[0]) / 2, column.form.removeprefix('+')))}"
+            half = (ends[1] - ends[0]) / 2
+            text += f"±{_short(format(half, '.3f' if half >= LEAST_SHOWN else '.4f'))}"
         return [text, "✓" if beats_pca(sae) else "✗"] if column.key == "pca_fvu" else [text]
 
     def heads(column: Column) -> list[str]:
