@@ -339,6 +339,25 @@ def test_the_model_runs_once_as_it_is_and_once_for_each_replacement(model, momen
         handle.remove()
 
 
+@pytest.mark.parametrize("make", [tiny.gemma2, tiny.gemma3, tiny.gemma3_multimodal])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("site", [Site(0, "resid"), Site(2, "att"), Site(2, "resid")], ids=str)
+def test_any_gemma_in_any_precision(make, dtype, site):
+    """The layers before the site are not run again, and what comes out is the same as if they were."""
+    model = make(dtype=dtype)
+    text, _ = text_of(model)
+    facts = site_moments(model, tiny.tokens(6, 9, seed=1), text, [site], 5.0)
+    sae = random_sae(site).float()
+    sums = measure(model, text, [Subject("a", site, site, sae)], facts)
+    found = figures_of(sums).of("a", site)
+    clean = language_model_loss(model, text.tokens)
+    mean = mean_ablation_loss(model, text.tokens, site, facts[site].means["text"].float()) - clean
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    assert found["delta_loss"] == pytest.approx(delta_loss(model, text.tokens, {site: sae}), abs=tolerance)
+    assert found["ablation_delta_loss"] == pytest.approx(mean, abs=tolerance)
+    assert 0 < found["fvu"] < 100
+
+
 def test_blocks_add_up(model, moments):
     text, _ = text_of(model)
     whole = added([measure(model, text, subjects(), moments)], text.documents)
