@@ -81,7 +81,6 @@ def measure(
         NAME/losses                [documents, 3, 2]       `LOSSES` with it spliced in at the tokens of the set
         NAME/fired                 [d_sae]                 tokens of the text that each latent fires on
         SITE/zero, SITE/mean       [documents, 3, 2]       likewise with zero or the set's mean in the place
-        SITE/tokens                [documents, 3]          of the set at the site
 
     moments: of every site that is written to. ablations: the sites that are ablated, by default all those. The model
     runs eagerly, in evaluation mode, and is left in its mode. Raises as `attach` and `Capture`.
@@ -197,7 +196,6 @@ class _Replacing:
         nothing = self.y.new_zeros(self.y.shape[-1])
         self._measure(f"{self.site}/zero", dict.fromkeys(SETS, nothing))
         self._measure(f"{self.site}/mean", self.moments.means)
-        self.batch.sums.add(f"{self.site}/tokens", self.owners, self.members)
 
     def judge(self, subject: Subject) -> None:
         present = self.present

@@ -87,10 +87,17 @@ def _evaluate(config: EvaluateConfig, sources: Sources, work: Run, stop: Stop, s
     moments = task.moments()
     sums = added(task.blocks(moments), texts.judged.documents)
     figures = Figures(sums, Bootstrap(len(sums["documents"]), draws=config.draws, seed=config.seed))
-    beside = task.controls(moments, {place.name: figures.of(place.name, place.writes)["l0"] for place in places})
+    found = {place.name: figures.of(place.name, place.writes) for place in places}
+    beside = task.controls(moments, {name: each["l0"] for name, each in found.items()})
     stop.check()
     with finished.doing():
-        rows = [_row(place, figures, moments, beside) for place in places]
+        rows = []
+        for place in places:
+            site = moments[place.writes]
+            of_site = {"median_norm": site.median_norm, "outlier_norm": site.max_norm}
+            of_site |= figures.gamma(place.name, site.means)
+            own = {"name": place.name, **place.facts}
+            rows.append(own | plain(found[place.name] | beside[place.name] | of_site))
         results = {
             "title": f"Evaluation on {loaded.name}",
             "model": _model_facts(loaded, texts, figures),
@@ -294,17 +301,6 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 # ---- results
-
-
-def _row(
-    place: Place, figures: Figures, moments: Mapping[Site, SiteMoments], beside: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    site = moments[place.writes]
-    facts = {"name": place.name, **place.facts}
-    found = figures.of(place.name, place.writes) | dict(beside[place.name])
-    found |= {"median_norm": site.median_norm, "outlier_norm": site.max_norm}
-    found |= figures.gamma(place.name, site.means)
-    return facts | plain(found)
 
 
 def _model_facts(loaded: Loaded, texts: Texts, figures: Figures) -> dict[str, Any]:

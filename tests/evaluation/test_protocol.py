@@ -209,6 +209,37 @@ def test_figures_of_the_sums(model, moments):
         assert count == int(((exponents >= edges[index]) & (exponents < edges[index + 1])).sum())
 
 
+def test_losses_of_the_sums(model, moments):
+    """The sums of each document, which plain hooks confirm, and each figure by its formula."""
+    text, _ = text_of(model)
+    sums = measure(model, text, [Subject("a", RESID, RESID, random_sae(RESID))], moments)
+    found = figures_of(sums).of("a", RESID)
+    n, clean = sums["clean"].T
+    assert found["predictions"] == n.sum() == int(text.is_scored.sum())
+    assert found["documents"] == 3
+    for index, suffix in enumerate(("", "_inliers", "_every")):
+        rises = {
+            name: (sums[key][:, index, 0] - clean)
+            for name, key in (("sae", "a/losses"), ("mean", f"{RESID}/mean"), ("zero", f"{RESID}/zero"))
+        }
+        mean = {name: (each.sum() / n.sum()).item() for name, each in rises.items()}
+        assert found[f"delta_loss{suffix}"] == pytest.approx(mean["sae"], rel=1e-12)
+        assert found[f"ablation_delta_loss{suffix}"] == pytest.approx(mean["mean"], rel=1e-12)
+        assert found[f"zero_ablation_delta_loss{suffix}"] == pytest.approx(mean["zero"], rel=1e-12)
+        for key, ablated in (("loss_recovered", "mean"), ("loss_recovered_from_zero", "zero")):
+            expected = 1 - mean["sae"] / mean[ablated] if mean[ablated] > 0 else None
+            assert found[f"{key}{suffix}"] == (expected if expected is None else pytest.approx(expected, rel=1e-9))
+        kl = (sums["a/losses"][:, index, 1].sum() / n.sum()).item()
+        assert found[f"kl{suffix}"] == pytest.approx(kl, rel=1e-12)
+        assert kl > 0
+        assert found[f"delta_loss_interval{suffix}"] == Bootstrap(3, draws=20).ratio(rises["sae"], n)
+        tokens = sums["a/tokens"][:, index]
+        for key, term in (("l0", "l0"), ("fvu", "error")):
+            below = tokens[:, TERMS.index("tokens" if key == "l0" else "spread")]
+            interval = Bootstrap(3, draws=20).ratio(tokens[:, TERMS.index(term)], below)
+            assert found[f"{key}_interval{suffix}"] == interval
+
+
 def test_a_transcoder_is_judged_on_what_it_writes(model):
     text, documents = text_of(model)
     reads, writes = Site(0, "mlp_in"), MLP
@@ -337,6 +368,27 @@ def test_the_model_runs_once_as_it_is_and_once_for_each_replacement(model, momen
         assert len(calls) == 1 + 2 * (2 * 1 + 4), "without outliers two of the sets are one"
     finally:
         handle.remove()
+
+
+def test_sets_that_are_one_in_a_batch_may_have_means_of_their_own(model, moments):
+    """Of the whole text the outliers are somewhere else."""
+    text, documents = text_of(model)
+    mean = moments[RESID].means["inliers"]
+    facts = SiteMoments(moments[RESID].means | {"inliers": mean + 1}, moments[RESID].tokens, 1.0, 1e9)
+    sums = measure(model, text, [Subject("a", RESID, RESID, random_sae(RESID))], {RESID: facts})
+    assert torch.equal(sums["a/losses"][:, 0], sums["a/losses"][:, 1])
+    expected = by_hand.losses_with(model, text.tokens, documents, RESID, mean + 1, text.is_text)
+    assert sums[f"{RESID}/mean"][:, 1, 0].tolist() == pytest.approx([expected[n][1] for n in (4, 7, 9)], rel=1e-11)
+
+
+def test_an_sae_may_be_called_like_a_site(model, moments):
+    text, _ = text_of(model)
+    plain_name, like_site = (
+        measure(model, text, [Subject(name, RESID, RESID, random_sae(RESID))], moments) for name in ("a", str(RESID))
+    )
+    for key in ("tokens", "losses", "fired"):
+        assert torch.equal(plain_name[f"a/{key}"], like_site[f"{RESID}/{key}"])
+    assert torch.equal(plain_name[f"{RESID}/zero"], like_site[f"{RESID}/zero"])
 
 
 @pytest.mark.parametrize("make", [tiny.gemma2, tiny.gemma3, tiny.gemma3_multimodal])
