@@ -188,6 +188,73 @@ def check(
         raise typer.Exit(DOES_NOT_FIT)
 
 
+@app.command()
+def evaluate(
+    saes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAE...",
+            help="Folder of a run; files or folders of SAEs or transcoders; OWNER/NAME/PATH on the hub.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The Gemma: a folder, or a name on the hub. [default: that of the run]")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="UTF-8 files or a glob; repeat for more. [default: what the run held out]")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Of every SAE: layer_12/resid, … [default: what each says]")] = None,
+    sequences: Annotated[int, typer.Option(help="Rows of text, at most.")] = 2048,
+    context: Annotated[int | None, typer.Option(help="Tokens of a row. [default: 1024, of a run its own]")] = None,
+    outliers: Annotated[
+        float | None,
+        typer.Option(help="A token is one above so many times the median norm. [default: the run's, or 5]"),
+    ] = None,
+    control_tokens: Annotated[int, typer.Option(help="Tokens that controls are fitted on, and judged on.")] = 65536,
+    draws: Annotated[int, typer.Option(help="Of the bootstrap over documents.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results. [default: RUN/evaluation, else runs/evaluation]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the model: branch, tag or commit.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of a model that is named: float32, bfloat16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where all runs.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON instead.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Judge SAEs of any kind by Gemma Scope's protocol, beside controls; the same command goes on where it stopped."""
+    with ending_when_interrupted(["evaluate", "--fresh"] if fresh else ["evaluate"]):
+        from .suite import EvaluateConfig, evaluate_saes
+        from .suite.config import ModelSection
+
+    if model is None and (revision is not None or dtype != "auto"):
+        raise ValueError("model: expected --model beside --revision and --dtype, got none")
+    section = None if model is None else ModelSection(name=model, revision=revision, dtype=dtype)
+    config = EvaluateConfig(
+        saes,
+        section,
+        text=text or (),
+        site=site,
+        sequences=sequences,
+        context=context,
+        outliers=outliers,
+        control_tokens=control_tokens,
+        draws=draws,
+        seed=seed,
+        out=out,
+        device=device,
+    )
+    found = evaluate_saes(config, fresh=fresh)
+    if found is None:
+        return
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        present_evaluation(config.folder)
+
+
 Weights = Annotated[
     str | None, typer.Option("--dtype", help="Cast to float32, bfloat16, float16 or float64. [default: as they are]")
 ]
@@ -254,11 +321,14 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 
 @app.command(name="report")
 def remake_report(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run or evaluation.")],
     debug: Debug = False,
 ) -> None:
-    """Make the table, the plots and the HTML report of a run again."""
-    present(run, reporting.read_results(run))
+    """Make the table, the plots and the HTML report of a run or an evaluation again."""
+    if reporting.is_evaluation(run):
+        present_evaluation(run)
+    else:
+        present(run, reporting.read_results(run))
 
 
 def present(run: Path, results: dict) -> None:
@@ -268,6 +338,17 @@ def present(run: Path, results: dict) -> None:
     console = Console()
     console.print(reporting.final_table(results))
     console.print(f"Report: {page}", f"Plots: {', '.join(map(str, plots))}", sep="\n", markup=False, soft_wrap=True)
+
+
+def present_evaluation(folder: Path) -> None:
+    """Write the plots and the HTML report of an evaluation, and show its table and its warnings."""
+    page = reporting.write_evaluation(folder)
+    results = reporting.read_evaluation(folder)
+    console = Console()
+    console.print(reporting.evaluation_table(results))
+    for warning in results["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    console.print(f"Report: {page}", markup=False, soft_wrap=True)
 
 
 @app.command()

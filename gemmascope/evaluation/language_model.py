@@ -86,7 +86,7 @@ def _loss(
     if count == 0:
         raise ValueError("tokens: expected at least one next token to score, got special tokens only")
     if batch_size is None:
-        batch_size = max(1, min(_BATCH_TOKENS, CHUNK_ELEMENTS // vocabulary_size(model)) // tokens.shape[1])
+        batch_size = rows_of_a_forward(model, tokens.shape[1])
     check_int("batch_size", batch_size, 1)
 
     device = input_device(model)
@@ -96,14 +96,45 @@ def _loss(
             batch = slice(start, start + batch_size)
             mask = None if attention_mask is None else attention_mask[batch]
             with during(batch):
-                logits = getattr(model(**forward_arguments(tokens[batch], mask, device)), "logits", None)
-            if logits is None:
-                raise TypeError(f"model: expected one whose forward returns logits, got {type(model).__name__}")
-            logits, counted = logits[:, :-1], scored[batch].to(logits.device)
-            targets = tokens[batch, 1:].to(logits.device)[counted].long()
-            losses = F.cross_entropy(logits[counted].float(), targets, reduction="none")
-            total += losses.sum(dtype=torch.float64).cpu()
+                logits = logits_of(model, tokens[batch], mask, device)
+            counted = scored[batch].to(logits.device)
+            targets = tokens[batch, 1:].to(logits.device)[counted]
+            total += next_token_losses(logits[:, :-1][counted], targets).sum(dtype=torch.float64).cpu()
     return (total / count).item()
+
+
+def rows_of_a_forward(model: nn.Module, context: int) -> int:
+    """Rows of ``context`` tokens that keep logits and attention bounded, at least one."""
+    return max(1, min(_BATCH_TOKENS, CHUNK_ELEMENTS // vocabulary_size(model)) // context)
+
+
+def logits_of(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None, device: torch.device) -> Tensor:
+    """[rows, context, vocabulary], of a forward without cache. Raises TypeError for a model without logits."""
+    logits = getattr(model(**forward_arguments(tokens, attention_mask, device)), "logits", None)
+    if logits is None:
+        raise TypeError(f"model: expected one whose forward returns logits, got {type(model).__name__}")
+    return logits
+
+
+def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each of ``targets`` [n] under logits [n, vocabulary], nats: fp32 [n], of fp64 fp64."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets.long(), reduction="none")
+
+
+def divergence(clean: Tensor, changed: Tensor) -> Tensor:
+    """KL(p ‖ q) of each row, nats, of the softmaxes p of ``clean`` and q of ``changed`` [n, vocabulary]: fp64 [n].
+
+    Formed in fp32 (fp64 of fp64), a bounded number of rows at a time.
+    """
+    found = torch.empty(len(clean), dtype=torch.float64, device=clean.device)
+    rows = max(1, CHUNK_ELEMENTS // max(1, clean.shape[-1]))
+    for start in range(0, len(clean), rows):
+        part = slice(start, start + rows)
+        wide = torch.promote_types(clean.dtype, torch.float32)
+        p, q = (torch.log_softmax(logits[part].to(wide), -1) for logits in (clean, changed))
+        found[part] = (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+    return found
 
 
 def n_predictions(

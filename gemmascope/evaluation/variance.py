@@ -34,6 +34,32 @@ class Fidelity(NamedTuple):
     reconstruction bias of arXiv 2404.16014): 1 is unbiased, below it x̂ is too small. NaN where Σ⟨x̂, x⟩ is 0."""
 
 
+class ByToken(NamedTuple):
+    """Of each token, fp64 [n]."""
+
+    error: Tensor
+    """‖x − x̂‖²."""
+    spread: Tensor
+    """‖x − x̄‖²."""
+    square: Tensor
+    """‖x̂‖²."""
+    product: Tensor
+    """⟨x̂, x⟩."""
+
+
+def by_token(x: Tensor, x_hat: Tensor, mean: Tensor) -> ByToken:
+    """The terms of which every figure here is a sum, of x and x̂ [n, d_model] and x̄ = ``mean`` [d_model], in fp64.
+
+    Raises ValueError for a reconstruction of another shape.
+    """
+    if x_hat.shape != x.shape:
+        raise ValueError(f"sae: expected a reconstruction of shape {list(x.shape)}, got {list(x_hat.shape)}")
+    x64 = x.double()
+    x_hat = x_hat.to(x64)
+    error, spread = (x64 - x_hat).square().sum(1), (x64 - mean).square().sum(1)
+    return ByToken(error, spread, x_hat.square().sum(1), (x_hat * x64).sum(1))
+
+
 def fidelity(
     name: str, activations: Tensor, reconstruct: Callable[[Tensor, int], Tensor], width: int | None = None
 ) -> Fidelity:
@@ -48,23 +74,18 @@ def fidelity(
     spread, start = torch.empty_like(errors), 0
     square, product = errors.new_zeros(()), errors.new_zeros(())
     for x in chunks(activations, max(width or 0, d_model)):
-        x_hat, x64 = reconstruct(x, start), x.double()
-        if x_hat.shape != x.shape:
-            raise ValueError(f"sae: expected a reconstruction of shape {list(x.shape)}, got {list(x_hat.shape)}")
-        rows = slice(start, start + len(x))
-        x_hat = x_hat.to(x64)
-        errors[rows] = (x64 - x_hat).square().sum(1)
-        square, product = square + x_hat.square().sum(), product + (x_hat * x64).sum()
-        spread[rows] = (x64 - mean).square().sum(1)
+        found, rows = by_token(x, reconstruct(x, start), mean), slice(start, start + len(x))
+        errors[rows], spread[rows] = found.error, found.spread
+        square, product = square + found.square.sum(), product + found.product.sum()
         start += len(x)
     variance = spread.sum()
     check_squares(name, variance)
     if variance == 0:
         return Fidelity(math.nan, math.nan, math.nan, math.nan, math.nan)
-    by_token = torch.where(errors == 0, errors, errors / spread)  # a token that is the mean, exactly, is not 0/0
+    shares = torch.where(errors == 0, errors, errors / spread)  # a token that is the mean, exactly, is not 0/0
     return Fidelity(
         fvu=(errors.sum() / variance).item(),
-        median_fvu=by_token.median().item(),
+        median_fvu=shares.median().item(),
         top_error_share=_top_share(errors),
         top_variance_share=_top_share(spread),
         bias=(square / product).item() if product != 0 else math.nan,

@@ -1,5 +1,6 @@
 """What a person sees of a run: progress while it lasts, then the table, the figures and the page from its files."""
 
+from .evaluation import evaluation_table, is_evaluation, read_evaluation, write_evaluation
 from .log import TrainLog
 from .report import write_html, write_plots
 from .results import read_frequencies, read_log, read_results
@@ -9,11 +10,15 @@ from .trackers import Trackers, open_trackers
 __all__ = [
     "Trackers",
     "TrainLog",
+    "evaluation_table",
     "final_table",
+    "is_evaluation",
     "open_trackers",
+    "read_evaluation",
     "read_frequencies",
     "read_log",
     "read_results",
+    "write_evaluation",
     "write_html",
     "write_plots",
 ]

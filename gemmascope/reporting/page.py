@@ -3,7 +3,7 @@
 import json
 import os
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from .html import document, figure, section
 from .results import (
     PLOTS,
+    Column,
     beats_pca,
     columns_of,
     formatted,
@@ -154,8 +155,17 @@ def facts(rows: Iterable[tuple[str, Any]]) -> str:
     return f"<table class=facts>\n{body}\n</table>"
 
 
-def sae_table(saes: list[Mapping[str, Any]]) -> str:
-    columns = columns_of(saes)
+def figure_of(sae: Mapping[str, Any], column: Column) -> str:
+    return formatted(sae.get(column.key), column.form)
+
+
+def sae_table(
+    saes: Sequence[Mapping[str, Any]],
+    columns: Sequence[Column] | None = None,
+    text_of: Callable[[Mapping[str, Any], Column], str] = figure_of,
+) -> str:
+    """A row for each SAE. columns: by default those of a run; text_of: of a cell."""
+    columns = columns_of(saes) if columns is None else columns
     head = "".join(f"<th scope=col>{escape(column.heading)}</th>" for column in columns)
     several = bool(kinds_of(saes))
     rows, previous = [], None
@@ -167,7 +177,7 @@ def sae_table(saes: list[Mapping[str, Any]]) -> str:
             cells.append(f"<td class=name data-name=Kind>{escape(kind_of(sae))}</td>")
         cells.append(f"<td data-name=Width>{sae['width']}</td>")
         for column in columns:
-            text, kind = formatted(sae.get(column.key), column.form), ""
+            text, kind = text_of(sae, column), ""
             if column.key == "fvu":
                 text, kind = f"{text} {'✓' if wins else '✗'}", f" class={'good' if wins else 'bad'}"
             cells.append(f'<td{kind} data-name="{escape(column.heading)}">{escape(text)}</td>')

@@ -7,7 +7,7 @@ all files they may be damaged or hostile, and what comes out of here can be draw
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +84,9 @@ COLUMNS = (
 REQUIRED_NUMBERS = ("l0", "fvu", "pca_fvu")
 
 
-def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
-    """The checked contents of ``run_dir``/results.json; measures that are missing become None.
+def read_results(run_dir: str | os.PathLike, required: Collection[str] = REQUIRED_NUMBERS) -> dict[str, Any]:
+    """The checked contents of ``run_dir``/results.json; measures that are missing become None, but for those
+    ``required``.
 
     Every SAE has a ``name``: its own, or that of its site where the results have one SAE a site and no names. There
     are always ``warnings``, a list of what the run warned of, and ``parked``, {name: why} of the SAEs that trained no
@@ -113,14 +114,14 @@ def read_results(run_dir: str | os.PathLike) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise BadFileError(f"{name}: expected Unicode text, found half of a surrogate pair") from error
     for key in ("loss", "bigram_loss"):
-        _number(f"{name}: model", key, results["model"].get(key))
-    saes = [_checked_sae(name, position, sae) for position, sae in enumerate(results["saes"])]
+        checked_number(f"{name}: model", key, results["model"].get(key))
+    saes = [_checked_sae(name, position, sae, required) for position, sae in enumerate(results["saes"])]
     if len({sae["site"] for sae in saes}) > MAX_SITES:
         raise BadFileError(f"{name}: expected at most {MAX_SITES} different sites, found more")
     return {**results, "saes": saes, "warnings": warned, "parked": parked}
 
 
-def _checked_sae(path: str, position: int, sae: Any) -> dict[str, Any]:
+def _checked_sae(path: str, position: int, sae: Any, required: Collection[str]) -> dict[str, Any]:
     where = f"{path}: saes[{position}]"
     if not isinstance(sae, dict) or not isinstance(sae.get("site"), str):
         raise BadFileError(f"{where}: expected an object with the string 'site'")
@@ -135,15 +136,16 @@ def _checked_sae(path: str, position: int, sae: Any) -> dict[str, Any]:
         **sae,
         "name": name_of(sae),
         "kind": kind_of(sae),
-        **{column.key: _number(where, column.key, sae.get(column.key)) for column in COLUMNS},
+        **{column.key: checked_number(where, column.key, sae.get(column.key)) for column in COLUMNS},
     }
-    for key in REQUIRED_NUMBERS:
+    for key in required:
         if sae[key] is None:
             raise BadFileError(f"{where}: expected a number {key!r}, found none")
     return sae
 
 
-def _number(where: str, key: str, value: Any) -> float | None:
+def checked_number(where: str, key: str, value: Any) -> float | None:
+    """``value`` as a float, or None; raises BadFileError for what is no finite number."""
     if value is None:
         return None
     if not is_figure(value):
@@ -220,7 +222,9 @@ def columns_of(saes: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def beats_pca(sae: Mapping[str, Any]) -> bool:
-    return sae["fvu"] < sae["pca_fvu"]
+    """False where one of the two is not known."""
+    fvu, pca_fvu = sae["fvu"], sae["pca_fvu"]
+    return fvu is not None and pca_fvu is not None and fvu < pca_fvu
 
 
 def summary(saes: Sequence[Mapping[str, Any]]) -> str:

@@ -2,17 +2,21 @@
 
 from .check import CheckConfig, check_sae
 from .config import SuiteConfig
+from .evaluate import evaluate_saes
 from .export import export_saes, import_sae
+from .judged import EvaluateConfig
 from .model import Loaded, load_architecture, load_model
 from .plan import Plan, make_plan
 from .run import harvest_suite, plan_suite, train_suite
 
 __all__ = [
     "CheckConfig",
+    "EvaluateConfig",
     "Loaded",
     "Plan",
     "SuiteConfig",
     "check_sae",
+    "evaluate_saes",
     "export_saes",
     "harvest_suite",
     "import_sae",

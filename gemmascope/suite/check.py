@@ -114,7 +114,7 @@ def check_loaded(
     candidates = [each for each in loaded.sites if loaded.width(each) == sae.d_model]
     if config.site is not None and site is not None:
         loaded.width(site)  # refuses one that the model does not have
-    findings = [_model(stated, loaded), _width(sae.d_model, loaded, site, candidates)]
+    findings = [_model(stated, loaded), width_finding(sae.d_model, loaded, site, candidates)]
     if findings[-1].status == "wrong":
         return Diagnosis(tuple(findings), facts)
 
@@ -205,7 +205,8 @@ def _model(stated: Stated, loaded: Loaded) -> Finding:
     return Finding("model", "note", f"{loaded.name}; the SAE says that it is of {shown(stated.model)}")
 
 
-def _width(d_model: int, loaded: Loaded, site: Site | None, candidates: Sequence[Site]) -> Finding:
+def width_finding(d_model: int, loaded: Loaded, site: Site | None, candidates: Sequence[Site]) -> Finding:
+    """Whether an SAE of that width has a place in the model: ``site``, or any of ``candidates``, the sites of it."""
     if site is not None and site not in loaded.sites:
         return Finding("width", "wrong", f"the SAE says that it is of {site}, the model has {listing(loaded.sites)}")
     at_site = None if site is None else loaded.width(site)

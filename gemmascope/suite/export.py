@@ -1,36 +1,28 @@
 """`gemmascope export` and `gemmascope import`: SAEs out to the formats of others, and in from them."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..checks import check_choice
-from ..errors import BadFileError, EnvironmentProblemError
-from ..formats import export, hook_names, transcoders
+from ..errors import EnvironmentProblemError
+from ..formats import export, hook_names
 from ..formats.export import FORMATS
 from ..formats.files import as_path, flush_folder, shown, staging
 from ..formats.manifest import SAEConfig
 from ..formats.release import WIDTH_NAMES
 from ..formats.writers import l0_of, text_of
 from ..reporting.card import Entry, card
-from ..reporting.results import RESULTS, read_results
-from ..saes import JumpReLUSAE, TopKSAE, Transcoder, load_sae
+from ..saes import JumpReLUSAE, TopKSAE, Transcoder
 from ..saes.base import BaseSAE
-from ..saes.load import load_named
+from .sources import Source, expand, load
 
 CARD = "README.md"
 # Folders of Gemma Scope 2 by our kinds of sites.
 OF_GEMMA_SCOPE_2 = {"resid": "resid_post", "mlp": "mlp_out", "att": "attn_out"}
-
-
-class Source(NamedTuple):
-    """Where an SAE is. row: its row of the results of a run, if it is of one."""
-
-    path: str | os.PathLike
-    row: Mapping[str, Any] | None = None
 
 
 class Exported(NamedTuple):
@@ -60,7 +52,7 @@ def export_saes(
         raise TypeError(f"sources: expected a list of paths, got {type(sources).__name__}")
     out = as_path("out", out)
     runs: list[Mapping[str, Any]] = []
-    found = [source for path in sources for source in _expand(path, runs)]
+    found = [source for path in sources for source in expand(path, runs)]
     if not found:
         raise ValueError("sources: expected at least one SAE, got none")
     make_way(out)
@@ -109,43 +101,6 @@ def make_way(out: Path) -> None:
         raise ValueError(f"out: expected a new or empty folder, got {problem}: {shown(out)}")
 
 
-def load(name: str | os.PathLike, dtype: torch.dtype | None = None) -> JumpReLUSAE | TopKSAE | Transcoder:
-    """The SAE or transcoder at a path, whichever its files say it is, or the SAE of that name on the hub."""
-    return _load_at(Path(name), dtype) if os.path.lexists(name) else load_named(name, dtype=dtype)
-
-
-def _load_at(path: Path, dtype: torch.dtype | None = None) -> JumpReLUSAE | TopKSAE | Transcoder:
-    return Transcoder.load(path, dtype=dtype) if transcoders.is_named_so(path) else load_sae(path, dtype=dtype)
-
-
-# ---- sources
-
-
-def _expand(source: str | os.PathLike, runs: list[Mapping[str, Any]]) -> Iterator[Source]:
-    """The SAEs at ``source``; the results of a run go to ``runs``."""
-    path = as_path("sources", source)
-    if os.path.lexists(path / RESULTS):
-        results = read_results(path)
-        runs.append(results)
-        for row in results["saes"]:
-            yield Source(_inside(path, row), row)
-    elif layers := transcoders.layer_files(path):
-        yield from map(Source, layers)
-    else:
-        yield Source(source)
-
-
-def _inside(run: Path, row: Mapping[str, Any]) -> Path:
-    """The file of the SAE of a row of results, which must be in the folder of the run."""
-    name, where = row.get("path"), f"{shown(run / RESULTS)}: {row['name']!r:.60}: path"
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise BadFileError(f"{where}: expected that of an SAE, found {name!r:.60}")
-    pure, path = PurePosixPath(name), run / name
-    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(run.resolve()):
-        raise BadFileError(f"{where}: expected a file in the folder of the run, found {name!r:.60}")
-    return path
-
-
 # ---- writing
 
 
@@ -155,7 +110,7 @@ def _write_all(
     """Write each into its folder under ``root``, one in memory at a time; and the model that the first names."""
     entries, models, taken, layers = [], [], set(), {}
     for source in sources:
-        sae = load(source.path) if source.row is None else _load_at(Path(source.path))
+        sae = source.load()
         tensors, config = sae.stored()
         metadata = config.metadata or {}
         if format == "circuit-tracer" or len(sources) == 1:

@@ -27,6 +27,7 @@ from gemmascope import cli
 from gemmascope.__main__ import main as command
 from gemmascope.activations import Harvester
 from gemmascope.activations.packing import RowsWriter
+from gemmascope.suite import evaluate as suite_evaluate
 from gemmascope.suite import measure, prepare
 from gemmascope.suite import run as suite_run
 from gemmascope.suite.config import SuiteConfig
@@ -45,6 +46,7 @@ EVENTS: dict[str, tuple[Any, str]] = {
     "stepping": (SAETrainer, "update"),
     "saving": (suite_run, "save_suite"),
     "judging": (suite_run, "language_model_loss"),
+    "controls": (suite_evaluate, "controls"),
 }
 
 
@@ -133,6 +135,7 @@ def main() -> None:
     import_all()
     measure.BUDGET = 0.0
     cli.present = lambda run, results: print(f"{len(results['saes'])} SAEs in {run}")
+    cli.present_evaluation = lambda folder: None
     for line in sys.stdin:
         job = json.loads(line)
         if isinstance(job, list):

@@ -1,0 +1,332 @@
+"""`gemmascope evaluate`: SAEs of any kind by Gemma Scope's protocol, in a folder of its own, from where it was left.
+
+    text → means of the sites → blocks of rows → sums → controls → results.json
+
+Each arrow is a stage, or many, of a `runs.Run`: every block is one, so that what is killed goes on with the next block,
+to the same bits. SAEs that do not fit into memory together are judged a group at a time; the model's forward without
+SAEs is made once a group, the ablations once a site.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..checks import check_type
+from ..evaluation.bootstrap import LEVEL, Bootstrap
+from ..evaluation.controls import ControlTokens, controls
+from ..evaluation.figures import Figures, added, plain
+from ..evaluation.language_model import rows_of_a_forward
+from ..evaluation.protocol import Sums, measure
+from ..evaluation.site_moments import SiteMoments, site_moments
+from ..evaluation.suite import MAX_BYTES
+from ..formats.arrays import read_safetensors
+from ..formats.files import atomic_write, read_json, shown, write_json
+from ..kernels import choose
+from ..reporting.progress import StageProgress
+from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, write_frequencies
+from ..runs import Run, Stage
+from ..sites import Site
+from ..sites.decoder import find_decoder
+from .judged import EvaluateConfig, Place, Sources, Texts, find_places, read_texts
+from .model import Loaded, as_device, environment
+from .prepare import TOKENS, say
+from .stopping import Stop, Stopped, stopping
+
+BLOCKS = "blocks"
+# The text is judged in so many pieces, or rows where it has fewer.
+MOST_BLOCKS = 64
+MOMENTS = "moments.safetensors"
+MOST_TENSORS = 1 << 20
+_DTYPES = {"F64": torch.float64, "F32": torch.float32}
+
+
+def evaluate_saes(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any] | None:
+    """Judge the SAEs of ``config``, and return the results, also written to results.json in its ``out``.
+
+    fresh: start over instead of going on. The first SIGINT, SIGTERM or SIGHUP ends it and returns None; the same call
+    goes on from there, to the same figures, bit for bit.
+
+    The results have a row for each SAE, in their order: ``name``, ``site``, ``layer``, ``width``, ``kind``, the recipe
+    as far as it is known, the figures of `evaluation.figures.Figures` and of `evaluation.controls.controls`, and γ =
+    ‖mean‖/‖std‖ of its site as ``gamma``. What is undefined is None. frequencies.npz beside them holds the firing
+    frequency of every latent.
+
+    Raises ValueError for an SAE that does not fit the model, text that is too short and settings that contradict one
+    another; BadFileError for files that are none of an SAE; EnvironmentProblemError as `Run` and `load_model`.
+    """
+    check_type("config", config, EvaluateConfig)
+    sources = Sources.of(config.saes)
+    out = config.folder
+    started = time.monotonic()
+    with Run(out, fresh, kind="evaluation") as work, stopping() as stop:
+        try:
+            return _evaluate(config, sources, work, stop, started)
+        except Stopped:
+            say(f"{out}: stopped; the same command goes on from there")
+            return None
+
+
+def _evaluate(config: EvaluateConfig, sources: Sources, work: Run, stop: Stop, started: float) -> dict[str, Any]:
+    device = as_device(config.device)
+    loaded = sources.model(config, device)
+    places = find_places(config, sources, loaded)
+    texts = read_texts(config, sources, loaded, work.folder / TOKENS)
+    task = _Task(config, loaded, places, texts, work, stop, sources.outlier_ratio(config))
+    finished = work.stage(FINISHED, task.settings, [_identity(place) for place in places], config.draws, config.seed)
+    if finished.done():
+        task.clear()
+        say(f"{work.folder}: finished before; start over with --fresh")
+        return read_json(work.folder / RESULTS)
+    moments = task.moments()
+    sums = added(task.blocks(moments), texts.judged.documents)
+    figures = Figures(sums, Bootstrap(len(sums["documents"]), draws=config.draws, seed=config.seed))
+    found = {place.name: figures.of(place.name, place.writes) for place in places}
+    beside = task.controls(moments, {name: each["l0"] for name, each in found.items()})
+    stop.check()
+    with finished.doing():
+        rows = []
+        for place in places:
+            site = moments[place.writes]
+            of_site = {"median_norm": site.median_norm, "outlier_norm": site.max_norm}
+            of_site |= figures.gamma(place.name, site.means)
+            own = {"name": place.name, **place.facts}
+            rows.append(own | plain(found[place.name] | beside[place.name] | of_site))
+        results = {
+            "title": f"Evaluation on {loaded.name}",
+            "model": _model_facts(loaded, texts, figures),
+            "saes": rows,
+            "evaluation": {
+                "sequences": len(texts.judged.tokens),
+                "context": texts.judged.tokens.shape[1],
+                "outlier_ratio": task.outlier_ratio,
+                "draws": config.draws,
+                "seed": config.seed,
+                "level": LEVEL,
+                "control_tokens": config.control_tokens,
+                "model": dict(loaded.identity),
+            },
+            "warnings": _warnings(config, texts, places, loaded),
+            "environment": task.environment,
+            "seconds": {"this_run": round(time.monotonic() - started, 1)},
+        }
+        write_json(work.folder / RESULTS, results)
+        write_frequencies(work.folder, {place.name: figures.frequency(place.name) for place in places})
+        finished.keep(work.folder / RESULTS, work.folder / FREQUENCIES)
+    task.clear()
+    return results
+
+
+def _identity(place: Place) -> list[Any]:
+    return [place.name, str(place.reads), str(place.writes), place.content, dict(place.facts)]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """SAEs that are in memory together. ablations: the sites that are ablated with them."""
+
+    number: int
+    places: tuple[Place, ...]
+    ablations: tuple[Site, ...]
+
+
+class _Task:
+    """The stages of an evaluation."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        loaded: Loaded,
+        places: Sequence[Place],
+        texts: Texts,
+        work: Run,
+        stop: Stop,
+        outlier_ratio: float,
+    ):
+        self.config, self.loaded, self.places, self.texts = config, loaded, tuple(places), texts
+        self.work, self.stop, self.outlier_ratio = work, stop, outlier_ratio
+        self.device = as_device(config.device)
+        impl = choose(config.impl, self.device, torch.float32).impl
+        self.environment = environment(self.device) | {"impl": impl}
+        self.settings = [loaded.identity, self.environment, texts.content, outlier_ratio, config.control_tokens]
+
+    def moments(self) -> dict[Site, SiteMoments]:
+        """Of every site that is written to."""
+        sites = list(dict.fromkeys(place.writes for place in self.places))
+        path = self.work.folder / MOMENTS
+        stage = self.work.stage("moments", self.settings, [str(site) for site in sites])
+        if not stage.done():
+            train, judged = self.texts.train, self.texts.judged
+            total = len(train) + len(judged.tokens)
+            with stage.doing(), StageProgress("Means of the sites", total, "row") as bar:
+                found = site_moments(
+                    self.loaded.model, train, judged, sites, self.outlier_ratio, lambda rows: self._tick(bar, rows)
+                )
+                tensors = {f"{site}/{key}": x for site in sites for key, x in found[site].to_tensors().items()}
+                _save(path, tensors)
+                stage.keep(path)
+        tensors = _read(path)
+        return {
+            site: SiteMoments.from_tensors({key: tensors[f"{site}/{key}"] for key in ("means", "facts")})
+            for site in sites
+        }
+
+    def _tick(self, bar: StageProgress, step: int) -> None:
+        bar.update(step)
+        self.stop.check()
+
+    def blocks(self, moments: Mapping[Site, SiteMoments]) -> Iterator[Sums]:
+        """The sums of every block of every group; what all groups share, of the first alone."""
+        text = self.texts.judged
+        # Whole forwards of the model, so that none is cut short.
+        of_forward = rows_of_a_forward(self.loaded.model, text.tokens.shape[1])
+        rows = of_forward * -(-len(text.tokens) // (MOST_BLOCKS * of_forward))
+        starts = range(0, len(text.tokens), rows)
+        groups = self._groups()
+        with StageProgress("Evaluation", len(groups) * len(text.tokens), "row") as bar:
+            done = 0
+            for group in groups:
+                subjects = None
+                for number, start in enumerate(starts):
+                    self.stop.check()
+                    stage, path = self._block(group, number, start, rows)
+                    if not stage.done():
+                        if subjects is None:
+                            subjects = [place.subject(self.device, self.config.impl) for place in group.places]
+                        with stage.doing():
+                            part = text.rows(slice(start, start + rows))
+                            sums = measure(self.loaded.model, part, subjects, moments, ablations=group.ablations)
+                            _save(path, sums)
+                            stage.keep(path)
+                    found = _read(path)
+                    done += min(rows, len(text.tokens) - start)
+                    bar.update(done, f"{len(group.places)} SAEs")
+                    yield {key: x for key, x in found.items() if key != "clean" or group.number == 0}
+
+    def clear(self) -> None:
+        """Remove the sums of blocks, once the results are there."""
+        shutil.rmtree(self.work.folder / BLOCKS, ignore_errors=True)
+
+    def _block(self, group: _Group, number: int, start: int, rows: int) -> tuple[Stage, Path]:
+        name = f"{BLOCKS}/group_{group.number}/block_{number}"
+        which = [[place.name, str(place.reads), str(place.writes), place.content] for place in group.places]
+        stage = self.work.stage(name, self.settings, which, list(map(str, group.ablations)), start, rows)
+        return stage, self.work.folder / f"{name}.safetensors"
+
+    def _groups(self) -> list[_Group]:
+        """The SAEs of a site after one another, as many at a time as memory holds and at least one."""
+        ordered = sorted(self.places, key=lambda place: (place.writes, place.reads))
+        groups: list[_Group] = []
+        ablated: set[Site] = set()
+        while ordered:
+            size, count = 0, 0
+            for place in ordered:
+                size += place.bytes
+                if count and size > self.config.max_sae_bytes:
+                    break
+                count += 1
+            together, ordered = ordered[:count], ordered[count:]
+            new = dict.fromkeys(place.writes for place in together if place.writes not in ablated)
+            ablated |= set(new)
+            groups.append(_Group(len(groups), tuple(together), tuple(new)))
+        return groups
+
+    def controls(self, moments: Mapping[Site, SiteMoments], l0: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+        """Those of every SAE by name; its activations are held for as many pairs of sites as fit, at least one."""
+        pairs: dict[tuple[Site, Site], list[Place]] = {}
+        for place in self.places:
+            pairs.setdefault((place.reads, place.writes), []).append(place)
+        found: dict[str, dict[str, Any]] = {}
+        with StageProgress("Controls", len(self.places), "SAE") as bar:
+            for group in self._pairs_that_fit(list(pairs)):
+                stages = {pair: self._of_controls(pair, pairs[pair], l0) for pair in group}
+                tokens = None
+                for pair, stage in stages.items():
+                    self.stop.check()
+                    if not stage.done():
+                        if tokens is None:
+                            tokens = self._control_tokens([site for each in group for site in each])
+                        with stage.doing():
+                            of_pair = {place.name: (l0[place.name], place.facts["width"]) for place in pairs[pair]}
+                            values = controls(tokens, *pair, of_pair, moments[pair[1]])
+                            stage.facts["saes"] = {name: plain(each) for name, each in values.items()}
+                    found |= stage.facts["saes"]
+                    bar.update(len(found))
+        return found
+
+    def _of_controls(self, pair: tuple[Site, Site], places: Sequence[Place], l0: Mapping[str, float]) -> Stage:
+        of_each = [[place.name, round(l0[place.name]), place.facts["width"]] for place in places]
+        return self.work.stage(f"controls {pair[0]} {pair[1]}", self.settings, of_each)
+
+    def _held_out(self) -> Tensor:
+        """The rows that controls are judged on: all, or some spread over them."""
+        tokens = self.texts.judged.tokens
+        wanted = -(-self.config.control_tokens // tokens.shape[1])
+        step = max(1, -(-len(tokens) // wanted))
+        return tokens[::step]
+
+    def _control_tokens(self, sites: Sequence[Site]) -> ControlTokens:
+        unique = list(dict.fromkeys(sites))
+        return ControlTokens(self.loaded.model, self.texts.train, self._held_out(), unique)
+
+    def _pairs_that_fit(self, pairs: Sequence[tuple[Site, Site]]) -> Iterator[list[tuple[Site, Site]]]:
+        tokens = self.texts.train.numel() + self._held_out().numel()
+        group: list[tuple[Site, Site]] = []
+        size = 0
+        for pair in pairs:
+            new = sum(self.loaded.width(site) for site in set(pair)) * 4 * tokens
+            if group and size + new > MAX_BYTES:
+                yield group
+                group, size = [], 0
+            group.append(pair)
+            size += new
+        yield group
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with atomic_write(path) as temporary:
+        safetensors.torch.save_file(
+            {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary, metadata={"format": "pt"}
+        )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return read_safetensors(path, dtypes=_DTYPES, max_arrays=MOST_TENSORS)
+
+
+# ---- results
+
+
+def _model_facts(loaded: Loaded, texts: Texts, figures: Figures) -> dict[str, Any]:
+    architecture = find_decoder(loaded.model).config
+    n, there = texts.facts["sequences"], texts.facts["sequences_there"]
+    return {
+        "name": loaded.name,
+        "layers": architecture.num_hidden_layers,
+        "d_model": architecture.hidden_size,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "loss": plain({"loss": figures.clean_loss})["loss"],
+        **texts.facts,
+        "predictions": figures.predictions,
+        "held_out": f"{n:,} of {there:,} rows of {texts.facts['context']:,} tokens, "
+        f"of {texts.facts['documents']:,} documents",
+    }
+
+
+def _warnings(config: EvaluateConfig, texts: Texts, places: Sequence[Place], loaded: Loaded) -> list[str]:
+    found = []
+    if texts.facts["sequences"] < config.sequences:
+        n = texts.facts["sequences"]
+        found.append(f"judged on {n:,} rows of text, not on {config.sequences:,}: there are no more")
+    if texts.facts["documents"] < 2:
+        found.append("the text is of one document: there are no intervals")
+    for place in places:
+        if place.model is not None and place.model.rpartition("/")[2] != loaded.name.rpartition("/")[2]:
+            found.append(f"{place.name}: the SAE says that it is of {shown(place.model)}")
+    return found
