@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .kernels import SparseCode
     from .saes import (
         BatchTopKSAE,
+        CrossLayerTranscoder,
         GatedSAE,
         JumpReLUSAE,
         MatryoshkaSAE,
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
         load_sae,
     )
     from .sites import Capture, Site, attach
-    from .training import Loss, SAETrainer, TrainConfig, sparse_loss, train
+    from .training import CLTTrainer, Loss, SAETrainer, TrainConfig, sparse_loss, train
 
 __all__ = [
     "BatchTopKSAE",
+    "CLTTrainer",
     "Capture",
+    "CrossLayerTranscoder",
     "GatedSAE",
     "JumpReLUSAE",
     "Loss",
@@ -56,11 +59,19 @@ if not TYPE_CHECKING:
         "evaluation": ("evaluate_sae", "evaluate_splice"),
         "kernels": ("SparseCode",),
         "saes": (
-            *("BatchTopKSAE", "GatedSAE", "JumpReLUSAE", "MatryoshkaSAE", "TopKSAE", "Transcoder"),
+            *(
+                "BatchTopKSAE",
+                "CrossLayerTranscoder",
+                "GatedSAE",
+                "JumpReLUSAE",
+                "MatryoshkaSAE",
+                "TopKSAE",
+                "Transcoder",
+            ),
             *("accelerate", "decelerate", "load_pretrained_sae", "load_sae"),
         ),
         "sites": ("Capture", "Site", "attach"),
-        "training": ("Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),
+        "training": ("CLTTrainer", "Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),
     }
     _ORIGIN_OF = {name: package for package, names in _ORIGINS.items() for name in names}
 

@@ -2,6 +2,7 @@
 
 from .accelerate import accelerate, decelerate
 from .batchtopk import BatchTopKSAE
+from .clt import CrossLayerTranscoder
 from .gated import GatedSAE
 from .jumprelu import JumpReLUSAE
 from .load import load_pretrained_sae, load_sae
@@ -12,6 +13,7 @@ from .transcoder import Transcoder
 
 __all__ = [
     "BatchTopKSAE",
+    "CrossLayerTranscoder",
     "GatedSAE",
     "JumpReLUSAE",
     "MatryoshkaSAE",
