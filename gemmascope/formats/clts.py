@@ -53,17 +53,17 @@ class StoredCLT(NamedTuple):
 def problem_in(layers: Sequence[Mapping[str, Tensor]]) -> str | None:
     """Why these are not the tensors of a CLT; None when they are."""
     if not layers:
-        return "expected at least one layer, got none"
+        return "layers: expected at least one layer, got none"
     for number, tensors in enumerate(layers):
         wrong = sorted(map(str, {*KEYS} ^ ({*tensors} - {SKIP})))
         if wrong:
-            return f"[{number}]: expected the tensors {', '.join((*KEYS, SKIP))}, got more or fewer: {', '.join(wrong)}"
+            return f"layers[{number}]: expected the tensors {', '.join((*KEYS, SKIP))}, got more or fewer: {', '.join(wrong)}"
         for key, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
-                return f"[{number}][{key!r}]: expected a torch.Tensor, got {type(tensor).__name__}"
+                return f"layers[{number}][{key!r}]: expected a torch.Tensor, got {type(tensor).__name__}"
             if tensor.ndim != (2 if key in ("W_enc", "W_dec", SKIP) else 1) or 0 in tensor.shape:
                 kind = "a matrix" if key.startswith("W_") else "a vector"
-                return f"[{number}][{key!r}]: expected {kind}, got shape {list(tensor.shape)}"
+                return f"layers[{number}][{key!r}]: expected {kind}, got shape {list(tensor.shape)}"
     widths, dtype = [len(tensors["b_dec"]) for tensors in layers], layers[0]["W_dec"].dtype
     for number, tensors in enumerate(layers):
         d_in, d_sae = tensors["W_enc"].shape
@@ -75,7 +75,7 @@ def problem_in(layers: Sequence[Mapping[str, Tensor]]) -> str | None:
             SKIP: (widths[number], d_in),
         }
         for key, tensor in tensors.items():
-            where = f"[{number}][{key!r}]"
+            where = f"layers[{number}][{key!r}]"
             if tuple(tensor.shape) != shapes.get(key, tuple(tensor.shape)):
                 what = f" for outputs {' + '.join(map(str, widths[number:]))} wide" if key == "W_dec" else ""
                 return f"{where}: expected shape {list(shapes[key])}{what}, got {list(tensor.shape)}"
@@ -84,7 +84,7 @@ def problem_in(layers: Sequence[Mapping[str, Tensor]]) -> str | None:
                 return f"{where}: expected one float dtype for all, got {dtype_name(tensor.dtype)}"
         problem = problem_in_values(tensors)
         if problem:
-            return f"[{number}]: {problem}"
+            return f"layers[{number}]: {problem}"
     return None
 
 
@@ -114,7 +114,7 @@ def read(path: str | os.PathLike) -> StoredCLT:
         layers, metadata = _read_gemma_scope_2(folder, len(numbers)), _facts_of_json(folder, len(numbers))
     problem = problem_in(layers)
     if problem:
-        raise BadFileError(f"{shown(folder)}: layers{problem}")
+        raise BadFileError(f"{shown(folder)}: {problem}")
     return StoredCLT(layers, metadata)
 
 
@@ -228,7 +228,7 @@ def write(layers: Sequence[LayerTensors], metadata: Mapping[str, Any], path: str
     check_type("metadata", metadata, Mapping)
     problem = problem_in(layers)
     if problem:
-        raise ValueError(f"layers{problem}")
+        raise ValueError(problem)
     n, (width, d_sae) = len(layers), layers[0]["W_enc"].shape
     for number, tensors in enumerate(layers):
         if SKIP in tensors:

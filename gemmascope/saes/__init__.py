@@ -3,6 +3,7 @@
 from .accelerate import accelerate, decelerate
 from .batchtopk import BatchTopKSAE
 from .clt import CrossLayerTranscoder
+from .crosscoder import Crosscoder, SideBySide
 from .gated import GatedSAE
 from .jumprelu import JumpReLUSAE
 from .load import load_pretrained_sae, load_sae
@@ -14,9 +15,11 @@ from .transcoder import Transcoder
 __all__ = [
     "BatchTopKSAE",
     "CrossLayerTranscoder",
+    "Crosscoder",
     "GatedSAE",
     "JumpReLUSAE",
     "MatryoshkaSAE",
+    "SideBySide",
     "SparseAutoencoder",
     "TopKSAE",
     "Transcoder",

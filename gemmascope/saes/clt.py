@@ -96,7 +96,7 @@ class CrossLayerTranscoder(nn.Module):
             check_type("metadata", metadata, dict)
         problem = clts.problem_in(layers)
         if problem:
-            raise ValueError(f"layers{problem}")
+            raise ValueError(problem)
         self.metadata = dict(metadata or {})
         self.sources: Sequence[CLTSource] = nn.ModuleList(CLTSource(tensors, impl) for tensors in layers)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -169,7 +169,7 @@ class CrossLayerTranscoder(nn.Module):
         gradient is asked for, made from the active entries alone where they are few."""
         rows = self._rows(xs)
         outputs = self.decode([source._activations(x) for source, x in zip(self.sources, rows, strict=True)], rows)
-        return [y.reshape(*x.shape[:-1], -1).to(x.dtype) for x, y in zip(xs, outputs, strict=True)]
+        return [y.reshape(*x.shape[:-1], y.shape[1]).to(x.dtype) for x, y in zip(xs, outputs, strict=True)]
 
     @property
     def tensors(self) -> list[LayerTensors]:
