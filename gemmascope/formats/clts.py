@@ -57,7 +57,8 @@ def problem_in(layers: Sequence[Mapping[str, Tensor]]) -> str | None:
     for number, tensors in enumerate(layers):
         wrong = sorted(map(str, {*KEYS} ^ ({*tensors} - {SKIP})))
         if wrong:
-            return f"layers[{number}]: expected the tensors {', '.join((*KEYS, SKIP))}, got more or fewer: {', '.join(wrong)}"
+            expected = ", ".join((*KEYS, SKIP))
+            return f"layers[{number}]: expected the tensors {expected}, got more or fewer: {', '.join(wrong)}"
         for key, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 return f"layers[{number}][{key!r}]: expected a torch.Tensor, got {type(tensor).__name__}"
