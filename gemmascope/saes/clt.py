@@ -2,73 +2,21 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..autocast import affine, without_autocast
-from ..checks import check_floating, check_int, check_type
+from ..autocast import affine
+from ..checks import check_int, check_type
 from ..formats import clts
 from ..formats.clts import LayerTensors, StoredCLT
-from ..formats.export import SKIP
 from ..kernels import SparseCode
 from .base import check_placement, placed
-from .codec import WideThreshold
+from .clt_source import CLTPart, CLTSource, Written, check_layers
 
 # One tensor for each layer, in ascending order, row i of all of them the same token.
 ByLayer = Sequence[Tensor]
-
-
-class CLTSource(WideThreshold):
-    """The latents of one layer: they read that layer's input and write to its output and those of all later layers.
-
-    Parameters: ``W_enc`` [d_in, d_sae] (stored latent-major), ``b_enc`` and ``threshold`` [d_sae], ``W_dec`` [d_sae, Σ
-    d_out of this layer and those after it], side by side in their order, ``b_dec`` [d_out], the bias of this layer's
-    output, and ``W_skip`` [d_out, d_in] or None, from this layer's input to its output.
-    """
-
-    PARAMETERS = (*WideThreshold.PARAMETERS, "threshold", SKIP)
-
-    def __init__(self, tensors: Mapping[str, Tensor], impl: str):
-        super().__init__()
-        self.impl, self.metadata = impl, {}
-        self.W_enc = nn.Parameter(tensors["W_enc"].detach().T.contiguous().T)
-        self.b_enc = nn.Parameter(tensors["b_enc"].detach())
-        self.W_dec = nn.Parameter(tensors["W_dec"].detach().contiguous())
-        self.b_dec = nn.Parameter(tensors["b_dec"].detach())
-        threshold = tensors["threshold"].detach()
-        self.threshold = nn.Parameter(threshold.to(torch.promote_types(self.W_dec.dtype, torch.float32)))
-        skip = tensors.get(SKIP)
-        self.W_skip = None if skip is None else nn.Parameter(skip.detach().contiguous())
-
-    @property
-    def d_in(self) -> int:
-        return self.W_enc.shape[0]
-
-    @property
-    def d_out(self) -> int:
-        return len(self.b_dec)
-
-    def written(self, f: Tensor | SparseCode) -> Tensor:
-        """f·W_dec [N, Σ d_out] of dense activations [N, d_sae] or of a `SparseCode`: what is added to each output."""
-        if isinstance(f, SparseCode):
-            return self._written_by_entries(f)
-        self._check_rows("f", f, self.d_sae)
-        return affine(f.to(self.W_dec.dtype), self.W_dec, self.W_dec.new_zeros(self.W_dec.shape[1]))
-
-    @without_autocast
-    def _written_by_entries(self, code: SparseCode) -> Tensor:
-        return kernels.decode(code, self.W_dec, self.W_dec.new_zeros(self.W_dec.shape[1]), impl=self.impl)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters by name, detached, the threshold at least 0."""
-        found = {key: getattr(self, key).detach() for key in clts.KEYS}
-        found["threshold"] = found["threshold"].clamp(min=0)
-        return found if self.W_skip is None else found | {SKIP: self.W_skip.detach()}
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -171,6 +119,27 @@ class CrossLayerTranscoder(nn.Module):
         outputs = self.decode([source._activations(x) for source, x in zip(self.sources, rows, strict=True)], rows)
         return [y.reshape(*x.shape[:-1], y.shape[1]).to(x.dtype) for x, y in zip(xs, outputs, strict=True)]
 
+    def parts(self) -> dict[str, CLTPart]:
+        """{where it writes: its part} of each layer, by the names in the metadata, for `sites.attach`:
+
+            with attach(model, clt.parts()):
+                logits = model(input_ids).logits
+
+        Raises ValueError where the metadata do not have ``sites`` and ``sites_out``, a name for each layer.
+        """
+        for key in ("sites", "sites_out"):
+            sites = self.metadata.get(key)
+            if not isinstance(sites, (list, tuple)) or len(sites) != self.n_layers:
+                raise ValueError(f"metadata[{key!r}]: expected the names of {self.n_layers} sites, got {sites!r:.80}")
+        written: Written = {}
+        found: dict[str, CLTPart] = {}
+        for number, source in enumerate(self.sources):
+            part = CLTPart(source, number, self.d_out, written)
+            site, site_out = (self.metadata[key][number] for key in ("sites", "sites_out"))
+            part.metadata = {"site": site, "site_out": site_out}
+            found[site_out] = part
+        return found
+
     @property
     def tensors(self) -> list[LayerTensors]:
         """The parameters of each layer by name, detached, thresholds at least 0, as `formats.clts.write` takes them."""
@@ -197,25 +166,3 @@ class CrossLayerTranscoder(nn.Module):
         layers, metadata = clts.read(path)
         found = [placed(tensors, device, dtype or tensors["W_dec"].dtype) for tensors in layers]
         return cls(found, metadata=metadata)
-
-
-def check_layers(name: str, rows: Any, widths: Sequence[int]) -> None:
-    """Raise ValueError or TypeError unless ``rows`` has floats [..., N, width] for each of ``widths``, of one shape but
-    for them."""
-    if isinstance(rows, Tensor) or not isinstance(rows, Sequence):
-        raise TypeError(f"{name}: expected a list of tensors, one for each layer, got {type(rows).__name__}")
-    if len(rows) != len(widths):
-        raise ValueError(f"{name}: expected activations of {len(widths)} layers, got {len(rows)}")
-    for number, (x, width) in enumerate(zip(rows, widths, strict=True)):
-        check_floating(f"{name}[{number}]", x)
-        if x.ndim < 2 or x.shape[-1] != width:
-            raise ValueError(f"{name}[{number}]: expected shape [..., N, {width}], got {list(x.shape)}")
-        if x.shape[:-1] != rows[0].shape[:-1]:
-            tokens, got = list(rows[0].shape[:-1]), list(x.shape[:-1])
-            raise ValueError(f"{name}[{number}]: expected the tokens of layer 0, {tokens}, got {got}")
-
-
-def places(widths: Sequence[int]) -> list[slice]:
-    """Where each output lies among all of them side by side."""
-    ends = list(accumulate(widths, initial=0))
-    return [slice(start, end) for start, end in pairwise(ends)]

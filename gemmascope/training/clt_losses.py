@@ -9,7 +9,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..checks import check_tensor, check_type, dtype_name
 from ..kernels import reference
-from ..saes.clt import check_layers, places
+from ..saes.clt_source import check_layers, places
 from ..saes.scaled_clt import ScaledCLT
 from .config import Loss
 from .losses import objective, penalty

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import kernels
 from ..autocast import without_autocast
 from ..kernels import Entries, LatentState, Rule, entries, reference
-from ..saes.clt import places
+from ..saes.clt_source import places
 from ..saes.scaled_clt import ScaledCLT
 from .clt_losses import clt_loss_and_gradients
 from .config import Loss

@@ -11,7 +11,8 @@ from ..checks import check_choice, check_device, check_int, check_number, check_
 from ..errors import EnvironmentProblemError
 from ..kernels import Rule
 from ..kernels import density as densities
-from ..saes.clt import CrossLayerTranscoder, check_layers
+from ..saes.clt import CrossLayerTranscoder
+from ..saes.clt_source import check_layers
 from ..saes.scaled_clt import ScaledCLT
 from .clt_step import CLTFigures, clt_step
 from .config import TrainConfig
