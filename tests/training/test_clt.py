@@ -28,6 +28,7 @@ LOSSES = {
     "target_l0 of each token": Loss(0.3, 0.1, sparsity="target_l0", target_l0=8.0),
     "tanh": Loss(0.02, 0.1, sparsity="tanh"),
     "frequency": Loss(0.02, 0.1, frequency_scale=0.1),
+    "ste_to_z": Loss(0.02, 0.1, ste_to_z=True),
     "l1": Loss(0.02, 1e-30, sparsity="l1"),
 }
 RULE = Rule(3e-3, 0.99, 1e-8, False)
@@ -114,7 +115,7 @@ def test_a_case_by_hand():
     assert found.gradients[0].threshold[0].item() == pytest.approx(-(1.96 * u + 0.25) / 0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "frequency"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("frequency", "ste_to_z")])
 def test_gradients_are_those_of_autograd(name):
     clt, (xs, ys), loss = make(), batch(), LOSSES[name]
     found = clt_loss_and_gradients(clt, xs, ys, loss)
@@ -287,6 +288,29 @@ def test_a_weight_that_is_not_finite_is_seen(route):
     assert math.isfinite(figures.fvu[0])
 
 
+@pytest.mark.parametrize("what", ["an input", "activations"])
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_that_are_too_large_are_withheld_in_whichever_layer(route, layer, what):
+    """With a loss that says nothing of them: an input that no latent reads, a latent whose output the target has."""
+    clt, (xs, ys) = make(torch.float32, "pytorch"), batch(dtype=torch.float32)
+    states, source = started(clt), clt.sources[layer]
+    with torch.no_grad():
+        if what == "an input":
+            source.W_enc[0] = 0
+            xs[layer][:, 0] = 1e25
+        else:
+            source.b_enc[4] = 1e13
+            for target, part in enumerate(source.W_dec[4].split(D_OUT[layer:]), layer):
+                ys[target] += 1e13 * part
+    before = {name: p.clone() for name, p in clt.named_parameters()}
+    figures = clt_step(clt, states, xs, ys, LOSSES["l0"], RULE, route)
+    assert math.isfinite(figures.loss)
+    assert (figures.made, figures.skipped) == (False, 1)
+    for name, parameter in clt.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 # ---- the trainer
 
 
@@ -355,6 +379,30 @@ def test_the_route_follows_the_density():
     trained(given, 300, trainer)
     assert trainer.route == "sparse"
     assert trained(given, 2, route="sparse").route == "sparse"
+
+
+def test_a_step_that_was_withheld_changes_no_route():
+    """Every pair of NaN is an entry."""
+    given = samples()
+    trainer = trained(given, 2)
+    trainer.route = "sparse"
+    xs, ys = rows(given, 2)
+    trainer.update([x * math.nan for x in xs], ys)
+    assert trainer.report()["skipped"] == 1
+    assert trainer.route == "sparse"
+
+
+def test_scales_are_restored():
+    given = samples()
+    trainer, other = (
+        trained(given, 2),
+        CLTTrainer(config(), [2 * x for x in given[0]], targets=[3 * y for y in given[1]]),
+    )
+    other.restore(*trainer.snapshot())
+    assert other.clt.input_scales == trainer.clt.input_scales
+    assert other.clt.output_scales == trainer.clt.output_scales
+    for one, two in zip(other.released()(given[0]), trainer.released()(given[0]), strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("route", ["auto", "sparse", "dense", "reference"])
