@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from .kernels import SparseCode
     from .saes import (
         BatchTopKSAE,
+        Crosscoder,
+        CrossLayerTranscoder,
         GatedSAE,
         JumpReLUSAE,
         MatryoshkaSAE,
+        SideBySide,
         TopKSAE,
         Transcoder,
         accelerate,
@@ -22,16 +25,20 @@ if TYPE_CHECKING:
         load_sae,
     )
     from .sites import Capture, Site, attach
-    from .training import Loss, SAETrainer, TrainConfig, sparse_loss, train
+    from .training import CLTTrainer, Loss, SAETrainer, TrainConfig, sparse_loss, train
 
 __all__ = [
     "BatchTopKSAE",
+    "CLTTrainer",
     "Capture",
+    "CrossLayerTranscoder",
+    "Crosscoder",
     "GatedSAE",
     "JumpReLUSAE",
     "Loss",
     "MatryoshkaSAE",
     "SAETrainer",
+    "SideBySide",
     "Site",
     "SparseCode",
     "TopKSAE",
@@ -56,11 +63,12 @@ if not TYPE_CHECKING:
         "evaluation": ("evaluate_sae", "evaluate_splice"),
         "kernels": ("SparseCode",),
         "saes": (
-            *("BatchTopKSAE", "GatedSAE", "JumpReLUSAE", "MatryoshkaSAE", "TopKSAE", "Transcoder"),
+            *("BatchTopKSAE", "CrossLayerTranscoder", "Crosscoder", "GatedSAE", "JumpReLUSAE", "MatryoshkaSAE"),
+            *("SideBySide", "TopKSAE", "Transcoder"),
             *("accelerate", "decelerate", "load_pretrained_sae", "load_sae"),
         ),
         "sites": ("Capture", "Site", "attach"),
-        "training": ("Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),
+        "training": ("CLTTrainer", "Loss", "SAETrainer", "TrainConfig", "sparse_loss", "train"),
     }
     _ORIGIN_OF = {name: package for package, names in _ORIGINS.items() for name in names}
 

@@ -2,6 +2,7 @@
 
 from .baselines import pair_table_fvu, pca_fvu, random_dictionary_fvu
 from .bootstrap import Bootstrap
+from .cross_layer import CLTMetrics, CrosscoderMetrics, evaluate_clt, evaluate_crosscoder
 from .diagnosis import Diagnosis, Finding, diagnose
 from .fidelity import HIGH_FREQUENCY, SAEMetrics, evaluate_sae
 from .fit import Fit, Survey, compare_beginnings, measure_fit, measure_rounding, survey
@@ -20,6 +21,8 @@ from .transcoders import evaluate_transcoder, judge_transcoders, linear_fvu
 __all__ = [
     "HIGH_FREQUENCY",
     "Bootstrap",
+    "CLTMetrics",
+    "CrosscoderMetrics",
     "Diagnosis",
     "Finding",
     "Fit",
@@ -30,6 +33,8 @@ __all__ = [
     "compare_beginnings",
     "delta_loss",
     "diagnose",
+    "evaluate_clt",
+    "evaluate_crosscoder",
     "evaluate_sae",
     "evaluate_splice",
     "evaluate_transcoder",

@@ -206,16 +206,7 @@ def _facts_of_yaml(file: Path) -> dict[str, Any]:
     path = file.with_name(CIRCUIT_TRACER_CONFIG)
     if not os.path.lexists(path):
         return {"layer": layer}
-    with open_file(path) as opened:
-        data = opened.read(MAX_CONFIG_BYTES + 1)
-    if len(data) > MAX_CONFIG_BYTES:
-        raise BadFileError(f"{shown(path)}: expected at most {MAX_CONFIG_BYTES} bytes, found more")
-    try:
-        lines = data.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadFileError(f"{shown(path)}: expected UTF-8, found other bytes") from error
-    matches = (re.fullmatch(r"(\w+):[ \t]+(\S.*?)\s*", line) for line in lines)
-    entries = {match[1]: _plain(match[2]) for match in matches if match}
+    entries = scalars_of_yaml(path)
     if entries.get("model_kind", "transcoder_set") != "transcoder_set":
         raise BadFileError(f"{shown(path)}: model_kind: expected 'transcoder_set', found {entries['model_kind']!r:.40}")
     if entries.get("activation", "relu") not in ("relu", "jumprelu", "jump_relu"):
@@ -228,6 +219,20 @@ def _facts_of_yaml(file: Path) -> dict[str, Any]:
         if point is not None:
             metadata[key] = hook_names.site_name(layer, point)
     return metadata
+
+
+def scalars_of_yaml(path: Path) -> dict[str, str]:
+    """The lines ``key: text`` of a file of YAML, as text. Raises BadFileError for one that is too long or no UTF-8."""
+    with open_file(path) as opened:
+        data = opened.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise BadFileError(f"{shown(path)}: expected at most {MAX_CONFIG_BYTES} bytes, found more")
+    try:
+        lines = data.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadFileError(f"{shown(path)}: expected UTF-8, found other bytes") from error
+    matches = (re.fullmatch(r"(\w+):[ \t]+(\S.*?)\s*", line) for line in lines)
+    return {match[1]: _plain(match[2]) for match in matches if match}
 
 
 def _plain(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from .accelerate import accelerate, decelerate
 from .batchtopk import BatchTopKSAE
+from .clt import CrossLayerTranscoder
+from .crosscoder import Crosscoder, SideBySide
 from .gated import GatedSAE
 from .jumprelu import JumpReLUSAE
 from .load import load_pretrained_sae, load_sae
@@ -12,9 +14,12 @@ from .transcoder import Transcoder
 
 __all__ = [
     "BatchTopKSAE",
+    "CrossLayerTranscoder",
+    "Crosscoder",
     "GatedSAE",
     "JumpReLUSAE",
     "MatryoshkaSAE",
+    "SideBySide",
     "SparseAutoencoder",
     "TopKSAE",
     "Transcoder",

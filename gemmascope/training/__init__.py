@@ -1,6 +1,8 @@
 """The recipe, its loss and gradients, one training step by each route, and the training of many SAEs at once."""
 
 from .calibrate import Calibration, calibrate_threshold
+from .clt_losses import CLTLossAndGradients, clt_loss_and_gradients
+from .clt_trainer import CLTTrainer
 from .config import Loss, TrainConfig
 from .gated import GatedLossAndGradients, gated_loss_and_gradients
 from .losses import LossAndGradients, loss_and_gradients
@@ -10,6 +12,8 @@ from .suite import Suite, train
 from .trainer import SAETrainer
 
 __all__ = [
+    "CLTLossAndGradients",
+    "CLTTrainer",
     "Calibration",
     "GatedLossAndGradients",
     "Loss",
@@ -19,6 +23,7 @@ __all__ = [
     "Suite",
     "TrainConfig",
     "calibrate_threshold",
+    "clt_loss_and_gradients",
     "gated_loss_and_gradients",
     "loss_and_gradients",
     "sparse_loss",

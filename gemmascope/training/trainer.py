@@ -114,7 +114,7 @@ def check_rows(name: str, x: Tensor, width: int | None = None) -> None:
         raise ValueError(f"{name}: expected activations, got a tensor on meta, which holds none")
 
 
-def _moments(sample: "Tensor | SiteStatistics", name: str = "sample") -> tuple[Tensor, float]:
+def moments_of(sample: "Tensor | SiteStatistics", name: str = "sample") -> tuple[Tensor, float]:
     """Mean [d_model] and variance of a sample, or as they were measured; ValueError for what sets no scale."""
     if isinstance(sample, SiteStatistics):
         mean, variance = sample.mean, sample.variance
@@ -137,7 +137,7 @@ def _moments(sample: "Tensor | SiteStatistics", name: str = "sample") -> tuple[T
     return mean, variance
 
 
-def _scale(config: TrainConfig, mean: Tensor, variance: float) -> float:
+def scale_of(config: TrainConfig, mean: Tensor, variance: float) -> float:
     """C of activations with these moments."""
     of_mean = 0.0 if config.scale_by == "variance" else mean.square().sum().item()
     return math.sqrt(variance + of_mean)
@@ -155,7 +155,7 @@ def _of_target(
         raise ValueError("init_from: expected none with a target, got one: transcoders begin anew")
     if config.resample_steps:
         raise ValueError(f"resample_steps: expected none with a target, got {list(config.resample_steps)}")
-    return _moments(target, "target")
+    return moments_of(target, "target")
 
 
 class SAETrainer:
@@ -204,12 +204,12 @@ class SAETrainer:
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
             raise TypeError(f"dtype: expected float32 or float64, got {found}")
         device = check_device("device", "cpu" if device is None else device)
-        mean, variance = _moments(sample)
+        mean, variance = moments_of(sample)
         d_model = len(mean)
         of_target = _of_target(config, target, init_from)
         if init_from is not None:
             check_fits("init_from", init_from, d_model, config.d_sae)
-        scale = _scale(config, mean, variance)
+        scale = scale_of(config, mean, variance)
         self.config = config
         self._d_out = None if of_target is None else len(of_target[0])
         memory, self._available = self.memory(config, d_model, device, self._d_out), available_memory(device)
@@ -226,7 +226,7 @@ class SAETrainer:
         if of_target is None:
             sae = new_sae(config, d_model, **options)
         else:
-            options["output_scale"] = _scale(config, *of_target)
+            options["output_scale"] = scale_of(config, *of_target)
             sae = new_transcoder(config, d_model, len(of_target[0]), **options)
         with torch.no_grad():
             if init_from is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = {"harvest_and_train", "splice_and_measure", "own_optimiser", "kernels_by_hand", "tiny_gemma"}
+NAMES = {"harvest_and_train", "splice_and_measure", "own_optimiser", "kernels_by_hand", "tiny_gemma", "cross_layer"}
 LINES = 60
 
 
@@ -84,6 +84,21 @@ def test_kernels_by_hand(tmp_path, impl):
     output = run(tmp_path, "kernels_by_hand", "--impl", impl)
     assert "WRONG" not in output
     assert len(re.findall(r"differs by \S+: ok", output)) == 9
+
+
+def test_cross_layer(tmp_path):
+    pytest.importorskip("transformers")
+    output = run(tmp_path, "cross_layer", "--lm-steps", "25", "--steps", "200", "--d-sae", "64")
+    rows = [list(map(float, line)) for line in re.findall(r"^ +(\d)" + r" +(\S+)" * 5 + "$", output, re.MULTILINE)]
+    assert [row[0] for row in rows] == [0, 1, 2, 3]
+    for _, l0, fvu, l0_alone, fvu_alone, linear in rows:
+        assert all(0 <= each < 64 for each in (l0, l0_alone))
+        assert all(0 < each < 1 for each in (fvu, fvu_alone, linear))
+    assert 8 < sum(row[1] for row in rows) < 64
+    assert number(r"MLPs replaced: \+ (\S+);", output) < 2
+    assert "gives the same bits: True" in output
+    names = {f"{matrix}_{layer}.safetensors" for matrix in ("W_enc", "W_dec") for layer in range(4)}
+    assert {path.name for path in (tmp_path / "clt").iterdir()} == names | {"config.yaml"}
 
 
 def test_a_real_model_needs_a_text(tmp_path):

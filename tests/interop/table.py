@@ -8,6 +8,8 @@ ROOT = Path(__file__).parents[2]
 GEMMA_SCOPE, GEMMA_SCOPE_2 = "Gemma Scope 1: `params.npz`", "Gemma Scope 2: `params.safetensors`, `config.json`"
 SAELENS = "SAELens: `sae_weights.safetensors`, `cfg.json`"
 CIRCUIT_TRACER = "circuit-tracer: `layer_L.safetensors`, `config.yaml`"
+CIRCUIT_TRACER_CLT = "circuit-tracer, CLT: `W_enc_L.safetensors`, `W_dec_L.safetensors`, `config.yaml`"
+GEMMA_SCOPE_2_CLT = "Gemma Scope 2, CLT: `params_layer_L.safetensors`"
 SPARSIFY = "sparsify: `sae.safetensors`, `cfg.json`"
 DICTIONARY_LEARNING = "dictionary_learning: `ae.pt`, `config.json`"
 MODULES = {
@@ -49,6 +51,9 @@ PROOFS = (
     Proof(SAELENS, "out", "skip transcoder", "sae-lens"),
     Proof(CIRCUIT_TRACER, "both", "transcoder", "circuit-tracer"),
     Proof(CIRCUIT_TRACER, "both", "skip transcoder", "circuit-tracer"),
+    Proof(CIRCUIT_TRACER_CLT, "both", "CLT", "circuit-tracer"),
+    Proof(GEMMA_SCOPE_2_CLT, "in", "CLT", "circuit-tracer"),
+    Proof(GEMMA_SCOPE_2_CLT, "in", "skip CLT", "circuit-tracer"),
     Proof(SPARSIFY, "in", "TopK", "eai-sparsify"),
     Proof(DICTIONARY_LEARNING, "in", "standard", "dictionary-learning"),
     Proof(DICTIONARY_LEARNING, "in", "JumpReLU", "dictionary-learning"),

@@ -7,6 +7,7 @@ are, whatever the order of a sum; values at the threshold and equal values are c
 import contextlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import sys
 import warnings
@@ -15,17 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemmascope import JumpReLUSAE, TopKSAE, Transcoder, load_sae
+from gemmascope import CrossLayerTranscoder, JumpReLUSAE, TopKSAE, Transcoder, load_sae
 from gemmascope.suite import export_saes
 from tests.helpers import lattice
 from tests.interop.table import (
     CIRCUIT_TRACER,
+    CIRCUIT_TRACER_CLT,
     DICTIONARY_LEARNING,
     GEMMA_SCOPE,
     GEMMA_SCOPE_2,
+    GEMMA_SCOPE_2_CLT,
     MODULES,
     PROOFS,
     SAELENS,
@@ -33,6 +36,7 @@ from tests.interop.table import (
     Proof,
     versions,
 )
+from tests.saes.test_clt import clt_tensors
 
 D_IN, D_SAE, K = 12, 48, 5
 SITE = {"model": "google/gemma-2-2b", "site": "model.layers.0.output", "layer": 0}
@@ -42,6 +46,7 @@ SITES = {
     "site_out": "model.layers.0.post_feedforward_layernorm.output",
     "layer": 0,
 }
+CLT_SITES = {"sites": "site", "sites_out": "site_out"}
 
 
 def package(name: str):
@@ -242,6 +247,63 @@ def gemma_scope_2_skip_transcoder(tmp_path, monkeypatch):
     circuit_tracer_reads("gemma-scope-2", "load_gemma_scope_2_transcoder", True, tmp_path)
 
 
+def clt(skip: bool) -> CrossLayerTranscoder:
+    """Three layers; ``filled`` would take another tensor's size for that of a threshold."""
+    layers = clt_tensors(skip, whole, d_in=(D_IN,) * 3, d_sae=(D_SAE,) * 3, d_out=(D_IN,) * 3)
+    for tensors in layers:
+        tensors["threshold"] += 6
+    sites = {key: [SITES[name].replace("0", str(layer)) for layer in range(3)] for key, name in CLT_SITES.items()}
+    return CrossLayerTranscoder(layers, metadata={"model": SITES["model"], **sites})
+
+
+@torch.no_grad()
+def assert_one_clt(ours: CrossLayerTranscoder, theirs) -> None:
+    """theirs: a CrossLayerTranscoder of circuit-tracer."""
+    xs = [whole(35, D_IN, seed=layer, reach=1) for layer in range(3)]
+    fired = [(f != 0).float().mean().item() for f in ours.encode(xs)]
+    assert all(0.001 < each < 0.6 for each in fired), "enough fire to tell, and not all"
+    x = torch.stack(xs)
+    codes, outputs = theirs.encode(x), theirs.decode(theirs.encode(x), x)  # its forward forgets x for a skip
+    for one, two in ((ours.encode(xs), codes), (ours(xs), outputs)):
+        assert all(itertools.starmap(torch.equal, zip(one, two, strict=True)))
+
+
+def circuit_tracer_clt(tmp_path, monkeypatch):
+    package("circuit-tracer")
+    module = importlib.import_module("circuit_tracer.transcoder.cross_layer_transcoder")
+    clt(False).save(tmp_path / "clt")
+    for lazy in (False, True):
+        options = {"device": torch.device("cpu"), "dtype": torch.float32, "lazy_encoder": lazy, "lazy_decoder": lazy}
+        found = module.load_clt(str(tmp_path / "clt"), "mlp.hook_in", "hook_mlp_out", **options)
+        assert_one_clt(clt(False), found)
+    assert_one_clt(CrossLayerTranscoder.load(tmp_path / "clt"), found)
+
+
+def gemma_scope_2_is_read_as_clt(skip: bool, folder: Path) -> None:
+    package("circuit-tracer")
+    module = importlib.import_module("circuit_tracer.transcoder.cross_layer_transcoder")
+    for layer, tensors in enumerate(clt(skip).tensors):
+        w_dec = torch.ones(D_SAE, 3, D_IN)
+        w_dec[:, layer:] = tensors["W_dec"].view(D_SAE, -1, D_IN)
+        theirs = {"w_enc": tensors["W_enc"], "w_dec": w_dec} | {k: tensors[k] for k in ("b_enc", "b_dec", "threshold")}
+        if skip:
+            theirs["affine_skip_connection"] = tensors["W_skip"].T
+        theirs = {key: tensor.contiguous() for key, tensor in theirs.items()}
+        save_file(theirs, folder / f"params_layer_{layer}.safetensors")
+    paths = {layer: str(folder / f"params_layer_{layer}.safetensors") for layer in range(3)}
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    found = module.load_gemma_scope_2_clt(paths | {3: ""}, **options)  # it stops one short of the largest number
+    assert_one_clt(CrossLayerTranscoder.load(folder), found)
+
+
+def gemma_scope_2_clt(tmp_path, monkeypatch):
+    gemma_scope_2_is_read_as_clt(False, tmp_path)
+
+
+def gemma_scope_2_skip_clt(tmp_path, monkeypatch):
+    gemma_scope_2_is_read_as_clt(True, tmp_path)
+
+
 # ---- sparsify and dictionary_learning
 
 
@@ -296,6 +358,9 @@ HOW = {
     (SAELENS, "out", "skip transcoder"): saelens_out_skip_transcoder,
     (CIRCUIT_TRACER, "both", "transcoder"): circuit_tracer_transcoder,
     (CIRCUIT_TRACER, "both", "skip transcoder"): circuit_tracer_skip_transcoder,
+    (CIRCUIT_TRACER_CLT, "both", "CLT"): circuit_tracer_clt,
+    (GEMMA_SCOPE_2_CLT, "in", "CLT"): gemma_scope_2_clt,
+    (GEMMA_SCOPE_2_CLT, "in", "skip CLT"): gemma_scope_2_skip_clt,
     (SPARSIFY, "in", "TopK"): sparsify_topk,
     (DICTIONARY_LEARNING, "in", "standard"): dictionary_learning_in("AutoEncoder"),
     (DICTIONARY_LEARNING, "in", "JumpReLU"): dictionary_learning_in("JumpReluAutoEncoder"),
