@@ -86,6 +86,7 @@ def encode_config(arch: str, dtype: torch.dtype, n_tokens: int, describable: boo
     return POINTERS_AMD if amd else POINTERS
 
 
+INFINITE = tl.constexpr(0x7F800000)  # the bits of +Inf
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
@@ -116,6 +117,30 @@ def _store_bits(
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _store_largest(
+    keys_ptr, z, rows, first_column, N, F, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """What is largest of each 32 latents, see `topk._key`."""
+    groups = tl.reshape(z, (BLOCK_M, WIDTH // 32, 32))
+    highest = tl.reduce(groups, 2, _larger)
+    lowest = tl.min(groups, 2)
+    bits = tl.where(highest > 0, highest, 0.0).to(tl.int32, bitcast=True)
+    keys = tl.where((highest < float("inf")) & (lowest > float("-inf")), bits, INFINITE)
+    columns = first_column // 32 + tl.arange(0, WIDTH // 32)
+    n_groups = tl.cdiv(F, 32)
+    outputs = keys_ptr + rows.to(tl.int64)[:, None] * n_groups + columns[None, :]
+    if MASKED:
+        tl.store(outputs, keys, mask=(rows < N)[:, None] & (columns < n_groups)[None, :])
+    else:
+        tl.store(outputs, keys)
+
+
+@triton.jit
 def _gate_slab(
     acc, rows, first_column, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F,
     MODE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
@@ -131,6 +156,15 @@ def _gate_slab(
         b_enc = tl.load(b_enc_ptr + columns).to(tl.float32)
         threshold = tl.load(threshold_ptr + columns)[None, :]
     z = acc + b_enc[None, :]
+    outputs = z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
+    if MODE == "largest":
+        if MASKED:
+            z = tl.where(in_columns[None, :], z, 0.0)
+            tl.store(outputs, z, mask=present)
+        else:
+            tl.store(outputs, z)
+        _store_largest(words_ptr, z, rows, first_column, N, F, MASKED, BLOCK_M, WIDTH)
+        return
     # What is neither active nor a finite z at most θ is bad input and must stay visible: NaN, -Inf, or a NaN θ.
     if MODE == "sparse":
         # With a finite edge +Inf lies above it, so two comparisons see all: |z| < Inf takes more instructions.
