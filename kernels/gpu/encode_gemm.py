@@ -1,14 +1,17 @@
 """The encoder's product z = x·W_enc + b_enc, with what becomes of each z decided in its epilogue.
 
-x [N, d] and W_enc [d, F] of one dtype and any strides, b_enc [F], θ = threshold [F] fp32. Two modes:
+x [N, d] and W_enc [d, F] of one dtype and any strides, b_enc [F], θ = threshold [F] fp32. Three modes:
 
     sparse   z where z > lower     z into scratch fp32 where kept, kept in bits
     dense    f = z·1[z > θ]        f of every entry in its own dtype, z > θ in bits, |z − θ| < ε/2 in bits
+    largest  z                     every z fp32, and in the place of a word the largest key of its 32 latents
 
 lower [F] is the largest z of a latent that is not kept: θ itself, or with a window of width ε the last z below it
 (`entries.begin`), so that one comparison decides for both. Bits are packed by 32 along the latents, lowest first,
 into int32 words [N, ⌈F/32⌉]. Everything is decided on the fp32 accumulator. Scratch is written only where kept; nobody
-initialises it and nobody reads it back whole.
+initialises it and nobody reads it back whole. A key is the bits of a positive z, those of +Inf where z is not finite,
+else 0 (`selection`). In that mode the place of θ is taken by which latents may be chosen, int8 [F] or None: all; the z
+of the others becomes 0.
 
 What cannot be compared, NaN or −Inf, is bad input and must stay visible: it counts as kept and as active.
 
@@ -122,20 +125,34 @@ def _larger(a, b):
 
 
 @triton.jit
-def _store_largest(
-    keys_ptr, z, rows, first_column, N, F, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
+def _largest_slab(
+    acc, rows, first_column, b_enc_ptr, may_ptr, z_ptr, keys_ptr, N, F,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What is largest of each 32 latents, see `topk._key`."""
-    groups = tl.reshape(z, (BLOCK_M, WIDTH // 32, 32))
-    highest = tl.reduce(groups, 2, _larger)
-    lowest = tl.min(groups, 2)
-    bits = tl.where(highest > 0, highest, 0.0).to(tl.int32, bitcast=True)
-    keys = tl.where((highest < float("inf")) & (lowest > float("-inf")), bits, INFINITE)
-    columns = first_column // 32 + tl.arange(0, WIDTH // 32)
-    n_groups = tl.cdiv(F, 32)
-    outputs = keys_ptr + rows.to(tl.int64)[:, None] * n_groups + columns[None, :]
+    """Bias, z and the largest key of each 32 of one [BLOCK_M, WIDTH] slab. What is beyond F counts as 0."""
+    columns = first_column + tl.arange(0, WIDTH)
+    in_columns = columns < F
+    b_enc = tl.load(b_enc_ptr + columns, mask=in_columns) if MASKED else tl.load(b_enc_ptr + columns)
+    z = acc + b_enc.to(tl.float32)[None, :]
+    if may_ptr is not None:
+        may = tl.load(may_ptr + columns, mask=in_columns, other=0) if MASKED else tl.load(may_ptr + columns)
+        z = tl.where((may > 0)[None, :], z, 0.0)
+    outputs = z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
     if MASKED:
-        tl.store(outputs, keys, mask=(rows < N)[:, None] & (columns < n_groups)[None, :])
+        z = tl.where(in_columns[None, :], z, 0.0)
+        tl.store(outputs, z, mask=(rows < N)[:, None] & in_columns[None, :])
+    else:
+        tl.store(outputs, z)
+    groups = tl.reshape(z, (BLOCK_M, WIDTH // 32, 32))
+    highest, lowest = tl.reduce(groups, 2, _larger), tl.min(groups, 2)
+    bits = tl.where(highest > 0, highest, 0.0).to(tl.int32, bitcast=True)
+    # NaN compares with nothing.
+    keys = tl.where((highest < float("inf")) & (lowest > float("-inf")), bits, INFINITE)
+    group_columns = first_column // 32 + tl.arange(0, WIDTH // 32)
+    n_groups = tl.cdiv(F, 32)
+    outputs = keys_ptr + rows.to(tl.int64)[:, None] * n_groups + group_columns[None, :]
+    if MASKED:
+        tl.store(outputs, keys, mask=(rows < N)[:, None] & (group_columns < n_groups)[None, :])
     else:
         tl.store(outputs, keys)
 
@@ -156,15 +173,6 @@ def _gate_slab(
         b_enc = tl.load(b_enc_ptr + columns).to(tl.float32)
         threshold = tl.load(threshold_ptr + columns)[None, :]
     z = acc + b_enc[None, :]
-    outputs = z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
-    if MODE == "largest":
-        if MASKED:
-            z = tl.where(in_columns[None, :], z, 0.0)
-            tl.store(outputs, z, mask=present)
-        else:
-            tl.store(outputs, z)
-        _store_largest(words_ptr, z, rows, first_column, N, F, MASKED, BLOCK_M, WIDTH)
-        return
     # What is neither active nor a finite z at most θ is bad input and must stay visible: NaN, -Inf, or a NaN θ.
     if MODE == "sparse":
         # With a finite edge +Inf lies above it, so two comparisons see all: |z| < Inf takes more instructions.
@@ -191,6 +199,19 @@ def _gate_slab(
 
 
 @triton.jit
+def _slab(
+    acc, rows, first_column, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F,
+    MODE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    of_slab = (acc, rows, first_column, b_enc_ptr, threshold_ptr)
+    if MODE == "largest":
+        _largest_slab(*of_slab, z_ptr, words_ptr, N, F, MASKED, BLOCK_M, WIDTH)
+    else:
+        outputs = (z_ptr, words_ptr, window_ptr)
+        _gate_slab(*of_slab, half_bandwidth, *outputs, N, F, MODE, MASKED, BLOCK_M, WIDTH)
+
+
+@triton.jit
 def _halves(acc, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))
 
@@ -205,19 +226,19 @@ def _gate(
     out = (b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F)
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
     if SPLIT == 1:
-        _gate_slab(acc, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
+        _slab(acc, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
     else:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         if SPLIT == 2:
-            _gate_slab(left, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
-            _gate_slab(right, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(left, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(right, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
         else:
             left_0, left_1 = _halves(left, BLOCK_M, BLOCK_N // 2)
-            _gate_slab(left_0, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
-            _gate_slab(left_1, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(left_0, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(left_1, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
             right_0, right_1 = _halves(right, BLOCK_M, BLOCK_N // 2)
-            _gate_slab(right_0, rows, first + 2 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
-            _gate_slab(right_1, rows, first + 3 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(right_0, rows, first + 2 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(right_1, rows, first + 3 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -289,12 +310,13 @@ def words_per_row(F: int) -> int:
 
 
 def encode_gemm(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, z: Tensor, words: Tensor, config: EncodeConfig,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, z: Tensor, words: Tensor, config: EncodeConfig,
     mode: str = "sparse", bandwidth: float = 0.0, window: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches one product into z [N, F] (fp32, dense: in any float dtype), words and, if dense, window.
 
-    b_enc, threshold and the outputs are contiguous. Sparse: ``threshold`` is lower, the largest z that is not kept.
+    b_enc, threshold and the outputs are contiguous. Sparse: ``threshold`` is lower, the largest z that is not kept;
+    largest: int8 [F], 1 for the latents that may be chosen, or None, and words are keys.
     """
     (N, d), F = x.shape, W_enc.shape[1]
     options = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
