@@ -112,9 +112,11 @@ def _list_groups(keys_row, list_row, low, n_groups, BLOCK: tl.constexpr):
         reaches = (keys >= low).to(tl.int32)
         places = listed + tl.cumsum(reaches, 0) - reaches
         tl.store(list_row + places, groups, mask=reaches > 0)
-        tl.store(keys_row + groups, tl.zeros([BLOCK], tl.int32), mask=groups < n_groups)
         listed += tl.sum(reaches, 0)
-    tl.debug_barrier()  # what other threads have written is read next
+    tl.debug_barrier()  # no thread writes what another has yet to read
+    for first in range(0, n_groups, BLOCK):
+        tl.store(keys_row + first + lanes, tl.zeros([BLOCK], tl.int32), mask=first + lanes < n_groups)
+    tl.debug_barrier()  # nor reads what another has yet to write
     return listed
 
 
