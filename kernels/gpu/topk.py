@@ -64,10 +64,10 @@ def _nothing(x: Tensor, n: int, d_sae: int, room: int) -> Entries:
     )
 
 
-def _keys(entries: Entries) -> Tensor:
+def _keys(z: Tensor, latents: Tensor) -> Tensor:
     """int64 [room]: bits of what is compared, in the upper half; 0 where there is no entry."""
-    bits = torch.where(entries.z.isfinite(), entries.z.view(torch.int32), INFINITE.value)
-    return (bits * (entries.latents >= ACTIVE)).to(torch.int64) << 32
+    bits = torch.where(z.isfinite(), z.view(torch.int32), INFINITE.value)
+    return (bits * (latents >= ACTIVE)).to(torch.int64) << 32
 
 
 def _first_largest(keys: Tensor, k: int) -> Tensor:
@@ -81,10 +81,10 @@ def _first_largest(keys: Tensor, k: int) -> Tensor:
 def _of_both(before: Entries, after: Entries, n: int, d_sae: int) -> Entries:
     """The largest of two lists of the entries of n tokens, of which the first one's tokens come first; as many as each
     has room for."""
-    both, room = [torch.cat(pair) for pair in zip(before[:3], after[:3], strict=True)], len(after.z)
-    keys = _keys(Entries(*both, after.offsets))
+    z, latents, tokens = (torch.cat(pair) for pair in zip(before[:3], after[:3], strict=True))
+    keys, room = _keys(z, latents), len(after.z)
     places = _first_largest(keys, room)
-    z, latents, tokens = (values[places] for values in both)
+    z, latents, tokens = z[places], latents[places], tokens[places]
     fires = keys[places] > 0
     places = torch.where(fires, torch.cumsum(fires, 0) - 1, room)  # the rest goes where it is cut off
 

@@ -7,7 +7,7 @@ from gemmascope import kernels
 from gemmascope.kernels import Entries, reference
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.kernels.eager import inference as eager_inference
-from gemmascope.kernels.entries import ACTIVE, LATENT
+from gemmascope.kernels.entries import ACTIVE, LATENT, scratch_bytes
 from gemmascope.kernels.implementations import operator
 from tests.helpers import assert_bitwise_equal, lattice, normal
 from tests.kernels.entries import limit_scratch
@@ -30,10 +30,10 @@ every_of = pytest.mark.parametrize("of", ["token", "batch"])
 
 @pytest.fixture(params=IMPLS)
 def impl(request, monkeypatch) -> str:
-    """In small pieces: tiles of three tokens and a few latents, chunks of two tokens."""
+    """In small pieces: tiles of three tokens and a few latents, chunks of three tokens."""
     monkeypatch.setattr(eager_inference, "PRODUCT_TOKENS", 3)
     monkeypatch.setattr(eager_inference, "Z_ELEMENTS", 12)
-    limit_scratch(monkeypatch, 2 * 4 * 41)
+    limit_scratch(monkeypatch, 3 * scratch_bytes(41))
     return request.param
 
 
