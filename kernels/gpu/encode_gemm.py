@@ -137,7 +137,8 @@ def _largest_slab(
     if may_ptr is not None:
         may = tl.load(may_ptr + columns, mask=in_columns, other=0) if MASKED else tl.load(may_ptr + columns)
         z = tl.where((may > 0)[None, :], z, 0.0)
-    outputs = z_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
+    wide_rows = rows.to(tl.int64)[:, None]
+    outputs = z_ptr + wide_rows * F + columns[None, :]
     if MASKED:
         z = tl.where(in_columns[None, :], z, 0.0)
         tl.store(outputs, z, mask=(rows < N)[:, None] & in_columns[None, :])
@@ -150,7 +151,7 @@ def _largest_slab(
     keys = tl.where((highest < float("inf")) & (lowest > float("-inf")), bits, INFINITE)
     group_columns = first_column // 32 + tl.arange(0, WIDTH // 32)
     n_groups = tl.cdiv(F, 32)
-    outputs = keys_ptr + rows.to(tl.int64)[:, None] * n_groups + group_columns[None, :]
+    outputs = keys_ptr + wide_rows * n_groups + group_columns[None, :]
     if MASKED:
         tl.store(outputs, keys, mask=(rows < N)[:, None] & (group_columns < n_groups)[None, :])
     else:

@@ -187,10 +187,10 @@ def select_of_tokens(z: Tensor, keys: Tensor, k: int) -> None:
 
 
 @triton.jit
-def _digits_of(keys, mask, low, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
-    """How often each digit occurs in the keys whose higher digits are those of ``low``."""
-    counted = mask & (keys > 0) & ((keys ^ low) >> (SHIFT + WIDTH) == 0)
-    return tl.histogram((keys >> SHIFT) & ((1 << WIDTH) - 1), _BINS, mask=counted)
+def _digits_of(keys, low, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
+    """How often each digit occurs in the keys whose higher digits are those of ``low``. Zeros may be too many: none is
+    below them."""
+    return tl.histogram((keys >> SHIFT) & ((1 << WIDTH) - 1), _BINS, mask=(keys ^ low) >> (SHIFT + WIDTH) == 0)
 
 
 @triton.jit
@@ -205,7 +205,7 @@ def _count_groups_kernel(
     """Of the largest of each group, [size] of them."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keys = tl.load(keys_ptr + places, mask=places < size, other=0)
-    _add(counts_ptr, _digits_of(keys, places < size, tl.load(state_ptr), SHIFT, WIDTH))
+    _add(counts_ptr, _digits_of(keys, tl.load(state_ptr), SHIFT, WIDTH))
 
 
 @triton.jit
@@ -219,8 +219,7 @@ def _count_keys_kernel(
     found = tl.zeros([_BINS], tl.int32)
     for first in range(0, listed, TILE):
         keys, _ = _tile_keys(z_ptr + row * F, list_ptr + row * n_groups, first, listed, F, TILE)
-        keys = tl.reshape(keys, (TILE * 32,))
-        found += _digits_of(keys, keys > 0, low, SHIFT, WIDTH)
+        found += _digits_of(tl.reshape(keys, (TILE * 32,)), low, SHIFT, WIDTH)
     _add(counts_ptr, found)
 
 
@@ -247,13 +246,13 @@ def _list_kernel(keys_ptr, list_ptr, listed_ptr, state_ptr, n_groups, BLOCK: tl.
 
 @triton.jit
 def _count_ties_kernel(z_ptr, list_ptr, listed_ptr, state_ptr, ties_ptr, F, n_groups, TILE: tl.constexpr):
-    """Keys of a row that equal v."""
+    """Keys of a row that equal v; of 0 it does not matter."""
     row = tl.program_id(0).to(tl.int64)
     listed, v = tl.load(listed_ptr + row), tl.load(state_ptr)
     count = 0
     for first in range(0, listed, TILE):
         keys, _ = _tile_keys(z_ptr + row * F, list_ptr + row * n_groups, first, listed, F, TILE)
-        count += tl.sum(((keys == v) & (keys > 0)).to(tl.int32))
+        count += tl.sum((keys == v).to(tl.int32))
     tl.store(ties_ptr + row, count)
 
 
