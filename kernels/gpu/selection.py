@@ -80,23 +80,38 @@ def _halve(low, high, middle, reached, k):
 
 
 @triton.jit
+def _reach_of_row(keys_row, level, n_groups, BLOCK: tl.constexpr):
+    reached = 0
+    for first in range(0, n_groups, BLOCK):
+        groups = first + tl.arange(0, BLOCK)
+        reached += _reach(tl.load(keys_row + groups, mask=groups < n_groups, other=0), level)
+    return reached
+
+
+@triton.jit
 def _bound(keys_row, k, n_groups, BLOCK: tl.constexpr):
-    """What the k-th largest key of a row is at least, from the largest of its groups, and the largest."""
+    """What the k-th largest key of a row is at least, from the largest of its groups, and the largest.
+
+    The largest of each BLOCK-th group are held, and the k-th of them is a bound too. Where it lets more than 3/2·k
+    groups through, the search goes on among all groups, until it lets fewer through.
+    """
     lanes = tl.arange(0, BLOCK)
-    block = tl.load(keys_row + lanes, mask=lanes < n_groups, other=0)
-    largest = block
+    largest = tl.load(keys_row + lanes, mask=lanes < n_groups, other=0)
     for first in range(BLOCK, n_groups, BLOCK):
         groups = first + lanes
         largest = tl.maximum(largest, tl.load(keys_row + groups, mask=groups < n_groups, other=0))
     top = tl.maximum(tl.max(largest, 0), 1)
-    low, high = top * 0 + 1, tl.where(k < n_groups, top, 1)
+    low, high = top * 0 + 1, tl.where(k < tl.minimum(n_groups, BLOCK), top, 1)
     while low < high:
         middle = low + (high - low + 1) // 2
-        reached = _reach(block, middle)
-        for first in range(BLOCK, n_groups, BLOCK):
-            groups = first + lanes
-            reached += _reach(tl.load(keys_row + groups, mask=groups < n_groups, other=0), middle)
-        low, high = _halve(low, high, middle, reached, k)
+        low, high = _halve(low, high, middle, _reach(largest, middle), k)
+    if n_groups > BLOCK and k < n_groups:
+        most = k + k // 2
+        high = tl.where(_reach_of_row(keys_row, low, n_groups, BLOCK) > most, top, low)
+        while low < high:
+            middle = low + (high - low + 1) // 2
+            reached = _reach_of_row(keys_row, middle, n_groups, BLOCK)
+            low, high = _halve(low, high, middle, tl.where(reached <= most, tl.minimum(reached, k), reached), k)
     return low, top
 
 

@@ -7,6 +7,9 @@ from gemmascope.kernels import reference
 from tests.helpers import assert_bitwise_equal, lattice, normal
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from gemmascope.kernels.dispatch import interpreting
 from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
 from gemmascope.kernels.gpu import selection
@@ -208,6 +211,30 @@ def test_the_batch_may_take_all_of_a_row_and_nothing_of_another(sizes, device):
     assert found.all()
     ties = torch.ones(4, 150, device=device)
     assert chosen(ties, 50, "batch", room=301).sum(1).tolist() == [150, 150, 1, 0]
+
+
+_bound = selection._bound
+
+
+@triton.jit
+def _bound_kernel(keys_ptr, found_ptr, k, n_groups, BLOCK: tl.constexpr):
+    low, top = _bound(keys_ptr + tl.program_id(0) * n_groups, k, n_groups, BLOCK)
+    tl.store(found_ptr + 2 * tl.program_id(0), low)
+    tl.store(found_ptr + 2 * tl.program_id(0) + 1, top)
+
+
+@pytest.mark.parametrize(("n_groups", "k"), [(60, 20), (64, 1), (200, 20), (200, 64), (200, 90), (200, 250), (500, 63)])
+def test_bound_lets_few_groups_through(n_groups, k, device):
+    """Where the largest of each 64th group tell, and where they do not: few are held, or the first groups fire most."""
+    z = normal(3, 32 * n_groups, device=device)
+    z[1, : 32 * n_groups // 8] += 3
+    z[2, :: 32 * 64] += 9  # all of the largest groups share a place
+    keys = group_keys(z)
+    found = torch.full((3, 2), -1, dtype=torch.int32, device=device)
+    _bound_kernel[(3,)](keys, found, k, n_groups, BLOCK=64)
+    assert_bitwise_equal("largest", found[:, 1], keys.amax(1))
+    reached = (keys >= found[:, :1]).sum(1).tolist()
+    assert all(min(k, n_groups) <= count <= max(k, min(3 * k // 2, n_groups)) for count in reached)
 
 
 @interpreted
