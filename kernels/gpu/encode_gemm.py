@@ -125,6 +125,11 @@ def _larger(a, b):
 
 
 @triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
 def _largest_slab(
     acc, rows, first_column, b_enc_ptr, may_ptr, z_ptr, keys_ptr, N, F,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
@@ -145,7 +150,7 @@ def _largest_slab(
     else:
         tl.store(outputs, z)
     groups = tl.reshape(z, (BLOCK_M, WIDTH // 32, 32))
-    highest, lowest = tl.reduce(groups, 2, _larger), tl.min(groups, 2)
+    highest, lowest = tl.reduce(groups, 2, _larger), tl.reduce(groups, 2, _smaller)
     bits = tl.where(highest > 0, highest, 0.0).to(tl.int32, bitcast=True)
     # NaN compares with nothing.
     keys = tl.where((highest < float("inf")) & (lowest > float("-inf")), bits, INFINITE)

@@ -94,15 +94,15 @@ def test_product_shows_what_is_not_finite(device, value, F):
     assert_bitwise_equal("keys", keys, group_keys(z))
 
 
-@interpreted
-def test_what_lies_past_the_latents_is_no_key(monkeypatch):
-    """Of a row that is not finite the columns past F are NaN in the product, although none of its own is."""
-    monkeypatch.setattr(gpu_encode_gemm, "encode_config", lambda *_: SPLIT_2)
-    x, W_enc, b_enc = torch.zeros(3, 4), torch.zeros(4, 33), torch.ones(33)
-    x[1], W_enc[:, :33] = 1, 1
-    among = torch.zeros(33, dtype=torch.bool)
+def test_what_lies_past_the_latents_is_no_key(device):
+    """Every z is below 0, which is what the columns past the last hold; of a row that is NaN every one is."""
+    x, W_enc, b_enc = torch.zeros(3, 4, device=device), torch.ones(4, 33, device=device), -torch.ones(33, device=device)
     x[2] = torch.nan
-    z, keys = product(x, W_enc, b_enc, among)
+    z, keys = product(x, W_enc, b_enc)
+    assert (z[:2] == -1).all()
+    assert not keys[:2].any()
+    assert (keys[2] == 0x7F800000).all()
+    z, keys = product(x, W_enc, b_enc, torch.zeros(33, dtype=torch.bool, device=device))
     assert not z.any()
     assert not keys.any()
 
