@@ -634,7 +634,7 @@ SELECTION = [
     ("last bit of a word", "<< tl.arange(0, 32)[None, :], 1)", "<< (tl.arange(0, 32) % 31)[None, :], 1)"),
     ("last of the equals", "words & (below >> 1)", "words & (words - 1)"),
     ("one of the equals too many", "_popcount(words) - most", "_popcount(words) - most - 1"),
-    ("smear too short", "below = below | (below >> 16)\n", ""),
+    ("smear too short", "        below = below | (below >> 16)\n", ""),
     ("equals of v = 0", "ties = tl.where(v > 0, ties, 0)\n    for", "for"),
     ("equals of earlier groups", "tl.maximum(ties - before, 0)", "tl.maximum(ties, 0)"),
     ("equals of earlier tiles", "        ties -= tl.sum(count, 0)\n", ""),
