@@ -1,4 +1,4 @@
-"""python -m bench run --suite step|kernels|inference|cpu|accelerate, report, compare, quality, aot."""
+"""python -m bench run --suite step|kernels|inference|topk|cpu|accelerate, report, compare, quality, aot."""
 
 import argparse
 import json

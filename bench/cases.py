@@ -23,6 +23,11 @@ CONTENDERS: dict[str, tuple[str, str, dict]] = {
     "saelens_compiled": ("bench.peers.saelens", "SAELens", {"compiled": True}),
     "dictionary_learning": ("bench.peers.dictionary_learning", "DictionaryLearning", {}),
     "sparsify": ("bench.peers.sparsify", "Sparsify", {}),
+    "ours_topk": ("bench.selection", "Ours", {}),
+    "ours_batchtopk": ("bench.selection", "Ours", {"of": "batch"}),
+    "plain_topk": ("bench.selection", "PlainPyTorch", {}),
+    "plain_topk_compiled": ("bench.selection", "PlainPyTorch", {"compiled": True}),
+    "plain_batchtopk": ("bench.selection", "PlainPyTorch", {"of": "batch"}),
     "saelens_called": ("bench.accelerate", "SAELensCalled", {}),
     "saelens_accelerated": ("bench.accelerate", "SAELensCalled", {"accelerated": True}),
     "dictionary_learning_called": ("bench.accelerate", "DictionaryLearningCalled", {}),
@@ -171,6 +176,13 @@ SUITES = {
         (
             (TRAINING, ("ours_cpu", "ours_pytorch", *CPU_PEERS)),
             (INFERENCE, ("ours_cpu", "ours_pytorch", "products", *CPU_PEERS, *DECODERS)),
+        ),
+    ),
+    "topk": Suite(
+        "cuda", "bf16", 20, ("gemma-2-2b 16k", "gemma-2-9b 131k"), (4096,), (64,),
+        (
+            (("encode",), ("ours_topk", "plain_topk", "plain_topk_compiled", "sparsify")),
+            (("encode",), ("ours_batchtopk", "plain_batchtopk")),
         ),
     ),
     "accelerate": Suite(

@@ -215,10 +215,10 @@ def zero(value: float) -> bool:
     return value == 0
 
 
-def step_ms(section: str, contender: str = "ours") -> Callable[[Found], float | None]:
+def step_ms(section: str, contender: str = "ours", part: str = "step") -> Callable[[Found], float | None]:
     def figure(found: Found) -> float | None:
         for row in found.get(section, {}).get("rows", ()):
-            if row["kind"] == "time" and (row["contender"], row["part"]) == (contender, "step"):
+            if row["kind"] == "time" and (row["contender"], row["part"]) == (contender, part):
                 return row["p50_ms"]
         return None
 
@@ -268,6 +268,8 @@ PREDICTIONS = (
     Prediction("entries, dense, encode, step, sparse_loss are right (status 0)", status("correctness"), zero),
     Prediction("residual, latents, update are right (status 0)", status("units"), zero),
     Prediction("the other kinds of SAE are right (status 0)", status("kinds"), zero),
+    Prediction("TopK at 16k selects in .45 to .75 ms", step_ms("topk", "ours_topk", "encode"), between(0.45, 0.75)),
+    Prediction("BatchTopK in .55 to .9 ms", step_ms("topk", "ours_batchtopk", "encode"), between(0.55, 0.9)),
     Prediction("none of 50 repeated steps differs", changed_runs, zero),
     Prediction("a step at 16k, L0 64, takes 1.2 to 1.8 ms", step_ms("step"), between(1.2, 1.8)),
     Prediction("compiled dense PyTorch: 2.5 to 3.3 ms", step_ms("compiled", "dense_compiled"), between(2.5, 3.3)),

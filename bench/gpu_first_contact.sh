@@ -35,13 +35,14 @@ step="--shapes 2304x16384 --l0 64 --rounds 10"
 entries="tests/kernels/test_entries.py tests/kernels/test_dense.py tests/kernels/test_encode.py"
 sums="tests/kernels/test_residual.py tests/kernels/test_latents.py tests/kernels/test_update.py"
 steps="tests/training/test_step.py tests/training/test_sparse_loss.py"
-kinds="tests/kernels/test_topk.py tests/training/test_gated.py tests/training/test_relu.py tests/training/test_topk.py tests/training/test_transcoder.py"
+kinds="tests/kernels/test_topk.py tests/kernels/test_selection.py tests/training/test_gated.py tests/training/test_relu.py tests/training/test_topk.py tests/training/test_transcoder.py"
+select="--shapes 2304x16384 --rounds 10 --no-memory"
 suite="--ring-tokens 65536 --blocks 2"
 wide131k="--shapes 3584x131072 --l0 64 --rounds 5 --no-memory"
 if [ "$rehearse" ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 FIRST_CONTACT_REHEARSAL=1
     tests="-m pytest --import-mode=append -p no:cacheprovider --tb=short -k nothing"
-    step="--shapes 16x64 --l0 4 --rounds 1 --tokens 24 --device cpu --no-memory"
+    step="--shapes 16x64 --l0 4 --rounds 1 --tokens 24 --device cpu --no-memory" select=$step
     suite="--model tiny --device cpu --d-sae 64 --l0 6 --context 32 --ring-tokens 1024 --batch 128 --compute-dtype fp32"
     entries=tests/kernels/test_dense.py sums=tests/kernels/test_residual.py steps="" wide131k=$step
 fi
@@ -79,8 +80,9 @@ section memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --too
 section wide131k 45 "$python" $bench ours $wide131k
 section compiled 45 "$python" $bench dense_compiled $step --no-memory
 section wide1m 50 "$python" $contact wide
-# By name alone: the other kinds of SAE, of which no kernel is their own, and a whole suite, which takes minutes.
+# By name alone: the other kinds of SAE, what TopK's selection takes, and a whole suite, which takes minutes.
 case "$chosen" in *" kinds "*) section kinds 240 "$python" $tests $kinds ;; esac
+case "$chosen" in *" topk "*) section topk 120 "$python" -m bench run --suite topk $select ;; esac
 case "$chosen" in *" suite "*) section suite 420 "$python" -m bench.suite $suite ;; esac
 "$python" $contact verdict "$out" | tee "$out/verdict.txt"
 keep

@@ -18,7 +18,7 @@ import torch
 torch.cuda.is_available = lambda: True
 sys.modules.update(dict.fromkeys({ABSENT!r}))  # importing them raises ModuleNotFoundError
 """
-KERNELS = ("decode", "dense", "encode", "entries", "jumprelu", "latents", "residual", "topk", "update")
+KERNELS = ("decode", "dense", "encode", "entries", "jumprelu", "latents", "residual", "selection", "topk", "update")
 KINDS = ("gated", "relu", "topk", "transcoder")
 FILES = [
     *(f"tests/kernels/test_{name}.py" for name in KERNELS),

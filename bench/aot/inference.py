@@ -92,20 +92,26 @@ def encode_gemm(
     masked: bool = True,
     **overrides,
 ) -> Spec:
-    """masked: N or F ends inside a tile, as of a last batch."""
+    """masked: N or F ends inside a tile, as of a last batch. Mode "largest_among": largest,
+    of some latents."""
     sizes = {"N": "i32", "F": "i32", "D": "i32"}
     outputs = {"b_enc_ptr": "*fp32", "threshold_ptr": "*fp32", "half_bandwidth": "fp32", "words_ptr": "*i32"}
     outputs |= {"z_ptr": f"*{dtype}" if mode == "dense" else "*fp32", "window_ptr": "*i32", **sizes}
+    if mode == "largest_among":
+        outputs["threshold_ptr"] = "*i8"
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SPLIT": config.split,
         "GROUP_M": config.group_m,
-        "MODE": mode,
+        "MODE": mode.removesuffix("_among"),
         "MASKED": masked,
         "INPUT_PRECISION": config.input_precision,
     }
+    if mode == "largest":
+        del outputs["threshold_ptr"]
+        constants["threshold_ptr"] = None
     if config.descriptors:
         kernel = gpu_encode_gemm._encode_fwd_descriptor_kernel
         operands = {

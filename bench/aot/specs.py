@@ -6,9 +6,9 @@ the operator's own configuration table, in `inference.py` or `training.py`, and 
 
 from bench.aot.inference import decode, encode, jumprelu
 from bench.aot.spec import Spec
-from bench.aot.training import around_the_step, dense, sparse_step, training_encode
+from bench.aot.training import around_the_step, dense, sparse_step, topk, training_encode
 
-OPERATORS = (jumprelu, encode, training_encode, dense, decode, sparse_step, around_the_step)
+OPERATORS = (jumprelu, encode, training_encode, topk, dense, decode, sparse_step, around_the_step)
 
 
 def specs(target: str) -> list[Spec]:

@@ -17,6 +17,7 @@ from gemmascope.kernels.gpu import entries as gpu_entries
 from gemmascope.kernels.gpu import finishing as gpu_finishing
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
+from gemmascope.kernels.gpu import selection as gpu_selection
 from gemmascope.kernels.gpu import tokens as gpu_tokens
 from gemmascope.kernels.gpu import transpose as gpu_transpose
 from gemmascope.kernels.gpu import update as gpu_update
@@ -73,6 +74,90 @@ def training_encode(target: str) -> Iterator[Spec]:
         num_warps=1,
         unaligned=("per_row",),
         expects=() if target.startswith("gfx") else ("load128",),  # two words a lane of 64
+    )
+
+
+def topk(target: str) -> Iterator[Spec]:
+    """The product and the selection of a TopK or BatchTopK step."""
+    for dtype, torch_dtype, tf32 in (
+        ("bf16", torch.bfloat16, False),
+        ("fp32", torch.float32, False),
+        ("fp32", torch.float32, True),
+    ):
+        chosen = {}
+        for n_tokens, describable in ((16, True), (128, True), (4096, True), (4096, False)):
+            config = gpu_encode_gemm.encode_config(target, torch_dtype, n_tokens, describable, tf32)
+            kind = "tma" if config.descriptors else "ptr"
+            tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+            chosen[f"{kind}_{tile}_{'tf32' if tf32 else dtype}"] = config
+        for name, config in chosen.items():
+            yield encode_gemm(target, f"topk_{name}", config, dtype, "largest")
+            if config.block_m >= 128:
+                yield encode_gemm(target, f"topk_{name}_even", config, dtype, "largest", masked=False)
+            if config.descriptors:
+                yield encode_gemm(target, f"topk_{name}_among", config, dtype, "largest_among")
+    chosen = list(selection(target))
+    yield from chosen
+    if target == "sm_90":
+        for spec in chosen:
+            if spec.name in ("topk_select_64", "topk_mark"):  # of one latent: nobody waits for it
+                yield replace(with_ones(spec, "F", "n_groups"), max_spill=512)
+
+
+def selection(target: str) -> Iterator[Spec]:
+    rows, few = {"F": "i32", "n_groups": "i32"}, gpu_selection.FEW
+    lists = dict.fromkeys(("list_ptr", "listed_ptr"), "*i32")
+    for k, config in ((64, few), (256, gpu_selection.MANY)):
+        yield Spec(
+            name=f"topk_select_{k}",
+            kernel=gpu_selection._select_kernel,
+            arguments={"z_ptr": "*fp32", "keys_ptr": "*i32", "list_ptr": "*i32", "k": "i32", **rows},
+            constants={"BLOCK": config.block, "TILE": config.tile},
+            num_warps=config.num_warps,
+            expects=("load128",),
+        )
+    counts, state = {"counts_ptr": "*i32"}, {"state_ptr": "*i32"}
+    for shift, width in gpu_selection.DIGITS:
+        digit = {"SHIFT": shift, "WIDTH": width}
+        yield Spec(
+            name=f"topk_count_keys_{shift}",
+            kernel=gpu_selection._count_keys_kernel,
+            arguments={"z_ptr": "*fp32", **lists, **counts, **state, **rows},
+            constants={**digit, "TILE": few.tile},
+            num_warps=few.num_warps,
+            expects=("load128", "atomic"),
+        )
+    for shift, width in gpu_selection.DIGITS[: gpu_selection.GROUP_DIGITS]:
+        yield Spec(
+            name=f"topk_count_groups_{shift}",
+            kernel=gpu_selection._count_groups_kernel,
+            arguments={"keys_ptr": "*i32", **counts, **state, "size": "i32"},
+            constants={"SHIFT": shift, "WIDTH": width, "BLOCK": gpu_selection.COUNT_BLOCK},
+            expects=("load128", "atomic"),
+        )
+    yield Spec("topk_pick", gpu_selection._pick_kernel, {**counts, **state}, {"SHIFT": 23})
+    yield Spec(
+        name="topk_list",
+        kernel=gpu_selection._list_kernel,
+        arguments={"keys_ptr": "*i32", **lists, **state, "n_groups": "i32"},
+        constants={"BLOCK": few.block},
+        num_warps=few.num_warps,
+    )
+    yield Spec(
+        name="topk_count_ties",
+        kernel=gpu_selection._count_ties_kernel,
+        arguments={"z_ptr": "*fp32", **lists, **state, "ties_ptr": "*i32", **rows},
+        constants={"TILE": few.tile},
+        num_warps=few.num_warps,
+        expects=("load128",),
+    )
+    yield Spec(
+        name="topk_mark",
+        kernel=gpu_selection._mark_kernel,
+        arguments={"z_ptr": "*fp32", **lists, "words_ptr": "*i32", **state, "ties_ptr": "*i64", **rows},
+        constants={"TILE": few.tile},
+        num_warps=few.num_warps,
+        expects=("load128",),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders import INFERENCE, TRAINING, Contender, Inputs
+from bench.selection import BF16_TOLERANCE
 from bench.trainers import Setting, Trainer, inputs_of
 from gemmascope.saes import JumpReLUSAE
 
@@ -89,7 +90,7 @@ class Sparsify(Contender):
         )
 
     def set_up(self, inputs: Inputs) -> None:
-        self.inputs, self.tolerance = inputs, 5e-2 if inputs.x.is_cuda else 1e-4
+        self.inputs, self.tolerance = inputs, BF16_TOLERANCE if inputs.x.is_cuda else 1e-4
         self.coder = sparse_coder(inputs)
         self.training = CoderTraining(self.coder, self.optimiser, inputs.rule.learning_rate)
         self.code = None

@@ -16,8 +16,8 @@ from ..saes.clt_source import check_layers
 from ..saes.scaled_clt import ScaledCLT
 from .clt_step import CLTFigures, clt_step
 from .config import TrainConfig
-from .kinds import OF_TRANSCODERS
 from .memory import available_memory
+from .revive import revive
 from .snapshot import check_keys, check_same, check_tensors, packed, unpacked
 from .state import MASTER_DTYPES, TrainState
 from .trainer import moments_of, scale_of
@@ -25,6 +25,7 @@ from .upload import uploaded
 
 FACTS = ("config", "input_scales", "output_scales", "step", "route", "figures")
 COMPUTE_DTYPES = ("fp32", "tf32")
+OF_CLTS = ("jumprelu", "relu")
 Samples = Sequence[Tensor | SiteStatistics]
 
 
@@ -37,7 +38,7 @@ class CLTTrainer:
 
     config: ``d_sae`` latents for each layer; the penalty, its λ and a target L0 (at most ``d_sae``) are of all layers
     together. kind: `jumprelu` or `relu`. All that `TrainConfig` says of SAEs holds but for what is refused: bf16, a
-    skip connection, a pre-activation loss, latents that begin anew. metadata: JSON-able facts; ``model``, ``sites`` and
+    skip connection, a pre-activation loss, annealing, latents that begin anew. metadata: JSON-able facts; ``model``, ``sites`` and
     ``sites_out`` go into files.
 
     dtype: fp64 is for comparisons, on a CPU. Raises ValueError or TypeError on bad arguments, samples that set no scale
@@ -147,6 +148,10 @@ class CLTTrainer:
                 f"out of memory: a batch of {len(xs[0])} tokens of {self.n_layers} layers; make batch_size or d_sae"
                 " smaller"
             ) from error
+        if config.revival_rate:
+            fall, made = config.revival_rate * config.learning_rate_at(self.step), torch.tensor(self.figures.made)
+            for state in self.states:
+                revive(state, config.dead_after_tokens, fall, log, made.to(state.threshold.device))
         self.step += 1
         if config.route == "auto" and self.figures.made:
             self._choose_route(self.figures.n_entries / (len(xs[0]) * config.d_sae * self.n_layers))
@@ -234,7 +239,7 @@ class CLTTrainer:
 
 def _check_config(config: Any) -> None:
     check_type("config", config, TrainConfig)
-    check_choice("kind", config.kind, OF_TRANSCODERS)
+    check_choice("kind", config.kind, OF_CLTS)
     check_choice("compute_dtype", config.compute_dtype, COMPUTE_DTYPES)
     if config.skip:
         raise ValueError("skip: expected False of a CLT, got True")
@@ -242,6 +247,10 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"resample_steps: expected none of a CLT, got {list(config.resample_steps)}")
     if config.loss.pre_act_coefficient:
         raise ValueError(f"pre_act_coefficient: expected 0 of a CLT, got {config.loss.pre_act_coefficient}")
+    if config.p_end is not None:
+        raise ValueError(f"p_end: expected None of a CLT, got {config.p_end}")
+    if config.loss.p != 1:
+        raise ValueError(f"p: expected 1 of a CLT, got {config.loss.p:g}")
 
 
 def _moments(name: str, samples: Samples) -> list[tuple[Tensor, float]]:

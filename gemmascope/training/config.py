@@ -359,7 +359,7 @@ class TrainConfig:
         if kind != self.kind and "loss" not in changes and kind in SPARSITIES_OF:
             changes = {"sparsity": SPARSITIES_OF[kind][0]} | changes
         if kind != self.kind and kind in KINDS:
-            changes = {"revival_rate": 0.0} | changes
+            changes.setdefault("revival_rate", 0.0)
         of_loss = {name: changes.pop(name) for name in list(changes) if name in LOSS_FIELDS}
         unknown = changes.keys() - {field.name for field in dataclasses.fields(self)}
         if unknown:

@@ -20,8 +20,8 @@ GATED_ENTRY_BYTES = 48
 POWER_ENTRY_BYTES, POWER_MATRICES = 32, 3
 # Matrices of fp32 [N, tile] that the dense route of a gated SAE holds, and by how many times smaller its tiles are.
 GATED_MATRICES, GATED_TILES = 7, 4
-# What selecting the largest z holds, in units of z.
-SELECTION = 5
+# What it holds for each entry while two chunks of a batch compete for the largest z.
+COMPETING_BYTES = 128
 # Columns of a block of the residual pass, which leaves a share of u in fp32 for each entry and block.
 SHARE_COLUMNS = 256
 
@@ -175,12 +175,13 @@ def training_memory(
     weights = 4 * ((d_model + out) * d_sae + (3 if gated else 2) * d_sae + out + skip * d_model * out)
     operand = 2 if compute_dtype == "bf16" else 4
     n_entries, tile = int(l0 * batch_size), dense_tile(batch_size, d_sae, kind)
-    sparse = entries.tokens_per_chunk(batch_size, d_sae) * entries.scratch_bytes(d_sae)
+    chunk = entries.tokens_per_chunk(batch_size, d_sae)
+    sparse = chunk * entries.scratch_bytes(d_sae)
     # f, u, two bits, and the gradients of both weights
     dense = batch_size * tile * (16 * GATED_MATRICES if gated else 8 * operand + 1) // 4 + 4 * (d_model + out) * tile
     scratch = max(sparse, dense + of_power * 4 * POWER_MATRICES * batch_size * tile)
-    if blocks:  # z, and twice the keys by which a GPU selects, 8 bytes each; no dense route
-        scratch = SELECTION * sparse
+    if blocks:  # a list of groups of 32 latents beside what says which is the largest of each; no dense route
+        scratch = sparse + 4 * chunk * -(-d_sae // 32) + COMPETING_BYTES * n_entries * (chunk < batch_size)
     # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too; of a transcoder y, rounded for its
     # sums, and what a skip leaves
     rows = (d_model + out) * max(1, blocks) + gated * d_model + target

@@ -1,14 +1,17 @@
 """The encoder's product z = x·W_enc + b_enc, with what becomes of each z decided in its epilogue.
 
-x [N, d] and W_enc [d, F] of one dtype and any strides, b_enc [F], θ = threshold [F] fp32. Two modes:
+x [N, d] and W_enc [d, F] of one dtype and any strides, b_enc [F], θ = threshold [F] fp32. Three modes:
 
     sparse   z where z > lower     z into scratch fp32 where kept, kept in bits
     dense    f = z·1[z > θ]        f of every entry in its own dtype, z > θ in bits, |z − θ| < ε/2 in bits
+    largest  z                     every z fp32, and in the place of a word the largest key of its 32 latents
 
 lower [F] is the largest z of a latent that is not kept: θ itself, or with a window of width ε the last z below it
 (`entries.begin`), so that one comparison decides for both. Bits are packed by 32 along the latents, lowest first,
 into int32 words [N, ⌈F/32⌉]. Everything is decided on the fp32 accumulator. Scratch is written only where kept; nobody
-initialises it and nobody reads it back whole.
+initialises it and nobody reads it back whole. A key is the bits of a positive z, those of +Inf where z is not finite,
+else 0 (`selection`). In that mode the place of θ is taken by which latents may be chosen, int8 [F] or None: all; the z
+of the others becomes 0.
 
 What cannot be compared, NaN or −Inf, is bad input and must stay visible: it counts as kept and as active.
 
@@ -86,6 +89,7 @@ def encode_config(arch: str, dtype: torch.dtype, n_tokens: int, describable: boo
     return POINTERS_AMD if amd else POINTERS
 
 
+INFINITE = tl.constexpr(0x7F800000)  # the bits of +Inf
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
@@ -113,6 +117,50 @@ def _store_bits(
         tl.store(outputs, words, mask=(rows < N)[:, None] & (word_columns < n_words)[None, :])
     else:
         tl.store(outputs, words)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def _largest_slab(
+    acc, rows, first_column, b_enc_ptr, may_ptr, z_ptr, keys_ptr, N, F,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Bias, z and the largest key of each 32 of one [BLOCK_M, WIDTH] slab. What is beyond F counts as 0."""
+    columns = first_column + tl.arange(0, WIDTH)
+    in_columns = columns < F
+    b_enc = tl.load(b_enc_ptr + columns, mask=in_columns) if MASKED else tl.load(b_enc_ptr + columns)
+    z = acc + b_enc.to(tl.float32)[None, :]
+    if may_ptr is not None:
+        may = tl.load(may_ptr + columns, mask=in_columns, other=0) if MASKED else tl.load(may_ptr + columns)
+        z = tl.where((may > 0)[None, :], z, 0.0)
+    wide_rows = rows.to(tl.int64)[:, None]
+    outputs = z_ptr + wide_rows * F + columns[None, :]
+    if MASKED:
+        z = tl.where(in_columns[None, :], z, 0.0)
+        tl.store(outputs, z, mask=(rows < N)[:, None] & in_columns[None, :])
+    else:
+        tl.store(outputs, z)
+    groups = tl.reshape(z, (BLOCK_M, WIDTH // 32, 32))
+    highest, lowest = tl.reduce(groups, 2, _larger), tl.reduce(groups, 2, _smaller)
+    bits = tl.where(highest > 0, highest, 0.0).to(tl.int32, bitcast=True)
+    # NaN compares with nothing.
+    keys = tl.where((highest < float("inf")) & (lowest > float("-inf")), bits, INFINITE)
+    group_columns = first_column // 32 + tl.arange(0, WIDTH // 32)
+    n_groups = tl.cdiv(F, 32)
+    outputs = keys_ptr + wide_rows * n_groups + group_columns[None, :]
+    if MASKED:
+        tl.store(outputs, keys, mask=(rows < N)[:, None] & (group_columns < n_groups)[None, :])
+    else:
+        tl.store(outputs, keys)
 
 
 @triton.jit
@@ -157,6 +205,19 @@ def _gate_slab(
 
 
 @triton.jit
+def _slab(
+    acc, rows, first_column, b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F,
+    MODE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    of_slab = (acc, rows, first_column, b_enc_ptr, threshold_ptr)
+    if MODE == "largest":
+        _largest_slab(*of_slab, z_ptr, words_ptr, N, F, MASKED, BLOCK_M, WIDTH)
+    else:
+        outputs = (z_ptr, words_ptr, window_ptr)
+        _gate_slab(*of_slab, half_bandwidth, *outputs, N, F, MODE, MASKED, BLOCK_M, WIDTH)
+
+
+@triton.jit
 def _halves(acc, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))
 
@@ -171,19 +232,19 @@ def _gate(
     out = (b_enc_ptr, threshold_ptr, half_bandwidth, z_ptr, words_ptr, window_ptr, N, F)
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
     if SPLIT == 1:
-        _gate_slab(acc, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
+        _slab(acc, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
     else:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         if SPLIT == 2:
-            _gate_slab(left, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
-            _gate_slab(right, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(left, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(right, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
         else:
             left_0, left_1 = _halves(left, BLOCK_M, BLOCK_N // 2)
-            _gate_slab(left_0, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
-            _gate_slab(left_1, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(left_0, rows, first, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(left_1, rows, first + WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
             right_0, right_1 = _halves(right, BLOCK_M, BLOCK_N // 2)
-            _gate_slab(right_0, rows, first + 2 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
-            _gate_slab(right_1, rows, first + 3 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(right_0, rows, first + 2 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
+            _slab(right_1, rows, first + 3 * WIDTH, *out, MODE, MASKED, BLOCK_M, WIDTH)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -255,12 +316,13 @@ def words_per_row(F: int) -> int:
 
 
 def encode_gemm(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, z: Tensor, words: Tensor, config: EncodeConfig,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, z: Tensor, words: Tensor, config: EncodeConfig,
     mode: str = "sparse", bandwidth: float = 0.0, window: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches one product into z [N, F] (fp32, dense: in any float dtype), words and, if dense, window.
 
-    b_enc, threshold and the outputs are contiguous. Sparse: ``threshold`` is lower, the largest z that is not kept.
+    b_enc, threshold and the outputs are contiguous. Sparse: ``threshold`` is lower, the largest z that is not kept;
+    largest: int8 [F], 1 for the latents that may be chosen, or None, and words are keys.
     """
     (N, d), F = x.shape, W_enc.shape[1]
     options = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}

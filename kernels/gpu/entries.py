@@ -104,7 +104,7 @@ def _entries_kernel(
             position += 1
 
 
-def _move(words: Tensor, z: Tensor, threshold: Tensor, starts: Tensor, first_token: int, entries: Entries) -> None:
+def move(words: Tensor, z: Tensor, threshold: Tensor, starts: Tensor, first_token: int, entries: Entries) -> None:
     """From one chunk's words and scratch to its entries; ``starts``: [segments of the chunk + 1]."""
     F = threshold.shape[0]
     launch(
@@ -159,5 +159,5 @@ def encode_entries(
         else:
             encode_gemm(part_of_x, W_enc, b_enc, lower, z, words, config)
         scan(words, rows, per_row, starts, offsets, first)
-        _move(words, z, threshold, starts[first * per_row : (first + rows) * per_row + 1], first, entries)
+        move(words, z, threshold, starts[first * per_row : (first + rows) * per_row + 1], first, entries)
     return entries

@@ -287,7 +287,7 @@ def test_how_often_the_weight_is_read(monkeypatch, F, chunks, gigabytes):
     monkeypatch.setattr(gpu_entries, "encode_gemm", lambda x, W, *_: launches.append((len(x), W.nbytes)))
     monkeypatch.setattr(gpu_entries, "launch_config", lambda *_: gpu_encode_gemm.DESCRIPTORS)
     monkeypatch.setattr(gpu_entries, "begin", lambda threshold, *_: threshold)
-    for name in ("scan", "_move"):
+    for name in ("scan", "move"):
         monkeypatch.setattr(gpu_entries, name, lambda *_: None)
     x, W_enc = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((N, d), (d, F)))
     b_enc, threshold = torch.empty(2, F, device="meta")
@@ -374,7 +374,7 @@ def test_offsets_beyond_32_bits():
     starts[-2], starts[-1] = capacity - 34, capacity
     out = Entries(torch.empty(capacity), *(torch.empty(capacity, dtype=torch.int32) for _ in "lt"), starts)
     with sanitizer.sanitize(race=False, programs=lambda dims: [dims[0] - 1]):
-        gpu_entries._move(words, z, threshold, starts, 100, out)
+        gpu_entries.move(words, z, threshold, starts, 100, out)
     assert torch.equal(out.z[-34:], torch.arange(34.0) - 3)
     assert torch.equal(out.latents[-34:].long(), latents + ACTIVE * (torch.arange(34) > 3))
     assert out.tokens[-34:].tolist() == [100 + N - 1] * 34

@@ -7,7 +7,7 @@ from gemmascope import kernels
 from gemmascope.kernels import Entries, reference
 from gemmascope.kernels.dispatch import triton_problem
 from gemmascope.kernels.eager import inference as eager_inference
-from gemmascope.kernels.entries import ACTIVE, LATENT
+from gemmascope.kernels.entries import ACTIVE, LATENT, scratch_bytes
 from gemmascope.kernels.implementations import operator
 from tests.helpers import assert_bitwise_equal, lattice, normal
 from tests.kernels.entries import limit_scratch
@@ -30,10 +30,10 @@ every_of = pytest.mark.parametrize("of", ["token", "batch"])
 
 @pytest.fixture(params=IMPLS)
 def impl(request, monkeypatch) -> str:
-    """In small pieces: tiles of three tokens and a few latents, chunks of two tokens."""
+    """In small pieces: tiles of three tokens and a few latents, chunks of three tokens."""
     monkeypatch.setattr(eager_inference, "PRODUCT_TOKENS", 3)
     monkeypatch.setattr(eager_inference, "Z_ELEMENTS", 12)
-    limit_scratch(monkeypatch, 2 * 4 * 41)
+    limit_scratch(monkeypatch, 3 * scratch_bytes(41))
     return request.param
 
 
@@ -237,19 +237,13 @@ def test_native_bits_do_not_depend_on_threads(of, isa):
 
 
 @needs_triton
-@every_of
-def test_triton_does_not_wait_for_the_device(of):
-    """Nothing of the selection asks for a number: it runs on meta, where there is none."""
+def test_triton_does_not_wait_for_the_device():
+    """Nothing between the launches asks for a number: it runs on meta, where there is none."""
     from gemmascope.kernels.gpu import topk as gpu_topk
 
-    z = torch.empty(4, 30, device="meta")
-    places = gpu_topk._first_largest(gpu_topk._keys(z, torch.empty(30, dtype=torch.bool, device="meta")), 3)
-    assert places.shape == (4, 3)
-    room = Entries(*(torch.empty(12, device="meta", dtype=t) for t in (z.dtype, torch.int32, torch.int32)),
+    room = Entries(*(torch.empty(12, device="meta", dtype=t) for t in (torch.float32, torch.int32, torch.int32)),
                    torch.empty(5, dtype=torch.int64, device="meta"))  # fmt: skip
-    numbers = torch.empty(12, dtype=torch.int64, device="meta")
-    found = gpu_topk._in_order(room, numbers > 0, torch.empty(12, device="meta"), numbers, 30)
-    assert [len(t) for t in found] == [12, 12, 12, 5]
+    assert [len(t) for t in gpu_topk._of_both(room, room, 4, 30)] == [12, 12, 12, 5]
 
 
 # ---- arguments

@@ -61,7 +61,12 @@ def test_prefixes_and_dead_latents_are_counted():
     prefixes = (4096, 8192, 16384)
     nested = SAETrainer.memory(TrainConfig().changed(kind="matryoshka", prefixes=prefixes, **options), 2304)
     assert nested.activations == 2 * with_aux.activations == 4 * alone.activations
-    assert nested.scratch == 5 * tokens_per_chunk(4096, 16384) * scratch_bytes(16384) + 24 * 16384
+    assert tokens_per_chunk(4096, 16384) == 4096
+    assert nested.scratch == 4096 * (scratch_bytes(16384) + 4 * 512) + 24 * 16384
+    wide = SAETrainer.memory(TrainConfig().changed(kind="topk", **options | {"d_sae": 131072}), 2304)
+    chunk = tokens_per_chunk(4096, 131072)
+    assert chunk < 4096
+    assert wide.scratch == chunk * (scratch_bytes(131072) + 4 * 4096) + 128 * wide.n_entries + 24 * 131072
     size = int(nested.advice(int(0.9 * nested.total)).split("a batch_size of ")[1].split(" ")[0])
     smaller = TrainConfig().changed(kind="matryoshka", prefixes=prefixes, batch_size=size, **options)
     assert SAETrainer.memory(smaller, 2304).total < 0.81 * nested.total
