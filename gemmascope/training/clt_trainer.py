@@ -38,8 +38,8 @@ class CLTTrainer:
 
     config: ``d_sae`` latents for each layer; the penalty, its λ and a target L0 (at most ``d_sae``) are of all layers
     together. kind: `jumprelu` or `relu`. All that `TrainConfig` says of SAEs holds but for what is refused: bf16, a
-    skip connection, a pre-activation loss, annealing, latents that begin anew. metadata: JSON-able facts; ``model``, ``sites`` and
-    ``sites_out`` go into files.
+    skip connection, a pre-activation loss, annealing, latents that begin anew. metadata: JSON-able facts; ``model``,
+    ``sites`` and ``sites_out`` go into files.
 
     dtype: fp64 is for comparisons, on a CPU. Raises ValueError or TypeError on bad arguments, samples that set no scale
     and where the Triton kernels would run, whose weights have one width (impl="pytorch" takes them); and

@@ -372,6 +372,23 @@ def test_scales_and_means_are_those_of_the_samples():
     assert CLTTrainer(config(), of_inputs, targets=ys).clt.input_scales == pytest.approx(trainer.clt.input_scales)
 
 
+@pytest.mark.parametrize("route", ["sparse", "dense", "reference"])
+def test_dead_latents_of_every_layer_revive(route):
+    """Those that have not fired for 3 batches, from the third update on, by the learning rate of each."""
+    given = samples()
+    options = {"route": route, "dead_after_tokens": 3 * N, "steps": 40}
+    falling, still = (CLTTrainer(config(**options, revival_rate=r), given[0], targets=given[1]) for r in (1.0, 0.0))
+    for trainer in (falling, still):
+        for source in trainer.clt.sources:
+            source.threshold.data[1] = 50.0
+        trained(given, 5, trainer)
+    fallen = sum(falling.config.learning_rate_at(step) for step in (2, 3, 4))
+    for a, b in zip(falling.clt.sources, still.clt.sources, strict=True):
+        assert b.threshold[1] == 50
+        assert a.threshold[1].item() == pytest.approx(50 - fallen, abs=2e-5)
+        assert torch.equal(a.threshold[2:] < 50, b.threshold[2:] < 50)
+
+
 def test_the_route_follows_the_density():
     given = samples(2000)
     trainer = CLTTrainer(config(steps=300, l0_coefficient=0.05), given[0], targets=given[1])
@@ -471,6 +488,9 @@ def test_another_snapshot_is_refused(change, message):
         ({"skip": True}, "skip: expected False"),
         ({"kind": "relu", "resample_steps": (3,)}, "resample_steps: expected none"),
         ({"pre_act_coefficient": 1e-3, "route": "reference"}, "pre_act_coefficient: expected 0"),
+        ({"kind": "relu", "p_end": 0.5}, "p_end: expected None"),
+        ({"kind": "relu", "p": 0.5}, "p: expected 1"),
+        ({"kind": "topk", "k": 2}, "kind: expected "),
     ],
 )
 def test_what_a_clt_has_not_is_refused(changes, message):
