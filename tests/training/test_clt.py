@@ -490,7 +490,7 @@ def test_another_snapshot_is_refused(change, message):
         ({"pre_act_coefficient": 1e-3, "route": "reference"}, "pre_act_coefficient: expected 0"),
         ({"kind": "relu", "p_end": 0.5}, "p_end: expected None"),
         ({"kind": "relu", "p": 0.5}, "p: expected 1"),
-        ({"kind": "topk", "k": 2}, "kind: expected "),
+        ({"kind": "topk", "k": 2, "l0_coefficient": 0.0}, "kind: expected "),
     ],
 )
 def test_what_a_clt_has_not_is_refused(changes, message):
