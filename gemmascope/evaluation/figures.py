@@ -72,9 +72,9 @@ class Figures:
         return found | self._of_outliers(name) | self._of_latents(name)
 
     def frequency(self, name: str) -> Tensor:
-        """The share of the text's tokens that each latent fires on: fp32 [d_sae]."""
+        """The share of the text's tokens that each latent fires on: fp64 [d_sae], in which a tenth is no more than .1."""
         tokens = self._sums[f"{name}/tokens"][:, 0, TERMS.index("tokens")].sum()
-        return (self._sums[f"{name}/fired"] / tokens).float()
+        return self._sums[f"{name}/fired"].double() / tokens.double()
 
     def ablation(self, site: Site, kind: str, index: int = 0) -> float:
         """The rise of the loss when the site is replaced by zero or its mean, at the tokens of the set."""
@@ -140,7 +140,7 @@ class Figures:
         }
 
     def _of_latents(self, name: str) -> dict[str, Any]:
-        frequency = self.frequency(name).double()
+        frequency = self.frequency(name)
         fires = frequency > 0
         exponents = frequency[fires].log10().mul(BINS_OF_A_DECADE).floor().long() - LOWEST_EXPONENT * BINS_OF_A_DECADE
         bins = -LOWEST_EXPONENT * BINS_OF_A_DECADE

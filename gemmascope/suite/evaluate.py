@@ -117,7 +117,7 @@ def _evaluate(config: EvaluateConfig, sources: Sources, work: Run, stop: Stop, s
             "seconds": {"this_run": round(time.monotonic() - started, 1)},
         }
         write_json(work.folder / RESULTS, results)
-        write_frequencies(work.folder, {place.name: figures.frequency(place.name) for place in places})
+        write_frequencies(work.folder, {place.name: figures.frequency(place.name).float() for place in places})
         finished.keep(work.folder / RESULTS, work.folder / FREQUENCIES)
     task.clear()
     return results

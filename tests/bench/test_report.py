@@ -98,7 +98,7 @@ def test_cases_of_a_suite():
     for suite in cases.SUITES:
         found = cases.cases(suite)
         assert all(set(case.contenders) <= names for case in found)
-        assert len({(case.title, case.parts) for case in found}) == len(found)
+        assert len({(case.title, case.parts, case.contenders) for case in found}) == len(found)
     inference = cases.cases("inference")
     assert {case.tokens for case in inference if case.shape.name == "gemma-2-2b 16k"} == {1, 8, 64, 512, 4096}
     assert {(case.tokens, case.parts) for case in inference if case.shape.more} == {(1, ("infer",)), (4096, ("infer",))}
