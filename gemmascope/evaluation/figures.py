@@ -72,7 +72,7 @@ class Figures:
         return found | self._of_outliers(name) | self._of_latents(name)
 
     def frequency(self, name: str) -> Tensor:
-        """The share of the text's tokens that each latent fires on: fp64 [d_sae], in which a tenth is no more than .1."""
+        """The share of the text's tokens that each latent fires on: fp64 [d_sae]: a tenth is not above .1."""
         tokens = self._sums[f"{name}/tokens"][:, 0, TERMS.index("tokens")].sum()
         return self._sums[f"{name}/fired"].double() / tokens.double()
 
