@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -76,14 +75,8 @@ def write_text(
             medians = each.outliers.median_norms
             print(f"{each.outliers.dropped} of {each.outliers.tokens} tokens left out", file=sys.stderr)
             found.append(dict(each))
-            pairs.append(kept_pairs(loaded.model, tokens, each.kept))
+            pairs.append(token_pairs(loaded.model, tokens, kept=each.kept))
     return save(out, joined(found), torch.cat(pairs), len(pairs[1]))
-
-
-def kept_pairs(model: Any, tokens: Tensor, kept: Tensor) -> Tensor:
-    """`token_pairs` of those that `harvest` kept; bool [rows, context]."""
-    previous = torch.cat([torch.full_like(tokens[:, :1], model.config.vocab_size), tokens[:, :-1]], 1)
-    return torch.stack([previous, tokens], -1)[kept].long()
 
 
 def joined(parts: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:

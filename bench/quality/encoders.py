@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.quality.activations import MOST_PER_SOURCE, joined, kept_pairs, save
+from bench.quality.activations import MOST_PER_SOURCE, joined, save
 from gemmascope.activations import read_documents
 from gemmascope.activations.packing import is_held_out
+from gemmascope.evaluation.suite import pairs_of
 from gemmascope.reporting.progress import StageProgress
 from gemmascope.sites import Site
 
@@ -75,7 +76,7 @@ def _forward(
     keep = given["attention_mask"].bool() & ~given.pop("special_tokens_mask").bool()
     states = network(**given, output_hidden_states=True).hidden_states
     found = {site: states[site.layer + 1][keep].to(torch.bfloat16) for site in sites}
-    return found, kept_pairs(network, given["input_ids"], keep)
+    return found, pairs_of(given["input_ids"], network.config.vocab_size)[keep]
 
 
 def main(arguments: list[str] | None = None) -> int:

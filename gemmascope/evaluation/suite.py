@@ -18,7 +18,7 @@ from ..saes.codec import Codec
 from ..sites import Site, site_width, special_token_ids
 from ..sites.decoder import embedding_weight, input_device
 from .baselines import fit_pca, pair_table_fvu, random_dictionary_fvu
-from .fidelity import evaluate_sae
+from .fidelity import SAEMetrics, evaluate_sae
 from .language_model import (
     SparingOutliers,
     delta_loss,
@@ -229,15 +229,7 @@ class _OnTokens:
             "pair_table_fvu": self.pair_table_fvu,
             "median_fvu": metrics.median_fvu,
             "pca_median_fvu": pca.median_fvu,
-            "top_error_share": metrics.top_error_share,
-            "top_variance_share": metrics.top_variance_share,
-            "reconstruction_bias": metrics.reconstruction_bias,
-            "delta_loss": delta,
-            "ablation_delta_loss": self.ablation,
-            "loss_recovered": loss_recovered(delta, self.ablation),
-            "dead_fraction": metrics.dead_fraction,
-            "high_freq_fraction": metrics.high_freq_fraction,
-        }
+        } | common_figures(metrics, delta, self.ablation)
         return figures, metrics.firing_frequency
 
 
@@ -294,23 +286,43 @@ def _check_of_tokens(name: str, by_site: Any, sites: Mapping[Site, Any], n: int)
             raise ValueError(f"{name}[{site}]: expected those of the {n} tokens, got {len(by_site[site])}")
 
 
+def common_figures(metrics: SAEMetrics, delta: float, ablation: float) -> dict[str, Any]:
+    """Those that SAEs and transcoders have alike. delta, ablation: rises of the loss."""
+    return {
+        "top_error_share": metrics.top_error_share,
+        "top_variance_share": metrics.top_variance_share,
+        "reconstruction_bias": metrics.reconstruction_bias,
+        "delta_loss": delta,
+        "ablation_delta_loss": ablation,
+        "loss_recovered": loss_recovered(delta, ablation),
+        "dead_fraction": metrics.dead_fraction,
+        "high_freq_fraction": metrics.high_freq_fraction,
+    }
+
+
 def defined(value: Any) -> Any:
     """None in the place of a float that is not finite, for which JSON has no word."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def token_pairs(model: nn.Module, tokens: Tensor, name: str = "tokens") -> Tensor:
+def token_pairs(model: nn.Module, tokens: Tensor, name: str = "tokens", kept: Tensor | None = None) -> Tensor:
     """The (previous, current) ids [n, 2] of every token of ``tokens`` [rows, context] that `harvest` keeps, in order.
 
     The previous id of a row's first token is the size of the vocabulary, which is no token. Raises TypeError or
-    ValueError naming ``name`` for what are no integers [rows, context].
+    ValueError naming ``name`` for what are no integers [rows, context]. kept: bool [rows, context], other tokens in the
+    place of those, as `harvest` says which it kept where outliers were left out.
     """
     if not is_integer(tokens):
         raise TypeError(f"{name}: expected an integer torch.Tensor, got {found(tokens)}")
     if tokens.ndim != 2:
         raise ValueError(f"{name}: expected shape [rows, context], got {list(tokens.shape)}")
     tokens = tokens.long()
-    none = embedding_weight(model).shape[0]
-    previous = torch.cat([torch.full_like(tokens[:, :1], none), tokens[:, :-1]], 1)
-    special = torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device)
-    return torch.stack([previous, tokens], -1)[~torch.isin(tokens, special)]
+    if kept is None:
+        special = torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device)
+        kept = ~torch.isin(tokens, special)
+    return pairs_of(tokens, embedding_weight(model).shape[0])[kept]
+
+
+def pairs_of(tokens: Tensor, none: int) -> Tensor:
+    """(previous, current) of each of ``tokens`` [rows, context], [rows, context, 2]; ``none`` before the first."""
+    return torch.stack([torch.cat([torch.full_like(tokens[:, :1], none), tokens[:, :-1]], 1), tokens], -1)

@@ -24,8 +24,8 @@ from ..sites.decoder import input_device
 from ..sites.reading import check_reads
 from .baselines import fit_pca, pair_table_fvu
 from .fidelity import HIGH_FREQUENCY, SAEMetrics
-from .language_model import delta_loss, language_model_loss, loss_recovered, mean_ablation_loss, n_predictions
-from .suite import FORWARD_TOKENS, check_outliers, defined, recipe_of, token_pairs
+from .language_model import delta_loss, language_model_loss, mean_ablation_loss, n_predictions
+from .suite import FORWARD_TOKENS, check_outliers, common_figures, defined, recipe_of, token_pairs
 from .variance import fidelity
 
 # Of the mean of the eigenvalues of x's second moments: what is added to each, for those that do not vary.
@@ -213,15 +213,7 @@ class _OnTokens:
             **{"tokens": metrics.tokens, "predictions": self.text.predictions, "l0": metrics.l0, "fvu": metrics.fvu},
             **{"pca_fvu": of_pca.fvu, "random_fvu": None, **self.shared},
             **{"median_fvu": metrics.median_fvu, "pca_median_fvu": of_pca.median_fvu},
-            "top_error_share": metrics.top_error_share,
-            "top_variance_share": metrics.top_variance_share,
-            "reconstruction_bias": metrics.reconstruction_bias,
-            "delta_loss": delta,
-            "ablation_delta_loss": self.ablation,
-            "loss_recovered": loss_recovered(delta, self.ablation),
-            "dead_fraction": metrics.dead_fraction,
-            "high_freq_fraction": metrics.high_freq_fraction,
-        }
+        } | common_figures(metrics, delta, self.ablation)
         return figures, metrics.firing_frequency
 
 

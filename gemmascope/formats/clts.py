@@ -28,7 +28,7 @@ from .arrays import Header, printable, read_safetensors
 from .export import SKIP
 from .files import as_path, read_json, remove_stale_temporaries, shown
 from .manifest import CONFIG, MAX_CONFIG_BYTES
-from .stored import DTYPES, LOWER_CASE, problem_in_values
+from .stored import LOWER_CASE, is_of_one_dtype, problem_in_values
 from .transcoders import scalars_of_yaml
 from .writers import CIRCUIT_TRACER_CONFIG, SKIP_OF_GEMMA_SCOPE_2, write_safetensors, write_text
 
@@ -80,8 +80,7 @@ def problem_in(layers: Sequence[Mapping[str, Tensor]]) -> str | None:
             if tuple(tensor.shape) != shapes.get(key, tuple(tensor.shape)):
                 what = f" for outputs {' + '.join(map(str, widths[number:]))} wide" if key == "W_dec" else ""
                 return f"{where}: expected shape {list(shapes[key])}{what}, got {list(tensor.shape)}"
-            allowed = {dtype, torch.float32} if key == "threshold" else {dtype}
-            if tensor.dtype not in allowed or dtype not in DTYPES:
+            if not is_of_one_dtype(key, tensor, dtype):
                 return f"{where}: expected one float dtype for all, got {dtype_name(tensor.dtype)}"
         problem = problem_in_values(tensors)
         if problem:

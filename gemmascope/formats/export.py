@@ -22,7 +22,7 @@ from . import release, writers
 from .files import as_path, shown
 from .folding import fold
 from .manifest import CONFIG, SAEConfig
-from .stored import DTYPES, KEYS, TOPK_KEYS, problem_in_values
+from .stored import DTYPES, KEYS, TOPK_KEYS, is_of_one_dtype, problem_in_values
 
 FORMATS = ("gemma-scope", "gemma-scope-2", "saelens", "circuit-tracer", "safetensors")
 TRANSCODER = "transcoder"
@@ -139,8 +139,7 @@ def problem_in(tensors: dict[str, Tensor], kind: Kind, config: SAEConfig) -> str
     for key, tensor in tensors.items():
         if key in shapes and tuple(tensor.shape) != shapes[key]:
             return f"{key}: expected shape {list(shapes[key])}, got {list(tensor.shape)}"
-        allowed = {dtype, torch.float32} if key == "threshold" else {dtype}
-        if tensor.dtype not in allowed or dtype not in DTYPES:
+        if not is_of_one_dtype(key, tensor, dtype):
             return f"{key}: expected one float dtype for all, got {dtype_name(tensor.dtype)}"
     problem = problem_in_values(tensors)
     if problem:

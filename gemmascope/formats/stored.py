@@ -115,6 +115,11 @@ def _problem_in_dtypes(slots: Slots, headers: Mapping[str, Header], dtypes: froz
     return None
 
 
+def is_of_one_dtype(key: str, tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor may stand beside those of ``dtype``: thresholds may be fp32 among any."""
+    return dtype in DTYPES and tensor.dtype in ({dtype, torch.float32} if key == "threshold" else {dtype})
+
+
 def problem_in_values(tensors: Mapping[str, Tensor]) -> str | None:
     """Why these cannot be the tensors of an SAE: NaN, Inf, a threshold below 0, no dense data."""
     problem = problem_in_numbers(tensors)

@@ -14,10 +14,10 @@ from ..errors import BadFileError
 from ..formats.manifest import SAEConfig
 from ..kernels import SparseCode
 from .jumprelu import JumpReLUSAE
-from .topk import code_of, problem_in_k
+from .topk import OfK, code_of
 
 
-class BatchTopKSAE(JumpReLUSAE):
+class BatchTopKSAE(OfK, JumpReLUSAE):
     r"""BatchTopK sparse autoencoder (arXiv 2412.06410).
 
         z = (x/C − b_dec)·W_enc + b_enc;   x̂ = C·(f·W_dec + b_dec)
@@ -39,12 +39,6 @@ class BatchTopKSAE(JumpReLUSAE):
         super().__init__(d_model, d_sae, threshold_init=threshold_init, **options)
         check_int("k", k, 1, d_sae)
         self.k = k
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, {super().extra_repr()}"
-
-    def _scalar_problem(self, name: str, value: Any) -> str | None:
-        return problem_in_k(value, self.d_sae) if name == "k" else super()._scalar_problem(name, value)
 
     @without_autocast
     def encode_batch(self, x: Tensor) -> SparseCode:

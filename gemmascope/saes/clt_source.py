@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import kernels
@@ -15,13 +14,13 @@ from ..errors import EnvironmentProblemError
 from ..formats import clts
 from ..formats.export import SKIP
 from ..kernels import SparseCode
-from .codec import WideThreshold
+from .transcoder import Folded
 
 # By thread: the layer that is next, and what those before it wrote to its output and to later ones.
 Written = dict[int, tuple[int, list[Tensor]]]
 
 
-class CLTSource(WideThreshold):
+class CLTSource(Folded):
     """The latents of one layer: they read that layer's input and write to its output and those of all later layers.
 
     Parameters: ``W_enc`` [d_in, d_sae] (stored latent-major), ``b_enc`` and ``threshold`` [d_sae], ``W_dec`` [d_sae, Σ
@@ -29,23 +28,10 @@ class CLTSource(WideThreshold):
     output, and ``W_skip`` [d_out, d_in] or None, from this layer's input to its output.
     """
 
-    PARAMETERS = (*WideThreshold.PARAMETERS, "threshold", SKIP)
-
     def __init__(self, tensors: Mapping[str, Tensor], impl: str):
         super().__init__()
         self.impl, self.metadata = impl, {}
-        self.W_enc = nn.Parameter(tensors["W_enc"].detach().T.contiguous().T)
-        self.b_enc = nn.Parameter(tensors["b_enc"].detach())
-        self.W_dec = nn.Parameter(tensors["W_dec"].detach().contiguous())
-        self.b_dec = nn.Parameter(tensors["b_dec"].detach())
-        threshold = tensors["threshold"].detach()
-        self.threshold = nn.Parameter(threshold.to(torch.promote_types(self.W_dec.dtype, torch.float32)))
-        skip = tensors.get(SKIP)
-        self.W_skip = None if skip is None else nn.Parameter(skip.detach().contiguous())
-
-    @property
-    def d_in(self) -> int:
-        return self.W_enc.shape[0]
+        self._hold(tensors)
 
     @property
     def d_out(self) -> int:

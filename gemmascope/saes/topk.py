@@ -14,7 +14,19 @@ from ..kernels import LATENT, Entries, SparseCode
 from .base import BaseSAE
 
 
-class TopKSAE(BaseSAE):
+class OfK(BaseSAE):
+    """``k`` of an SAE, in its state and in what it says of itself."""
+
+    k: int
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, {super().extra_repr()}"
+
+    def _scalar_problem(self, name: str, value: Any) -> str | None:
+        return problem_in_k(value, self.d_sae) if name == "k" else super()._scalar_problem(name, value)
+
+
+class TopKSAE(OfK):
     r"""TopK sparse autoencoder (arXiv 2406.04093); `SAETrainer` trains it (``kind="topk"``).
 
         z = (x/C − b_dec)·W_enc + b_enc;   f = the k largest of relu(z), the rest 0;   x̂ = C·(f·W_dec + b_dec)
@@ -60,12 +72,6 @@ class TopKSAE(BaseSAE):
         )
         check_int("k", k, 1, d_sae)
         self.k = k
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, {super().extra_repr()}"
-
-    def _scalar_problem(self, name: str, value: Any) -> str | None:
-        return problem_in_k(value, self.d_sae) if name == "k" else super()._scalar_problem(name, value)
 
     def _preactivations(self, x: Tensor) -> Tensor:
         """z [N, d_sae] of x [N, d_model] as it comes out of `_encoder_input`, in which −Inf is NaN."""

@@ -10,10 +10,10 @@ from .. import kernels
 from ..autocast import without_autocast
 from ..checks import check_int
 from .scaled_transcoder import ScaledSkipTranscoder, ScaledTranscoder
-from .topk import problem_in_k
+from .topk import OfK
 
 
-class TopKTranscoder(ScaledTranscoder):
+class TopKTranscoder(OfK, ScaledTranscoder):
     r"""A transcoder in training whose latents are chosen as a TopK, BatchTopK or Matryoshka SAE chooses them.
 
         z = (x/C)·W_enc + b_enc;   ŷ = C_out·(f·W_dec + b_dec)
@@ -33,12 +33,6 @@ class TopKTranscoder(ScaledTranscoder):
         super().__init__(d_in, d_out, d_sae, threshold_init=threshold_init, **options)
         check_int("k", k, 1, d_sae)
         self.k = k
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, {super().extra_repr()}"
-
-    def _scalar_problem(self, name: str, value: Any) -> str | None:
-        return problem_in_k(value, self.d_sae) if name == "k" else super()._scalar_problem(name, value)
 
     @without_autocast
     def preactivations(self, x: Tensor) -> Tensor:

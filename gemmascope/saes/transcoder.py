@@ -1,6 +1,7 @@
 """`Transcoder`: from the input of an MLP to its output, through sparse latents."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,30 @@ from .base import check_placement, placed
 from .codec import WideThreshold
 
 
-class Transcoder(WideThreshold):
+class Folded(WideThreshold):
+    """What transcoders and the layers of cross-layer transcoders have alike once their scales are in the weights."""
+
+    PARAMETERS = (*WideThreshold.PARAMETERS, "threshold", SKIP)
+
+    W_skip: nn.Parameter | None
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make them the parameters, without a copy where latents lie one after the other already."""
+        self.W_enc = nn.Parameter(tensors["W_enc"].detach().T.contiguous().T)
+        self.b_enc = nn.Parameter(tensors["b_enc"].detach())
+        self.W_dec = nn.Parameter(tensors["W_dec"].detach().contiguous())
+        self.b_dec = nn.Parameter(tensors["b_dec"].detach())
+        threshold = tensors["threshold"].detach()
+        self.threshold = nn.Parameter(threshold.to(torch.promote_types(self.W_dec.dtype, torch.float32)))
+        skip = tensors.get(SKIP)
+        self.W_skip = None if skip is None else nn.Parameter(skip.detach().contiguous())
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+
+class Transcoder(Folded):
     r"""JumpReLU transcoder, with or without a skip connection (arXiv 2406.11944, 2501.18823; Gemma Scope 1 and 2).
 
         z = x·W_enc + b_enc;   f = z·1[z > θ];   ŷ = f·W_dec + b_dec (+ x·W_skipᵀ)
@@ -35,8 +59,6 @@ class Transcoder(WideThreshold):
     tensors that are not those of a transcoder.
     """
 
-    PARAMETERS = (*WideThreshold.PARAMETERS, "threshold", SKIP)
-
     def __init__(self, tensors: dict[str, Tensor], *, impl: str = "auto", metadata: dict[str, Any] | None = None):
         super().__init__()
         check_type("tensors", tensors, dict)
@@ -47,18 +69,7 @@ class Transcoder(WideThreshold):
         if problem:
             raise ValueError(f"tensors: {problem}")
         self.impl, self.metadata = impl, dict(metadata or {})
-        self.W_enc = nn.Parameter(tensors["W_enc"].detach().T.contiguous().T)
-        self.b_enc = nn.Parameter(tensors["b_enc"].detach())
-        self.W_dec = nn.Parameter(tensors["W_dec"].detach().contiguous())
-        self.b_dec = nn.Parameter(tensors["b_dec"].detach())
-        threshold = tensors["threshold"].detach()
-        self.threshold = nn.Parameter(threshold.to(torch.promote_types(self.W_dec.dtype, torch.float32)))
-        skip = tensors.get(SKIP)
-        self.W_skip = None if skip is None else nn.Parameter(skip.detach().contiguous())
-
-    @property
-    def d_in(self) -> int:
-        return self.W_enc.shape[0]
+        self._hold(tensors)
 
     @property
     def d_out(self) -> int:

@@ -32,7 +32,7 @@ from ..saes.scaled_clt import ScaledCLT
 from .clt_losses import clt_loss_and_gradients
 from .config import Loss
 from .losses import l0_penalty, objective, penalty
-from .memory import DENSE_ELEMENTS, dense_tile
+from .memory import DENSE_ELEMENTS, dense_tiles
 from .state import TrainState
 from .step import matmul, tf32_products
 
@@ -175,9 +175,7 @@ def _dense_step(batch: _Batch, latents: list[LatentState]) -> CLTFigures:
     residual, n = _without_latents(batch), len(xs[0])
     tiles: list[list[_Tile]] = []
     for state, x, start in zip(states, xs, _starts(batch), strict=True):
-        width = dense_tile(n, state.sae.d_sae)
-        of_layer = [slice(first, first + width) for first in range(0, state.sae.d_sae, width)]
-        tiles.append([_Tile(state, x, start, tile) for tile in of_layer])
+        tiles.append([_Tile(state, x, start, tile) for tile in dense_tiles(n, state.sae.d_sae)])
     is_kept = n * sum(state.sae.d_sae for state in states) <= DENSE_ELEMENTS
 
     def encode(tile: _Tile) -> kernels.DenseCode:

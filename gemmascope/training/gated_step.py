@@ -19,7 +19,7 @@ from ..saes.gated import magnitude
 from .annealing import annealed, compared, concave, factor, follow, slope, steepest
 from .config import CLOSED_WINDOW, Annealing, Loss
 from .gated import gated_loss_and_gradients, gradient_bound, is_entry
-from .memory import dense_tile
+from .memory import dense_tiles
 from .state import TrainState
 from .step import StepFigures, active, matmul, move_others, tf32_products, update_by_gradients
 
@@ -70,8 +70,7 @@ def gated_step(
         return _reference_step(state, x, loss, rule, annealing)
     latents, sae = state.ready(), _sae(state)
     with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
-        width = dense_tile(len(x), sae.d_sae, "gated")
-        tiles = [slice(start, start + width) for start in range(0, sae.d_sae, width)]
+        tiles = dense_tiles(len(x), sae.d_sae, "gated")
         return _dense_step(state, latents, x, loss, rule, tiles, annealing)
 
 

@@ -144,6 +144,12 @@ def dense_tile(n_tokens: int, d_sae: int, kind: str = "jumprelu") -> int:
     return max(1, min(d_sae, DENSE_ELEMENTS // (n_tokens * (GATED_TILES if kind == "gated" else 1))))
 
 
+def dense_tiles(n_tokens: int, d_sae: int, kind: str = "jumprelu") -> list[slice]:
+    """All latents, by such tiles."""
+    width = dense_tile(n_tokens, d_sae, kind)
+    return [slice(start, start + width) for start in range(0, d_sae, width)]
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a GPU, those PyTorch keeps for reuse included; 0 where it is not known."""
     if device.type != "cuda":

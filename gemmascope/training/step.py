@@ -38,7 +38,7 @@ from ..saes import JumpReLUSAE
 from .annealing import annealed, compared, concave, factor, follow, slope
 from .config import Annealing, Loss
 from .losses import l0_penalty, loss_and_gradients, objective, penalty
-from .memory import dense_tile
+from .memory import dense_tiles
 from .state import TrainState
 
 
@@ -345,8 +345,7 @@ def dense_step(
     """The same update without a limit on the entries."""
     latents, d_sae = state.ready(clamp=False), state.sae.d_sae
     with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
-        width = dense_tile(x.shape[0], d_sae)
-        tiles = [slice(start, start + width) for start in range(0, d_sae, width)]
+        tiles = dense_tiles(x.shape[0], d_sae)
         return _dense_step(state, latents, x, loss, rule, tiles, target, annealing)
 
 
