@@ -201,6 +201,9 @@ class TrainConfig:
     anneal_changes: int = 10
     """Changes of p from there to the end, of equal length: with the last p the last tenth is trained."""
     threshold_init: float = 1e-3
+    overshoot: float | None = None
+    """Of `jumprelu` SAEs: θ begins higher where the first reconstruction would be more than so many times its input, as
+    in wide dictionaries, where thousands of latents fire at first (`start.first_threshold`). None: it may be."""
     threshold_parametrisation: str = "log"
     """What Adam moves: log θ (the paper), or θ itself (`raw`, clamped at 0). Log θ moves at most about the learning
     rate a step, too slowly for short runs."""
@@ -245,6 +248,8 @@ class TrainConfig:
         check_number("l0_warmup_power", self.l0_warmup_power, 0, open_low=True)
         log = self.threshold_parametrisation == "log"
         check_number("threshold_init", self.threshold_init, 0, open_low=log)
+        if self.overshoot is not None:
+            check_number("overshoot", self.overshoot, 0, open_low=True)
         check_type("loss", self.loss, Loss)
         self.loss.check_width(self.d_sae)
         self._check_kind()
@@ -414,7 +419,8 @@ class TrainConfig:
         Units are those of the variance, and the target is the batch's, so that tokens may differ. λ rises linearly in
         the first third: latents learn what they are only while few of them fire. That pushes some out of reach of any
         gradient, while L0 is far above the target; ``revival_rate`` brings them back. Many fire at first, and the
-        window is wide, for the same reason. Schedules take a share of the ``steps``. With another ``sparsity``, `l0`
+        window is wide, for the same reason; in wide dictionaries fewer, so that the first reconstruction is at most
+        three times its input (``overshoot``). Schedules take a share of the ``steps``. With another ``sparsity``, `l0`
         for one, no target is set.
         """
         steps, sparsity = changes.get("steps", 500), changes.get("sparsity", _sparsity_of(changes, "target_l0"))
@@ -428,6 +434,7 @@ class TrainConfig:
             l0_warmup_steps=steps // 3,
             revival_rate=1.0,
             threshold_init=0.01,
+            overshoot=3.0,
             scale_by="variance",
         )
         if "loss" not in changes:

@@ -16,10 +16,11 @@ from .config import TrainConfig
 OF_TRANSCODERS = ("jumprelu", "relu", "topk", "batchtopk", "matryoshka")
 
 
-def new_sae(config: TrainConfig, d_model: int, **options: Any) -> BaseSAE:
-    """Of random weights. options: as of `JumpReLUSAE`."""
+def new_sae(config: TrainConfig, d_model: int, threshold_init: float | None = None, **options: Any) -> BaseSAE:
+    """Of random weights. threshold_init: of a JumpReLU SAE, by default the recipe's; options: as of `JumpReLUSAE`."""
     if config.kind == "jumprelu":
-        return JumpReLUSAE(d_model, config.d_sae, threshold_init=config.threshold_init, **options)
+        threshold_init = config.threshold_init if threshold_init is None else threshold_init
+        return JumpReLUSAE(d_model, config.d_sae, threshold_init=threshold_init, **options)
     if config.kind == "relu":  # θ = 0, which as log θ never moves
         options["metadata"] = {**(options.get("metadata") or {}), "kind": "relu"}
         return JumpReLUSAE(d_model, config.d_sae, threshold_init=0.0, **options)

@@ -26,6 +26,7 @@ from .memory import TrainingMemory, available_memory, training_memory
 from .resample import observe, resample, seed_of
 from .revive import revive
 from .snapshot import Checked, check_facts, check_keys, check_same, check_tensors, packed
+from .start import first_threshold
 from .state import COPIES, MASTER_DTYPES, TrainState
 from .step import StepFigures, dense_step, reference_step, sparse_step
 from .topk import sizes_of_step, topk_step
@@ -224,7 +225,7 @@ class SAETrainer:
             "dtype": dtype,
         }
         if of_target is None:
-            sae = new_sae(config, d_model, **options)
+            sae = new_sae(config, d_model, first_threshold(config, mean, variance, scale), **options)
         else:
             options["output_scale"] = scale_of(config, *of_target)
             sae = new_transcoder(config, d_model, len(of_target[0]), **options)
