@@ -64,7 +64,7 @@ def fit_logistic(x: Tensor, labels: Tensor, l2: float = L2) -> LogisticProbe:
     deviation = torch.where(deviation <= 1e-12 * mean.abs(), 1.0, deviation)
     rows = torch.cat([(x - mean) / deviation, x.new_ones(n, 1)], 1)
     sign = labels.to(x.dtype) * 2 - 1
-    weights = torch.where(labels, n / (2 * positive), n / (2 * (n - positive))).to(x.dtype)
+    weights = torch.where(labels, x.new_tensor(n / (2 * positive)), x.new_tensor(n / (2 * (n - positive))))
     penalty = torch.full_like(rows[0], l2)
     penalty[-1] = 0  # the bias is free
 

@@ -21,8 +21,8 @@ def gradient_by_autograd(x, labels, probe, l2):
     weight, bias = (t.clone().requires_grad_() for t in (probe.weight, probe.bias))
     z = ((x.double() - x.double().mean(0)) / x.double().std(0, correction=0)) @ weight + bias
     sign = torch.where(labels, 1.0, -1.0).double()
-    n, positive = len(x), labels.sum()
-    c = torch.where(labels, n / (2 * positive), n / (2 * (n - positive))).double()
+    n, positive = len(x), labels.double().sum()
+    c = torch.where(labels, n / (2 * positive), n / (2 * (n - positive)))
     loss = (c * torch.log1p(torch.exp(-sign * z))).sum() + l2 / 2 * weight.square().sum()
     loss.backward()
     assert weight.grad is not None
@@ -85,7 +85,7 @@ def test_bad_input_is_refused_by_name():
     for arguments, error, message in (
         ((x[:, 0], labels), ValueError, r"^x: expected floats of shape \[n, k\]"),
         ((x, labels[1:]), ValueError, r"^labels: expected shape \[8\], got \[7\]"),
-        ((x, labels.int()), TypeError, r"^labels: expected bool"),
+        ((x, labels.int()), TypeError, r"^labels: expected dtype bool, got int32"),
         ((x, labels, 0.0), ValueError, r"^l2: expected"),
         ((x, torch.ones(8, dtype=torch.bool)), ValueError, r"^labels: expected two classes, got one of 8 rows"),
         ((torch.where(x > 3, torch.nan, x), labels), ValueError, r"^x: expected finite features, found NaN or Inf"),
