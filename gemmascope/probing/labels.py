@@ -99,7 +99,18 @@ def document_tasks(names: Sequence[tuple[str, str]], texts: Sequence[str]) -> li
     told = torch.tensor([script is not None for script in scripts], dtype=torch.bool)
     present = Counter(script for script in scripts if script is not None)
     tasks += [_one_of(f"script: {each}", [script == each for script in scripts], told) for each in sorted(present)]
-    return tasks
+    return _different(tasks)
+
+
+def _different(tasks: Sequence[Task]) -> list[Task]:
+    """Without those that ask what one before them asks, or the opposite: of two sources there is one task."""
+    kept: list[Task] = []
+    for task in tasks:
+        same = (each for each in kept if torch.equal(each.known, task.known))
+        differing = ((each.labels ^ task.labels)[task.known] for each in same)
+        if all(differs.any() and not differs.all() for differs in differing):
+            kept.append(task)
+    return kept
 
 
 def script_of(text: str) -> str | None:

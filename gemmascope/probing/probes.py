@@ -20,6 +20,7 @@ L2 = 1.0
 TOLERANCE = 1e-9
 MOST_STEPS, MOST_PRODUCTS, MOST_HALVINGS = 60, 500, 40
 _SLOPE = 1e-4  # Armijo's
+_ROUNDING = 1e-10
 
 
 class LogisticProbe(NamedTuple):
@@ -82,6 +83,9 @@ def fit_logistic(x: Tensor, labels: Tensor, l2: float = L2) -> LogisticProbe:
         curvature = weights * missing * torch.sigmoid(margins)
         step = _solved(rows, curvature, penalty, -gradient)
         slope, before, size = gradient @ step, value(v), 1.0
+        if -slope <= _ROUNDING * before:  # the end is so near that values no longer say which is lower
+            v = v + step
+            continue
         for _ in range(MOST_HALVINGS):
             if value(v + size * step) <= before + _SLOPE * size * slope:
                 break

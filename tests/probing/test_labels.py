@@ -46,6 +46,12 @@ def test_of_documents():
     assert {name for name in found if name.startswith("script")} == {"script: cjk", "script: cyrillic", "script: latin"}
 
 
+def test_of_two_sources_there_is_one_task():
+    """The other asks the opposite."""
+    tasks = document_tasks([("a", "1"), ("a", "2"), ("b", "3"), ("b", "4")], ["x" * 30] * 4)
+    assert [task.name for task in tasks] == ["source: a", "code", "script: latin"]
+
+
 def test_of_two_labels_there_is_one_task():
     assert [task.name for task in labelled_tasks(["b", "a", "b"])] == ["label: b"]
     three = labelled_tasks(["b", "a", "c"])
