@@ -67,7 +67,7 @@ def token_tasks(tokens: Tensor, pieces: Sequence[str], first: Tensor) -> list[Ta
     check_tensor("first", first, tokens.shape, (torch.bool,))
     known, found = torch.ones_like(first), {}
     ids, places = tokens.unique(return_inverse=True)
-    texts = [pieces[number] for number in ids.tolist()]
+    texts: list[str] = [pieces[number] for number in map(int, ids)]
     words = [text.strip() for text in texts]
     of_id = {
         "capital": [word[:1].isupper() for word in words],
