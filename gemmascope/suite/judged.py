@@ -55,7 +55,7 @@ class JudgedConfig:
     the one that each states. sequences, context: rows of the text, and tokens of a row, of which the text may have
     fewer; the rows of a run have the length that they have. draws, seed: of the bootstrap. out: the folder of the
     results, by default one in that of the run, else in ``runs``. device, impl: where all runs, and who computes the
-    SAEs, see `gemmascope.kernels`. max_sae_bytes: of weights of SAEs that are on the device at once.
+    SAEs, see `gemmascope.kernels`.
 
     Raises ValueError and TypeError naming the setting that is wrong.
     """
@@ -74,7 +74,6 @@ class JudgedConfig:
     out: str | os.PathLike | None = None
     device: str = "auto"
     impl: str = "auto"
-    max_sae_bytes: int = MAX_SAE_BYTES
 
     def __post_init__(self):
         for name in ("saes", "text"):
@@ -96,7 +95,6 @@ class JudgedConfig:
             as_path("out", self.out)
         check_type("device", self.device, str)
         check_choice("impl", self.impl, dispatch.IMPLS)
-        check_int("max_sae_bytes", self.max_sae_bytes, 1)
 
     @property
     def folder(self) -> Path:
@@ -114,18 +112,21 @@ class EvaluateConfig(JudgedConfig):
 
     outliers: a token is one whose norm is above so many times the median, by default as many as the run leaves them out
     above, else `OUTLIER_RATIO`. control_tokens: that the controls are fitted on, and that they are judged on, at most.
+    max_sae_bytes: of weights of SAEs that are on the device at once.
     """
 
     FOLDER: ClassVar[str] = "evaluation"
 
     outliers: float | None = None
     control_tokens: int = CONTROL_TOKENS
+    max_sae_bytes: int = MAX_SAE_BYTES
 
     def __post_init__(self):
         super().__post_init__()
         if self.outliers is not None:
             check_number("outliers", self.outliers, 1)
         check_int("control_tokens", self.control_tokens, 1)
+        check_int("max_sae_bytes", self.max_sae_bytes, 1)
 
 
 @dataclass(frozen=True)
