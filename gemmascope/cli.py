@@ -255,6 +255,81 @@ def evaluate(
         present_evaluation(config.folder)
 
 
+@app.command()
+def probe(
+    saes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAE...",
+            help="Folder of a run; files or folders of SAEs or transcoders; OWNER/NAME/PATH on the hub.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The Gemma: a folder, or a name on the hub. [default: that of the run]")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="UTF-8 files or a glob; repeat for more. [default: what the run held out]")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help='Instead: a .jsonl file of {"text": …, "label": …}, a document a line.')
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Of every SAE: layer_12/resid, … [default: what each says]")] = None,
+    k: Annotated[
+        list[int] | None, typer.Option(help="Latents that a probe reads; repeat. [default: 1, 2, 5, 16]")
+    ] = None,
+    splits: Annotated[int, typer.Option(help="Of the documents into halves, to train on and to judge on.")] = 3,
+    sequences: Annotated[int, typer.Option(help="Rows of text, at most.")] = 2048,
+    context: Annotated[int | None, typer.Option(help="Tokens of a row. [default: 1024, of a run its own]")] = None,
+    tokens: Annotated[int, typer.Option(help="Of text, at most.")] = 65536,
+    draws: Annotated[int, typer.Option(help="Of the bootstrap over documents.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the first split and of the bootstrap.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results. [default: RUN/probing, else runs/probing]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the model: branch, tag or commit.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of a model that is named: float32, bfloat16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where model and SAEs run.")] = "auto",
+    impl: Annotated[str, typer.Option(help="Who computes the SAEs.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON instead.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What a few latents tell of labels of the text: k-sparse probes, beside coordinates and a random dictionary."""
+    with ending_when_interrupted(["probe", "--fresh"] if fresh else ["probe"]):
+        from .suite import ProbeConfig, probe_saes
+        from .suite.config import ModelSection
+
+    if model is None and (revision is not None or dtype != "auto"):
+        raise ValueError("model: expected --model beside --revision and --dtype, got none")
+    section = None if model is None else ModelSection(name=model, revision=revision, dtype=dtype)
+    given: dict[str, Any] = {} if k is None else {"ks": sorted(k)}
+    config = ProbeConfig(
+        saes,
+        section,
+        text=text or (),
+        labels=labels,
+        site=site,
+        splits=splits,
+        sequences=sequences,
+        context=context,
+        tokens=tokens,
+        draws=draws,
+        seed=seed,
+        out=out,
+        device=device,
+        impl=impl,
+        **given,
+    )
+    found = probe_saes(config, fresh=fresh)
+    if found is None:
+        return
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        present_probing(config.folder)
+
+
 Weights = Annotated[
     str | None, typer.Option("--dtype", help="Cast to float32, bfloat16, float16 or float64. [default: as they are]")
 ]
@@ -327,6 +402,8 @@ def remake_report(
     """Make the table, the plots and the HTML report of a run or an evaluation again."""
     if reporting.is_evaluation(run):
         present_evaluation(run)
+    elif reporting.is_probing(run):
+        present_probing(run)
     else:
         present(run, reporting.read_results(run))
 
@@ -349,6 +426,17 @@ def present_evaluation(folder: Path) -> None:
     for warning in results["warnings"]:
         console.print(f"Note: {warning}", markup=False, soft_wrap=True)
     console.print(f"Report: {page}", markup=False, soft_wrap=True)
+
+
+def present_probing(folder: Path) -> None:
+    """Draw the figure of probes, and show their table and what they warn of."""
+    figure = reporting.write_probing(folder)
+    results = reporting.read_probing(folder)
+    console = Console()
+    console.print(reporting.probing_table(results))
+    for warning in results["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    console.print(f"Plot: {figure}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -17,6 +17,8 @@ _AT_ONCE = 64
 class Bootstrap:
     """Draws of ``documents`` documents by ``seed``, and intervals at ``level``.
 
+    ``times``: how often each document is drawn, int32 [draws, documents].
+
     Raises TypeError or ValueError for no documents, draws below 2, a seed below 0 and a level beyond 0 to 1.
     """
 
@@ -33,8 +35,7 @@ class Bootstrap:
             torch.randint(documents, (documents,), generator=generator, dtype=torch.int64, device="cpu")
             for _ in range(draws)
         )
-        # How often each document is drawn, [draws, documents].
-        self._times = torch.stack([torch.bincount(each, minlength=documents).to(torch.int32) for each in drawn])
+        self.times = torch.stack([torch.bincount(each, minlength=documents).to(torch.int32) for each in drawn])
 
     def ratio(self, numerators: Tensor, denominators: Tensor) -> tuple[float, float] | None:
         """The interval of Σ numerators / Σ denominators, each fp64 [documents].
@@ -44,12 +45,13 @@ class Bootstrap:
         for name, each in (("numerators", numerators), ("denominators", denominators)):
             if each.shape != (self._documents,):
                 raise ValueError(f"{name}: expected shape [{self._documents}], got {list(each.shape)}")
-        if self._documents < 2:
-            return None
         both = torch.stack([numerators, denominators], 1).double().cpu()
-        sums = torch.cat([part.double() @ both for part in self._times.split(_AT_ONCE)])
-        found = sums[:, 0] / sums[:, 1]
-        if not found.isfinite().all():
+        sums = torch.cat([part.double() @ both for part in self.times.split(_AT_ONCE)])
+        return self.interval(sums[:, 0] / sums[:, 1])
+
+    def interval(self, found: Tensor) -> tuple[float, float] | None:
+        """The interval of a figure whose values in the draws are ``found``, fp64 [draws]; None as of `ratio`."""
+        if self._documents < 2 or not found.isfinite().all():
             return None
         ends = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=torch.float64, device="cpu")
         low, high = torch.quantile(found, ends).tolist()

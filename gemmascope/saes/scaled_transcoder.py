@@ -1,4 +1,4 @@
-"""`ScaledTranscoder`: a transcoder in the units in which it is trained."""
+"""`TrainedTranscoder`: a transcoder in the units in which it is trained; `ScaledTranscoder`: that of JumpReLU."""
 
 import math
 import os
@@ -12,25 +12,27 @@ from ..autocast import affine, without_autocast
 from ..checks import check_int, check_number
 from ..formats.export import SKIP
 from ..kernels import SparseCode
+from .base import BaseSAE
 from .jumprelu import JumpReLUSAE
 from .transcoder import Transcoder
 
 
-class ScaledTranscoder(JumpReLUSAE):
-    r"""JumpReLU transcoder with a scale for its input and one for its output (Gemma Scope, arXiv 2408.05147,
-    appendix B), neither of which is in the weights yet.
+class TrainedTranscoder(BaseSAE):
+    r"""What transcoders in training share, whatever selects the latents that fire: a scale for the input and one for
+    the output (Gemma Scope, arXiv 2408.05147, appendix B), neither of which is in the weights yet.
 
-        z = (x/C)·W_enc + b_enc;   f = z·1[z > θ];   ŷ = C_out·(f·W_dec + b_dec)
+        z = (x/C)·W_enc + b_enc;   ŷ = C_out·(f·W_dec + b_dec)
 
-    C = ``input_scale``, C_out = ``output_scale``. There is no pre-encoder bias. `released` gives the `Transcoder` that
-    computes the same, to which evaluation, splicing and files belong.
+    C = ``input_scale``, C_out = ``output_scale``. There is no pre-encoder bias. A subclass names the class of SAE whose
+    f it has behind this one. `released` gives the `Transcoder` that computes the same, to which evaluation, splicing
+    and files belong.
 
     ``W_enc`` [d_in, d_sae] and ``W_dec`` [d_sae, d_out] are drawn apart from each other, both He-uniform with
     latents of unit norm: x and y are not of one space, so W_enc is not W_decᵀ. d_in, d_out, d_sae: positive ints; the
-    rest as of `JumpReLUSAE`.
+    rest as of `JumpReLUSAE`, and ``of_class`` those of the other class.
     """
 
-    SCALARS: ClassVar[Mapping[str, torch.dtype]] = {**JumpReLUSAE.SCALARS, "output_scale": torch.float64}
+    SCALARS: ClassVar[Mapping[str, torch.dtype]] = {**BaseSAE.SCALARS, "output_scale": torch.float64}
 
     def __init__(
         self,
@@ -40,28 +42,19 @@ class ScaledTranscoder(JumpReLUSAE):
         *,
         input_scale: float = 1.0,
         output_scale: float = 1.0,
-        threshold_init: float = 1e-3,
         impl: str = "auto",
         metadata: dict[str, Any] | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        **of_class: Any,
     ):
         check_int("d_in", d_in, 1)
         check_int("d_out", d_out, 1)
         check_number("output_scale", output_scale, 0, open_low=True)
-        super().__init__(
-            d_out,
-            d_sae,
-            pre_encoder_bias=False,
-            input_scale=input_scale,
-            threshold_init=threshold_init,
-            impl=impl,
-            metadata=metadata,
-            generator=generator,
-            device=device,
-            dtype=dtype,
-        )
+        options: dict[str, Any] = {"impl": impl, "metadata": metadata, "generator": generator}
+        options |= {"device": device, "dtype": dtype, **of_class}
+        super().__init__(d_out, d_sae, pre_encoder_bias=False, input_scale=input_scale, **options)
         self.output_scale = float(output_scale)
         rows = torch.empty(d_sae, d_in, dtype=torch.float32, device="meta" if self.W_dec.is_meta else "cpu")
         rows.uniform_(-math.sqrt(6 / d_in), math.sqrt(6 / d_in), generator=generator)
@@ -121,31 +114,30 @@ class ScaledTranscoder(JumpReLUSAE):
         W_enc' = (C_out/C)·W_enc;  b_enc' = C_out·b_enc;  θ' = C_out·max(θ, 0);  b_dec' = C_out·b_dec
         W_skip' = (C_out/C)·W_skip
 
-        so that rows of W_dec keep their unit norm, and activations are in the units of y.
+        so that rows of W_dec keep their unit norm, and activations are in the units of y. W_enc, b_enc and θ are those
+        of the JumpReLU SAE that files hold (`stored`).
         """
-        ratio = self.output_scale / self.input_scale
-        tensors = {
-            "W_enc": self.W_enc * ratio,
-            "b_enc": self.b_enc * self.output_scale,
-            "W_dec": self.W_dec.clone(),
-            "b_dec": self.b_dec * self.output_scale,
-            "threshold": self.threshold.clamp(min=0) * self.output_scale,
-        }
+        ratio, stored = self.output_scale / self.input_scale, self.stored().tensors
+        tensors = {name: stored[name] * self.output_scale for name in ("b_enc", "b_dec", "threshold")}
+        tensors |= {"W_enc": stored["W_enc"] * ratio, "W_dec": stored["W_dec"].clone()}
         if SKIP in self.OTHERS:
-            tensors[SKIP] = getattr(self, SKIP) * ratio
+            tensors[SKIP] = getattr(self, SKIP).detach() * ratio
         return Transcoder(tensors, impl=self.impl, metadata=self.metadata)
 
 
-class ScaledSkipTranscoder(ScaledTranscoder):
-    r"""The same with a linear map beside the latents (arXiv 2501.18823; "affine" in Gemma Scope 2):
+class ScaledTranscoder(TrainedTranscoder, JumpReLUSAE):
+    r"""JumpReLU transcoder in training: f = z·1[z > θ]. The arguments are those of `TrainedTranscoder` and
+    `JumpReLUSAE`."""
+
+
+class Skip(TrainedTranscoder):
+    r"""A linear map beside the latents (arXiv 2501.18823; "affine" in Gemma Scope 2) of whichever transcoder a subclass
+    names behind this one:
 
         ŷ = C_out·(f·W_dec + b_dec + (x/C)·W_skipᵀ)
 
-    ``W_skip`` [d_out, d_in] is 0 at the start.
+    ``W_skip`` [d_out, d_in] is 0 at the start. The subclass adds it to ``PARAMETERS`` and ``OTHERS``.
     """
-
-    PARAMETERS = (*ScaledTranscoder.PARAMETERS, SKIP)
-    OTHERS = (SKIP,)
 
     def __init__(self, d_in: int, d_out: int, d_sae: int, **options: Any):
         super().__init__(d_in, d_out, d_sae, **options)
@@ -153,3 +145,10 @@ class ScaledSkipTranscoder(ScaledTranscoder):
 
     def skipped(self, x: Tensor) -> Tensor:
         return affine(x, self.W_skip.T, x.new_zeros(self.d_out))
+
+
+class ScaledSkipTranscoder(Skip, ScaledTranscoder):
+    """`ScaledTranscoder` with a linear map beside the latents."""
+
+    PARAMETERS = (*ScaledTranscoder.PARAMETERS, SKIP)
+    OTHERS = (SKIP,)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import kernels
 from ..autocast import without_autocast
 from ..checks import check_int
-from .scaled_transcoder import ScaledSkipTranscoder, ScaledTranscoder
+from .scaled_transcoder import ScaledSkipTranscoder, ScaledTranscoder, Skip
 from .topk import OfK
 
 
@@ -40,7 +40,8 @@ class TopKTranscoder(OfK, ScaledTranscoder):
         return kernels.preactivations(self._encoder_input(x), self.W_enc, self.b_enc, impl=self.impl)
 
 
-class SkipTopKTranscoder(ScaledSkipTranscoder, TopKTranscoder):
-    """The same with a linear map beside the latents, as of `ScaledSkipTranscoder`."""
+class SkipTopKTranscoder(Skip, TopKTranscoder):
+    """The same with a linear map beside the latents, as of `Skip`."""
 
+    PARAMETERS = ScaledSkipTranscoder.PARAMETERS
     OTHERS: ClassVar[Sequence[str]] = ScaledSkipTranscoder.OTHERS

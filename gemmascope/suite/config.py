@@ -33,7 +33,6 @@ from ..sites import INPUT_KINDS, KINDS, Site
 from ..training import TrainConfig
 from ..training.config import KINDS as KINDS_OF_SAE
 from ..training.config import LARGEST_SEED, LOSS_FIELDS, SPARSITIES_OF, TARGETED, TOP_K
-from ..training.kinds import check_of_transcoder
 from ..training.spec import SAESpec
 from .presets import BATCH_SIZES, RECIPES, preset_tables, recipe
 from .selection import Candidate, listing, matching, named
@@ -363,8 +362,9 @@ class SuiteSection(_Section):
             except (TypeError, ValueError) as error:
                 ours = str(error).partition(":")[0] in self.training.keys() - block.numbers.keys()
                 raise type(error)(f"{'training' if ours else key}.{error}") from error
-            if block.target is not None:
-                check_of_transcoder(f"{key}.kind", config.kind)
+            if block.target is not None and config.resample_steps:
+                found = list(config.resample_steps)
+                raise ValueError(f"{key}.resample_steps: expected none with a target, got {found}")
             if block.target is None and config.skip:
                 raise ValueError("training.skip: expected a target in every block with skip = true, got blocks of SAEs")
             yield config

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,21 +46,22 @@ JUDGED_EVERY = 2
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """What to judge, and on what.
+class JudgedConfig:
+    """Which SAEs, on which model and text: what commands that judge SAEs have alike.
 
     saes: each a file or folder of an SAE or a transcoder, a folder of such folders, OWNER/NAME/PATH of an SAE on the
     hub, or the folder of a run. model: by default that of the run. text: patterns of UTF-8 files, by default the
     held-out text of the run, without one Python's own documentation. site: where every SAE is to be judged, by default
     the one that each states. sequences, context: rows of the text, and tokens of a row, of which the text may have
-    fewer; the rows of a run have the length that they have. outliers: a token is one whose norm is above so many times
-    the median, by default as many as the run leaves them out above, else `OUTLIER_RATIO`. control_tokens: that the
-    controls are fitted on, and that they are judged on, at most. draws, seed: of the bootstrap. out: the folder of the
-    results, by default ``evaluation`` in that of the run, else ``runs/evaluation``. device, impl: where all runs, and
-    who computes the SAEs, see `gemmascope.kernels`. max_sae_bytes: of weights of SAEs that are on the device at once.
+    fewer; the rows of a run have the length that they have. draws, seed: of the bootstrap. out: the folder of the
+    results, by default one in that of the run, else in ``runs``. device, impl: where all runs, and who computes the
+    SAEs, see `gemmascope.kernels`.
 
     Raises ValueError and TypeError naming the setting that is wrong.
     """
+
+    FOLDER: ClassVar[str]
+    """The name of the folder of the results."""
 
     saes: Sequence[str | os.PathLike]
     model: ModelSection | None = None
@@ -68,14 +69,11 @@ class EvaluateConfig:
     site: Site | str | None = None
     sequences: int = SEQUENCES
     context: int | None = None
-    outliers: float | None = None
-    control_tokens: int = CONTROL_TOKENS
     draws: int = DRAWS
     seed: int = 0
     out: str | os.PathLike | None = None
     device: str = "auto"
     impl: str = "auto"
-    max_sae_bytes: int = MAX_SAE_BYTES
 
     def __post_init__(self):
         for name in ("saes", "text"):
@@ -91,16 +89,12 @@ class EvaluateConfig:
         check_int("sequences", self.sequences, 1)
         if self.context is not None:
             check_int("context", self.context, 2, LARGEST_CONTEXT)
-        if self.outliers is not None:
-            check_number("outliers", self.outliers, 1)
-        check_int("control_tokens", self.control_tokens, 1)
         check_int("draws", self.draws, 2)
         check_int("seed", self.seed, 0, 2**63 - 1)
         if self.out is not None:
             as_path("out", self.out)
         check_type("device", self.device, str)
         check_choice("impl", self.impl, dispatch.IMPLS)
-        check_int("max_sae_bytes", self.max_sae_bytes, 1)
 
     @property
     def folder(self) -> Path:
@@ -109,7 +103,30 @@ class EvaluateConfig:
             return Path(self.out)
         only = Path(self.saes[0])
         of_run = len(self.saes) == 1 and os.path.lexists(only / RESULTS)
-        return (only if of_run else Path("runs")) / "evaluation"
+        return (only if of_run else Path("runs")) / self.FOLDER
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(JudgedConfig):
+    """What to judge, and on what, as of `JudgedConfig`; the results are in ``evaluation``.
+
+    outliers: a token is one whose norm is above so many times the median, by default as many as the run leaves them out
+    above, else `OUTLIER_RATIO`. control_tokens: that the controls are fitted on, and that they are judged on, at most.
+    max_sae_bytes: of weights of SAEs that are on the device at once.
+    """
+
+    FOLDER: ClassVar[str] = "evaluation"
+
+    outliers: float | None = None
+    control_tokens: int = CONTROL_TOKENS
+    max_sae_bytes: int = MAX_SAE_BYTES
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.outliers is not None:
+            check_number("outliers", self.outliers, 1)
+        check_int("control_tokens", self.control_tokens, 1)
+        check_int("max_sae_bytes", self.max_sae_bytes, 1)
 
 
 @dataclass(frozen=True)
@@ -169,7 +186,7 @@ class Sources:
         ratio = found.pop() if len(found) == 1 else None
         return float(ratio) if isinstance(ratio, (int, float)) and ratio >= 1 else OUTLIER_RATIO
 
-    def model(self, config: EvaluateConfig, device: torch.device) -> Loaded:
+    def model(self, config: JudgedConfig, device: torch.device) -> Loaded:
         """The model of the settings, else that of the run.
 
         Raises ValueError where nothing says which, for runs of different models, and for a model of a run that is
@@ -240,19 +257,11 @@ def read_texts(config: EvaluateConfig, sources: Sources, loaded: Loaded, folder:
     Raises ValueError for text that is too short, runs of different texts, a run whose text was made by another
     tokenizer than the model's, and a context where the rows are a run's; what `read_documents` and `tokenise` raise.
     """
-    encoder, skipped = as_encoder(loaded.tokenizer), special_token_ids(loaded.model)
-    if encoder.bos not in skipped:
-        raise ValueError(
-            f"model: expected a config whose bos_token_id is that of the tokenizer, {encoder.bos}, got {list(skipped)}"
-        )
-    if config.text or not sources.runs:
-        rows, what = _tokenised(config, loaded, folder), ", ".join(map(str, config.text)) or "Python's own docs"
-    else:
-        rows, what = _of_run(config, sources, loaded), "held-out rows of the run"
+    rows, what = read_rows(config, sources, loaded, folder)
     if not rows.n_train or not rows.n_held_out:
         raise ValueError("text: expected some to fit controls on and some to judge on, got too little")
-    judged = _spread(rows.n_held_out, config.sequences)
-    fitted = _spread(rows.n_train, -(-config.control_tokens // rows.context))
+    judged = spread_rows(rows.n_held_out, config.sequences)
+    fitted = spread_rows(rows.n_train, -(-config.control_tokens // rows.context))
     text = MarkedText.of(loaded.model, rows.held_out(judged), rows.documents_of("held_out", judged))
     if not text.is_scored.any():
         raise ValueError("text: expected at least two tokens after one another, got none")
@@ -267,11 +276,29 @@ def read_texts(config: EvaluateConfig, sources: Sources, loaded: Loaded, folder:
     return Texts(rows.train(fitted), text, facts)
 
 
-def _spread(n: int, rows: int) -> Tensor:
+def read_rows(config: JudgedConfig, sources: Sources, loaded: Loaded, folder: Path) -> tuple[TokenRows, str]:
+    """The rows of that text and of which it is, in words. Raises as `read_texts`, but for too few rows."""
+    check_tokenizer(loaded)
+    if config.text or not sources.runs:
+        return _tokenised(config, loaded, folder), ", ".join(map(str, config.text)) or "Python's own docs"
+    return _of_run(config, sources, loaded), "held-out rows of the run"
+
+
+def check_tokenizer(loaded: Loaded) -> None:
+    """Raise ValueError unless the BOS that rows begin with is one that the model's config knows."""
+    encoder, skipped = as_encoder(loaded.tokenizer), special_token_ids(loaded.model)
+    if encoder.bos not in skipped:
+        raise ValueError(
+            f"model: expected a config whose bos_token_id is that of the tokenizer, {encoder.bos}, got {list(skipped)}"
+        )
+
+
+def spread_rows(n: int, rows: int) -> Tensor:
+    """The numbers of at most ``rows`` of n rows, spread over all."""
     return sample_rows(torch.arange(n, dtype=torch.int64, device="cpu"), rows)
 
 
-def _tokenised(config: EvaluateConfig, loaded: Loaded, folder: Path) -> TokenRows:
+def _tokenised(config: JudgedConfig, loaded: Loaded, folder: Path) -> TokenRows:
     documents = read_documents(list(config.text)) if config.text else python_documentation()
     context = CONTEXT if config.context is None else config.context
     most = getattr(find_decoder(loaded.model).config, "max_position_embeddings", None)
@@ -299,7 +326,7 @@ def _tokenised(config: EvaluateConfig, loaded: Loaded, folder: Path) -> TokenRow
             ) from error
 
 
-def _of_run(config: EvaluateConfig, sources: Sources, loaded: Loaded) -> TokenRows:
+def _of_run(config: JudgedConfig, sources: Sources, loaded: Loaded) -> TokenRows:
     every = [TokenRows.open(folder / TOKENS) for folder in sources.runs]
     if len({rows.content for rows in every}) > 1:
         raise ValueError("text: expected --text, or runs of one text, got runs of several")
@@ -314,7 +341,7 @@ def _of_run(config: EvaluateConfig, sources: Sources, loaded: Loaded) -> TokenRo
 # ---- SAEs
 
 
-def find_places(config: EvaluateConfig, sources: Sources, loaded: Loaded) -> tuple[Place, ...]:
+def find_places(config: JudgedConfig, sources: Sources, loaded: Loaded) -> tuple[Place, ...]:
     """Every SAE, loaded once to see that it fits the model. Raises ValueError for one that does not, or whose site
     nothing says, and what loading raises."""
     places: list[Place] = []
@@ -352,7 +379,7 @@ def _free(name: str, taken: set[str]) -> str:
     return free
 
 
-def _sites(sae: nn.Module, source: Source, config: EvaluateConfig, loaded: Loaded) -> tuple[Site, Site]:
+def _sites(sae: nn.Module, source: Source, config: JudgedConfig, loaded: Loaded) -> tuple[Site, Site]:
     row = source.row
     given = None if config.site is None else as_site(config.site)
     if given is None and row is not None:

@@ -12,20 +12,25 @@ u = (2/N)·r·W_decᵀ and w = (2/N)·ρ·W_decᵀ,
     dm = 1[f > 0]·u;   dπ = 1[π > 0]·(w + λ/N);   dy = e^r ⊙ dm + dπ
     dW_enc = (x − b_dec)ᵀ·dy;   db_gate = Σ_n dπ;   db_mag = Σ_n dm;   dr = Σ_n dm·(m − b_mag)
     dW_dec = (2/N)·fᵀ·r;   db_dec = (2/N)·Σ_n r_n − W_enc·Σ_n dy, the last with a pre-encoder bias
+
+A transcoder has a target y in the place of the x that r and ρ are judged by, and no b_dec in π. A skip connection adds
+x·W_skipᵀ to both reconstructions, constant in ρ as the decoder is: dW_skip = (2/N)·rᵀ·x.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..formats.export import SKIP
 from ..kernels import reference
 from ..saes import GatedSAE
 from ..saes.gated import magnitude
 from .annealing import concave, slope, steepest
 from .config import CLOSED_WINDOW, Loss
-from .losses import check_batch
+from .losses import check_batch, to_latents
 
 
 class GatedGradients(NamedTuple):
@@ -46,17 +51,21 @@ class GatedLossAndGradients(NamedTuple):
     gradients: GatedGradients
     bound: Tensor  # [] of `gradient_bound`
     rectified: Tensor  # [N, d_sae] relu(π)
+    others: Mapping[str, Tensor]  # the gradients of ``sae.OTHERS``
 
 
 @torch.no_grad()
 @without_autocast
-def gated_loss_and_gradients(sae: GatedSAE, x: Tensor, loss: Loss) -> GatedLossAndGradients:
+def gated_loss_and_gradients(
+    sae: GatedSAE, x: Tensor, loss: Loss, target: Tensor | None = None
+) -> GatedLossAndGradients:
     """The loss of one batch and its gradients.
 
     x: [N, d_model], N ≥ 1, already divided by the SAE's input_scale, on its device and in its dtype, fp32 or fp64.
-    loss: of the sparsity `l1`, whose λ it is. Raises ValueError or TypeError for others.
+    loss: of the sparsity `l1`, whose λ it is. target: [N, d_out], divided by the output_scale of a transcoder; by
+    default x. Raises ValueError or TypeError for others.
     """
-    check_batch(sae, x, loss, cls=GatedSAE)
+    check_batch(sae, x, loss, target, cls=GatedSAE)
     if loss.sparsity != "l1":
         raise ValueError(f"loss.sparsity: expected 'l1' with a GatedSAE, got {loss.sparsity!r}")
     n, zeros = len(x), torch.zeros_like(sae.b_enc)
@@ -64,8 +73,8 @@ def gated_loss_and_gradients(sae: GatedSAE, x: Tensor, loss: Loss) -> GatedLossA
     pi = torch.addmm(sae.b_enc, centred, sae.W_enc)
     m, opened = magnitude(pi, sae.b_enc, sae.r_mag, sae.b_mag), reference.gate(pi, zeros)
     fires, f = opened * reference.gate(m, zeros), opened * reference.activation(m, zeros)
-    rectified = reference.activation(pi, zeros)
-    residual, frozen = (torch.addmm(sae.b_dec, code, sae.W_dec) - x for code in (f, rectified))
+    rectified, y = reference.activation(pi, zeros), to_latents(sae, x, target)
+    residual, frozen = (torch.addmm(sae.b_dec, code, sae.W_dec) - y for code in (f, rectified))
     errors, frozen_errors = residual.square().sum(1), frozen.square().sum(1)
     weight = loss.l0_coefficient * steepest(loss.p)
     total = errors.mean() + weight * concave(rectified, loss.p).sum() / n + frozen_errors.mean()
@@ -84,7 +93,8 @@ def gated_loss_and_gradients(sae: GatedSAE, x: Tensor, loss: Loss) -> GatedLossA
     bound = gradient_bound(weight, errors, frozen_errors, *norms, sae.r_mag, sae.b_mag)
     firing_count, n_entries = fires.sum(0).to(torch.int32), is_entry(pi).sum()
     figures = (total, errors, fires.sum(1).mean(), firing_count, n_entries)
-    return GatedLossAndGradients(*figures, gradients, bound, rectified)
+    others = {"b_mag": gradients.b_mag, "r_mag": gradients.r_mag} | ({SKIP: g.T @ x} if SKIP in sae.OTHERS else {})
+    return GatedLossAndGradients(*figures, gradients, bound, rectified, others)
 
 
 def is_entry(pi: Tensor) -> Tensor:
@@ -108,6 +118,7 @@ def gradient_bound(
 
         Σ_n |dm| ≤ 2E;   Σ_n |dπ| ≤ 2A + λ;   Σ_n |dy| ≤ D = max_j e^r_j·2E + 2A + λ
         |dW_enc| ≤ ‖x‖·D;   |dW_dec| ≤ B = 2E·‖f‖/√N;   |dr| ≤ B + max_j |b_mag_j|·2E, for Σ_n |dm|·f ≤ B
+        |dW_skip| ≤ ‖x‖·2E, of a transcoder
 
     weight: λ, times the steepest slope of its penalty. errors, frozen_errors: [N] ‖r_n‖² and ‖ρ_n‖². x_norm, f_norm: []
     of x − b_dec and of all activations.
@@ -115,4 +126,5 @@ def gradient_bound(
     main, frozen = (2 * squares.mean().sqrt() for squares in (errors, frozen_errors))
     dpi, of_decoder = frozen + weight, main * f_norm / len(errors) ** 0.5
     dy = r_mag.exp().amax() * main + dpi
-    return torch.stack((main, dpi, dy, x_norm * dy, of_decoder, of_decoder + b_mag.abs().amax() * main)).amax()
+    of_input = x_norm * torch.maximum(dy, main)
+    return torch.stack((main, dpi, dy, of_input, of_decoder, of_decoder + b_mag.abs().amax() * main)).amax()

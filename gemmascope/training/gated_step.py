@@ -2,9 +2,11 @@
 
 What an entry is says the gate: a pair of token and latent with π > 0. On the entries the `sparse` route makes two
 residuals, of f and of relu(π), and from them two coefficients an entry, which add up to that of the encoder. Beside the
-latents' update b_mag and r_mag move by Adam too, every one of them in every update.
+latents' update b_mag and r_mag move by Adam too, every one of them in every update. Both residuals of a transcoder are
+those of its target.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..autocast import without_autocast
-from ..kernels import Entries, LatentState, Objective, Rule, entries, implementations, reference
+from ..kernels import Entries, LatentState, Objective, Rule, entries, reference
 from ..saes import GatedSAE
 from ..saes.gated import magnitude
 from .annealing import annealed, compared, concave, factor, follow, slope, steepest
@@ -21,13 +23,23 @@ from .config import CLOSED_WINDOW, Annealing, Loss
 from .gated import gated_loss_and_gradients, gradient_bound, is_entry
 from .memory import dense_tiles
 from .state import TrainState
-from .step import StepFigures, active, matmul, move_others, tf32_products, update_by_gradients
+from .step import (
+    StepFigures,
+    active,
+    centre,
+    gradient_of_skip,
+    matmul,
+    move_others,
+    skipped_target,
+    tf32_products,
+    update_by_gradients,
+)
 
 
 class _Measured(NamedTuple):
     """What is told of the batch."""
 
-    errors: Tensor  # [N] ‖x̂ − x‖²
+    errors: Tensor  # [N] ‖x̂ − x‖², of a transcoder ‖ŷ − y‖²
     l0: Tensor  # [] or [N], of which it is the mean
     firing_count: Tensor  # [d_sae] int32
     n_entries: Tensor  # [] int64
@@ -37,8 +49,7 @@ class _Others(NamedTuple):
     """Gradients of what every update moves."""
 
     b_dec: Tensor
-    b_mag: Tensor
-    r_mag: Tensor
+    named: Mapping[str, Tensor]  # of ``sae.OTHERS``
 
 
 class _Verdict(NamedTuple):
@@ -56,22 +67,24 @@ def gated_step(
     rule: Rule,
     route: str,
     capacity: int | None = None,
+    target: Tensor | None = None,
     annealing: Annealing | None = None,
 ) -> StepFigures:
     """Update ``state``, that of a `GatedSAE`, by the loss on x [N, d_model] in its dtype, divided by the input scale.
 
     loss: of the sparsity `l1`. route: `sparse`, `dense` or `reference`. capacity: room for entries on the sparse route;
-    None: as much as is needed, which the kernels do not take. annealing: as of `sparse_step`. An update is withheld and
-    counted as in `step`. Raises ValueError for an SAE that is not the one training began with, see `TrainState.ready`.
+    None: as much as is needed, which the kernels do not take. target: [N, d_out] in that dtype, divided by the output
+    scale, of a `GatedTranscoder`. annealing: as of `sparse_step`. An update is withheld and counted as in `step`.
+    Raises ValueError for an SAE that is not the one training began with, see `TrainState.ready`.
     """
     if route == "sparse":
-        return _sparse_step(state, x, loss, rule, capacity, annealing)
+        return _sparse_step(state, x, loss, rule, capacity, target, annealing)
     if route == "reference":
-        return _reference_step(state, x, loss, rule, annealing)
+        return _reference_step(state, x, loss, rule, target, annealing)
     latents, sae = state.ready(), _sae(state)
     with tf32_products() if state.compute_dtype == "tf32" else nullcontext():
         tiles = dense_tiles(len(x), sae.d_sae, "gated")
-        return _dense_step(state, latents, x, loss, rule, tiles, annealing)
+        return _dense_step(state, latents, x, loss, rule, tiles, target, annealing)
 
 
 def _weight(state: TrainState, loss: Loss, annealing: Annealing | None) -> float | Tensor:
@@ -87,24 +100,26 @@ def _sae(state: TrainState) -> GatedSAE:
     return state.sae
 
 
-def _centre(state: TrainState, x: Tensor) -> entries.Centred:
-    b_dec = state.sae.b_dec.data if state.sae.pre_encoder_bias else None
-    return implementations.operator("centre", state.impl)(x, b_dec, None, state.encoder_rows.dtype)
-
-
 # ---- by entries
 
 
 def _sparse_step(
-    state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int | None, annealing: Annealing | None
+    state: TrainState,
+    x: Tensor,
+    loss: Loss,
+    rule: Rule,
+    capacity: int | None,
+    target: Tensor | None,
+    annealing: Annealing | None,
 ) -> StepFigures:
     sae, impl, latents, n = _sae(state), state.impl, state.ready(), len(x)
     W_enc, W_dec, b_dec = state.encoder_rows, state.decoder_rows, sae.b_dec.data
-    centred, tf32 = _centre(state, x), state.compute_dtype == "tf32"
+    centred, tf32 = centre(state, x, target, clamp=False), state.compute_dtype == "tf32"
+    to_latents = x if target is None else skipped_target(state, centred.x, target)
     encoder = (W_enc.T, sae.b_enc.data, state.threshold, CLOSED_WINDOW, capacity)
     gate = kernels.encode_entries(centred.x, *encoder, tf32=tf32, impl=impl)
     magnitudes = _magnitudes(sae, gate)
-    out, frozen = (kernels.residual_pass(each, x, W_dec, b_dec, impl=impl) for each in (magnitudes, gate))
+    out, frozen = (kernels.residual_pass(each, to_latents, W_dec, b_dec, impl=impl) for each in (magnitudes, gate))
 
     transposed = kernels.by_latent(gate, sae.d_sae, impl=impl)
     s, plain = torch.zeros_like(out.squared_error), Objective(CLOSED_WINDOW)
@@ -122,7 +137,8 @@ def _sparse_step(
     if sae.pre_encoder_bias:
         db_dec = db_dec - kernels.encoder_times(W_enc, scale * of_f.db_enc + of_gate.db_enc, impl=impl)
     # m − b_mag = e^r·y, and the sum of dm·m is that of f's share along the decoder row.
-    others = _Others(db_dec, of_f.db_enc, of_f.along - sae.b_mag.data * of_f.db_enc)
+    of_magnitudes = {"b_mag": of_f.db_enc, "r_mag": of_f.along - sae.b_mag.data * of_f.db_enc}
+    others = _Others(db_dec, of_magnitudes | gradient_of_skip(state, out.residual, centred.x))
 
     measured = _Measured(out.squared_error, out.l0, of_f.firing_count, gate.offsets[-1])
     activity, f_norm = concave(rectified, loss.p).sum(), torch.linalg.vector_norm(active(magnitudes))
@@ -133,7 +149,8 @@ def _sparse_step(
     kernels.update_from_entries(
         latents, transposed, sums, out.residual, centred.x, rule, verdict.ok, state.updates, impl=impl
     )
-    return _finish(state, x, centred.column_sums, measured, others, rule, verdict)
+    y = x if target is None else target
+    return _finish(state, y, centred.column_sums, measured, others, rule, verdict)
 
 
 def _magnitudes(sae: GatedSAE, gate: Entries) -> Entries:
@@ -161,10 +178,12 @@ def _dense_step(
     loss: Loss,
     rule: Rule,
     tiles: list[slice],
+    target: Tensor | None,
     annealing: Annealing | None,
 ) -> StepFigures:
-    sae, impl, n, b_dec, centred = _sae(state), state.impl, len(x), state.sae.b_dec.data, _centre(state, x)
-    low = state.decoder_rows.dtype
+    sae, impl, n, b_dec, low = _sae(state), state.impl, len(x), state.sae.b_dec.data, state.decoder_rows.dtype
+    centred = centre(state, x, target, clamp=False)
+    to_latents = x if target is None else skipped_target(state, centred.x, target)
 
     def encode(tile: slice) -> tuple[Tensor, Tensor, Tensor]:
         """π, relu(π) and f [N, tile], in the dtype of x."""
@@ -174,7 +193,7 @@ def _dense_step(
         m = magnitude(pi, b_gate, r_mag, b_mag)
         return pi, reference.activation(pi, zeros), reference.gate(pi, zeros) * reference.activation(m, zeros)
 
-    residual, frozen, l0 = b_dec - x, b_dec - x, torch.zeros_like(x[:, 0])
+    residual, frozen, l0 = b_dec - to_latents, b_dec - to_latents, torch.zeros_like(x[:, 0])
     activity, f_norms, counts, touched, of_penalties = [], [], [], [], []
     weight = _weight(state, loss, annealing)
     for tile in tiles:
@@ -224,22 +243,25 @@ def _dense_step(
             state.updates,
             impl=impl,
         )
-    others = _Others(db_dec, torch.cat(db_mag), torch.cat(dr_mag))
-    return _finish(state, x, centred.column_sums, measured, others, rule, verdict)
+    of_magnitudes = {"b_mag": torch.cat(db_mag), "r_mag": torch.cat(dr_mag)}
+    others = _Others(db_dec, of_magnitudes | gradient_of_skip(state, rounded, centred.x))
+    return _finish(state, x if target is None else target, centred.column_sums, measured, others, rule, verdict)
 
 
-def _reference_step(state: TrainState, x: Tensor, loss: Loss, rule: Rule, annealing: Annealing | None) -> StepFigures:
+def _reference_step(
+    state: TrainState, x: Tensor, loss: Loss, rule: Rule, target: Tensor | None, annealing: Annealing | None
+) -> StepFigures:
     """By `gated_loss_and_gradients`."""
     loss = annealed(loss, state.annealing, annealing)
-    latents, out = state.ready(), gated_loss_and_gradients(_sae(state), x, loss)
+    latents, out = state.ready(), gated_loss_and_gradients(_sae(state), x, loss, target)
     gradients = out.gradients
     of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, torch.zeros_like(gradients.b_enc))
     ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
     if annealing is not None and state.annealing is not None:
         follow(state.annealing, annealing, compared(annealing, out.rectified), ok)
     measured = _Measured(out.errors, out.l0, out.firing_count, out.n_entries)
-    others = _Others(gradients.b_dec, gradients.b_mag, gradients.r_mag)
-    return _finish(state, x, x.sum(0)[None], measured, others, rule, _Verdict(out.loss, ok, number))
+    others, y = _Others(gradients.b_dec, out.others), x if target is None else target
+    return _finish(state, y, y.sum(0)[None], measured, others, rule, _Verdict(out.loss, ok, number))
 
 
 # ---- what the routes share
@@ -272,20 +294,21 @@ def _conclude(
 
 def _finish(
     state: TrainState,
-    x: Tensor,
+    y: Tensor,
     column_sums: Tensor,
     measured: _Measured,
     others: _Others,
     rule: Rule,
     verdict: _Verdict,
 ) -> StepFigures:
-    """The parameters that every update moves and the counters, unless the update is withheld; the figures."""
+    """The parameters that every update moves and the counters, unless the update is withheld; the figures. y: what is
+    reconstructed, x or a target, whose column sums they are."""
     sae, ok, number = _sae(state), verdict.ok, verdict.number
-    move_others(state, {name: getattr(others, name) for name in sae.OTHERS}, rule, ok, number)
+    move_others(state, others.named, rule, ok, number)
     counters = (state.tokens_since_fired, state.updates)
-    of_batch = (others.b_dec, measured.firing_count, len(x), rule, ok, number)
+    of_batch = (others.b_dec, measured.firing_count, len(y), rule, ok, number)
     reference.conclusion.move(sae.b_dec.data, state.b_dec_v, *counters, *of_batch)
-    spread = reference.conclusion.spread_and_shares(x, column_sums, measured.errors)
+    spread = reference.conclusion.spread_and_shares(y, column_sums, measured.errors)
     means = reference.conclusion.fidelity(measured.errors, *spread)
     return StepFigures.of(
         reference.conclusion.pack(

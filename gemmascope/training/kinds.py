@@ -8,12 +8,10 @@ from torch import Tensor
 
 from ..saes import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE
 from ..saes.base import BaseSAE
-from ..saes.scaled_transcoder import ScaledSkipTranscoder, ScaledTranscoder
+from ..saes.gated_transcoder import GatedTranscoder, SkipGatedTranscoder
+from ..saes.scaled_transcoder import ScaledSkipTranscoder, ScaledTranscoder, TrainedTranscoder
 from ..saes.topk_transcoder import SkipTopKTranscoder, TopKTranscoder
 from .config import TrainConfig
-
-# Kinds that reconstruct another activation than they read.
-OF_TRANSCODERS = ("jumprelu", "relu", "topk", "batchtopk", "matryoshka")
 
 
 def new_sae(config: TrainConfig, d_model: int, threshold_init: float | None = None, **options: Any) -> BaseSAE:
@@ -57,18 +55,14 @@ def of_kind(config: TrainConfig, jumprelu: Mapping[str, Tensor]) -> Mapping[str,
     return jumprelu
 
 
-def check_of_transcoder(name: str, kind: str) -> None:
-    """Raise ValueError naming ``name`` for a kind that no transcoder is of."""
-    if kind not in OF_TRANSCODERS:
-        raise ValueError(f"{name}: expected one of {', '.join(OF_TRANSCODERS)} with a target, got {kind!r}")
-
-
-def new_transcoder(config: TrainConfig, d_in: int, d_out: int, **options: Any) -> ScaledTranscoder:
-    """Of random weights. options: as of `ScaledTranscoder`. Raises ValueError for a kind that is not one's."""
-    check_of_transcoder("kind", config.kind)
+def new_transcoder(config: TrainConfig, d_in: int, d_out: int, **options: Any) -> TrainedTranscoder:
+    """Of random weights. options: as of `TrainedTranscoder`."""
     if config.k is not None:
         of_k = SkipTopKTranscoder if config.skip else TopKTranscoder
         return of_k(d_in, d_out, config.d_sae, k=config.k, **options)
+    if config.kind == "gated":
+        gated = SkipGatedTranscoder if config.skip else GatedTranscoder
+        return gated(d_in, d_out, config.d_sae, **options)
     threshold = config.threshold_init if config.kind == "jumprelu" else 0.0
     made = ScaledSkipTranscoder if config.skip else ScaledTranscoder
     return made(d_in, d_out, config.d_sae, threshold_init=threshold, **options)

@@ -14,7 +14,7 @@ from ..formats.export import SKIP
 from ..kernels import Objective, entries, reference
 from ..saes import JumpReLUSAE
 from ..saes.base import BaseSAE
-from ..saes.scaled_transcoder import ScaledTranscoder
+from ..saes.scaled_transcoder import TrainedTranscoder
 from .annealing import concave, slope, steepest
 from .config import Loss
 
@@ -89,15 +89,15 @@ def check_batch(
         raise ValueError(f"x: expected shape [N ≥ 1, {d_in}], got {list(x.shape)}")
     if target is not None:
         check_tensor("target", target, (len(x), sae.d_model), (sae.W_dec.dtype,), sae.W_dec.device)
-    elif isinstance(sae, ScaledTranscoder):
+    elif isinstance(sae, TrainedTranscoder):
         raise ValueError("target: expected what the transcoder is to give, got None")
 
 
-def to_latents(sae: JumpReLUSAE, x: Tensor, target: Tensor | None) -> Tensor:
+def to_latents(sae: BaseSAE, x: Tensor, target: Tensor | None) -> Tensor:
     """What the latents and b_dec are to give: the target [N, d_out] without what a skip connection carries of x."""
     if target is None:
         return x
-    skipped = sae.skipped(x) if isinstance(sae, ScaledTranscoder) else None
+    skipped = sae.skipped(x) if isinstance(sae, TrainedTranscoder) else None
     return target if skipped is None else target - skipped
 
 

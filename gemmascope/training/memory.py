@@ -190,7 +190,7 @@ def training_memory(
         scratch = sparse + 4 * chunk * -(-d_sae // 32) + COMPETING_BYTES * n_entries * (chunk < batch_size)
     # x, x − b_dec, x̂ − x and its rounding; of a gated SAE those of relu(π) too; of a transcoder y, rounded for its
     # sums, and what a skip leaves
-    rows = (d_model + out) * max(1, blocks) + gated * d_model + target
+    rows = (d_model + out) * max(1, blocks) + gated * out + target
     activations = batch_size * (rows * (4 + operand) + 4 * skip * target)
     return TrainingMemory(
         d_model=d_model,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from ..checks import check_type
 from ..sites import INPUT_KINDS, KINDS, Site
 from .config import TrainConfig
-from .kinds import check_of_transcoder
 
 
 @dataclass(frozen=True)
@@ -13,7 +12,7 @@ class SAESpec:
     """Which SAE to train: at which site, by which recipe, under which name.
 
     Raises TypeError for fields of other kinds and ValueError for an empty name, for a target that is the site itself, a
-    ``skip`` without target, and ``init_from`` or a kind of SAE that is not a transcoder's with one.
+    ``skip`` without target, and ``init_from`` or ``resample_steps`` with one.
     """
 
     name: str
@@ -44,9 +43,11 @@ class SAESpec:
             raise ValueError(
                 f"target: expected one of {', '.join(KINDS)}, where something is written, got {self.target}"
             )
-        check_of_transcoder("kind", self.config.kind)
         if self.init_from is not None:
             raise ValueError(f"init_from: expected none with a target, got {self.init_from!r}")
+        if self.config.resample_steps:
+            found = list(self.config.resample_steps)
+            raise ValueError(f"resample_steps: expected none with a target, got {found}")
 
     @property
     def sites(self) -> tuple[Site, ...]:

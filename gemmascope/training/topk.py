@@ -29,9 +29,9 @@ from ..formats.export import SKIP
 from ..kernels import LATENT, Entries, Objective, Rule, reference
 from ..saes import BatchTopKSAE
 from ..saes.base import BaseSAE
-from ..saes.scaled_transcoder import ScaledTranscoder
 from ..saes.topk_transcoder import TopKTranscoder
 from .config import TrainConfig
+from .losses import to_latents
 from .state import TrainState
 from .step import StepFigures, centre, gradient_of_skip, move_others, skipped_target, update_by_gradients
 
@@ -120,8 +120,7 @@ def topk_loss_and_gradients(
 
     loss, bounds, groups, first = z.new_zeros(()), [], [], 0
     y = x if target is None else target
-    skipped = sae.skipped(x) if isinstance(sae, ScaledTranscoder) else None
-    residual, R = sae.b_dec - (y if skipped is None else y - skipped), torch.zeros_like(y)
+    residual, R = sae.b_dec - to_latents(sae, x, target), torch.zeros_like(y)
     for m in _prefixes(config):
         residual = residual + f[:, first:m] @ sae.W_dec[first:m]
         loss = loss + residual.square().sum(1).mean()
@@ -295,7 +294,7 @@ def _sparse_step(
     sae, impl, latents = state.sae, state.impl, state.ready()
     (n, _), d_sae, W_dec, b_dec = x.shape, sae.d_sae, state.decoder_rows, sae.b_dec.data
     centred, y = centre(state, x, target, clamp=False), x if target is None else target
-    to_latents = x if target is None else skipped_target(state, centred.x, target)
+    left = x if target is None else skipped_target(state, centred.x, target)
 
     def encode(k: int, of: str, among: Tensor | None = None) -> Entries:
         tf32 = state.compute_dtype == "tf32"
@@ -304,9 +303,9 @@ def _sparse_step(
 
     entries, prefixes = encode(config.k, _of(config)), _prefixes(config)
     if len(prefixes) == 1:
-        main = _whole(entries, to_latents, W_dec, b_dec, impl)
+        main = _whole(entries, left, W_dec, b_dec, impl)
     else:
-        main = _by_prefix(entries, to_latents, W_dec, b_dec, prefixes, impl)
+        main = _by_prefix(entries, left, W_dec, b_dec, prefixes, impl)
     loss, parts = main.total, [main.part]
     bounds = [(main.root, torch.linalg.vector_norm(entries.z))]
     aux_k = _aux_k(config, sae.d_model, dead)

@@ -17,7 +17,7 @@ from ..kernels import Rule, implementations
 from ..kernels import density as densities
 from ..saes import JumpReLUSAE
 from ..saes.base import BaseSAE
-from ..saes.scaled_transcoder import ScaledTranscoder
+from ..saes.scaled_transcoder import TrainedTranscoder
 from .annealing import annealed
 from .config import TOP_K, TrainConfig
 from .gated_step import gated_step
@@ -175,8 +175,8 @@ class SAETrainer:
     which makes those of what ``sample`` is of, and every `update` takes both. They have an input scale and an output
     scale of their own, W_enc does not begin as W_decᵀ, and there is no pre-encoder bias (arXiv 2408.05147, appendix B);
     with ``config.skip`` a linear map of the input is learned beside the latents, from 0. Raises ValueError for a
-    ``skip`` without target, for ``init_from`` and for a ``kind`` that is not a transcoder's with one, and for two
-    widths where the Triton kernels run, which have one.
+    ``skip`` without target, for ``init_from`` with one, and for two widths where the Triton kernels run, which have
+    one.
 
     dtype: fp64 is for comparisons, on a CPU.
 
@@ -310,7 +310,7 @@ class SAETrainer:
     def output_scale(self) -> float:
         """C_out of a transcoder; of an SAE that is its input scale."""
         sae = self.sae
-        return sae.output_scale if isinstance(sae, ScaledTranscoder) else sae.input_scale
+        return sae.output_scale if isinstance(sae, TrainedTranscoder) else sae.input_scale
 
     def _scaled(self, raw: Tensor, scale: float) -> Tensor:
         given = raw.detach()
@@ -356,7 +356,7 @@ class SAETrainer:
         try:
             if config.kind == "gated":
                 room = self._room(len(x)) if route == "sparse" else None
-                figures = gated_step(state, x, loss, rule, route, room, annealing)
+                figures = gated_step(state, x, loss, rule, route, room, target, annealing)
             elif config.kind in TOP_K:
                 dead = state.tokens_since_fired >= config.dead_after_tokens
                 figures = topk_step(state, x, config, rule, dead, target)
@@ -513,7 +513,7 @@ class SAETrainer:
         self._pending.clear()
         self.state.put(tensors, found["turn"], found["copies_seen"])
         self.sae.input_scale, self.sae.pre_encoder_bias = found["input_scale"], found["pre_encoder_bias"]
-        if isinstance(self.sae, ScaledTranscoder):
+        if isinstance(self.sae, TrainedTranscoder):
             self.sae.output_scale = found["output_scale"]
         for name in ("step", "route", "capacity", "figures", "skipped_in_a_row"):
             setattr(self, name, found[name])

@@ -34,7 +34,7 @@ SAE = {"d_sae": 32, "target_l0": 4, "sites": ["layer_0/mlp"]}
 PLAIN = {"d_sae": 48, "target_l0": 6, "sites": ["mlp_in_normed"], "target": "mlp"}
 SKIP = {"d_sae": 40, "target_l0": 6, "sites": ["layer_1/mlp_in"], "target": "mlp", "skip": True}
 ACROSS = {"d_sae": 24, "target_l0": 5, "sites": ["layer_2/att"], "target": "resid"}
-GATED = {"d_sae": 48, "l0_coefficient": 0.1, "kind": "gated", "sparsity": "l1", "sites": ["mlp_in"], "target": "mlp"}
+GATED = {"d_sae": 40, "kind": "gated", "l0_coefficient": 0.1, "sites": ["layer_1/att"], "target": "resid", "skip": True}
 OF_K = {"d_sae": 40, "k": 5, "sites": ["layer_1/att"], "target": "resid"}  # norms of mlp_in and mlp hardly differ
 TOPK = OF_K | {"kind": "topk", "skip": True}
 BATCHTOPK = OF_K | {"kind": "batchtopk"}
@@ -204,7 +204,7 @@ DROP = 1.2
 @pytest.fixture(scope="module")
 def filtered(tmp_path_factory, model_folder, text_file):
     out = tmp_path_factory.mktemp("runs") / "filtered"
-    each = (SAE, ACROSS | {"sites": ["layer_1/att"]}, TOPK, BATCHTOPK, MATRYOSHKA)
+    each = (SAE, ACROSS | {"sites": ["layer_1/att"]}, TOPK, BATCHTOPK, MATRYOSHKA, GATED)
     made = config(model_folder, text_file, out, *each, activations={"drop_norm": DROP})
     return out, train_suite(made), made
 
@@ -248,7 +248,8 @@ def test_tokens_that_are_outliers_at_either_site_are_left_out(filtered, model):
 def test_transcoders_of_which_k_fire(filtered):
     out, results, _ = filtered
     rows = {row["kind"]: row for row in results["saes"][2:]}
-    assert list(rows) == ["topk", "batchtopk", "matryoshka"]
+    assert list(rows) == ["topk", "batchtopk", "matryoshka", "gated"]
+    gated = rows.pop("gated")
     for kind, row in rows.items():
         assert row["name"] == f"layer_1/att/to_resid/{kind}/width_40/k_5"
         assert row["path"].startswith(f"saes/att_to_resid/layer_1/width_40/{kind}/average_l0_")
@@ -257,6 +258,13 @@ def test_transcoders_of_which_k_fire(filtered):
         found = Transcoder.load(out / row["path"])
         assert found.threshold.unique().numel() == 1
         assert (found.W_skip is not None) == (kind == "topk")
+    assert gated["name"] == "layer_1/att/to_resid/gated/width_40/l0_coefficient_0.1"
+    assert gated["path"].startswith("saes/att_to_resid/layer_1/width_40/gated/average_l0_")
+    found = Transcoder.load(out / gated["path"])
+    assert found.W_skip is not None
+    assert found.W_skip.any()
+    assert found.threshold.unique().numel() > 1
+    assert 0 < gated["l0"] < 40
 
 
 def test_a_loss_with_some_positions_spliced(finished, model, held_out):
@@ -320,7 +328,7 @@ def test_which_sites_a_block_means():
         ({**PLAIN, "sites": ()}, r"^suite.sae\[0\].sites: expected those that the transcoders read"),
         (SAE | {"skip": True}, r"^suite.sae\[0\].skip: expected a target"),
         (PLAIN | {"init_from": "x"}, r"^suite.sae\[0\].init_from: expected none with a target"),
-        (GATED, r"^suite.sae\[0\].kind: expected one of jumprelu, relu, .* with a target, got 'gated'$"),
+        (GATED | {"resample_steps": [9]}, r"^suite.sae\[0\].resample_steps: expected none with a target, got \[9\]$"),
     ],
 )  # fmt: skip
 def test_bad_blocks_are_refused_by_name(block, message):

@@ -413,8 +413,9 @@ def test_bad_trainers_are_refused_by_name():
         SAETrainer(config(skip=True), x)
     with pytest.raises(TypeError, match=r"^skip: expected a bool, got int"):
         config(skip=1)
-    with pytest.raises(ValueError, match=r"^kind: expected one of jumprelu, relu, .* with a target, got 'gated'"):
-        SAETrainer(TrainConfig(d_sae=F, kind="gated", loss=Loss(sparsity="l1")), x, target=y)
+    resampled = TrainConfig.short(d_sae=F, steps=40, kind="gated", resample_steps=(9,))
+    with pytest.raises(ValueError, match=r"^resample_steps: expected none with a target, got \[9\]"):
+        SAETrainer(resampled, x, target=y)
     with pytest.raises(ValueError, match=r"^init_from: expected none with a target"):
         SAETrainer(config(), x, target=y, init_from=JumpReLUSAE(D_IN, F))
     with pytest.raises(ValueError, match=r"^target: expected activations that vary"):
@@ -489,8 +490,9 @@ def test_bad_suites_are_refused_by_name():
         SAESpec("sae", X, config(skip=True))
     with pytest.raises(ValueError, match=r"^init_from: expected none with a target, got 'x'"):
         SAESpec("sae", X, config(), "x", target=Y)
-    with pytest.raises(ValueError, match=r"^kind: expected one of jumprelu, relu, .* with a target, got 'gated'"):
-        SAESpec("sae", X, TrainConfig(d_sae=F, kind="gated", loss=Loss(sparsity="l1")), target=Y)
+    resampled = TrainConfig.short(d_sae=F, steps=40, kind="gated", resample_steps=(9,))
+    with pytest.raises(ValueError, match=r"^resample_steps: expected none with a target, got \[9\]"):
+        SAESpec("sae", X, resampled, target=Y)
     with pytest.raises(TypeError, match=r"^target: expected a Site, got str"):
         SAESpec("sae", X, config(), target="mlp")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"^trainers: expected SAEs, got a transcoder at layer_1/mlp_in"):
