@@ -44,13 +44,25 @@ class Bootstrap:
         for name, each in (("numerators", numerators), ("denominators", denominators)):
             if each.shape != (self._documents,):
                 raise ValueError(f"{name}: expected shape [{self._documents}], got {list(each.shape)}")
+        return self.ratios(numerators[:, None], denominators[:, None])[0]
+
+    def ratios(self, numerators: Tensor, denominators: Tensor) -> list[tuple[float, float] | None]:
+        """`ratio` of each column of fp64 [documents, columns]."""
+        columns = numerators.shape[1:]
+        for name, each in (("numerators", numerators), ("denominators", denominators)):
+            if each.shape != (self._documents, *columns) or len(columns) != 1:
+                raise ValueError(f"{name}: expected shape [{self._documents}, columns], got {list(each.shape)}")
         if self._documents < 2:
-            return None
-        both = torch.stack([numerators, denominators], 1).double().cpu()
+            return [None] * columns[0]
+        both = torch.cat([numerators, denominators], 1).double().cpu()
         sums = torch.cat([part.double() @ both for part in self._times.split(_AT_ONCE)])
-        found = sums[:, 0] / sums[:, 1]
-        if not found.isfinite().all():
-            return None
+        found = sums[:, : columns[0]] / sums[:, columns[0] :]
         ends = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=torch.float64, device="cpu")
-        low, high = torch.quantile(found, ends).tolist()
-        return low, high
+        intervals: list[tuple[float, float] | None] = []
+        for values in found.T:
+            if not values.isfinite().all():
+                intervals.append(None)
+                continue
+            low, high = torch.quantile(values, ends).tolist()
+            intervals.append((low, high))
+        return intervals
