@@ -8,12 +8,15 @@ from .judged import EvaluateConfig
 from .model import Loaded, load_architecture, load_model
 from .plan import Plan, make_plan
 from .run import harvest_suite, plan_suite, train_suite
+from .study import Studied, StudyConfig, study_saes
 
 __all__ = [
     "CheckConfig",
     "EvaluateConfig",
     "Loaded",
     "Plan",
+    "Studied",
+    "StudyConfig",
     "SuiteConfig",
     "check_sae",
     "evaluate_saes",
@@ -24,5 +27,6 @@ __all__ = [
     "load_model",
     "make_plan",
     "plan_suite",
+    "study_saes",
     "train_suite",
 ]

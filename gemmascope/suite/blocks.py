@@ -27,7 +27,7 @@ MOST_TENSORS = 1 << 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32}
 
 Load = Callable[[Place], Subject]
-Measure = Callable[[MarkedText, Sequence[Subject], Sequence[Site]], Sums]
+Measure = Callable[[slice, Sequence[Subject], Sequence[Site]], Sums]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Blocks:
     groups: Sequence[Group]
 
     def sums(self, title: str, load: Load, measure: Measure) -> Iterator[Sums]:
-        """The sums of every block of every group by ``measure(text, subjects, ablations)``; "clean", which all groups
+        """The sums of every block of every group by ``measure(rows, subjects, ablations)``; "clean", which all groups
         share, of the first alone. load: an SAE, on the device."""
         text = self.text
         rows = self.of_forward * -(-len(text.tokens) // (MOST_BLOCKS * self.of_forward))
@@ -91,7 +91,7 @@ class Blocks:
                         if subjects is None:
                             subjects = [load(place) for place in group.places]
                         with stage.doing():
-                            save(path, measure(text.rows(slice(start, start + rows)), subjects, group.ablations))
+                            save(path, measure(slice(start, start + rows), subjects, group.ablations))
                             stage.keep(path)
                     found = read(path)
                     done += min(rows, len(text.tokens) - start)

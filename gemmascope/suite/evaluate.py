@@ -175,7 +175,7 @@ class Task:
         return Blocks(self.work, self.stop, BLOCKS, self.settings, text, rows, groups).sums(
             "Evaluation",
             lambda place: place.subject(self.device, self.config.impl),
-            lambda part, subjects, sites: measure(model, part, subjects, moments, ablations=sites),
+            lambda part, subjects, sites: measure(model, text.rows(part), subjects, moments, ablations=sites),
         )
 
     def clear(self) -> None:
