@@ -21,10 +21,11 @@ EARLY = 10
 
 def bins_of(context: int) -> Tensor:
     """The bin of each position of a row: int64 [context], from 0, without gaps."""
-    positions = torch.arange(context, dtype=torch.float64, device="cpu")
-    beyond = EVERY + (OF_OCTAVE * torch.log2((positions + 0.5) / EVERY)).floor().clamp(min=0)
-    raw = torch.where(positions < EVERY, positions, beyond).long()
-    return raw.unique(return_inverse=True)[1]
+    positions = torch.arange(context, dtype=torch.int64, device="cpu")
+    octave = (positions // EVERY).clamp(min=1).double().log2().floor().long()
+    width = EVERY // OF_OCTAVE * 2**octave
+    beyond = EVERY + OF_OCTAVE * octave + positions // width - OF_OCTAVE
+    return torch.where(positions < EVERY, positions, beyond)
 
 
 def owners_of(text: MarkedText) -> tuple[Tensor, int, int]:
