@@ -1,6 +1,5 @@
 """The figure of a study, from its rows: panels of points, lines or histograms, by what its plot says."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.lines import Line2D
 from .plots import (
     GREY,
     KIND_STYLES,
-    LIGHT,
+    LINES,
     SITES,
     entitle,
     layer_handles,
@@ -58,6 +57,7 @@ class _Drawing:
         self.notes: list[str] = []
         self.columns = self._columns()
         self.panel_rows = self._panel_rows()
+        self.ranks, self.by = self._ranks(), self._by()
         self.colours = self._colours()
 
     def _columns(self) -> list[str]:
@@ -79,22 +79,54 @@ class _Drawing:
             return [(figure, kind) for figure in figures for kind in self.kinds]
         return [(figure, None) for figure in figures]
 
+    def _ranks(self) -> dict[str, tuple]:
+        """Of each SAE, by name, width and place by L0 among those of its site, kind and width: those of one place have
+        one colour or line."""
+        groups: dict[tuple, dict[str, float]] = {}
+        for row in self.rows:
+            group = groups.setdefault((row["site"], row["layer"], row["kind"], row["width"]), {})
+            group.setdefault(row["sae"], row["L0"] or 0.0)
+        found: dict[str, tuple] = {}
+        for (*_, width), group in groups.items():
+            for rank, name in enumerate(sorted(group, key=lambda name: (group[name], name))):
+                found[name] = (width, rank)
+        return found
+
+    def _by(self) -> str:
+        """What colours are by: kinds, where the sites' layers or the SAEs would have one colour or far too many."""
+        by, mark = self.plot["colours"], self.plot["mark"]
+        one_layer = len({row["layer"] for row in self.rows}) == 1
+        if len(self.kinds) > 1 and ((by == "layer" and one_layer) or (by == "sae" and mark == "lines")):
+            return "kind"
+        return by
+
     def _key(self, row: Row) -> Any:
         """By what a row has its colour."""
-        by = self.plot["colours"]
-        return row["L0"] if by == "sae" else row[by]
+        return self.ranks[row["sae"]] if self.by == "sae" else row[self.by]
 
     def _colours(self) -> dict[Any, str]:
+        if self.by == "kind":
+            return {kind: PALETTE[index] for index, kind in enumerate(self.kinds)}
         keys = list(dict.fromkeys(self._key(row) for row in self.rows if row["series"] not in self.controls))
-        if self.plot["colours"] == "series":
+        if self.by == "series":
             return {key: PALETTE[index % len(PALETTE)] for index, key in enumerate(keys)}
-        ordered = sorted(key for key in keys if key is not None)
-        if self.plot["colours"] == "sae" and ordered and ordered[0] > 0:  # by the logarithm of L0
-            low, high = math.log(ordered[0]), math.log(ordered[-1])
-            share = {key: (math.log(key) - low) / (high - low) if high > low else 0.0 for key in ordered}
-        else:
-            share = {key: index / max(1, len(ordered) - 1) for index, key in enumerate(ordered)}
+        ordered = sorted(keys)
+        share = {key: index / max(1, len(ordered) - 1) for index, key in enumerate(ordered)}
         return {key: to_hex(colormaps["viridis"](0.85 * each)) for key, each in share.items()}
+
+    def _line(self, row: Row) -> Any:
+        """The line of an SAE in a panel of lines."""
+        if self.by != "kind":
+            return KIND_STYLES[row["kind"]][1]
+        ranks = sorted(set(self.ranks.values()))
+        return LINES[ranks.index(self.ranks[row["sae"]]) % len(LINES)]
+
+    def _label(self, rank: tuple) -> str:
+        """Of the SAEs of one place: their L0, and their width where there are several."""
+        found = sorted({row["L0"] for row in self.rows if self.ranks[row["sae"]] == rank and row["L0"] is not None})
+        low, high = (f"{each:.3g}" for each in (found[0], found[-1])) if found else ("–", "–")
+        several = len({width for width, _ in self.ranks.values()}) > 1
+        return f"L0 {low if low == high else f'{low}–{high}'}" + (f", width {rank[0]:,}" if several else "")
 
     def figure(self) -> Figure:
         wide, high = len(self.columns), len(self.panel_rows)
@@ -149,13 +181,13 @@ class _Drawing:
         name = rows[0]["figure"]
         for each, spec, values in (
             ("x", self.plot["x"], [row["x"] for row in self.rows]),
-            ("y", self.plot["figures"][name], [row["y"] for row in rows if row["series"] not in self.controls]),
+            ("y", self.plot["figures"][name], [row["y"] for row in rows]),
         ):
             low, high = min(values), max(values)
             paper = spec["range"]
             if paper is not None and paper[0] <= low and high <= paper[1]:
                 getattr(axes, f"set_{each}lim")(*paper)
-            elif each == "y" and self.plot["mark"] == "lines":
+            elif each == "y" and self.plot["mark"] == "lines" and axes.get_yscale() == "linear":
                 top = max([*(row["high"] for row in rows if row["high"] is not None), high])
                 axes.set_ylim(min(0.0, low), MARGIN * min(top, 2 * high))
         for panel in panels:
@@ -171,7 +203,13 @@ class _Drawing:
             if row["series"] in self.controls:
                 marker = HOLLOW[self.controls.index(row["series"]) % len(HOLLOW)]
                 axes.plot(
-                    row["x"], row["y"], marker, markerfacecolor="white", markeredgecolor=LIGHT, markersize=5, zorder=1
+                    row["x"],
+                    row["y"],
+                    marker,
+                    markerfacecolor="white",
+                    markeredgecolor="#999999",
+                    markersize=5,
+                    zorder=1,
                 )
             else:
                 key = (row["layer"], row["site"], row["kind"], row["width"], row["series"])
@@ -181,9 +219,16 @@ class _Drawing:
             marker, line = KIND_STYLES[curve[0]["kind"]]
             colour = self.colours[self._key(curve[0])]
             x, y = ([row[each] for row in curve] for each in ("x", "y"))
-            axes.plot(x, y, marker, color=colour, linestyle=line, linewidth=1.1, markersize=5, zorder=3)
+            axes.plot(
+                x, y, marker, color=colour, linestyle=line, linewidth=1.1, markersize=self._size(curve[0]), zorder=3
+            )
             for row in curve:
                 self._interval(axes, row, colour)
+
+    def _size(self, row: Row) -> float:
+        """Of a mark: of series that lie on one another the first are larger."""
+        behind = len(self.colours) - 1 - list(self.colours).index(row["series"]) if self.plot["nested"] else 0
+        return 3.5 + 3.0 * behind if self.plot["nested"] else 5.0
 
     def _interval(self, axes: Axes, row: Row, colour: str) -> None:
         if row["low"] is None:
@@ -201,10 +246,10 @@ class _Drawing:
                 axes.plot(x, y, color=GREY, linewidth=1.2, linestyle="--", zorder=1)
                 continue
             colour = self.colours[self._key(curve[0])]
-            axes.plot(x, y, color=colour, linewidth=1.3, linestyle=KIND_STYLES[curve[0]["kind"]][1], zorder=3)
+            axes.plot(x, y, color=colour, linewidth=1.3, linestyle=self._line(curve[0]), zorder=3)
             inside = [row for row in curve if row["low"] is not None]
             at, low, high = ([row[each] for row in inside] for each in ("x", "low", "high"))
-            axes.fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0, zorder=2)
+            axes.fill_between(at, low, high, color=colour, alpha=0.07, linewidth=0, zorder=2)
 
     def _steps(self, axes: Axes, rows: Sequence[Row]) -> None:
         for (_, series), curve in self._by_sae(rows).items():
@@ -230,20 +275,25 @@ class _Drawing:
     # ---- legend
 
     def _handles(self) -> list[Line2D]:
-        by, mark = self.plot["colours"], self.plot["mark"]
-        if by == "layer":
+        mark = self.plot["mark"]
+        if self.by == "layer":
             handles = layer_handles(self.colours)
         else:
-            names = {
-                key: f"L0 {key:.3g}" if by == "sae" else f"width {key:,}" if by == "width" else str(key)
-                for key in self.colours
-            }
-            kept = spread(sorted(names) if by != "series" else list(names), len(PALETTE))
-            handles = [Line2D([], [], color=self.colours[key], linewidth=2, label=literal(names[key])) for key in kept]
-        for kind in self.kinds if mark != "steps" else ():
+            kept = spread(list(self.colours), len(PALETTE))
+            name = {"sae": self._label, "width": "width {:,}".format}.get(self.by, str)
+            handles = [
+                Line2D([], [], color=self.colours[key], linewidth=2, label=literal(name(key)))
+                for key in kept
+                if self.by != "kind" or mark != "points"
+            ]
+        if self.by == "kind" and mark == "lines":
+            ranks = sorted(set(self.ranks.values()))
+            for index, rank in enumerate(spread(ranks, len(LINES))):
+                handles.append(Line2D([], [], color=GREY, linestyle=LINES[index], label=self._label(rank)))
+        for kind in self.kinds if mark == "points" else ():
             marker, line = KIND_STYLES[kind]
-            shape = marker if mark == "points" else ""
-            handles.append(Line2D([], [], color=GREY, marker=shape, linestyle=line, label=kind))
+            colour = self.colours[kind] if self.by == "kind" else GREY
+            handles.append(Line2D([], [], color=colour, marker=marker, linestyle=line, label=kind))
         for index, name in enumerate(self.controls):
             style: dict[str, Any] = {"color": GREY, "linestyle": "--"}
             if mark == "points":

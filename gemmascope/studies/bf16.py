@@ -71,6 +71,6 @@ STUDY = Study(
     NAME,
     "Does bfloat16 cost anything: all in fp32, SAEs in bfloat16, SAEs and the model in bfloat16?",
     "arXiv 2408.05147 §4.7, figure 10",
-    Plot("Precision", L0_AXIS, {DELTA_LOSS: LOSS_AXIS, FVU: FVU_AXIS}, colours="series"),
+    Plot("Precision", L0_AXIS, {DELTA_LOSS: LOSS_AXIS, FVU: FVU_AXIS}, colours="series", nested=True),
     run,
 )

@@ -51,7 +51,7 @@ class Plot:
 
     figures: the y axis of each figure. mark: "points" of many SAEs, or a line ("lines") or a histogram ("steps") of
     each. colours: by which column. controls: series that are drawn hollow or grey. left_out: ends of the names of
-    series that are in the rows alone.
+    series that are in the rows alone. nested: marks of one series within those of another, since they coincide.
     """
 
     title: str
@@ -61,6 +61,7 @@ class Plot:
     colours: Literal["layer", "series", "width", "sae"] = "layer"
     controls: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    nested: bool = False
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def between(values: Sequence[float | None]) -> str:
     if not known:
         return "–"
     low, high = short(known[0]), short(known[-1])
-    return low if low == high else f"{low}–{high}"
+    return low if low == high else f"{low} to {high}" if known[0] < 0 else f"{low}–{high}"
 
 
 def counted(n: int, what: str) -> str:

@@ -131,12 +131,13 @@ STUDY = Study(
         "Position in the row",
         Axis("tokens before it in the row", "log"),
         {
-            ERROR: Axis("squared error / mean square", range=(0, 0.4)),
+            ERROR: Axis("squared error / mean square", "log"),
             DELTA_LOSS: Axis("ΔLM loss, nats a token", range=(0, 0.01)),
         },
         mark="lines",
         colours="sae",
-        controls=(MEAN, ABLATED),
+        controls=(MEAN,),
+        left_out=(ABLATED,),
     ),
     run,
 )
