@@ -154,7 +154,9 @@ class _Drawing:
         handles = self._handles()
         if handles:
             legend_below(figure, handles)
-        entitle(figure, f"{self.plot['title']}: {literal(self.study['model'])}", "; ".join(self.notes))
+        second = self.study["second_model"]
+        models = literal(self.study["model"] + (f" and {second}" if second else ""))
+        entitle(figure, f"{self.plot['title']}: {models}", "; ".join(self.notes))
         return figure
 
     def _at(self, site: str) -> list[Row]:
