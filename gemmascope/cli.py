@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -328,6 +328,94 @@ def probe(
         print(json.dumps(found, indent=2))
     else:
         present_probing(config.folder)
+
+
+@app.command()
+def study(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Of the study, or all; --list shows them.", show_default=False)
+    ] = None,
+    saes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SAE...",
+            help="Folder of a run; files or folders of SAEs or transcoders; OWNER/NAME/PATH on the hub.",
+            show_default=False,
+        ),
+    ] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="Show the studies and what each asks.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="The Gemma: a folder, or a name on the hub. [default: that of the run]")
+    ] = None,
+    second_model: Annotated[
+        str | None, typer.Option(help="Of the same shape, for the study transfer: a folder, or a name on the hub.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="UTF-8 files or a glob; repeat for more. [default: what the run held out]")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Of every SAE: layer_12/resid, … [default: what each says]")] = None,
+    sequences: Annotated[int, typer.Option(help="Rows of text, at most.")] = 2048,
+    context: Annotated[int | None, typer.Option(help="Tokens of a row. [default: 1024, of a run its own]")] = None,
+    outliers: Annotated[
+        float | None,
+        typer.Option(help="A token is one above so many times the median norm. [default: the run's, or 5]"),
+    ] = None,
+    control_tokens: Annotated[int, typer.Option(help="Tokens that controls are fitted on, and judged on.")] = 65536,
+    draws: Annotated[int, typer.Option(help="Of the bootstrap over documents.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap and of what is drawn.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results. [default: RUN/studies, else runs/studies]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the model: branch, tag or commit.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of models that are named: float32, bfloat16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where all runs.")] = "auto",
+    impl: Annotated[str, typer.Option(help="Who computes the SAEs, see `info`.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make one of Gemma Scope's studies of SAEs, or all: a table, a figure and a line each; run again, it goes on."""
+    with ending_when_interrupted(["study", "--fresh"] if fresh else ["study"]):
+        from .studies import STUDIES
+        from .suite import StudyConfig, study_saes
+        from .suite.config import ModelSection
+
+    console = Console()
+    if list_them:
+        width = max(map(len, STUDIES))
+        for each in STUDIES.values():
+            console.print(f"{each.name:<{width}}  {each.question} ({each.source})", markup=False, soft_wrap=True)
+        return
+    if name is None or not saes:
+        raise ValueError("study: expected NAME SAE..., or --list, got too little")
+    if model is None and (revision is not None or (dtype != "auto" and second_model is None)):
+        raise ValueError("model: expected --model beside --revision and --dtype, got none")
+    section = None if model is None else ModelSection(name=model, revision=revision, dtype=dtype)
+    config = StudyConfig(
+        saes,
+        section,
+        text=text or (),
+        site=site,
+        sequences=sequences,
+        context=context,
+        outliers=outliers,
+        control_tokens=control_tokens,
+        draws=draws,
+        seed=seed,
+        out=out,
+        device=device,
+        impl=impl,
+        second_model=None if second_model is None else ModelSection(name=second_model, dtype=dtype),
+    )
+
+    def show(name: str, found: Mapping[str, Any]) -> None:
+        images = reporting.write_study(config.folder / f"{name}.json")
+        files = ", ".join(str(config.folder / f"{name}.{ending}") for ending in ("csv", "json"))
+        console.print(f"{name}: {found['conclusion']}", markup=False, soft_wrap=True)
+        console.print(f"  {files}, {', '.join(map(str, images))}", markup=False, soft_wrap=True)
+
+    made = study_saes([name], config, fresh=fresh, on_study=show)
+    for each, why in () if made is None else made.left_out.items():
+        console.print(f"{each}: not made. {why}", markup=False, soft_wrap=True)
 
 
 Weights = Annotated[

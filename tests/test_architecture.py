@@ -25,6 +25,7 @@ LAYERS = (
         "training",
         "evaluation",
         "probing",
+        "studies",
         "reporting",
         "suite",
         "demo",

@@ -45,9 +45,18 @@ class Bootstrap:
         for name, each in (("numerators", numerators), ("denominators", denominators)):
             if each.shape != (self._documents,):
                 raise ValueError(f"{name}: expected shape [{self._documents}], got {list(each.shape)}")
-        both = torch.stack([numerators, denominators], 1).double().cpu()
+        return self.ratios(numerators[:, None], denominators[:, None])[0]
+
+    def ratios(self, numerators: Tensor, denominators: Tensor) -> list[tuple[float, float] | None]:
+        """`ratio` of each column of fp64 [documents, columns]."""
+        columns = numerators.shape[1:]
+        for name, each in (("numerators", numerators), ("denominators", denominators)):
+            if each.shape != (self._documents, *columns) or len(columns) != 1:
+                raise ValueError(f"{name}: expected shape [{self._documents}, columns], got {list(each.shape)}")
+        both = torch.cat([numerators, denominators], 1).double().cpu()
         sums = torch.cat([part.double() @ both for part in self.times.split(_AT_ONCE)])
-        return self.interval(sums[:, 0] / sums[:, 1])
+        found = sums[:, : columns[0]] / sums[:, columns[0] :]
+        return [self.interval(values) for values in found.T]
 
     def interval(self, found: Tensor) -> tuple[float, float] | None:
         """The interval of a figure whose values in the draws are ``found``, fp64 [draws]; None as of `ratio`."""

@@ -72,18 +72,20 @@ def measure(
     moments: Mapping[Site, SiteMoments],
     *,
     ablations: Sequence[Site] | None = None,
+    sets: Sequence[str] = SETS,
 ) -> Sums:
     """The sums of ``text`` over its documents, fp64 and on the CPU, by name:
 
-        documents                  [documents]             their numbers, ascending
-        clean                      [documents, 2]          predictions, and the sum of their losses
-        NAME/tokens                [documents, 3, terms]   of the SAE, by set, `TERMS`
-        NAME/losses                [documents, 3, 2]       `LOSSES` with it spliced in at the tokens of the set
-        NAME/fired                 [d_sae]                 tokens of the text that each latent fires on
-        SITE/zero, SITE/mean       [documents, 3, 2]       likewise with zero or the set's mean in the place
+        documents                  [documents]                their numbers, ascending
+        clean                      [documents, 2]             predictions, and the sum of their losses
+        NAME/tokens                [documents, sets, terms]   of the SAE, by set, `TERMS`
+        NAME/losses                [documents, sets, 2]       `LOSSES` with it spliced in at the tokens of the set
+        NAME/fired                 [d_sae]                    tokens of the text that each latent fires on
+        SITE/zero, SITE/mean       [documents, sets, 2]       likewise with zero or the set's mean in the place
 
-    moments: of every site that is written to. ablations: the sites that are ablated, by default all those. The model
-    runs eagerly, in evaluation mode, and is left in its mode. Raises as `attach` and `Capture`.
+    A prediction is of the document of the token that is predicted. moments: of every site that is written to.
+    ablations: the sites that are ablated, by default all those. sets: of `SETS`, those that figures are wanted of. The
+    model runs eagerly, in evaluation mode, and is left in its mode. Raises as `attach` and `Capture`.
     """
     written = list(dict.fromkeys(subject.writes for subject in subjects))
     ablated = written if ablations is None else list(ablations)
@@ -97,7 +99,7 @@ def measure(
         for start in range(0, len(text.tokens), rows):
             batch = _Batch(model, text.rows(slice(start, start + rows)), read, sums)
             for site in dict.fromkeys([*written, *ablated]):
-                replacing = _Replacing(batch, site, moments[site])
+                replacing = _Replacing(batch, site, moments[site], sets)
                 if site in ablated:
                     replacing.ablate()
                 for subject in subjects:
@@ -140,7 +142,7 @@ class _Batch:
         self.model, self.text, self.sums = model, text, sums
         self.device = input_device(model)
         self.scored = text.is_scored
-        self.owners = text.documents[:, :-1][self.scored]
+        self.owners = text.documents[:, 1:][self.scored]
         self.targets = text.tokens[:, 1:][self.scored]
         with Capture(model, sites) as capture:
             self.logits = self._scored_logits()
@@ -165,24 +167,24 @@ class _Batch:
 class _Replacing:
     """What can take the place of the activations of a site in a batch."""
 
-    def __init__(self, batch: _Batch, site: Site, moments: SiteMoments):
-        self.batch, self.site, self.moments = batch, site, moments
+    def __init__(self, batch: _Batch, site: Site, moments: SiteMoments, sets: Sequence[str]):
+        self.batch, self.site, self.moments, self.sets = batch, site, moments, tuple(sets)
         self.y = batch.activations[site]
         self.masks = batch.text.masks(self.y, moments.max_norm)
         present = self.masks["every"]
         self.owners = batch.text.documents[present]
         self.rows = self.y[present.to(self.y.device)]
         # Of the rows, which are in each set: [n, sets].
-        self.members = torch.stack([self.masks[name][present] for name in SETS], 1)
+        self.members = torch.stack([self.masks[name][present] for name in self.sets], 1)
         self.present = present
 
     def _measure(self, name: str, values: Mapping[str, Tensor]) -> None:
         """Run the model with ``values`` by set; where nothing differs from an earlier set, its losses are the same."""
         found: dict[str, Tensor] = {}
-        for index, each in enumerate(SETS):
+        for index, each in enumerate(self.sets):
             same = (
                 other
-                for other in SETS[:index]
+                for other in self.sets[:index]
                 if torch.equal(self.masks[each], self.masks[other]) and torch.equal(values[each], values[other])
             )
             before = next(same, None)
@@ -190,11 +192,11 @@ class _Replacing:
                 found[each] = self.batch.losses_with(self.site, values[each], self.masks[each])
             else:
                 found[each] = found[before]
-        self.batch.sums.add(name, self.batch.owners, torch.stack([found[each] for each in SETS], 1))
+        self.batch.sums.add(name, self.batch.owners, torch.stack([found[each] for each in self.sets], 1))
 
     def ablate(self) -> None:
         nothing = self.y.new_zeros(self.y.shape[-1])
-        self._measure(f"{self.site}/zero", dict.fromkeys(SETS, nothing))
+        self._measure(f"{self.site}/zero", dict.fromkeys(self.sets, nothing))
         self._measure(f"{self.site}/mean", self.moments.means)
 
     def judge(self, subject: Subject) -> None:
@@ -204,12 +206,12 @@ class _Replacing:
         x_hat, l0, (token, latent) = subject.reconstruct(x)
         terms = self._terms(x_hat.to(self.rows.device), l0)
         self.batch.sums.add(f"{subject.name}/tokens", self.owners, terms)
-        of_text = self.members[:, 0].to(token.device)[token]
+        of_text = self.masks["text"][present].to(token.device)[token]
         fired = torch.bincount(latent[of_text], minlength=subject.sae.d_sae)
         self.batch.sums.count(f"{subject.name}/fired", fired)
         whole = self.y.clone()
         whole[present.to(whole.device)] = x_hat.to(whole)
-        self._measure(f"{subject.name}/losses", dict.fromkeys(SETS, whole))
+        self._measure(f"{subject.name}/losses", dict.fromkeys(self.sets, whole))
 
     def _terms(self, x_hat: Tensor, l0: Tensor) -> Tensor:
         """`TERMS` of each token, by set, 0 where it is not in it: fp64 [n, sets, terms]."""
@@ -217,7 +219,7 @@ class _Replacing:
         tiny = torch.finfo(torch.float64).tiny
         about_zero = rows.double().square().sum(1)
         found = []
-        for index, name in enumerate(SETS):
+        for index, name in enumerate(self.sets):
             each = by_token(rows, x_hat, self.moments.means[name].to(rows.device))
             norms, x_norms = each.square.sqrt(), about_zero.sqrt()
             share = torch.where(each.error == 0, each.error, each.error / each.spread)

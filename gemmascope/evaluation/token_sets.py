@@ -8,7 +8,7 @@ The same sets say where a reconstruction takes the place of the activation. What
 tokens of the text alone, whichever set it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,16 @@ class MarkedText:
     def is_scored(self) -> Tensor:
         """Where the next token is a prediction that counts: bool [rows, context − 1]."""
         return self.is_text[:, :-1] & self.is_text[:, 1:]
+
+    def owned_by(self, owners: Tensor) -> "MarkedText":
+        """The same text, of which sums are made for ``owners`` in the place of documents: numbers from 0 [rows,
+        context], of which those of padding do not count. Raises ValueError for another shape and numbers below 0."""
+        if owners.shape != self.tokens.shape:
+            raise ValueError(f"owners: expected shape {list(self.tokens.shape)}, got {list(owners.shape)}")
+        present = self.documents >= 0
+        if (owners[present] < 0).any():
+            raise ValueError(f"owners: expected numbers from 0, got {int(owners[present].min())}")
+        return replace(self, documents=torch.where(present, owners, -1))
 
     def rows(self, rows: slice) -> "MarkedText":
         return MarkedText(self.tokens[rows], self.documents[rows], self.is_text[rows])

@@ -3,7 +3,7 @@
 from .evaluation import evaluation_table, is_evaluation, read_evaluation, write_evaluation
 from .log import TrainLog
 from .probing import is_probing, probing_table, read_probing, write_probing
-from .report import write_html, write_plots
+from .report import write_html, write_plots, write_study
 from .results import read_frequencies, read_log, read_results
 from .table import final_table
 from .trackers import Trackers, open_trackers
@@ -26,4 +26,5 @@ __all__ = [
     "write_html",
     "write_plots",
     "write_probing",
+    "write_study",
 ]

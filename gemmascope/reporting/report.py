@@ -2,8 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
-from ..formats.files import as_path, atomic_write
+from ..formats.files import as_path, atomic_write, read_json
 from . import page
 from .results import PLOTS, read_frequencies, read_log, read_results
 
@@ -26,6 +27,24 @@ def write_plots(run_dir: str | os.PathLike) -> list[Path]:
         with atomic_write(paths[-1]) as temporary:
             figure.savefig(temporary, format="png", facecolor="white")
     return paths
+
+
+def write_study(path: str | os.PathLike) -> tuple[Path, Path]:
+    """Draw the study whose JSON is ``path`` as an SVG and a PNG beside it; their paths. Needs matplotlib."""
+    import matplotlib
+
+    from .study_plots import draw
+
+    path = as_path("path", path)
+    figure = draw(read_json(path))
+    found = (path.with_suffix(".svg"), path.with_suffix(".png"))
+    # The same rows give the same bytes.
+    settings: Any = {"svg.hashsalt": path.stem, "svg.fonttype": "none"}
+    for image in found:
+        options: dict[str, Any] = {"metadata": {"Date": None}} if image.suffix == ".svg" else {}
+        with atomic_write(image) as temporary, matplotlib.rc_context(settings):
+            figure.savefig(temporary, format=image.suffix[1:], facecolor="white", **options)
+    return found
 
 
 def write_html(run_dir: str | os.PathLike) -> Path:

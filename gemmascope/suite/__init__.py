@@ -9,6 +9,7 @@ from .model import Loaded, load_architecture, load_model
 from .plan import Plan, make_plan
 from .probe import ProbeConfig, probe_saes
 from .run import harvest_suite, plan_suite, train_suite
+from .study import Studied, StudyConfig, study_saes
 
 __all__ = [
     "CheckConfig",
@@ -16,6 +17,8 @@ __all__ = [
     "Loaded",
     "Plan",
     "ProbeConfig",
+    "Studied",
+    "StudyConfig",
     "SuiteConfig",
     "check_sae",
     "evaluate_saes",
@@ -27,5 +30,6 @@ __all__ = [
     "make_plan",
     "plan_suite",
     "probe_saes",
+    "study_saes",
     "train_suite",
 ]

@@ -10,11 +10,8 @@ SAEs is made once a group, the ablations once a site.
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,27 +21,23 @@ from ..evaluation.controls import ControlTokens, controls
 from ..evaluation.figures import Figures, added, plain
 from ..evaluation.language_model import rows_of_a_forward
 from ..evaluation.protocol import Sums, measure
-from ..evaluation.site_moments import SiteMoments, site_moments
+from ..evaluation.site_moments import SiteMoments
 from ..evaluation.suite import MAX_BYTES
-from ..formats.arrays import read_safetensors
-from ..formats.files import atomic_write, read_json, shown, write_json
+from ..formats.files import read_json, shown, write_json
 from ..kernels import choose
 from ..reporting.progress import StageProgress
 from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, write_frequencies
 from ..runs import Run, Stage
 from ..sites import Site
 from ..sites.decoder import find_decoder
+from .blocks import Blocks, groups_that_fit, moments_of
 from .judged import EvaluateConfig, Place, Sources, Texts, find_places, read_texts
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
 
 BLOCKS = "blocks"
-# The text is judged in so many pieces, or rows where it has fewer.
-MOST_BLOCKS = 64
-MOMENTS = "moments.safetensors"
-MOST_TENSORS = 1 << 20
-_DTYPES = {"F64": torch.float64, "F32": torch.float32}
+MOMENTS = "moments"
 
 
 def evaluate_saes(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any] | None:
@@ -78,65 +71,15 @@ def _evaluate(config: EvaluateConfig, sources: Sources, work: Run, stop: Stop, s
     loaded = sources.model(config, device)
     places = find_places(config, sources, loaded)
     texts = read_texts(config, sources, loaded, work.folder / TOKENS)
-    task = _Task(config, loaded, places, texts, work, stop, sources.outlier_ratio(config))
-    finished = work.stage(FINISHED, task.settings, [_identity(place) for place in places], config.draws, config.seed)
-    if finished.done():
-        task.clear()
-        say(f"{work.folder}: finished before; start over with --fresh")
-        return read_json(work.folder / RESULTS)
-    moments = task.moments()
-    sums = added(task.blocks(moments), texts.judged.documents)
-    figures = Figures(sums, Bootstrap(len(sums["documents"]), draws=config.draws, seed=config.seed))
-    found = {place.name: figures.of(place.name, place.writes) for place in places}
-    beside = task.controls(moments, {name: each["l0"] for name, each in found.items()})
-    stop.check()
-    with finished.doing():
-        rows = []
-        for place in places:
-            site = moments[place.writes]
-            of_site = {"median_norm": site.median_norm, "outlier_norm": site.max_norm}
-            of_site |= figures.gamma(place.name, site.means)
-            own = {"name": place.name, **place.facts}
-            rows.append(own | plain(found[place.name] | beside[place.name] | of_site))
-        results = {
-            "title": f"Evaluation on {loaded.name}",
-            "model": _model_facts(loaded, texts, figures),
-            "saes": rows,
-            "evaluation": {
-                "sequences": len(texts.judged.tokens),
-                "context": texts.judged.tokens.shape[1],
-                "outlier_ratio": task.outlier_ratio,
-                "draws": config.draws,
-                "seed": config.seed,
-                "level": LEVEL,
-                "control_tokens": config.control_tokens,
-                "model": dict(loaded.identity),
-            },
-            "warnings": _warnings(config, texts, places, loaded),
-            "environment": task.environment,
-            "seconds": {"this_run": round(time.monotonic() - started, 1)},
-        }
-        write_json(work.folder / RESULTS, results)
-        write_frequencies(work.folder, {place.name: figures.frequency(place.name).float() for place in places})
-        finished.keep(work.folder / RESULTS, work.folder / FREQUENCIES)
-    task.clear()
-    return results
+    task = Task(config, loaded, places, texts, work, stop, sources.outlier_ratio(config))
+    return task.results(started)
 
 
 def _identity(place: Place) -> list[Any]:
     return [place.name, str(place.reads), str(place.writes), place.content, dict(place.facts)]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """SAEs that are in memory together. ablations: the sites that are ablated with them."""
-
-    number: int
-    places: tuple[Place, ...]
-    ablations: tuple[Site, ...]
-
-
-class _Task:
+class Task:
     """The stages of an evaluation."""
 
     def __init__(
@@ -156,86 +99,88 @@ class _Task:
         self.environment = environment(self.device) | {"impl": impl}
         self.settings = [loaded.identity, self.environment, texts.content, outlier_ratio, config.control_tokens]
 
+    def finished(self) -> dict[str, Any] | None:
+        """The results, where they are there."""
+        if not self._finished().done():
+            return None
+        self.clear()
+        return read_json(self.work.folder / RESULTS)
+
+    def results(self, started: float) -> dict[str, Any]:
+        """The results, written where they were not there. started: when this process began, of the monotonic clock."""
+        if (before := self.finished()) is not None:
+            say(f"{self.work.folder}: finished before; start over with --fresh")
+            return before
+        moments = self.moments()
+        sums = added(self.blocks(moments), self.texts.judged.documents)
+        figures = Figures(sums, Bootstrap(len(sums["documents"]), draws=self.config.draws, seed=self.config.seed))
+        found = {place.name: figures.of(place.name, place.writes) for place in self.places}
+        beside = self.controls(moments, {name: each["l0"] for name, each in found.items()})
+        self.stop.check()
+        finished = self._finished()
+        with finished.doing():
+            rows = []
+            for place in self.places:
+                site = moments[place.writes]
+                of_site = {"median_norm": site.median_norm, "outlier_norm": site.max_norm}
+                of_site |= figures.gamma(place.name, site.means)
+                own = {"name": place.name, **place.facts}
+                rows.append(own | plain(found[place.name] | beside[place.name] | of_site))
+            results = self._summary(figures, rows, started)
+            write_json(self.work.folder / RESULTS, results)
+            frequencies = {place.name: figures.frequency(place.name).float() for place in self.places}
+            write_frequencies(self.work.folder, frequencies)
+            finished.keep(self.work.folder / RESULTS, self.work.folder / FREQUENCIES)
+        self.clear()
+        return results
+
+    def _finished(self) -> Stage:
+        which = [_identity(place) for place in self.places]
+        return self.work.stage(FINISHED, self.settings, which, self.config.draws, self.config.seed)
+
+    def _summary(self, figures: Figures, rows: list[dict[str, Any]], started: float) -> dict[str, Any]:
+        config, loaded, texts = self.config, self.loaded, self.texts
+        return {
+            "title": f"Evaluation on {loaded.name}",
+            "model": _model_facts(loaded, texts, figures),
+            "saes": rows,
+            "evaluation": {
+                "sequences": len(texts.judged.tokens),
+                "context": texts.judged.tokens.shape[1],
+                "outlier_ratio": self.outlier_ratio,
+                "draws": config.draws,
+                "seed": config.seed,
+                "level": LEVEL,
+                "control_tokens": config.control_tokens,
+                "model": dict(loaded.identity),
+            },
+            "warnings": _warnings(config, texts, self.places, loaded),
+            "environment": self.environment,
+            "seconds": {"this_run": round(time.monotonic() - started, 1)},
+        }
+
     def moments(self) -> dict[Site, SiteMoments]:
         """Of every site that is written to."""
         sites = list(dict.fromkeys(place.writes for place in self.places))
-        path = self.work.folder / MOMENTS
-        stage = self.work.stage("moments", self.settings, [str(site) for site in sites])
-        if not stage.done():
-            train, judged = self.texts.train, self.texts.judged
-            total = len(train) + len(judged.tokens)
-            with stage.doing(), StageProgress("Means of the sites", total, "row") as bar:
-                found = site_moments(
-                    self.loaded.model, train, judged, sites, self.outlier_ratio, lambda rows: self._tick(bar, rows)
-                )
-                tensors = {f"{site}/{key}": x for site in sites for key, x in found[site].to_tensors().items()}
-                _save(path, tensors)
-                stage.keep(path)
-        tensors = _read(path)
-        return {
-            site: SiteMoments.from_tensors({key: tensors[f"{site}/{key}"] for key in ("means", "facts")})
-            for site in sites
-        }
-
-    def _tick(self, bar: StageProgress, step: int) -> None:
-        bar.update(step)
-        self.stop.check()
+        text, model = self.texts, self.loaded.model
+        given = (model, text.train, text.judged, sites, self.outlier_ratio)
+        return moments_of(self.work, self.stop, MOMENTS, self.settings, *given)
 
     def blocks(self, moments: Mapping[Site, SiteMoments]) -> Iterator[Sums]:
-        """The sums of every block of every group; what all groups share, of the first alone."""
-        text = self.texts.judged
+        """The sums of every block of every group."""
+        model, text = self.loaded.model, self.texts.judged
         # Whole forwards of the model, so that none is cut short.
-        of_forward = rows_of_a_forward(self.loaded.model, text.tokens.shape[1])
-        rows = of_forward * -(-len(text.tokens) // (MOST_BLOCKS * of_forward))
-        starts = range(0, len(text.tokens), rows)
-        groups = self._groups()
-        with StageProgress("Evaluation", len(groups) * len(text.tokens), "row") as bar:
-            done = 0
-            for group in groups:
-                subjects = None
-                for number, start in enumerate(starts):
-                    self.stop.check()
-                    stage, path = self._block(group, number, start, rows)
-                    if not stage.done():
-                        if subjects is None:
-                            subjects = [place.subject(self.device, self.config.impl) for place in group.places]
-                        with stage.doing():
-                            part = text.rows(slice(start, start + rows))
-                            sums = measure(self.loaded.model, part, subjects, moments, ablations=group.ablations)
-                            _save(path, sums)
-                            stage.keep(path)
-                    found = _read(path)
-                    done += min(rows, len(text.tokens) - start)
-                    bar.update(done, f"{len(group.places)} SAEs")
-                    yield {key: x for key, x in found.items() if key != "clean" or group.number == 0}
+        rows = rows_of_a_forward(model, text.tokens.shape[1])
+        groups = groups_that_fit(self.places, self.config.max_sae_bytes)
+        return Blocks(self.work, self.stop, BLOCKS, self.settings, text, rows, groups).sums(
+            "Evaluation",
+            lambda place: place.subject(self.device, self.config.impl),
+            lambda part, subjects, sites: measure(model, text.rows(part), subjects, moments, ablations=sites),
+        )
 
     def clear(self) -> None:
         """Remove the sums of blocks, once the results are there."""
         shutil.rmtree(self.work.folder / BLOCKS, ignore_errors=True)
-
-    def _block(self, group: _Group, number: int, start: int, rows: int) -> tuple[Stage, Path]:
-        name = f"{BLOCKS}/group_{group.number}/block_{number}"
-        which = [[place.name, str(place.reads), str(place.writes), place.content] for place in group.places]
-        stage = self.work.stage(name, self.settings, which, list(map(str, group.ablations)), start, rows)
-        return stage, self.work.folder / f"{name}.safetensors"
-
-    def _groups(self) -> list[_Group]:
-        """The SAEs of a site after one another, as many at a time as memory holds and at least one."""
-        ordered = sorted(self.places, key=lambda place: (place.writes, place.reads))
-        groups: list[_Group] = []
-        ablated: set[Site] = set()
-        while ordered:
-            size, count = 0, 0
-            for place in ordered:
-                size += place.bytes
-                if count and size > self.config.max_sae_bytes:
-                    break
-                count += 1
-            together, ordered = ordered[:count], ordered[count:]
-            new = dict.fromkeys(place.writes for place in together if place.writes not in ablated)
-            ablated |= set(new)
-            groups.append(_Group(len(groups), tuple(together), tuple(new)))
-        return groups
 
     def controls(self, moments: Mapping[Site, SiteMoments], l0: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         """Those of every SAE by name; its activations are held for as many pairs of sites as fit, at least one."""
@@ -287,17 +232,6 @@ class _Task:
             group.append(pair)
             size += new
         yield group
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with atomic_write(path) as temporary:
-        safetensors.torch.save_file(
-            {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary, metadata={"format": "pt"}
-        )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path, dtypes=_DTYPES, max_arrays=MOST_TENSORS)
 
 
 # ---- results

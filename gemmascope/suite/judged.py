@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,11 +99,13 @@ class JudgedConfig:
     @property
     def folder(self) -> Path:
         """Of the results."""
-        if self.out is not None:
-            return Path(self.out)
+        return self.beside(self.FOLDER) if self.out is None else Path(self.out)
+
+    def beside(self, name: str) -> Path:
+        """The folder of that name in the run that is judged, else in runs/."""
         only = Path(self.saes[0])
         of_run = len(self.saes) == 1 and os.path.lexists(only / RESULTS)
-        return (only if of_run else Path("runs")) / self.FOLDER
+        return (only if of_run else Path("runs")) / name
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ class Place:
     model: str | None
     """Which it says that it is of."""
 
-    def subject(self, device: torch.device, impl: str) -> Subject:
-        sae = self.source.load().to(device)
+    def subject(self, device: torch.device, impl: str, dtype: torch.dtype | None = None) -> Subject:
+        """The SAE on the device. dtype: of its weights, by default that of the file."""
+        sae = self.source.load(dtype).to(device)
         sae.impl = impl
         return Subject(self.name, self.reads, self.writes, sae)
 
@@ -186,21 +189,21 @@ class Sources:
         ratio = found.pop() if len(found) == 1 else None
         return float(ratio) if isinstance(ratio, (int, float)) and ratio >= 1 else OUTLIER_RATIO
 
-    def model(self, config: JudgedConfig, device: torch.device) -> Loaded:
-        """The model of the settings, else that of the run.
+    def model(self, config: JudgedConfig, device: torch.device, dtype: str | None = None) -> Loaded:
+        """The model of the settings, else that of the run, in the dtype that they say or in another one.
 
         Raises ValueError where nothing says which, for runs of different models, and for a model of a run that is
         another one now.
         """
         if config.model is not None:
-            return _loaded(config.model, device)
+            return load_named(config.model, device, dtype)
         sections = {_model_section(folder, results) for folder, results in self.runs.items()}
         if None in sections or len(sections) != 1:
             what = "none" if sections <= {None} else "several"
             raise ValueError(f"model: expected --model, or runs of one model, got {what}")
         section = sections.pop()
         assert section is not None
-        loaded = _loaded(section, device)
+        loaded = load_named(section, device, dtype)
         for folder in self.runs:
             begun = read_json(folder / IDENTITY) if (folder / IDENTITY).is_file() else {}
             was = begun.get("model", {}).get("files") if isinstance(begun, dict) else None
@@ -209,7 +212,10 @@ class Sources:
         return loaded
 
 
-def _loaded(section: ModelSection, device: torch.device) -> Loaded:
+def load_named(section: ModelSection, device: torch.device, dtype: str | None = None) -> Loaded:
+    """The model of a section, or it in another dtype, with a bar while its files are read."""
+    if dtype is not None:
+        section = replace(section, dtype=dtype)
     with StageProgress("Model", 0, "B") as bar:
 
         def hashed(done: int, of: int) -> None:
@@ -239,11 +245,12 @@ def _model_section(folder: Path, results: Mapping[str, Any]) -> ModelSection | N
 @dataclass(frozen=True, eq=False)
 class Texts:
     """train: ids [rows, context] that the controls are fitted on. judged: the text that SAEs are judged on. facts: what
-    results say of them."""
+    results say of them. rows: what both are of."""
 
     train: Tensor
     judged: MarkedText
     facts: Mapping[str, Any]
+    rows: TokenRows
 
     @property
     def content(self) -> str:
@@ -273,7 +280,7 @@ def read_texts(config: EvaluateConfig, sources: Sources, loaded: Loaded, folder:
         "documents": len(text.documents[text.documents >= 0].unique()),
         "control_sequences": len(fitted),
     }
-    return Texts(rows.train(fitted), text, facts)
+    return Texts(rows.train(fitted), text, facts, rows)
 
 
 def read_rows(config: JudgedConfig, sources: Sources, loaded: Loaded, folder: Path) -> tuple[TokenRows, str]:

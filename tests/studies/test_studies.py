@@ -1,0 +1,435 @@
+"""Every study against plain hooks and loops in fp64, in parts that add up, and where the answer is known."""
+
+import csv
+import io
+import math
+
+import pytest
+import torch
+
+from gemmascope import JumpReLUSAE
+from gemmascope.evaluation.protocol import Subject
+from gemmascope.sites import Site
+from gemmascope.studies import COLUMNS, STUDIES, Listed, csv_of
+from gemmascope.studies.common import Conversations
+from gemmascope.studies.frequency import histogram
+from gemmascope.studies.position import ABLATED, EVERY, MEAN, bins_of, owners_of
+from gemmascope.studies.subsets import OTHERS, groups_of
+from gemmascope.studies.uniformity import attribution_sums, columns_of, uniformity
+from gemmascope.studies.width_ladder import common_l0, interpolated
+from tests import tiny_models as tiny
+from tests.evaluation import plain as by_hand
+from tests.evaluation.test_protocol import ATT, MLP, RESID, dense, random_sae, text_of
+from tests.studies.work import PlainWork
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.gemma2(dtype=torch.float64)
+
+
+def identity_sae(site: Site) -> JumpReLUSAE:
+    """f = (max(x, 0), max(−x, 0)), x̂ = x."""
+    d = tiny.width(site)
+    sae = JumpReLUSAE(d, 2 * d, pre_encoder_bias=False, threshold_init=0.0).double()
+    both = torch.cat([torch.eye(d), -torch.eye(d)]).double()
+    with torch.no_grad():
+        sae.W_enc.copy_(both.T)
+        sae.W_dec.copy_(both)
+        sae.threshold.zero_()
+        for bias in (sae.b_enc, sae.b_dec):
+            bias.zero_()
+    return sae
+
+
+@pytest.fixture(scope="module")
+def work(model):
+    text, _ = text_of(model)
+    subjects = [
+        Subject(name, site, site, sae)
+        for name, site, sae in (
+            ("att", ATT, random_sae(ATT)),
+            ("a", RESID, random_sae(RESID)),
+            ("b", RESID, random_sae(RESID, seed=1, d_sae=32)),
+            ("identity", RESID, identity_sae(RESID)),
+        )
+    ]
+    return PlainWork(model, text, subjects, sources={4: "books", 7: "code", 9: "code"})
+
+
+def rows_of(finding, **wanted):
+    return [row for row in finding.rows if all(row[key] == value for key, value in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def in_detail(work):
+    """Of "a", by token: mask of the text, ‖x − x̂‖², ‖x − x̄‖²; and its rise of the loss by predicted token."""
+    text, sae = work.text, work.subjects[1].sae
+    x = by_hand.activation(work.models["model"], RESID, text.tokens)
+    mask = text.is_text
+    x_hat = dense(sae, x)[1]
+    mean = work.moments()[RESID].means["text"]
+    clean = by_hand.run(work.models["model"], text.tokens)
+    with by_hand.changed(work.models["model"], RESID, lambda y: torch.where(mask[..., None], x_hat, y)):
+        spliced = by_hand.run(work.models["model"], text.tokens)
+    rise = torch.zeros(text.tokens.shape, dtype=torch.float64)
+    scored = torch.zeros_like(mask)
+    for row, column in by_hand.scored(text.tokens, text.documents):
+        target = text.tokens[row, column + 1]
+        before, after = (each[row, column].log_softmax(-1)[target] for each in (clean, spliced))
+        rise[row, column + 1] = before - after
+        scored[row, column + 1] = True
+    error, spread = (x - x_hat).square().sum(-1), (x - mean).square().sum(-1)
+    return {
+        "mask": mask,
+        "scored": scored,
+        "error": error,
+        "spread": spread,
+        "square": x.square().sum(-1),
+        "rise": rise,
+    }
+
+
+# ---- position
+
+
+def test_position_by_hand(work, in_detail):
+    """Of 11 tokens every position has a bin of its own."""
+    found = STUDIES["position"].run(work)
+    mask, scored = in_detail["mask"], in_detail["scored"]
+    square = in_detail["square"][mask].mean()
+    for row in rows_of(found, sae="a", figure="reconstruction error", series="SAE"):
+        column = int(row["x"])
+        here = mask[:, column]
+        assert row["n"] == int(here.sum())
+        assert row["y"] == pytest.approx((in_detail["error"][:, column][here].mean() / square).item(), rel=1e-9)
+    losses = rows_of(found, sae="a", figure="ΔLM loss", series="SAE")
+    assert [row["x"] for row in losses] == [each for each in range(11) if scored[:, each].any()]
+    for row in losses:
+        here = scored[:, int(row["x"])]
+        assert row["y"] == pytest.approx(in_detail["rise"][:, int(row["x"])][here].mean().item(), rel=1e-7, abs=1e-9)
+
+
+def test_positions_add_up_to_the_whole(work):
+    found, whole = STUDIES["position"].run(work), work.evaluation()
+
+    def total(**wanted):
+        return math.fsum(row["y"] * row["n"] for row in rows_of(found, **wanted))
+
+    for name in ("a", "b", "att"):
+        figures = whole[name]
+        errors = rows_of(found, sae=name, figure="reconstruction error", series="SAE")
+        assert sum(row["n"] for row in errors) == figures["tokens"]
+        losses = rows_of(found, sae=name, figure="ΔLM loss", series="SAE")
+        assert sum(row["n"] for row in losses) == figures["predictions"]
+        loss = total(sae=name, figure="ΔLM loss", series="SAE") / figures["predictions"]
+        assert loss == pytest.approx(figures["delta_loss"], rel=1e-9)
+    spread = total(series=MEAN, site="resid")
+    for name in ("a", "b"):
+        error = total(sae=name, figure="reconstruction error", series="SAE")
+        assert error / spread == pytest.approx(whole[name]["fvu"], rel=1e-9)
+    ablated = total(series=ABLATED, site="resid") / whole["a"]["predictions"]
+    assert ablated == pytest.approx(whole["a"]["ablation_delta_loss"], rel=1e-9)
+    assert len(rows_of(found, series=MEAN, site="resid")) == 10, "once a site, without the position of BOS"
+
+
+def test_bins_of_positions():
+    bins = bins_of(1024)
+    assert torch.equal(bins[:EVERY], torch.arange(EVERY))
+    assert set(bins.diff().tolist()) == {0, 1}
+    assert [int((bins == bins[start]).sum()) for start in (40, 100, 200, 600)] == [2, 4, 8, 32]
+    assert int(bins.max()) + 1 == EVERY + 5 * 16
+
+
+def test_owners_of_positions(work):
+    owners, groups, bins = owners_of(work.text)
+    assert (groups, bins) == (3, 11)
+    assert owners[0, 3] == 3
+    assert owners[1, 6] == bins + 6
+    assert owners[3, 2] == 2 * bins + 2
+
+
+# ---- nothing lost
+
+
+@pytest.mark.parametrize("name", ["position", "subsets", "transfer", "bf16"])
+def test_an_identity_costs_nothing(work, name):
+    rows = rows_of(STUDIES[name].run(work), sae="identity")
+    of_sae = [row for row in rows if "mean" not in row["series"]]
+    assert of_sae
+    assert all(abs(row["y"]) < 1e-12 for row in of_sae)
+
+
+# ---- subsets
+
+
+def test_subsets_by_hand_and_together(work, in_detail):
+    found, documents = STUDIES["subsets"].run(work), work.text.documents
+    mask, scored = in_detail["mask"], in_detail["scored"]
+    parts = {"books": documents == 4, "code": (documents == 7) | (documents == 9), "all": documents >= 0}
+    for source, of_source in parts.items():
+        here, predicted = mask & of_source, scored & of_source
+        (fvu,) = rows_of(found, sae="a", figure="FVU", series=source)
+        assert fvu["n"] == int(here.sum())
+        assert fvu["y"] == pytest.approx((in_detail["error"][here].sum() / in_detail["spread"][here].sum()).item())
+        (loss,) = rows_of(found, sae="a", figure="ΔLM loss", series=source)
+        assert loss["n"] == int(predicted.sum())
+        assert loss["y"] == pytest.approx(in_detail["rise"][predicted].mean().item(), rel=1e-7)
+    whole = work.evaluation()["a"]
+    (fvu,), (loss,) = (rows_of(found, sae="a", figure=figure, series="all") for figure in ("FVU", "ΔLM loss"))
+    assert (fvu["y"], loss["y"]) == (pytest.approx(whole["fvu"]), pytest.approx(whole["delta_loss"]))
+    losses = [row for source in ("books", "code") for row in rows_of(found, sae="a", figure="ΔLM loss", series=source)]
+    assert sum(row["y"] * row["n"] for row in losses) / loss["n"] == pytest.approx(loss["y"], rel=1e-9)
+    assert (loss["low"], loss["high"]) == pytest.approx(tuple(whole["delta_loss_interval"]))
+
+
+def test_sources_that_are_many_are_taken_together():
+    sources = {number: f"file {number % 5}" for number in range(20)}
+    found = groups_of(sources, {number: 1.0 + (number % 5 == 3) for number in range(20)}, most=3)
+    assert list(found) == ["file 3", "file 0", OTHERS]
+    assert sorted(each for group in found.values() for each in group) == list(range(20))
+    assert found["file 3"] == [3, 8, 13, 18]
+
+
+def test_one_source_is_no_subset(work):
+    alone = PlainWork(work.models["model"], work.text, work.subjects, sources=dict.fromkeys((4, 7, 9), "one"))
+    assert STUDIES["subsets"].lacks(work) is None
+    assert str(STUDIES["subsets"].lacks(alone)).startswith("text: expected documents of several sources, got 1")
+
+
+# ---- transfer
+
+
+def test_transfer_by_hand(work):
+    """Another model, whose roles alternate."""
+    second, text = tiny.gemma2(seed=3, dtype=torch.float64), work.text
+    roles = torch.arange(text.tokens.shape[1]).expand(text.tokens.shape) // 4 % 3
+    spoken = Conversations(text, roles, ("user", "model"))
+    other = PlainWork(work.models["model"], text, work.subjects, second=second, spoken=spoken)
+    found, sae = STUDIES["transfer"].run(other), work.subjects[1].sae
+    x, clean = by_hand.activation(second, RESID, text.tokens), by_hand.run(second, text.tokens)
+    x_hat = dense(sae, x)[1]
+    mean = x[text.is_text].mean(0)
+    with by_hand.changed(second, RESID, lambda y: torch.where(text.is_text[..., None], x_hat, y)):
+        spliced = by_hand.run(second, text.tokens)
+    for role, name in enumerate(("user", "model")):
+        here = text.is_text & (roles == role)
+        (fvu,) = rows_of(found, sae="a", figure="FVU", series=f"second: {name}")
+        expected = (x - x_hat)[here].square().sum() / (x - mean)[here].square().sum()
+        assert fvu["y"] == pytest.approx(expected.item(), rel=1e-6)  # the mean is harvested in fp32
+        assert fvu["n"] == int(here.sum())
+        rises = []
+        for row, column in by_hand.scored(text.tokens, text.documents):
+            if roles[row, column + 1] == role:
+                at = (row, column, text.tokens[row, column + 1])
+                rises.append((clean.log_softmax(-1)[at] - spliced.log_softmax(-1)[at]).item())
+        (loss,) = rows_of(found, sae="a", figure="ΔLM loss", series=f"second: {name}")
+        assert (loss["n"], loss["y"]) == (len(rises), pytest.approx(math.fsum(rises) / len(rises), rel=1e-7))
+        assert fvu["y"] != rows_of(found, sae="a", figure="FVU", series=f"own: {name}")[0]["y"]
+
+
+def test_the_same_model_is_no_other(work):
+    found, whole = STUDIES["transfer"].run(work), work.evaluation()["a"]
+    for series in ("own: text", "second: text"):
+        (loss,), (fvu,) = (rows_of(found, sae="a", figure=figure, series=series) for figure in ("ΔLM loss", "FVU"))
+        assert (loss["y"], fvu["y"]) == (pytest.approx(whole["delta_loss"]), pytest.approx(whole["fvu"]))
+
+
+# ---- uniformity
+
+
+@pytest.mark.parametrize("site", [ATT, MLP, RESID], ids=str)
+def test_uniformity_against_dense_autograd(model, site):
+    """Of each drawn token alone, through all latents, by a forward of its own."""
+    text, _ = text_of(model)
+    sae = random_sae(site, threshold=0.1)
+    columns = columns_of(text, 3, seed=5)
+    found = attribution_sums(model, text, columns, [Subject("s", site, site, sae)])
+    expected: dict[int, list[float]] = {}
+    W, theta = sae.W_dec.detach(), sae.threshold.detach()
+    for row, column in [(r, int(c)) for r in range(len(columns)) for c in columns[r] if c >= 0]:
+        ids = text.tokens[row : row + 1]
+        x = by_hand.activation(model, site, ids)
+        f = (x @ sae.W_enc.detach() + sae.b_enc.detach())[0, column]
+        f = (f * (f > theta)).requires_grad_()
+        rest = x[0, column] - (f @ W).detach()
+
+        def moved(y, f=f, rest=rest, column=column):
+            return torch.cat([y[:, :column], (rest + f @ W).expand(1, 1, -1), y[:, column + 1 :]], 1)
+
+        with by_hand.changed(model, site, moved):
+            logits = model(input_ids=ids, use_cache=False).logits[0, column]
+        (logits[ids[0, column + 1]] - logits.mean()).backward()
+        y = f.detach() * f.grad
+        l0 = int((f > 0).sum())
+        if l0 == 0:
+            continue
+        p = y.abs() / y.abs().sum()
+        p = p[p > 0]
+        terms = expected.setdefault(int(text.documents[row, column]), [0.0, 0.0, 0.0])
+        terms[0] += 1
+        terms[1] += (-(p * p.log()).sum()).exp().item() / l0
+        terms[2] += l0
+    assert len(expected) == 3
+    for number, got in zip(found["documents"].tolist(), found["s/uniformity"].tolist(), strict=True):
+        tokens, r, by_chance, l0 = got
+        assert (tokens, r, l0) == pytest.approx(tuple(expected[int(number)]), rel=1e-7)
+        assert 0 < by_chance <= tokens
+
+
+def test_uniformity_by_hand():
+    tokens = torch.tensor([0, 0, 1, 1, 1, 1, 3, 3])
+    effects = torch.tensor([2.0, -2.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    r, l0 = uniformity(tokens, effects, 4)
+    assert l0.tolist() == [2, 4, 0, 2]
+    assert r[:2].tolist() == pytest.approx([1.0, 0.25])
+    assert r[2:].isnan().all()
+
+
+def test_tokens_are_drawn_among_those_that_count(model):
+    text, _ = text_of(model)
+    found = columns_of(text, 20, seed=1)
+    for row, columns in enumerate(found):
+        drawn = [each for each in columns.tolist() if each >= 0]
+        assert drawn == text.is_scored[row].nonzero()[:, 0].tolist()
+    few = columns_of(text, 2, seed=1)
+    assert (few >= 0).all()
+    assert torch.equal(few, columns_of(text, 2, seed=1))
+    assert not torch.equal(few, columns_of(text, 2, seed=2))
+    assert (few[:, 0] < few[:, 1]).all()
+
+
+def test_uniformity_of_one_latent_is_one(model):
+    text, _ = text_of(model)
+    sae = random_sae(RESID, d_sae=1)
+    with torch.no_grad():
+        sae.b_enc.fill_(100.0)
+    work = PlainWork(model, text, [Subject("one", RESID, RESID, sae)])
+    found = STUDIES["uniformity"].run(work)
+    assert [row["y"] for row in found.rows] == pytest.approx([1.0, 1.0])
+    assert [row["L0"] for row in found.rows] == [1.0, 1.0]
+
+
+# ---- frequency
+
+
+def test_frequencies_are_counts(work):
+    found = STUDIES["frequency"].run(work)
+    x = by_hand.activation(work.models["model"], RESID, work.text.tokens)[work.text.is_text]
+    share = (dense(work.subjects[1].sae, x)[0] != 0).double().mean(0)
+    rows = rows_of(found, sae="a", series="SAE")
+    assert rows
+    for row in rows:
+        inside = [each for each in share.tolist() if each > 0 and abs(math.log10(each) - row["x"]) <= 0.1 + 1e-6]
+        assert row["y"] == len(inside), row["x"]
+    assert sum(row["y"] for row in rows) == int((share > 0).sum())
+    assert found.facts["saes"]["a"]["never"] == int((share == 0).sum())
+    (alike,) = rows_of(found, sae="a", series="if all fired alike")
+    assert alike["x"] == pytest.approx(math.log10(work.evaluation()["a"]["l0"] / 20))
+
+
+def test_bins_of_frequency():
+    found = histogram(torch.tensor([0.0, 1.0, 0.9, 0.5, 0.011, 0.0, 0.0101]))
+    assert found[0] == (pytest.approx(-1.9), 2)
+    assert found[-1] == (pytest.approx(-0.1), 2)
+    assert found[-2] == (pytest.approx(-0.3), 1)
+    assert len(found) == 10
+    assert histogram(torch.zeros(3)) == []
+
+
+# ---- those of an evaluation
+
+
+def test_sparsity_and_fidelity_are_those_of_the_evaluation(work):
+    found, whole = STUDIES["sparsity-fidelity"].run(work), work.evaluation()
+    for sae in work.saes:
+        (fvu,) = rows_of(found, sae=sae.name, figure="FVU", series="SAE")
+        figures = whole[sae.name]
+        assert (fvu["x"], fvu["y"], fvu["n"]) == (figures["l0"], figures["fvu"], figures["tokens"])
+        assert [fvu["low"], fvu["high"]] == figures["fvu_interval"]
+        (control,) = rows_of(found, sae=sae.name, figure="FVU", series="PCA of rank L0")
+        assert control["y"] == 0.5
+    assert "4 SAEs" in found.conclusion
+    assert "4 of 4 below it" in found.conclusion or "of 4 below it" in found.conclusion
+
+
+def test_a_ladder_has_several_widths_at_one_site(work):
+    ladder = STUDIES["width-ladder"]
+    assert ladder.lacks(work) is None
+    found = ladder.run(work)
+    assert {row["sae"] for row in found.rows} == {"a", "b", "identity"}
+    alone = PlainWork(work.models["model"], work.text, work.subjects[:2])
+    assert "got each of them at another site or of another kind" in str(ladder.lacks(alone)) or ladder.lacks(alone)
+    one = PlainWork(work.models["model"], work.text, work.subjects[:1])
+    assert ladder.lacks(one) == "saes: expected several widths of one kind at one site, got width 20 alone"
+
+
+def test_between_points_of_a_ladder():
+    points = [(10.0, 1.0), (1000.0, 0.01)]
+    assert interpolated(points, 100.0) == pytest.approx(0.1)
+    assert (interpolated(points, 1.0), interpolated(points, 1e6)) == (1.0, 0.01)
+    assert interpolated([], 1.0) is None
+    assert common_l0([points, [(20.0, 1.0), (200.0, 0.5)]]) == pytest.approx(math.sqrt(20 * 200))
+    assert common_l0([[(10.0, 1.0)], [(20.0, 1.0)]]) is None
+    assert common_l0([[(20.0, 1.0)], [(21.0, 1.0)]]) == pytest.approx(math.sqrt(20 * 21))
+
+
+# ---- rows
+
+
+def test_csv(work):
+    found = STUDIES["frequency"].run(work)
+    read = list(csv.DictReader(io.StringIO(csv_of(found.rows))))
+    assert tuple(read[0]) == COLUMNS
+    assert COLUMNS[:12] == tuple(
+        ["study", "model", "site", "layer", "width", "kind", "L0", "x", "y", "n", "low", "high"]
+    )
+    assert [float(row["x"]) for row in read] == [row["x"] for row in found.rows]
+    assert {row["low"] for row in read} == {""}
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "width-ladder"])
+def test_every_study_has_rows_of_every_sae_and_a_conclusion_with_a_control(work, name):
+    found = STUDIES[name].run(work)
+    assert {row["sae"] for row in found.rows} == {sae.name for sae in work.saes}
+    assert {row["study"] for row in found.rows} == {name}
+    assert {row["figure"] for row in found.rows} == set(STUDIES[name].plot.figures)
+    assert "(" in found.conclusion
+    assert "\n" not in found.conclusion
+    for row in found.rows:
+        assert set(row) == set(COLUMNS)
+        if row["low"] is not None:
+            assert row["low"] <= row["y"] + 1e-12
+            assert row["y"] <= row["high"] + 1e-12
+
+
+def test_a_listed_sae_is_known_by_its_site():
+    assert Listed("a", "resid", 3, 8, "topk", Site(3, "resid")).writes == Site(3, "resid")
+
+
+# ---- sums of some sets, by others than documents
+
+
+def test_owners_in_the_place_of_documents(work):
+    text = work.text
+    doubled = text.owned_by(text.documents.clamp(min=0) * 2)
+    assert torch.equal(doubled.documents, torch.where(text.documents < 0, -1, 2 * text.documents))
+    whole, found = work.sums("a"), work.sums("b", doubled)
+    assert torch.equal(found["documents"], 2 * whole["documents"])
+    assert all(torch.equal(found[key], whole[key]) for key in whole if key != "documents")
+    with pytest.raises(ValueError, match=r"^owners: expected shape \[4, 11\], got \[4, 3\]"):
+        text.owned_by(text.documents[:, :3])
+    with pytest.raises(ValueError, match=r"^owners: expected numbers from 0, got -2"):
+        text.owned_by(torch.full_like(text.documents, -2))
+
+
+def test_sums_of_one_set_are_those_of_all(work):
+    from gemmascope.evaluation.protocol import measure
+
+    every = measure(work.models["model"], work.text, work.subjects, work.moments())
+    found = work.sums("a")
+    for key in found:
+        expected = every[key][:, :1] if key.split("/")[-1] in ("tokens", "losses", "zero", "mean") else every[key]
+        assert torch.equal(found[key], expected), key
