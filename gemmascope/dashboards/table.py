@@ -243,9 +243,10 @@ class Bounds(NamedTuple):
 
 def table_of(tensors: Mapping[str, Tensor], n_tokens: int, n_sampled: int) -> LatentTable:
     """The table of tensors as `LatentTable.tensors` names them."""
-    examples = {name: Examples(*(tensors[f"{name}/{part}"] for part in Examples._fields)) for name in ("top", "strata")}
-    plain = {name: tensor for name, tensor in tensors.items() if "/" not in name}
-    return LatentTable(**plain, **examples, n_tokens=n_tokens, n_sampled=n_sampled)
+    found = dict[str, Any]((name, tensor) for name, tensor in tensors.items() if "/" not in name)
+    for name in ("top", "strata"):
+        found[name] = Examples(*(tensors[f"{name}/{part}"] for part in Examples._fields))
+    return LatentTable(**found, n_tokens=n_tokens, n_sampled=n_sampled)
 
 
 def load(path: Path, entry: Mapping[str, Any], d_sae: int, sizes: Sizes, bounds: Bounds) -> LatentTable:
