@@ -60,7 +60,7 @@ def assert_same(a: Found, b: Found) -> None:
             yield from flat(part) if isinstance(part, tuple) else [part]
 
     for one, other in zip(flat(a), flat(b), strict=True):
-        assert isinstance(one, int) and one == other or torch.equal(one, other)
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 @pytest.mark.parametrize("seed", range(4))
