@@ -225,13 +225,17 @@
 
   const rowHeight = () => parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
 
-  // The first row in sight, of so many rows of so high; where all rows would be too high, by the share scrolled.
+  // Where the list is scrolled to. Rows that would be too high together share a lower box, whose scrolled share is then
+  // that of the list; ``base`` is where in the box the row ``first``, a fraction, is drawn.
   function frame() {
     const height = rowHeight();
-    const full = order.length * height;
-    const scale = Math.max(1, full / TALLEST);
-    const scrolled = Math.max(0, -$("rows").getBoundingClientRect().top);
-    return { height, full: full / scale, scale, first: Math.floor((scrolled * scale) / height), scrolled };
+    const box = Math.min(order.length * height, TALLEST);
+    const top = $("rows").getBoundingClientRect().top;
+    const room = Math.max(0, box - innerHeight);
+    const base = Math.min(Math.max(0, -top), room);
+    const rows = Math.max(0, order.length - innerHeight / height); // that lie above when all is scrolled
+    const perPixel = room ? rows / room : 1 / height;
+    return { height, top, base, first: base * perPixel, perPixel };
   }
 
   const short = (text) => element("span", { class: "short soft" }, text); // in the place of a heading, on a narrow screen
@@ -252,11 +256,11 @@
 
   function draw() {
     if ($("list").hidden || !sae) return;
-    const { height, full, scale, first, scrolled } = frame();
     const rows = $("rows");
-    rows.style.height = `${full}px`;
-    const from = Math.max(0, first - OVERSCAN);
-    const to = Math.min(order.length, first + Math.ceil(innerHeight / height) + OVERSCAN);
+    rows.style.height = `${Math.min(order.length * rowHeight(), TALLEST)}px`;
+    const { height, base, first } = frame();
+    const from = Math.max(0, Math.floor(first) - OVERSCAN);
+    const to = Math.min(order.length, Math.ceil(first + innerHeight / height) + OVERSCAN);
     const wanted = new Set(order.subarray(from, to));
     for (const [latent, made] of shown) {
       if (!wanted.has(latent)) {
@@ -272,8 +276,7 @@
         rows.append(shown.get(latent));
       }
       const made = shown.get(latent);
-      const top = scale === 1 ? position * height : scrolled + (position - (scrolled * scale) / height) * height;
-      made.style.top = `${top}px`;
+      made.style.top = `${base + (position - first) * height}px`;
       made.firstChild.tabIndex = position === cursor || (position === from && (cursor < from || cursor >= to)) ? 0 : -1;
     }
   }
@@ -287,12 +290,10 @@
 
   function move(to) {
     cursor = Math.max(0, Math.min(order.length - 1, to));
-    const { height, scale } = frame();
-    const top = $("rows").getBoundingClientRect().top + scrollY;
-    const bar = $("tools").getBoundingClientRect().height;
-    const at = top + (cursor * height) / scale;
-    if (at - bar < scrollY) scrollTo(0, Math.max(0, at - bar));
-    else if (at + height > scrollY + innerHeight) scrollTo(0, at + height - innerHeight);
+    const { height, top, base, first, perPixel } = frame();
+    const at = top + base + (cursor - first) * height;
+    const hidden = Math.min(0, at - $("tools").getBoundingClientRect().bottom) + Math.max(0, at + height - innerHeight);
+    if (hidden) scrollBy(0, hidden / height / perPixel);
     draw();
     shown.get(order[cursor])?.firstChild.focus({ preventScroll: true });
   }
