@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from ..checks import check_type
 from ..dashboards.overview import Overview, TableOf
 from ..dashboards.table import LatentTable
-from ..formats.files import as_path, atomic_write, shown
+from ..errors import EnvironmentProblemError
+from ..formats.files import as_path, shown
 from .latents import Tokens, call, facts_script, latent_scripts, list_scripts, text_scripts
 from .results import formatted
 
@@ -103,8 +104,12 @@ def _clear(folder: Path) -> None:
 
 
 def _write(path: Path, content: str) -> Path:
-    with atomic_write(path) as temporary:
-        temporary.write_text(content, encoding="utf-8", newline="\n")
+    """Not as one: a site is whole when its index is there, which is written last."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise EnvironmentProblemError(f"{shown(path)}: cannot be written: {error.strerror or error}") from error
     return path
 
 

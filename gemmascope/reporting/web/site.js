@@ -34,7 +34,12 @@
   }
 
   const ARRAYS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array };
-  const unpacked = ([type, data]) => new ARRAYS[type](Uint8Array.from(atob(data), (c) => c.charCodeAt(0)).buffer);
+  function unpacked([type, data]) {
+    const text = atob(data);
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    return new ARRAYS[type](bytes.buffer);
+  }
   const unpackedAll = (parts) => Object.fromEntries(Object.entries(parts).map(([name, part]) => [name, unpacked(part)]));
 
   window.gemmascope = {
