@@ -167,6 +167,10 @@ class Overview:
             raise BadFileError(f"{shown(folder / VOCABULARY)}: expected the token {lost[0]} of the text, found it not")
         return cls(folder, manifest, text, vocabulary)
 
+    def files(self) -> list[Path]:
+        """Those that it consists of, but for the tables."""
+        return [self.folder / name for name in (OVERVIEW, TEXT, VOCABULARY)]
+
     def table(self, name: str) -> LatentTable:
         """Of the SAE of that name. Raises ValueError for another name, BadFileError for a damaged file."""
         found = [(number, each) for number, each in enumerate(self.saes) if each.name == name]
@@ -182,10 +186,13 @@ class Overview:
                 raise BadFileError(f"{shown(path)}: expected tokens of the vocabulary, found {lost[0]}")
         return table
 
+    def starts(self, examples: Examples) -> Tensor:
+        """Where the windows of ``examples`` […] begin in their rows: int64 […], 0 where there is no example."""
+        return window_start(examples.position.long(), self.text.context, self.sizes)
+
     def window_tokens(self, examples: Examples) -> Tensor:
         """The tokens of the windows of ``examples`` […]: int32 […, window], −1 where there is no example."""
-        starts = window_start(examples.position.long(), self.text.context, self.sizes)
-        at = starts[..., None] + torch.arange(self.sizes.window, dtype=torch.int64, device="cpu")
+        at = self.starts(examples)[..., None] + torch.arange(self.sizes.window, dtype=torch.int64, device="cpu")
         rows = examples.row.long().clamp(min=0)[..., None]
         return self.text.tokens[rows, at].where(examples.there[..., None], -1)
 

@@ -1,5 +1,6 @@
 """`LatentTable`: what a pass over text found of every latent of one SAE, in memory and as a file."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,6 +41,10 @@ class Sizes:
             check_int(size.name, getattr(self, size.name), 1, _LARGEST)
         if self.bins & (self.bins - 1):
             raise ValueError(f"bins: expected a power of 2, got {self.bins}")
+        if self.strata > self.bins.bit_length():
+            raise ValueError(
+                f"strata: expected at most {self.bins.bit_length()} for {self.bins} bins, got {self.strata}"
+            )
 
     @property
     def before(self) -> int:
@@ -158,9 +163,23 @@ class LatentTable:
         """fp32 [F, strata, 2]: from, to which activations are in a stratum."""
         strata = self.stratum_cells.shape[1]
         upper = self.histogram_end[:, None] * 0.5 ** torch.arange(strata, dtype=torch.float32, device="cpu")
-        lower = upper / 2
+        lower = upper * 0.5
         lower[:, -1] = 0
         return torch.stack([lower, upper], -1)
+
+    def stratum_share(self) -> Tensor:
+        """fp64 [F, strata]: the share of the firing tokens, all of them, whose activation is in a stratum."""
+        bins, strata = self.histogram.shape[1], self.stratum_cells.shape[1]
+        ends = [0, *(bins >> stratum for stratum in range(strata - 1, -1, -1))]
+        counts = [self.histogram[:, low:high].sum(1) for low, high in itertools.pairwise(ends)]
+        return torch.stack(counts[::-1], 1) / self.fired.clamp(min=1).double()[:, None]
+
+    def bars(self, latent: int) -> tuple[list[int], list[float]]:
+        """The histogram of a latent up to its last bin that is not empty: counts, and the middles of the bins."""
+        counts = self.histogram[latent]
+        used = int(counts.nonzero().max()) + 1 if bool((counts > 0).any()) else 0
+        width = float(self.histogram_end[latent]) / len(counts)
+        return counts[:used].tolist(), [(number + 0.5) * width for number in range(used)]
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name, those of examples as ``top/row`` and so on."""

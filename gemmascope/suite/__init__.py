@@ -2,6 +2,7 @@
 
 from .check import CheckConfig, check_sae
 from .config import SuiteConfig
+from .dashboards import DashboardConfig, make_dashboards
 from .evaluate import evaluate_saes
 from .export import export_saes, import_sae
 from .judged import EvaluateConfig
@@ -11,6 +12,7 @@ from .run import harvest_suite, plan_suite, train_suite
 
 __all__ = [
     "CheckConfig",
+    "DashboardConfig",
     "EvaluateConfig",
     "Loaded",
     "Plan",
@@ -22,6 +24,7 @@ __all__ = [
     "import_sae",
     "load_architecture",
     "load_model",
+    "make_dashboards",
     "make_plan",
     "plan_suite",
     "train_suite",
