@@ -284,7 +284,7 @@ def dashboards(
     window: Annotated[int, typer.Option(help="Tokens shown of an example.")] = 32,
     writers: Annotated[
         list[str] | None,
-        typer.Option(help="Files for others besides: neuronpedia, delphi, circuit-tracer; repeat, or join by commas."),
+        typer.Option(help="Of site, neuronpedia, delphi, circuit-tracer; repeat, or join by commas. [default: site]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the examples that are drawn.")] = 0,
     out: Annotated[
@@ -310,7 +310,7 @@ def dashboards(
         sequences=sequences,
         context=context,
         sizes=Sizes(top=top, window=window),
-        writers=[name for given in writers or () for name in given.split(",")],
+        writers=[name for given in writers or ["site"] for name in given.split(",")],
         seed=seed,
         out=out,
         device=device,

@@ -10,32 +10,30 @@ forbids.
 """
 
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checks import check_type
+from ..dashboards.naming import plain_names
 from ..dashboards.overview import Overview, TableOf
-from ..dashboards.table import LatentTable
 from ..errors import EnvironmentProblemError
 from ..formats.files import as_path, shown
-from .latents import Tokens, call, facts_script, latent_scripts, list_scripts, text_scripts
+from .latents import CHUNK, Tokens, call, facts_script, latent_scripts, list_scripts, text_scripts
 from .results import formatted
 
 INDEX, SCRIPT, STYLE, SAES, DATA = "index.html", "site.js", "site.css", "saes", "data"
 POLICY = "default-src 'none'; script-src 'self' file:; style-src 'self' file:"
-LONGEST_NAME = 80
 
 LIST = """<form id=form role=search>
 <label class=grow>Search tokens, or the number of a latent
 <input type=search id=search autocomplete=off autocapitalize=off spellcheck=false aria-keyshortcuts="/"></label>
 <label>Look in
-<select id=in><option value=both>both<option value=firing>tokens it fires on<option value=raised>tokens it raises</select>
-</label>
+<select id=in><option value=both>both<option value=firing>tokens it fires on
+<option value=raised>tokens it raises</select></label>
 <label>Fires
 <select id=fires><option value=all>any<option value=alive>at all<option value=dead>never
 <option value=rare>≤ 0.1 %<option value=often>> 10 %</select></label>
@@ -54,41 +52,50 @@ LIST = """<form id=form role=search>
 KEYS = """<p>Keys: <kbd>/</kbd> search, <kbd>j</kbd> <kbd>k</kbd> or arrows next and previous, <kbd>Enter</kbd> open,
 <kbd>u</kbd> or <kbd>Esc</kbd> back to the list, <kbd>←</kbd> <kbd>→</kbd> in an example: its active tokens.</p>"""
 
-NOTES = """<p>Signs in tokens: ␣ space, ⏎ new line, ⇥ tab, ∅ an empty token, ‹200B› the number of a character that cannot
-be seen. Single spaces within an example are left as they are. An example is the largest activation of a passage; its
-token is underlined. Logits are for an activation of 1, up to the scale of the final norm.</p>"""
+NOTES = """<p>Signs in tokens: ␣ space, ⏎ new line, ⇥ tab, ∅ an empty token, ‹200B› the number of a character that
+cannot be seen. Single spaces within an example are left as they are. An example is the largest activation of a passage;
+its token is underlined. Logits are for an activation of 1, up to the scale of the final norm.</p>"""
 
 
 def write_website(
-    dashboards: str | os.PathLike,
-    out: str | os.PathLike | None = None,
+    overview: Overview,
+    folder: str | os.PathLike,
+    *,
     results: Sequence[Mapping[str, Any]] = (),
+    check: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
-    """Write the site of the `Overview` in the folder ``dashboards`` into ``out``, by default its folder ``site``.
+    """Write the site of ``overview`` into ``folder``; an earlier site there is replaced. index.html comes last.
 
-    An earlier site there is replaced; index.html comes last. results: rows of results whose figures the first page
-    shows beside, of the SAEs of their ``name``. Returns the files, the index first.
+    results: rows of results whose figures the first page shows beside, of the SAEs of their ``name``. check: called
+    with the latents done, of all SAEs. Returns the files, the index first.
 
-    Raises ValueError for an ``out`` with other files in it, BadFileError as `Overview.open` and `Overview.table`,
-    EnvironmentProblemError when a file cannot be written.
+    Raises ValueError for a folder with other files in it, BadFileError as `Overview.table`, EnvironmentProblemError
+    when a file cannot be written.
     """
-    overview = Overview.open(dashboards)
-    folder = overview.folder / "site" if out is None else as_path("out", out)
+    check_type("overview", overview, Overview)
+    folder = as_path("folder", folder)
     check_type("results", results, Sequence)
     _clear(folder)
-    tokens, names = Tokens(overview), folder_names([of.name for of in overview.saes])
+    tokens, names = Tokens(overview), plain_names([of.name for of in overview.saes])
     written = [_write(folder / name, _asset(name)) for name in (SCRIPT, STYLE)]
     written.append(_write(folder / "vocabulary.js", call("vocabulary", tokens.strings)))
     for number, script in enumerate(text_scripts(overview, tokens)):
         written.append(_write(folder / f"text-{number}.js", script))
-    rows = []
+    rows: list[_Row] = []
+    done = 0
     for of, name in zip(overview.saes, names, strict=True):
-        table = overview.table(of.name)
-        for path, content in _files_of(overview, of, table, tokens):
-            written.append(_write(folder / SAES / name / path, content))
+        table, inside = overview.table(of.name), folder / SAES / name
+        written.append(_write(inside / DATA / "facts.js", facts_script(overview, of, table)))
+        for number, script in enumerate(list_scripts(overview, table, tokens)):
+            written.append(_write(inside / DATA / f"list-{number}.js", script))
+        for number, script in enumerate(latent_scripts(table, tokens)):
+            written.append(_write(inside / DATA / f"latents-{number}.js", script))
+            check(done + min((number + 1) * CHUNK, of.d_sae))
+        written.append(_write(inside / INDEX, sae_page(overview, of)))
         l0, dead = float(table.fired.sum()) / max(overview.n_tokens, 1), float((table.fired == 0).double().mean())
         known = next((row for row in results if row.get("name") == of.name), {})
         rows.append(_Row(of, f"{SAES}/{name}/{INDEX}", l0, dead, known))
+        done += of.d_sae
     return [_write(folder / INDEX, suite_page(overview, rows)), *written]
 
 
@@ -96,7 +103,7 @@ def _clear(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / SCRIPT).is_file()):
-        raise ValueError(f"out: expected a new folder or that of an earlier site, found {shown(folder)}")
+        raise ValueError(f"folder: expected a new one or that of an earlier site, found {shown(folder)}")
     (folder / INDEX).unlink(missing_ok=True)
     shutil.rmtree(folder / SAES, ignore_errors=True)
     for text in folder.glob("text-*.js"):
@@ -114,28 +121,7 @@ def _write(path: Path, content: str) -> Path:
 
 
 def _asset(name: str) -> str:
-    return (files(__package__) / "web" / name).read_text(encoding="utf-8")
-
-
-def folder_names(names: Sequence[str]) -> list[str]:
-    """A folder for each SAE, of letters that every file system and address takes; no two differ in case alone."""
-    found: dict[str, str] = {}
-    for name in names:
-        plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", name).strip("._")[:LONGEST_NAME] or "sae"
-        free, number = plain, 2
-        while free.lower() in found:
-            free, number = f"{plain}-{number}", number + 1
-        found[free.lower()] = free
-    return list(found.values())
-
-
-def _files_of(overview: Overview, of: TableOf, table: LatentTable, tokens: Tokens) -> Iterator[tuple[str, str]]:
-    yield f"{DATA}/facts.js", facts_script(overview, of, table)
-    for number, script in enumerate(list_scripts(overview, table, tokens)):
-        yield f"{DATA}/list-{number}.js", script
-    for number, script in enumerate(latent_scripts(table, tokens)):
-        yield f"{DATA}/latents-{number}.js", script
-    yield INDEX, sae_page(overview, of)
+    return (files("gemmascope.reporting") / "web" / name).read_text(encoding="utf-8")
 
 
 # ---- pages
@@ -221,7 +207,15 @@ def suite_page(overview: Overview, rows: Sequence[_Row]) -> str:
     measured = {"fvu": ("FVU", ".3f"), "delta_loss": ("ΔLM loss", "+.3f")}
     there = {key: of for key, of in measured.items() if any(row.known.get(key) is not None for row in rows)}
     several = len({row.of.kind for row in rows}) > 1
-    heads = ["Site", "Layer", *(["Kind"] if several else []), "Width", "L0", *(head for head, _ in there.values()), "Dead"]
+    heads = [
+        "Site",
+        "Layer",
+        *(["Kind"] if several else []),
+        "Width",
+        "L0",
+        *(head for head, _ in there.values()),
+        "Dead",
+    ]
     lines, previous = [], None
     for row in rows:
         of = row.of
@@ -229,7 +223,9 @@ def suite_page(overview: Overview, rows: Sequence[_Row]) -> str:
         cells = [kinds, str(of.reads.layer), *([of.kind] if several else []), f"{of.d_sae:,}", f"{row.l0:.1f}"]
         cells += [formatted(row.known.get(key), form) for key, (_, form) in there.items()]
         cells.append(f"{row.dead:.1%}")
-        line = "".join(f'<td data-name="{escape(head)}">{escape(text)}</td>' for head, text in zip(heads, cells, strict=True))
+        line = "".join(
+            f'<td data-name="{escape(head)}">{escape(text)}</td>' for head, text in zip(heads, cells, strict=True)
+        )
         first = "" if of.reads.layer == previous else " class=first"
         name = f'<td class="name link"><a href="{escape(row.link)}">{escape(of.name)}</a></td>'
         lines.append(f"<tr{first}>{name}{line}</tr>")

@@ -36,6 +36,7 @@ from ..formats.files import read_json, write_json
 from ..kernels import choose
 from ..reporting.progress import StageProgress
 from ..reporting.results import FINISHED, RESULTS
+from ..reporting.website import write_website
 from ..runs import Run, Stage
 from ..sites import Site
 from ..sites.tokens import vocabulary_size
@@ -48,7 +49,8 @@ from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
 
 DASHBOARDS = "dashboards"
-WRITERS = ("neuronpedia", "delphi", "circuit-tracer")
+SITE = "site"
+WRITERS = (SITE, "neuronpedia", "delphi", "circuit-tracer")
 PASS, CODES = "pass", "codes"
 # Between two savings of a pass.
 SAVE_SECONDS = 60.0
@@ -64,10 +66,11 @@ _SIZES = Sizes()
 class DashboardConfig:
     """Which SAEs, and on what: as `EvaluateConfig` has them.
 
-    sizes: how much is kept of each latent; the window is at most the context. writers: files for others to be written
-    besides, of `WRITERS`. seed: of the samples. out: by default ``dashboards`` in the folder of the run, else
-    ``runs/dashboards``. max_sae_bytes, max_state_bytes: of weights that are on the device at once, and of what a pass
-    holds of them; more SAEs take more passes. Raises ValueError and TypeError naming the setting that is wrong.
+    sizes: how much is kept of each latent; the window is at most the context. writers: what is written besides, of
+    `WRITERS`: the site to look at, files for others. seed: of the samples. out: by default ``dashboards`` in the folder
+    of the run, else ``runs/dashboards``. max_sae_bytes, max_state_bytes: of weights that are on the device at once, and
+    of what a pass holds of them; more SAEs take more passes. Raises ValueError and TypeError naming the setting that is
+    wrong.
     """
 
     saes: Sequence[str | os.PathLike]
@@ -77,7 +80,7 @@ class DashboardConfig:
     sequences: int = SEQUENCES
     context: int | None = None
     sizes: Sizes = _SIZES
-    writers: Sequence[str] = ()
+    writers: Sequence[str] = (SITE,)
     seed: int = 0
     out: str | os.PathLike | None = None
     device: str = "auto"
@@ -367,7 +370,8 @@ class _Task:
     def write(self, finished: Stage) -> None:
         """What ``writers`` ask for and is not there."""
         for writer in dict.fromkeys(self.config.writers):
-            stage = self.work.stage(writer, after=[finished])
+            measured = self._measured() if writer == SITE else []
+            stage = self.work.stage(writer, measured, after=[finished])
             folder = self.work.folder / writer
             if stage.done() and folder.is_dir():
                 continue
@@ -386,6 +390,8 @@ class _Task:
                     stage.keep(*written)
 
     def _written(self, writer: str, overview: Overview, folder: Path, check: Callable[[int], None]) -> Sequence[Path]:
+        if writer == SITE:
+            return write_website(overview, folder, results=self._measured(), check=check)
         if writer == "neuronpedia":
             return neuronpedia.write(overview, folder, created=datetime.now(UTC).replace(microsecond=0), check=check)
         if writer == "circuit-tracer":
@@ -404,6 +410,10 @@ class _Task:
                 )
                 check(sum(each.d_sae for each in overview.saes[: number + 1]))
         return written
+
+    def _measured(self) -> list[dict[str, Any]]:
+        """What the run says of its SAEs."""
+        return [{**place.source.row, "name": place.name} for place in self.places if place.source.row is not None]
 
     def _code_pieces(self, group: _Group) -> list[Callable[[int], Piece]]:
         """All that fires, on disk; of each piece a reader for the SAE of a number. Where the pass of the tables left

@@ -10,21 +10,31 @@ from gemmascope.dashboards.table import Examples, LatentTable, Sizes, window_sta
 from gemmascope.sites import Site
 
 HOSTILE = (
-    *("<script>alert(1)</script>", "</script>", '"><img src=x onerror=alert(1)>', "&amp;", "\\u003c", "'", "`${alert(1)}`"),
+    *(
+        "<script>alert(1)</script>",
+        "</script>",
+        '"><img src=x onerror=alert(1)>',
+        "&amp;",
+        "\\u003c",
+        "'",
+        "`${alert(1)}`",
+    ),
     *("\u202eesrever", "\u200b", "\x00", "\x1b[31m", "\n", "\t", "  ", "", "\u2028", "\ufeff", "\u0301", "--><!--"),
     *("שלום", " العربية", "日本語", "한국", "👩\u200d💻", "\ufffd", "__proto__", "constructor", "a" * 300),
 )
 WORDS = (
-    " the of and to in is that for it as was on be by with at from his an were are which this also had not have one but "
-    "been their more has first who would when where there two some can its out other into time"
-).replace(" ", "\n ").split("\n")[1:]
+    " the", " of", " and", " to", " in", " is", " that", " for", " it", " as", " was", " on", " be", " by",
+    " with", " at", " from", " his", " an", " were", " are", " which", " this", " also", " had", " not", " have",
+    " one", " but", " been", " their", " more", " has", " first", " who", " would", " when", " where", " there",
+    " two", " some", " can", " its", " out", " other", " into", " time",
+)  # fmt: skip
 STRINGS = (*HOSTILE, *WORDS)
 SIZES = Sizes(top=6, strata=3, of_stratum=2, window=16, bins=32, logits=7, related=4)
 
 
 def examples_of(codes: Tensor, at: Tensor, sizes: Sizes, shape: tuple[int, ...]) -> Examples:
     """Of the tokens ``at`` [F, slots] of codes [rows, context, F], −1 where there is none."""
-    rows, context, d_sae = codes.shape
+    _, context, d_sae = codes.shape
     row, position = (at // context).where(at >= 0, -1), (at % context).where(at >= 0, -1)
     starts = window_start(position, context, sizes)
     offsets = starts[..., None] + torch.arange(sizes.window)

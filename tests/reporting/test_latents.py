@@ -197,9 +197,7 @@ def test_examples_of_a_latent_keep_every_activation(table, overview):
 
 def test_figures_that_a_kind_does_not_have_are_left_out(overview):
     names = [of.name for of in overview.saes]
-    facts = [
-        arguments(facts_script(overview, of, overview.table(of.name)), "sae")[0]["own"] for of in overview.saes
-    ]
+    facts = [arguments(facts_script(overview, of, overview.table(of.name)), "sae")[0]["own"] for of in overview.saes]
     assert names == ["layer_1/resid", "layer_2/mlp 20"]
     assert "cosine of the two" in facts[0]
     assert facts[1] == ["threshold", "norm of decoder", "norm of encoder", "bias of encoder"]

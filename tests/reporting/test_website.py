@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemmascope.reporting import website
-from gemmascope.reporting.website import folder_names, write_website
+from gemmascope.reporting.website import write_website
 from tests import chromium
 
 from .made_up import HOSTILE, STRINGS, write_dashboards
@@ -18,8 +18,7 @@ RESULTS = [{"name": "layer_2/mlp 20", "fvu": 0.1234, "delta_loss": None}, {"name
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "dashboards"
-    write_dashboards(folder)
-    write_website(folder, results=RESULTS)
+    write_website(write_dashboards(folder), folder / "site", results=RESULTS)
     return folder / "site"
 
 
@@ -27,44 +26,50 @@ def site(tmp_path_factory):
 
 
 def test_files_are_those_returned_and_the_index_comes_first(tmp_path):
-    write_dashboards(tmp_path / "dashboards", d_sae=40)
-    written = write_website(tmp_path / "dashboards", tmp_path / "elsewhere")
-    found = {path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
+    overview, folder, done = write_dashboards(tmp_path / "dashboards", d_sae=300), tmp_path / "site", []
+    written = write_website(overview, folder, check=done.append)
+    assert done == [256, 300, 556, 600]
+    found = {path for path in folder.rglob("*") if path.is_file()}
     assert set(written) == found
     assert len(written) == len(found)
-    assert written[0] == tmp_path / "elsewhere" / "index.html"
+    assert written[0] == folder / "index.html"
     before = {path: path.read_bytes() for path in found}
-    (tmp_path / "elsewhere" / "saes" / "old").mkdir()
-    (tmp_path / "elsewhere" / "text-7.js").touch()
-    write_website(tmp_path / "dashboards", tmp_path / "elsewhere")
-    assert {path: path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()} == before
-    assert not (tmp_path / "elsewhere" / "saes" / "old").exists()
+    (folder / "saes" / "old").mkdir()
+    (folder / "text-7.js").touch()
+    write_website(overview, folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not (folder / "saes" / "old").exists()
+
+
+def test_a_site_that_is_stopped_has_no_index(tmp_path):
+    overview = write_dashboards(tmp_path / "dashboards", d_sae=40)
+    write_website(overview, tmp_path / "site")
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_website(overview, tmp_path / "site", check=stop)
+    assert not (tmp_path / "site" / "index.html").exists()
 
 
 def test_other_files_are_left_alone(tmp_path):
-    write_dashboards(tmp_path / "dashboards", d_sae=40)
+    overview = write_dashboards(tmp_path / "dashboards", d_sae=40)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="out: expected a new folder or that of an earlier site"):
-        write_website(tmp_path / "dashboards", tmp_path / "mine")
-    with pytest.raises(ValueError, match="out: expected a new folder or that of an earlier site"):
-        write_website(tmp_path / "dashboards", tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(ValueError, match="folder: expected a new one or that of an earlier site"):
+        write_website(overview, tmp_path / "mine")
+    with pytest.raises(ValueError, match="folder: expected a new one or that of an earlier site"):
+        write_website(overview, tmp_path / "mine" / "thesis.txt")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(TypeError, match="results: expected"):
-        write_website(tmp_path / "dashboards", results=3)  # pyright: ignore[reportArgumentType]
-
-
-def test_folders_are_plain_and_differ():
-    names = ["layer_1/resid", "layer_1 resid", "LAYER_1_resid", "../../etc", "", "..", "日本", "a" * 200, "con:x|y"]
-    found = folder_names(names)
-    assert found[:3] == ["layer_1_resid", "layer_1_resid-2", "LAYER_1_resid-3"]
-    assert found[3:7] == ["etc", "sae", "sae-2", "sae-3"]
-    assert all(re.fullmatch(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,90}", name) for name in found)
-    assert len({name.lower() for name in found}) == len(names)
+        write_website(overview, tmp_path / "site", results=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="overview: expected"):
+        write_website(tmp_path, tmp_path / "site")  # pyright: ignore[reportArgumentType]
 
 
 def test_pages_say_what_they_are_of_and_escape_it(site):
-    for path in (site / "index.html", site / "saes" / "layer_1_resid" / "index.html"):
+    for path in (site / "index.html", site / "saes" / "layer_1.resid" / "index.html"):
         page = path.read_text(encoding="utf-8")
         assert "a &lt;b&gt;model&lt;/b&gt;" in page
         assert "384 tokens in 12 rows of 32 of made-up text &amp; more" in page
@@ -96,7 +101,7 @@ def page(browser, site):
     """Opens a page of the site, and sees at the end that all was well in it and that nothing came from elsewhere."""
     opened = []
 
-    def opens(path="saes/layer_1_resid/index.html", **how):
+    def opens(path="saes/layer_1.resid/index.html", **how):
         found = browser.page(f"{site.as_uri()}/{path}", **how)
         opened.append(found)
         if path.startswith("saes"):
@@ -150,10 +155,10 @@ def test_suite_links_to_each_sae(page):
     assert rows[0].split()[-2:] == ["–", "10.0%"]
     assert rows[1].split()[-2:] == ["0.123", "10.0%"]
     first.run("document.querySelectorAll('td a')[1].click()")
-    first.wait("location.pathname.endsWith('saes/layer_2_mlp_20/index.html')")
+    first.wait("location.pathname.endsWith('saes/layer_2.mlp.20/index.html')")
     first.wait(f"typeof window.gemmascope === 'object' && {COUNT} === '300 of 300 latents'")
     assert first.run("document.querySelector('h1').textContent") == "layer_2/mlp 20"
-    assert not any("layer_1_resid" in url for url in first.requests())
+    assert not any("layer_1.resid" in url for url in first.requests())
 
 
 def test_list_shows_part_of_all_rows_and_scrolls_to_the_last(page):
@@ -204,12 +209,12 @@ def test_filters_and_orders(page):
     assert least == sorted(least)
     assert least[0] < most[-1]
     assert list_.run("document.querySelector('[data-sort=max]').ariaPressed") == "true"
-    same = page(f"saes/layer_1_resid/index.html{list_.run('location.hash')}")
+    same = page(f"saes/layer_1.resid/index.html{list_.run('location.hash')}")
     assert same.run(ORDER) == list_.run(ORDER), "an address is that of a list as it was"
 
 
 def test_latent_shows_its_examples_figures_and_neighbours(page, site):
-    latent = page("saes/layer_1_resid/index.html#33")
+    latent = page("saes/layer_1.resid/index.html#33")
     latent.wait(f"{HEADING} === 'Latent 33'")
     assert latent.run("document.title") == "33 · layer_1/resid"
     texts = latent.run(TEXTS)
@@ -232,7 +237,7 @@ def test_latent_shows_its_examples_figures_and_neighbours(page, site):
 
 
 def test_dead_latent_says_so(page):
-    latent = page("saes/layer_1_resid/index.html#10")
+    latent = page("saes/layer_1.resid/index.html#10")
     latent.wait(f"{HEADING} === 'Latent 10'")
     assert "It fired on none of 384 tokens." in latent.run("document.getElementById('latent').innerText")
     assert latent.run("document.querySelectorAll('.text, .bars').length") == 0
@@ -240,7 +245,7 @@ def test_dead_latent_says_so(page):
 
 @pytest.mark.parametrize("hash", ["#999", "#q=%E0%A4%A&sort=__proto__&in=x&fires=toString", "#-1", "#1e3"])
 def test_addresses_that_are_none_show_the_list(page, hash):
-    list_ = page(f"saes/layer_1_resid/index.html{hash}")
+    list_ = page(f"saes/layer_1.resid/index.html{hash}")
     list_.wait(f"{COUNT} === '300 of 300 latents'")
     assert list_.run(ORDER)[:3] == [0, 1, 2]
 
@@ -271,7 +276,7 @@ def test_keys(page):
 
 
 def test_active_tokens_are_reached_by_keys(page):
-    latent = page("saes/layer_1_resid/index.html#33")
+    latent = page("saes/layer_1.resid/index.html#33")
     latent.wait(f"{HEADING} === 'Latent 33'")
     for _ in range(12):
         latent.press("Tab")
@@ -290,7 +295,7 @@ def test_active_tokens_are_reached_by_keys(page):
 
 def test_hostile_tokens_are_text(page):
     """Every latent that fires on one, or raises one: no element comes of it, and what cannot be seen is signed."""
-    latent = page("saes/layer_1_resid/index.html#1")
+    latent = page("saes/layer_1.resid/index.html#1")
     tags = "[...new Set([...document.querySelectorAll('main *')].map(e => e.localName))].sort().join(' ')"
     known = {"a", "b", "bdi", "div", "figcaption", "figure", "h2", "h3", "i", "li", "ol", "p", "section", "span", "ul"}
     shown = ""
@@ -311,11 +316,13 @@ def test_hostile_tokens_are_text(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_page_is_wider_than_a_phone(page, scheme):
-    for path in ("index.html", "saes/layer_1_resid/index.html", "saes/layer_1_resid/index.html#33"):
+    for path in ("index.html", "saes/layer_1.resid/index.html", "saes/layer_1.resid/index.html#33"):
         narrow = page(path, width=360, height=640, scheme=scheme)
         assert narrow.run(WIDE) <= 360
-        assert narrow.run(f"[...document.querySelectorAll({ELEMENTS!r})].every(e => e.getBoundingClientRect().right < 361)")
-    list_ = page("saes/layer_1_resid/index.html", width=360, height=640)
+        assert narrow.run(
+            f"[...document.querySelectorAll({ELEMENTS!r})].every(e => e.getBoundingClientRect().right < 361)"
+        )
+    list_ = page("saes/layer_1.resid/index.html", width=360, height=640)
     assert list_.run("document.querySelector('.row').getBoundingClientRect().height") == 91
     assert list_.run("document.querySelector('.head').offsetParent") is None
 
@@ -347,7 +354,7 @@ CONTRAST = """(() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_of_all_text(page, scheme):
     """WCAG 2.2's 4.5 for every text on what lies behind it, the strongest activation included."""
-    for path in ("index.html", "saes/layer_1_resid/index.html", "saes/layer_1_resid/index.html#33"):
+    for path in ("index.html", "saes/layer_1.resid/index.html", "saes/layer_1.resid/index.html#33"):
         shown = page(path, scheme=scheme)
         shown.run("document.querySelectorAll('.act').forEach(e => e.style.setProperty('--a', 1))")
         found = shown.run(CONTRAST)
@@ -359,8 +366,8 @@ def test_a_missing_file_is_said(browser, site, tmp_path):
     import shutil
 
     shutil.copytree(site, tmp_path / "site")
-    (tmp_path / "site" / "saes" / "layer_1_resid" / "data" / "latents-0.js").unlink()
-    broken = browser.page(f"{(tmp_path / 'site').as_uri()}/saes/layer_1_resid/index.html#33")
+    (tmp_path / "site" / "saes" / "layer_1.resid" / "data" / "latents-0.js").unlink()
+    broken = browser.page(f"{(tmp_path / 'site').as_uri()}/saes/layer_1.resid/index.html#33")
     broken.wait("document.querySelector('[role=alert]') !== null")
     message = broken.run("document.querySelector('[role=alert]').textContent")
     assert message == "This page cannot be shown: data/latents-0.js is missing or cannot be read."
@@ -374,10 +381,10 @@ def test_large_lists_stay_within_what_browsers_draw(browser, site, tmp_path):
     from gemmascope.reporting.latents import call
 
     shutil.copytree(site, tmp_path / "site")
-    data = Path(tmp_path / "site" / "saes" / "layer_1_resid" / "data")
+    data = Path(tmp_path / "site" / "saes" / "layer_1.resid" / "data")
     facts = json.loads((data / "facts.js").read_text()[len("gemmascope.sae(") : -3])
     (data / "facts.js").write_text(call("sae", facts | {"width": 1_000_000, "list_chunk": 1_000_000}))
-    big = browser.page(f"{(tmp_path / 'site').as_uri()}/saes/layer_1_resid/index.html")
+    big = browser.page(f"{(tmp_path / 'site').as_uri()}/saes/layer_1.resid/index.html")
     big.wait("document.querySelectorAll('.row').length > 5")
     assert big.run("document.getElementById('rows').offsetHeight") <= 8e6
     big.run("scrollTo(0, document.documentElement.scrollHeight)")
