@@ -220,7 +220,7 @@ def saved(folder: Path, kind: str) -> Path:
             "b_dec": torch.zeros(n),
             "threshold": torch.full((24,), 0.5),
         }
-        Transcoder(tensors, metadata={"site": "layer_1/mlp_in", "site_out": "layer_1/mlp"}).save(folder)
+        Transcoder(tensors, metadata={"site": Site(1, "mlp_in").name, "site_out": Site(1, "mlp").name}).save(folder)
     else:
         options = {"threshold_init": 0.5, "generator": generator, "metadata": {"site": str(RESID), "kind": kind}}
         JumpReLUSAE(WIDTH, 24, pre_encoder_bias=False, **options).save(folder)
