@@ -6,8 +6,8 @@ from .overview import Overview, TableOf
 
 
 def plain_name(name: str) -> str:
-    """The name with letters, digits, ``_`` and ``-`` alone, other characters as dots; never empty, hidden or ``..``."""
-    return re.sub(r"[^A-Za-z0-9_-]+", ".", name).strip(".") or "sae"
+    """The name with letters, digits, ``_`` and ``-`` alone, others as ``-``; never empty."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-") or "sae"
 
 
 def plain_names(names: list[str]) -> list[str]:
