@@ -412,6 +412,7 @@ def present(run: Path, results: dict) -> None:
 def present_evaluation(folder: Path) -> None:
     """Write the plots and the HTML report of an evaluation, and show its table and its warnings."""
     page = reporting.write_evaluation(folder)
+    reporting.link_from_run(folder)
     results = reporting.read_evaluation(folder)
     console = Console()
     console.print(reporting.evaluation_table(results))
@@ -433,7 +434,9 @@ def present_dashboards(folder: Path, results: dict) -> None:
     console.print(table)
     for warning in results["warnings"]:
         console.print(f"Note: {warning}", markup=False, soft_wrap=True)
-    console.print(f"Dashboards: {folder}", markup=False, soft_wrap=True)
+    reporting.link_from_run(folder)
+    index = folder / "site" / "index.html"
+    console.print(f"Dashboards: {index if index.is_file() else folder}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from .evaluation import evaluation_table, is_evaluation, read_evaluation, write_evaluation
 from .log import TrainLog
-from .report import write_html, write_plots
+from .report import link_from_run, write_html, write_plots
 from .results import read_frequencies, read_log, read_results
 from .table import final_table
 from .trackers import Trackers, open_trackers
@@ -13,6 +13,7 @@ __all__ = [
     "evaluation_table",
     "final_table",
     "is_evaluation",
+    "link_from_run",
     "open_trackers",
     "read_evaluation",
     "read_frequencies",

@@ -91,8 +91,9 @@
   }
   const count = (n) => n.toLocaleString("en");
   function share(x) {
-    if (x === 0) return "0 %";
-    return `${x >= 0.0001 ? (100 * x).toPrecision(2) : (100 * x).toExponential(1).replace("-", "−")} %`.replace(/^1\.0e2/, "100");
+    if (x === 0) return "0%";
+    if (x >= 0.995) return `${Math.round(100 * x)}%`;
+    return `${x >= 0.0001 ? (100 * x).toPrecision(2) : (100 * x).toExponential(1).replace("-", "−")}%`;
   }
 
   // ---- tokens as text
