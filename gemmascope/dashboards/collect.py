@@ -99,9 +99,10 @@ class Collector:
         self._grow(batch)
         self.histograms.add(latents, batch.value)
         peaks, numbers = batch.peaks()
+        keys = batch.keys()
 
         def windows(which: Tensor) -> Tensor:
-            return batch.windows(numbers[which])
+            return batch.windows(numbers[which], keys)
 
         below = self.histograms.exponent[peaks.group] - exponents(peaks.value)
         self.strata.add(peaks, below, windows)
@@ -211,13 +212,20 @@ class _Batch(NamedTuple):
         rows = row[numbers] + self.first_row
         return Items(self.latent[numbers], rows, position[numbers], self.value[numbers]), numbers
 
-    def windows(self, numbers: Tensor) -> Tensor:
-        """fp32 [n, window]: the activations around the entries ``numbers`` [n]."""
+    @property
+    def _stride(self) -> int:
+        """More than any token, by a window."""
+        return self.sizes.window + (int(self.token.max()) + 1 if len(self.token) else 1)
+
+    def keys(self) -> Tensor:
+        """int64 [n], ascending: each entry's place in the order of latents and tokens."""
+        return self.latent * self._stride + self.token
+
+    def windows(self, numbers: Tensor, keys: Tensor) -> Tensor:
+        """fp32 [n, window]: the activations around the entries ``numbers`` [n]. keys: `keys`."""
         latent, token, window = self.latent[numbers], self.token[numbers], self.sizes.window
         start = token - token % self.context + window_start(token % self.context, self.context, self.sizes)
-        tokens = 1 + int(self.token.max()) if len(self.token) else 1
-        keys = self.latent * (tokens + window) + self.token
-        low = latent * (tokens + window) + start
+        low = latent * self._stride + start
         begin, end = torch.searchsorted(keys, low), torch.searchsorted(keys, low + window)
         counts = end - begin
         within = torch.arange(int(counts.sum()), dtype=torch.int64, device="cpu")

@@ -24,7 +24,7 @@ from ..dashboards.codes import PIECE_BYTES, CodeStream, Piece, read_piece
 from ..dashboards.collect import Collector, state_bytes
 from ..dashboards.logits import LogitLens
 from ..dashboards.naming import plain_names
-from ..dashboards.overview import Overview, TableOf, Text, table_path, write_overview
+from ..dashboards.overview import TABLES, Overview, TableOf, Text, table_path, write_overview
 from ..dashboards.strings import vocabulary_of
 from ..dashboards.table import LatentTable, Sizes, save
 from ..dashboards.watch import watch
@@ -139,6 +139,8 @@ def _make(config: DashboardConfig, sources: Sources, work: Run, stop: Stop, star
     texts = read_texts(config.judged, sources, loaded, work.folder / TOKENS)
     task = _Task(config, loaded, places, texts, work, stop)
     finished = work.stage(FINISHED, task.settings, task.which(places))
+    if not finished.done():
+        task.forget()
     task.tables()
     if not finished.done():
         with finished.doing():
@@ -158,6 +160,8 @@ def _make(config: DashboardConfig, sources: Sources, work: Run, stop: Stop, star
             }
             write_json(work.folder / RESULTS, results)
             finished.keep(work.folder / RESULTS, *kept)
+    elif not task.missing(finished):
+        say(f"{work.folder}: finished before; start over with --fresh")
     task.write(finished)
     task.clear()
     return read_json(work.folder / RESULTS)
@@ -367,14 +371,16 @@ class _Task:
 
     # ---- files for others
 
+    def missing(self, finished: Stage) -> dict[str, Stage]:
+        """Of ``writers`` those whose files are not there."""
+        measured = {SITE: self._measured()}  # of others, nothing but what is in the tables
+        stages = {w: self.work.stage(w, measured.get(w, []), after=[finished]) for w in self.config.writers}
+        return {w: stage for w, stage in stages.items() if not (stage.done() and (self.work.folder / w).is_dir())}
+
     def write(self, finished: Stage) -> None:
         """What ``writers`` ask for and is not there."""
-        for writer in dict.fromkeys(self.config.writers):
-            measured = self._measured() if writer == SITE else []
-            stage = self.work.stage(writer, measured, after=[finished])
+        for writer, stage in self.missing(finished).items():
             folder = self.work.folder / writer
-            if stage.done() and folder.is_dir():
-                continue
             with stage.doing():
                 shutil.rmtree(folder, ignore_errors=True)
                 overview = Overview.open(self.work.folder)
@@ -458,6 +464,15 @@ class _Task:
             stage.facts |= {"entries": entries, "after": after}
             stage.keep(*(self._piece_path(number, row) for number in streams))
         return stage
+
+    def forget(self) -> None:
+        """Remove what was made from something else."""
+        for writer in WRITERS:
+            shutil.rmtree(self.work.folder / writer, ignore_errors=True)
+        own = {table_path(self.work.folder, number) for number in range(len(self.places))}
+        for path in (self.work.folder / TABLES).glob("*"):
+            if path not in own:
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove what only a run that goes on needs."""

@@ -169,8 +169,7 @@ def test_the_seed_draws_another_sample_and_nothing_else():
     assert torch.equal(one.stratum_cells, other.stratum_cells)
 
 
-def test_memory_does_not_grow_with_the_text(monkeypatch):
-    monkeypatch.setattr("gemmascope.dashboards.together.MAX_TOKENS", 32)
+def test_memory_does_not_grow_with_the_text():
     peaks = []
     for rows in (64, 128, 512):
         f, counted = activations(rows=rows, d_sae=20)

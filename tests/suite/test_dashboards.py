@@ -105,13 +105,14 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_once_finished_nothing_is_computed_again(made, undisturbed, monkeypatch):
+def test_once_finished_nothing_is_computed_again(made, undisturbed, monkeypatch, capsys):
     out, results = made
     before = files(out)
     for name in ("watch", "complete", "write_overview"):
         monkeypatch.setattr(dashboards, name, None)
     assert make_dashboards(settings([undisturbed], out)) == results
     assert files(out) == before
+    assert "finished before; start over with --fresh" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{"max_sae_bytes": 1}, {"max_state_bytes": 1}], ids=str)
@@ -202,6 +203,17 @@ def test_writers_later_and_at_once_write_the_same(undisturbed, tmp_path):
     assert len(list((once / "circuit-tracer").rglob("*.json"))) == sum(of.d_sae for of in overview.saes)
     assert not (once / "codes").exists()
     assert len(list((once / "neuronpedia").rglob("source.jsonl"))) == len(overview.saes)
+
+
+def test_what_is_of_other_saes_is_removed(undisturbed, tmp_path, model_folder, text_file):
+    make_dashboards(settings([undisturbed], tmp_path, writers=["circuit-tracer"]))
+    make_dashboards(settings([undisturbed], tmp_path, seed=1))
+    assert not (tmp_path / "circuit-tracer").exists()
+    assert len(list((tmp_path / "tables").iterdir())) == 4
+    one = undisturbed / read_json(undisturbed / "results.json")["saes"][0]["path"]
+    section = ModelSection(str(model_folder))
+    make_dashboards(settings([one], tmp_path, model=section, text=[text_file], context=32, site="layer_0/mlp"))
+    assert len(list((tmp_path / "tables").iterdir())) == 1
 
 
 # ---- folders
