@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import rich.console
 import rich.table
+import rich.text
 import torch
 import typer
 
@@ -188,6 +189,15 @@ def check(
         raise typer.Exit(DOES_NOT_FIT)
 
 
+def named_model(model: str | None, revision: str | None, dtype: str) -> Any:
+    """The `ModelSection` that options name; None where they name none."""
+    from .suite.config import ModelSection
+
+    if model is None and (revision is not None or dtype != "auto"):
+        raise ValueError("model: expected --model beside --revision and --dtype, got none")
+    return None if model is None else ModelSection(name=model, revision=revision, dtype=dtype)
+
+
 @app.command()
 def evaluate(
     saes: Annotated[
@@ -227,14 +237,10 @@ def evaluate(
     """Judge SAEs of any kind by Gemma Scope's protocol, beside controls; the same command goes on where it stopped."""
     with ending_when_interrupted(["evaluate", "--fresh"] if fresh else ["evaluate"]):
         from .suite import EvaluateConfig, evaluate_saes
-        from .suite.config import ModelSection
 
-    if model is None and (revision is not None or dtype != "auto"):
-        raise ValueError("model: expected --model beside --revision and --dtype, got none")
-    section = None if model is None else ModelSection(name=model, revision=revision, dtype=dtype)
     config = EvaluateConfig(
         saes,
-        section,
+        named_model(model, revision, dtype),
         text=text or (),
         site=site,
         sequences=sequences,
@@ -298,15 +304,11 @@ def probe(
     """What a few latents tell of labels of the text: k-sparse probes, beside coordinates and a random dictionary."""
     with ending_when_interrupted(["probe", "--fresh"] if fresh else ["probe"]):
         from .suite import ProbeConfig, probe_saes
-        from .suite.config import ModelSection
 
-    if model is None and (revision is not None or dtype != "auto"):
-        raise ValueError("model: expected --model beside --revision and --dtype, got none")
-    section = None if model is None else ModelSection(name=model, revision=revision, dtype=dtype)
     given: dict[str, Any] = {} if k is None else {"ks": sorted(k)}
     config = ProbeConfig(
         saes,
-        section,
+        named_model(model, revision, dtype),
         text=text or (),
         labels=labels,
         site=site,
@@ -387,12 +389,9 @@ def study(
         return
     if name is None or not saes:
         raise ValueError("study: expected NAME SAE..., or --list, got too little")
-    if model is None and (revision is not None or (dtype != "auto" and second_model is None)):
-        raise ValueError("model: expected --model beside --revision and --dtype, got none")
-    section = None if model is None else ModelSection(name=model, revision=revision, dtype=dtype)
     config = StudyConfig(
         saes,
-        section,
+        named_model(model, revision, "auto" if model is None and second_model is not None else dtype),
         text=text or (),
         site=site,
         sequences=sequences,
@@ -416,6 +415,69 @@ def study(
     made = study_saes([name], config, fresh=fresh, on_study=show)
     for each, why in () if made is None else made.left_out.items():
         console.print(f"{each}: not made. {why}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def dashboards(
+    saes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAE...",
+            help="Folder of a run; files or folders of SAEs or transcoders; OWNER/NAME/PATH on the hub.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The Gemma: a folder, or a name on the hub. [default: that of the run]")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="UTF-8 files or a glob; repeat for more. [default: what the run held out]")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Of every SAE: layer_12/resid, … [default: what each says]")] = None,
+    sequences: Annotated[int, typer.Option(help="Rows of text, at most.")] = 2048,
+    context: Annotated[int | None, typer.Option(help="Tokens of a row. [default: 1024, of a run its own]")] = None,
+    top: Annotated[int, typer.Option(help="Examples with the largest activations, of each latent.")] = 20,
+    window: Annotated[int, typer.Option(help="Tokens shown of an example.")] = 32,
+    writers: Annotated[
+        list[str] | None,
+        typer.Option(help="Of site, neuronpedia, delphi, circuit-tracer; repeat, or join by commas. [default: site]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the examples that are drawn.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the dashboards. [default: RUN/dashboards, else runs/dashboards]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the model: branch, tag or commit.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of a model that is named: float32, bfloat16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where all runs.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Find what each latent of SAEs does: examples, histograms, logits; the same command goes on where it stopped."""
+    with ending_when_interrupted(["dashboards", "--fresh"] if fresh else ["dashboards"]):
+        from .dashboards.table import Sizes
+        from .suite import DashboardConfig, make_dashboards
+
+    config = DashboardConfig(
+        saes,
+        named_model(model, revision, dtype),
+        text=text or (),
+        site=site,
+        sequences=sequences,
+        context=context,
+        sizes=Sizes(top=top, window=window),
+        writers=[name for given in writers or ["site"] for name in given.split(",")],
+        seed=seed,
+        out=out,
+        device=device,
+    )
+    found = make_dashboards(config, fresh=fresh)
+    if found is None:
+        return
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        present_dashboards(config.folder, found)
 
 
 Weights = Annotated[
@@ -508,6 +570,7 @@ def present(run: Path, results: dict) -> None:
 def present_evaluation(folder: Path) -> None:
     """Write the plots and the HTML report of an evaluation, and show its table and its warnings."""
     page = reporting.write_evaluation(folder)
+    reporting.link_from_run(folder)
     results = reporting.read_evaluation(folder)
     console = Console()
     console.print(reporting.evaluation_table(results))
@@ -525,6 +588,24 @@ def present_probing(folder: Path) -> None:
     for warning in results["warnings"]:
         console.print(f"Note: {warning}", markup=False, soft_wrap=True)
     console.print(f"Plot: {figure}", markup=False, soft_wrap=True)
+
+
+def present_dashboards(folder: Path, results: dict) -> None:
+    """Show the table of dashboards, and their warnings."""
+    table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("SAE")
+    for heading in ("Latents", "L0", "Dead", "Fire on > 10 %", "Largest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results["rows"]:
+        figures = (f"{row['width']:,}", f"{row['l0']:.1f}", f"{row['dead']:.1%}", f"{row['high_freq']:.1%}")
+        table.add_row(rich.text.Text(row["name"]), *figures, f"{row['largest']:.4g}")
+    console = Console()
+    console.print(table)
+    for warning in results["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    reporting.link_from_run(folder)
+    index = folder / "site" / "index.html"
+    console.print(f"Dashboards: {index if index.is_file() else folder}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -26,6 +26,7 @@ LAYERS = (
         "evaluation",
         "probing",
         "studies",
+        "dashboards",
         "reporting",
         "suite",
         "demo",

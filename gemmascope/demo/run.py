@@ -1,7 +1,8 @@
 """The demo: a small Gemma 2 trained on real text, and `gemmascope train` on it: an SAE at each of twelve sites.
 
 What is the demo's own comes first, in two stages: the text as documents, and the language model. They lie in the run's
-folder as those of any other training would, and the rest is `suite.run_suite`.
+folder as those of any other training would, and the rest is `suite.run_suite`. `gemmascope dashboards` of the run comes
+last.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import torch
 
 from ..activations import Document, TokenRows
 from ..checks import check_int, check_type
+from ..dashboards.table import Sizes
 from ..formats.files import as_path, atomic_write
 from ..kernels import choose
 from ..reporting.progress import StageProgress
@@ -29,6 +31,7 @@ from ..suite.config import (
     SuiteSection,
     TextSection,
 )
+from ..suite.dashboards import DashboardConfig, make_dashboards
 from ..suite.memory import HOST
 from ..suite.model import plain_defaults
 from ..suite.plan import Plan
@@ -87,12 +90,23 @@ class DemoConfig:
             evaluate=EvaluateSection(rows=64 if self.fast else 96, train_rows=512),
         )
 
+    def dashboards(self) -> DashboardConfig:
+        """What `gemmascope dashboards` is told; a token is a byte, of which a window holds more than of words."""
+        return DashboardConfig(
+            (self.out,),
+            sequences=128 if self.fast else 512,
+            sizes=Sizes(window=64),
+            seed=self.seed,
+            device="cpu",
+            impl=self.impl,
+        )
+
 
 @plain_defaults()
 def run(config: DemoConfig) -> dict[str, Any] | None:
     """Do what is missing of the run in ``config.out`` and return its results, also written to results.json there.
 
-    None when a signal stopped the training of the SAEs, which the same call goes on with, see `train_suite`. Another
+    None when a signal stopped the training of the SAEs, or their dashboards, which the same call goes on with. Another
     text, seed or size is another run, which takes the place of the one before.
 
     Raises ValueError for a text that is none or too short and as `Run`; BadFileError for a file of the run that was
@@ -109,7 +123,7 @@ def run(config: DemoConfig) -> dict[str, Any] | None:
         trained = work.stage("model", dataclasses.asdict(config.language_model()), rows.content, suite.evaluate.rows)
         language_model(config, trained, rows)
         names = ", ".join(Path(path).name for path in config.text)
-        return run_suite(
+        results = run_suite(
             suite,
             work,
             allow=("environment",),
@@ -125,6 +139,9 @@ def run(config: DemoConfig) -> dict[str, Any] | None:
             },
             started=started,
         )
+    if results is None or make_dashboards(config.dashboards(), fresh=config.fresh) is None:
+        return None
+    return results
 
 
 def tokenised(work: Run, documents: list[Document], config: TextSection) -> tuple[Stage, TokenRows]:

@@ -3,7 +3,7 @@
 from .evaluation import evaluation_table, is_evaluation, read_evaluation, write_evaluation
 from .log import TrainLog
 from .probing import is_probing, probing_table, read_probing, write_probing
-from .report import write_html, write_plots, write_study
+from .report import link_from_run, write_html, write_plots, write_study
 from .results import read_frequencies, read_log, read_results
 from .table import final_table
 from .trackers import Trackers, open_trackers
@@ -15,6 +15,7 @@ __all__ = [
     "final_table",
     "is_evaluation",
     "is_probing",
+    "link_from_run",
     "open_trackers",
     "probing_table",
     "read_evaluation",

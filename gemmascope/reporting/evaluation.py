@@ -24,6 +24,7 @@ from .results import (
     name_of,
     read_frequencies,
     read_results,
+    source_of,
 )
 
 if TYPE_CHECKING:
@@ -289,7 +290,8 @@ def render(folder: Path, results: Mapping[str, Any], images: Mapping[str, Path])
     terms = [(name, text) for name, text in DESCRIBED.items() if name in headings or name in always]
     glossary = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in terms)
     says = escape(f"{_summary(saes)} (✓). {_judged_on(results)}.")
-    figures = "\n".join(figure(path.read_bytes(), FIGURES[name], caption=True) for name, path in images.items())
+    source = source_of(results)
+    figures = "\n".join(figure(path.read_bytes(), FIGURES[name], True, source) for name, path in images.items())
     wide = "<div class=wide>{}</div>"
     sections = [
         *([("Warnings", f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in warned)}</ul>")] if warned else []),

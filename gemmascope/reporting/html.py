@@ -51,8 +51,10 @@ def section(title: str, content: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
 
 
-def figure(png: bytes, text: str, caption: bool = False) -> str:
-    """An image within the page. text: what it shows, for those who do not see it; with ``caption`` also below it."""
-    below = f"<figcaption>{escape(text)}</figcaption>" if caption else ""
+def figure(png: bytes, text: str, caption: bool = False, source: str = "") -> str:
+    """An image within the page. text: what it shows, for those who do not see it; with ``caption`` also below it, and
+    ``source``, what its figures are of."""
+    of = f" <small>({escape(source)})</small>" if source else ""
+    below = f"<figcaption>{escape(text)}{of}</figcaption>" if caption else ""
     source = base64.b64encode(png).decode()
     return f'<figure><img alt="{escape(text)}" src="data:image/png;base64,{source}">{below}</figure>'

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .html import document, figure, section
+from .related import as_html, related
 from .results import (
     PLOTS,
     Column,
@@ -20,6 +21,7 @@ from .results import (
     kind_of,
     kinds_of,
     name_of,
+    source_of,
     summary,
     title_of,
 )
@@ -262,7 +264,8 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
     saes = results["saes"]
     model_rows = [(MODEL_LABELS.get(key, key), value) for key, value in model.items()]
     environment, seconds = (results.get(key) or {} for key in ("environment", "seconds"))
-    figures = "\n".join(figure(path.read_bytes(), PLOTS[name], caption=True) for name, path in images.items())
+    source = source_of(results)
+    figures = "\n".join(figure(path.read_bytes(), PLOTS[name], True, source) for name, path in images.items())
     files = [(name_of(sae), str(sae.get("path", "–"))) for sae in saes]
     title, warned = title_of(results), messages(results)
     sentences = (f"{summary(saes)} (✓)", furthest_from_target(saes), judged_on(model))
@@ -271,6 +274,7 @@ def render(run_dir: Path, results: Mapping[str, Any], images: Mapping[str, Path]
         *([("Warnings of the run", warned)] if warned else []),
         ("Language model", facts(model_rows)),
         ("Sparse autoencoders", f"<p>{says}</p>\n<div class=wide>{sae_table(saes)}</div>"),
+        *([("More of this run", as_html(more))] if (more := related(run_dir)) else []),
         ("Plots", figures),
         ("What the figures mean", glossary(saes, model)),
         (

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..errors import BadFileError
 from ..formats.files import as_path, atomic_write, read_json
 from . import page
-from .results import PLOTS, read_frequencies, read_log, read_results
+from .results import PLOTS, RESULTS, read_frequencies, read_log, read_results
 
 
 def write_plots(run_dir: str | os.PathLike) -> list[Path]:
@@ -58,3 +59,15 @@ def write_html(run_dir: str | os.PathLike) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_text(page.render(run_dir, results, images), encoding="utf-8")
     return path
+
+
+def link_from_run(folder: str | os.PathLike) -> Path | None:
+    """Write the page of the run anew that ``folder``, of an evaluation, say, lies in, so that it links there. Returns
+    the page; None where there is none: in another place, or in a run that is not finished."""
+    run_dir = as_path("folder", folder).parent
+    if not (run_dir / "report.html").is_file() or not (run_dir / RESULTS).is_file():
+        return None
+    try:
+        return write_html(run_dir)
+    except BadFileError:
+        return None

@@ -254,6 +254,32 @@ def judged_on(model: Mapping[str, Any]) -> str:
     return "All figures are of held-out text" + (f": {which}" if isinstance(which, str) else "")
 
 
+def source_of(results: Mapping[str, Any]) -> str:
+    """Which rows, seed and version the figures of results are of: those of a run, an evaluation, a study, RAVEL or
+    dashboards, as far as they say."""
+    settings = [results.get(key) for key in ("evaluation", "ravel", "text", "model")]
+    tables = [results, *(each for each in settings if isinstance(each, Mapping))]
+    model, environment = results.get("model"), results.get("environment")
+    held_out = model.get("held_out") if isinstance(model, Mapping) else None
+    of_text = next((each for each in tables if isinstance(each.get("sequences"), int)), None)
+    parts = []
+    if isinstance(held_out, str):
+        parts.append(held_out)
+    elif of_text is not None:
+        what, context = of_text.get("text"), of_text.get("context")
+        parts.append(f"{of_text['sequences']:,} rows")
+        parts[0] += f" of {context:,} tokens" if isinstance(context, int) else ""
+        parts[0] += f" of {what}" if isinstance(what, str) else ""
+    seed = next((each["seed"] for each in tables if isinstance(each.get("seed"), int)), None)
+    if seed is not None:
+        parts.append(f"seed {seed}")
+    versions = [results.get("version"), environment.get("gemmascope") if isinstance(environment, Mapping) else None]
+    version = next((each for each in versions if isinstance(each, str)), None)
+    if version is not None:
+        parts.append(f"gemmascope {version}")
+    return "; ".join(parts)
+
+
 def title_of(results: Mapping[str, Any]) -> str:
     """The heading of a run: its own title, else by the name of the model."""
     name = results["model"].get("name")

@@ -2,6 +2,7 @@
 
 from .check import CheckConfig, check_sae
 from .config import SuiteConfig
+from .dashboards import DashboardConfig, make_dashboards
 from .evaluate import evaluate_saes
 from .export import export_saes, import_sae
 from .judged import EvaluateConfig
@@ -13,6 +14,7 @@ from .study import Studied, StudyConfig, study_saes
 
 __all__ = [
     "CheckConfig",
+    "DashboardConfig",
     "EvaluateConfig",
     "Loaded",
     "Plan",
@@ -27,6 +29,7 @@ __all__ = [
     "import_sae",
     "load_architecture",
     "load_model",
+    "make_dashboards",
     "make_plan",
     "plan_suite",
     "probe_saes",
