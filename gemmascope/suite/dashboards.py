@@ -5,14 +5,13 @@
 The pass is saved every minute and when it is stopped; a killed one goes on from there, to the same bits.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,17 +37,14 @@ from ..reporting.progress import StageProgress
 from ..reporting.results import FINISHED, RESULTS
 from ..reporting.website import write_website
 from ..runs import Run, Stage
-from ..sites import Site
 from ..sites.tokens import vocabulary_size
 from ..version import __version__
 from .blocks import MOST_TENSORS
-from .config import ModelSection
-from .judged import MAX_SAE_BYTES, SEQUENCES, EvaluateConfig, Place, Sources, Texts, find_places, read_texts
+from .judged import MAX_SAE_BYTES, JudgedConfig, Place, Sources, Texts, find_places, read_texts
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
 
-DASHBOARDS = "dashboards"
 SITE = "site"
 WRITERS = (SITE, "neuronpedia", "delphi", "circuit-tracer")
 PASS, CODES = "pass", "codes"
@@ -63,52 +59,32 @@ _SIZES = Sizes()
 
 
 @dataclass(frozen=True)
-class DashboardConfig:
-    """Which SAEs, and on what: as `EvaluateConfig` has them.
+class DashboardConfig(JudgedConfig):
+    """Which SAEs, and on what, as of `JudgedConfig`; the results are in ``dashboards``.
 
     sizes: how much is kept of each latent; the window is at most the context. writers: what is written besides, of
-    `WRITERS`: the site to look at, files for others. seed: of the samples. out: by default ``dashboards`` in the folder
-    of the run, else ``runs/dashboards``. max_sae_bytes, max_state_bytes: of weights that are on the device at once, and
-    of what a pass holds of them; more SAEs take more passes. Raises ValueError and TypeError naming the setting that is
-    wrong.
+    `WRITERS`: the site to look at, files for others. seed: of the samples. max_sae_bytes,
+    max_state_bytes: of weights that are on the device at once, and of what a pass holds of them; more SAEs take more
+    passes.
     """
 
-    saes: Sequence[str | os.PathLike]
-    model: ModelSection | None = None
-    text: Sequence[str | os.PathLike] = ()
-    site: Site | str | None = None
-    sequences: int = SEQUENCES
-    context: int | None = None
+    FOLDER: ClassVar[str] = "dashboards"
+
     sizes: Sizes = _SIZES
     writers: Sequence[str] = (SITE,)
-    seed: int = 0
-    out: str | os.PathLike | None = None
-    device: str = "auto"
-    impl: str = "auto"
     max_sae_bytes: int = MAX_SAE_BYTES
     max_state_bytes: int = MAX_STATE_BYTES
 
     def __post_init__(self):
+        super().__post_init__()
         check_type("sizes", self.sizes, Sizes)
         if isinstance(self.writers, str) or not isinstance(self.writers, Sequence):
             raise TypeError(f"writers: expected a list of names, got {type(self.writers).__name__}")
         for writer in self.writers:
             if writer not in WRITERS:
                 raise ValueError(f"writers: expected {', '.join(WRITERS)}, got {writer!r}")
+        check_int("max_sae_bytes", self.max_sae_bytes, 1)
         check_int("max_state_bytes", self.max_state_bytes, 1)
-        _ = self.judged
-
-    @property
-    def judged(self) -> EvaluateConfig:
-        """What it has in common with `gemmascope evaluate`: the same SAEs are found, and the same text."""
-        shared = {each.name for each in fields(EvaluateConfig)} & {each.name for each in fields(self)}
-        return EvaluateConfig(**{name: getattr(self, name) for name in shared}, control_tokens=1)
-
-    @property
-    def folder(self) -> Path:
-        """Of the results."""
-        folder = self.judged.folder
-        return folder if self.out is not None else folder.with_name(DASHBOARDS)
 
 
 def make_dashboards(config: DashboardConfig, *, fresh: bool = False) -> dict[str, Any] | None:
@@ -134,9 +110,9 @@ def make_dashboards(config: DashboardConfig, *, fresh: bool = False) -> dict[str
 
 def _make(config: DashboardConfig, sources: Sources, work: Run, stop: Stop, started: float) -> dict[str, Any]:
     device = as_device(config.device)
-    loaded = sources.model(config.judged, device)
-    places = find_places(config.judged, sources, loaded)
-    texts = read_texts(config.judged, sources, loaded, work.folder / TOKENS)
+    loaded = sources.model(config, device)
+    places = find_places(config, sources, loaded)
+    texts = read_texts(config, sources, loaded, work.folder / TOKENS)
     task = _Task(config, loaded, places, texts, work, stop)
     finished = work.stage(FINISHED, task.settings, task.which(places))
     if not finished.done():

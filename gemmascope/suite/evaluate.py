@@ -70,7 +70,7 @@ def _evaluate(config: EvaluateConfig, sources: Sources, work: Run, stop: Stop, s
     device = as_device(config.device)
     loaded = sources.model(config, device)
     places = find_places(config, sources, loaded)
-    texts = read_texts(config, sources, loaded, work.folder / TOKENS)
+    texts = read_texts(config, sources, loaded, work.folder / TOKENS, config.control_tokens)
     task = Task(config, loaded, places, texts, work, stop, sources.outlier_ratio(config))
     return task.results(started)
 

@@ -53,7 +53,7 @@ class JudgedConfig:
     hub, or the folder of a run. model: by default that of the run. text: patterns of UTF-8 files, by default the
     held-out text of the run, without one Python's own documentation. site: where every SAE is to be judged, by default
     the one that each states. sequences, context: rows of the text, and tokens of a row, of which the text may have
-    fewer; the rows of a run have the length that they have. draws, seed: of the bootstrap. out: the folder of the
+    fewer; the rows of a run have the length that they have. seed: of what is drawn. out: the folder of the
     results, by default one in that of the run, else in ``runs``. device, impl: where all runs, and who computes the
     SAEs, see `gemmascope.kernels`.
 
@@ -69,7 +69,6 @@ class JudgedConfig:
     site: Site | str | None = None
     sequences: int = SEQUENCES
     context: int | None = None
-    draws: int = DRAWS
     seed: int = 0
     out: str | os.PathLike | None = None
     device: str = "auto"
@@ -89,7 +88,6 @@ class JudgedConfig:
         check_int("sequences", self.sequences, 1)
         if self.context is not None:
             check_int("context", self.context, 2, LARGEST_CONTEXT)
-        check_int("draws", self.draws, 2)
         check_int("seed", self.seed, 0, 2**63 - 1)
         if self.out is not None:
             as_path("out", self.out)
@@ -114,13 +112,14 @@ class EvaluateConfig(JudgedConfig):
 
     outliers: a token is one whose norm is above so many times the median, by default as many as the run leaves them out
     above, else `OUTLIER_RATIO`. control_tokens: that the controls are fitted on, and that they are judged on, at most.
-    max_sae_bytes: of weights of SAEs that are on the device at once.
+    draws: of the bootstrap. max_sae_bytes: of weights of SAEs that are on the device at once.
     """
 
     FOLDER: ClassVar[str] = "evaluation"
 
     outliers: float | None = None
     control_tokens: int = CONTROL_TOKENS
+    draws: int = DRAWS
     max_sae_bytes: int = MAX_SAE_BYTES
 
     def __post_init__(self):
@@ -128,6 +127,7 @@ class EvaluateConfig(JudgedConfig):
         if self.outliers is not None:
             check_number("outliers", self.outliers, 1)
         check_int("control_tokens", self.control_tokens, 1)
+        check_int("draws", self.draws, 2)
         check_int("max_sae_bytes", self.max_sae_bytes, 1)
 
 
@@ -258,8 +258,9 @@ class Texts:
         return key_of(self.train, self.judged.tokens, self.judged.documents, self.judged.is_text)
 
 
-def read_texts(config: EvaluateConfig, sources: Sources, loaded: Loaded, folder: Path) -> Texts:
-    """The rows of the text of the settings, tokenised into ``folder``, else of those that the run holds out.
+def read_texts(config: JudgedConfig, sources: Sources, loaded: Loaded, folder: Path, control_tokens: int = 1) -> Texts:
+    """The rows of the text of the settings, tokenised into ``folder``, else of those that the run holds out, and rows
+    with so many other tokens, at most, for controls.
 
     Raises ValueError for text that is too short, runs of different texts, a run whose text was made by another
     tokenizer than the model's, and a context where the rows are a run's; what `read_documents` and `tokenise` raise.
@@ -268,7 +269,7 @@ def read_texts(config: EvaluateConfig, sources: Sources, loaded: Loaded, folder:
     if not rows.n_train or not rows.n_held_out:
         raise ValueError("text: expected some to fit controls on and some to judge on, got too little")
     judged = spread_rows(rows.n_held_out, config.sequences)
-    fitted = spread_rows(rows.n_train, -(-config.control_tokens // rows.context))
+    fitted = spread_rows(rows.n_train, -(-control_tokens // rows.context))
     text = MarkedText.of(loaded.model, rows.held_out(judged), rows.documents_of("held_out", judged))
     if not text.is_scored.any():
         raise ValueError("text: expected at least two tokens after one another, got none")

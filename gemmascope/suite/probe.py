@@ -58,7 +58,7 @@ class ProbeConfig(JudgedConfig):
 
     labels: a .jsonl file of texts and labels, see `labelled.read_labels`, in the place of the text and of the labels
     that it gives of itself. ks: how many latents probes read. splits: of the documents, by ``seed`` and those after it.
-    tokens: of text, at most.
+    tokens: of text, at most. draws: of the bootstrap.
     """
 
     FOLDER: ClassVar[str] = "probing"
@@ -81,6 +81,7 @@ class ProbeConfig(JudgedConfig):
             raise ValueError(f"ks: expected at least one, ascending, got {list(self.ks)}")
         for k in self.ks:
             check_int("ks", k, 1)
+        check_int("draws", self.draws, 2)
         check_int("splits", self.splits, 1, 1000)
         check_int("tokens", self.tokens, 1)
 

@@ -135,7 +135,7 @@ class _Work:
         self._device = as_device(config.device)
         self._loaded = sources.model(config, self._device)
         self._places = find_places(config, sources, self._loaded)
-        self._texts = read_texts(config, sources, self._loaded, run.folder / TOKENS)
+        self._texts = read_texts(config, sources, self._loaded, run.folder / TOKENS, config.control_tokens)
         self._ratio = sources.outlier_ratio(config)
         impl = choose(config.impl, self._device, torch.float32).impl
         self._environment = environment(self._device) | {"impl": impl}
