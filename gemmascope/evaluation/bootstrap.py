@@ -41,16 +41,21 @@ class Bootstrap:
 
         None with fewer than two documents, and where one of the draws has no finite value.
         """
+        return self.interval(self.ratios(numerators, denominators))
+
+    def ratios(self, numerators: Tensor, denominators: Tensor) -> Tensor:
+        """Σ numerators / Σ denominators of every draw: fp64 [draws]. For a figure made of several such ratios."""
         for name, each in (("numerators", numerators), ("denominators", denominators)):
             if each.shape != (self._documents,):
                 raise ValueError(f"{name}: expected shape [{self._documents}], got {list(each.shape)}")
-        if self._documents < 2:
-            return None
         both = torch.stack([numerators, denominators], 1).double().cpu()
         sums = torch.cat([part.double() @ both for part in self._times.split(_AT_ONCE)])
-        found = sums[:, 0] / sums[:, 1]
-        if not found.isfinite().all():
+        return sums[:, 0] / sums[:, 1]
+
+    def interval(self, values: Tensor) -> tuple[float, float] | None:
+        """The interval of a figure from its ``values`` in the draws, fp64 [draws]; None as for `ratio`."""
+        if self._documents < 2 or not values.isfinite().all():
             return None
         ends = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=torch.float64, device="cpu")
-        low, high = torch.quantile(found, ends).tolist()
+        low, high = torch.quantile(values, ends).tolist()
         return low, high
