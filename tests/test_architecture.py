@@ -16,7 +16,19 @@ FOLDERS = {"gemmascope": ROOT / "gemmascope", "gemmascope.kernels": ROOT / "kern
 # Bottom to top; a room or file imports only from those before it. "" is gemmascope/__init__.py.
 LAYERS = (
     *("kernels", "errors", "version", "process", "checks", "autocast"),
-    *("formats", "runs", "saes", "sites", "activations", "training", "evaluation", "reporting", "suite", "demo"),
+    *(
+        "formats",
+        "runs",
+        "saes",
+        "sites",
+        "activations",
+        "training",
+        "evaluation",
+        "ravel",
+        "reporting",
+        "suite",
+        "demo",
+    ),
     *("", "cli", "__main__"),
 )
 

@@ -5,7 +5,7 @@ what follows, from the entity on, and where a stream is given only the layers be
 entity sees the change through those layers, as in the whole model; nothing before it can.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -38,6 +38,11 @@ class Stack:
     layers: tuple[nn.Module, ...]
     width: int
     is_gemma: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stream."""
+        return next(self.layers[0].parameters()).dtype
 
 
 def stack_of(model: nn.Module) -> Stack:
@@ -173,7 +178,8 @@ class Continuation:
         return self.stack.text_model(input_ids=ids, **options).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._head(hidden).float()
+        logits = self._head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def _rows(self, template: Template, prompts: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,9 +187,9 @@ class Continuation:
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device="cpu")
         for row, prompt in enumerate(prompts):
             own = prompt.ids[template.start :]
-            ids[row, : len(own)] = torch.tensor(own)
-        positions = torch.tensor([prompt.position - template.start for prompt in prompts])
-        ends = torch.tensor([len(prompt.ids) - 1 - template.start for prompt in prompts])
+            ids[row, : len(own)] = torch.tensor(own, dtype=torch.int64, device="cpu")
+        positions = torch.tensor([prompt.position - template.start for prompt in prompts], device="cpu")
+        ends = torch.tensor([len(prompt.ids) - 1 - template.start for prompt in prompts], device="cpu")
         return ids.to(self.device), positions.to(self.device), ends.to(self.device)
 
     def _past(self, template: Template, rows: int) -> dict[str, Any]:
@@ -214,7 +220,7 @@ class Continuation:
                 places["mlp"] = self.stack.layers[site.layer].get_submodule(_MLP_NORM)
             for kind, module in places.items():
                 key = (kind, site.layer)
-                handles.append(module.register_forward_hook(lambda m, i, out, key=key: found.__setitem__(key, out)))
+                handles.append(module.register_forward_hook(_recorder(found, key)))
         try:
             yield found
         finally:
@@ -241,8 +247,15 @@ class Continuation:
             handle.remove()
 
 
+def _recorder(found: dict[tuple[str, int], Tensor], key: tuple[str, int]) -> Callable[..., None]:
+    def record(module: nn.Module, inputs: Any, out: Tensor) -> None:
+        found[key] = out
+
+    return record
+
+
 def _new_cache() -> Any:
     """One that keeps every token, so that what it holds can be given again; the masks say what a layer sees."""
-    from transformers import DynamicCache
+    import transformers
 
-    return DynamicCache()
+    return cast(Any, transformers).DynamicCache()

@@ -21,7 +21,7 @@ from ..formats.files import as_path, read_json, shown
 SPLITS = ("train", "val", "test")
 PLACE = "%s"
 # A label follows a template at once behind these, and behind a space elsewhere.
-_NO_SPACE_AFTER = ("\"", "'", "(", "[", "`")
+_NO_SPACE_AFTER = ('"', "'", "(", "[", "`")
 
 
 class Prompt(NamedTuple):

@@ -112,9 +112,7 @@ class Latents:
         weights = mask.to(self.values.dtype)[latents] * self.values[entries] * signs
         counts = torch.bincount(rows // 2, minlength=len(base))
         starts = counts.cumsum(0) - counts
-        change = torch.nn.functional.embedding_bag(
-            latents, self.rows, starts, mode="sum", per_sample_weights=weights
-        )
+        change = torch.nn.functional.embedding_bag(latents, self.rows, starts, mode="sum", per_sample_weights=weights)
         return self.base[base] + change
 
     def _entries(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +164,7 @@ def features_of(activations: Tensor, sae: Any, drop_error: bool) -> Features:
 def _code(sae: Any, x: Tensor) -> SparseCode:
     """Of x [n, width]."""
     if hasattr(sae, "encode_sparse"):
-        return sae.encode_sparse(x)
+        return sae.encode_sparse(x.to(sae.W_dec.dtype))
     dense = sae.encode(x)
     tokens, latents = dense.nonzero(as_tuple=True)
     counts = torch.bincount(tokens, minlength=len(dense))
@@ -193,4 +191,3 @@ def _is_affine(sae: Any, activations: Tensor) -> bool:
     W, start = _decoder(sae)
     error = (f.to(W.dtype) @ W + start - decoded.to(W.dtype)).abs().max()
     return bool(error <= AFFINE_WITHIN * decoded.abs().max())
-

@@ -22,8 +22,8 @@ _TRIES = 64
 
 @dataclass(frozen=True)
 class Pair:
-    """base, source: indices of prompts. label, token: what must be answered. base_token, source_token: what the base and
-    the source have for the attribute that the base's prompt is about."""
+    """base, source: indices of prompts. label, token: what must be answered. base_token, source_token: what the base
+    and the source have for the attribute that the base's prompt is about."""
 
     base: int
     source: int
@@ -57,8 +57,8 @@ class PairSet:
 def make_pairs(data: EntityData, asked: Sequence[Asked], attribute: str, protocol: Protocol, seed: int) -> PairSet:
     """Pairs of the prompts ``asked``, all of them known, for ``attribute``, drawn by ``seed``.
 
-    With ``split="entities"`` the test has a part of ``entities`` that the training has not, in its templates, and one of
-    ``templates`` that it has not, with its entities, where there are several; else one of ``pairs``.
+    With ``split="entities"`` the test has a part of ``entities`` that the training has not, in its templates, and one
+    of ``templates`` that it has not, with its entities, where there are several; else one of ``pairs``.
 
     Raises ValueError where a part has fewer than `LEAST` pairs of a task.
     """
@@ -93,9 +93,7 @@ def _together(train: int | None, test: int | None, protocol: Protocol) -> int | 
     return None if train is None or test is None else round((train + test) / (1 - protocol.validation_share))
 
 
-def _shared_out(
-    pairs: Sequence[Pair], protocol: Protocol, generator: random.Random
-) -> tuple[list[Pair], list[Pair]]:
+def _shared_out(pairs: Sequence[Pair], protocol: Protocol, generator: random.Random) -> tuple[list[Pair], list[Pair]]:
     order = list(pairs)
     generator.shuffle(order)
     train = round(len(order) * (1 - protocol.test_share - protocol.validation_share))
@@ -189,6 +187,6 @@ class _Drawing:
 def floors(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     """Which pairs two answers get right that know of no intervention: the base's own and the source's; bool [n]."""
     return {
-        "always base": torch.tensor([pair.base_token == pair.token for pair in pairs]),
-        "always source": torch.tensor([pair.source_token == pair.token for pair in pairs]),
+        "always base": torch.tensor([pair.base_token == pair.token for pair in pairs], device="cpu"),
+        "always source": torch.tensor([pair.source_token == pair.token for pair in pairs], device="cpu"),
     }

@@ -47,8 +47,10 @@ class Protocol:
     moved, or the ``same`` as that of the base.
 
     error: what the SAE does not reconstruct stays or is dropped. mask: rounded (``hard``) or as trained (``soft``) in
-    the test. temperature_start, temperature_end, schedule: of σ(m/T), over all steps. lr: of Adam. batch_size, epochs:
-    of pairs. rotation_epochs: the same where directions are learnt as well. l1: times Σσ(m/T).
+    the test. temperature_start, temperature_end, schedule: of σ(m/T), over all steps. lr, rotation_lr: of Adam, of
+    masks and of directions, whose entries are small. batch_size, epochs: of pairs. rotation_epochs: the same where
+    directions are learnt as well. l1: times Σσ(m/T).
+    directions: that DAS exchanges, all of the site's where it has fewer.
 
     Raises TypeError or ValueError naming the setting that is wrong.
     """
@@ -74,10 +76,12 @@ class Protocol:
     temperature_end: float = 0.01
     schedule: str = "log"
     lr: float = 0.01
+    rotation_lr: float = 1e-3
     batch_size: int = 32
     epochs: int = 2
     rotation_epochs: int = 2
     l1: float = 0.0
+    directions: int = 16
 
     def __post_init__(self):
         check_type("preset", self.name, str)
@@ -87,9 +91,9 @@ class Protocol:
         for name in ("entities", "entity_tokens", "pairs", "test_pairs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
-        for name in ("batch_size", "epochs", "rotation_epochs"):
+        for name in ("batch_size", "epochs", "rotation_epochs", "directions"):
             check_int(name, getattr(self, name), 1)
-        for name in ("temperature_start", "temperature_end", "lr"):
+        for name in ("temperature_start", "temperature_end", "lr", "rotation_lr"):
             check_number(name, getattr(self, name), 0, open_low=True)
         check_number("l1", self.l1, 0)
         check_number("test_share", self.test_share, 0, open_low=True)

@@ -47,9 +47,9 @@ def right_pairs(
     return found
 
 
-def scores(pairs: Sequence[Pair], right: Tensor, asked: Sequence[Asked], bootstrap: "Entities") -> dict[str, Any]:
-    """`FIGURES` of the pairs, the share of cause pairs, of isolation pairs and the mean of both, each with its interval
-    as ``cause_interval`` and so on, None where there is none.
+def figures(pairs: Sequence[Pair], right: Tensor, asked: Sequence[Asked], bootstrap: "Entities") -> dict[str, Tensor]:
+    """`FIGURES` of the pairs: the share of cause pairs that are right, of isolation pairs, and the mean of both; each
+    with its value first, then those of the draws, fp64 [1 + draws].
 
     right: bool, or the mean over several seeds, [n]. Isolation is the mean over the other attributes, each of which
     counts the same.
@@ -63,14 +63,14 @@ def scores(pairs: Sequence[Pair], right: Tensor, asked: Sequence[Asked], bootstr
     for name, places in parts.items():
         entities = [asked[pairs[place].base].prompt.entity for place in places]
         of_part[name] = bootstrap.ratios(entities, values[places])
-    isolation = torch.stack([each for name, each in of_part.items() if name != "cause"]).mean(0)
-    cause = of_part["cause"]
-    figures = {"cause": cause, "isolation": isolation, "disentangle": (cause + isolation) / 2}
-    found: dict[str, Any] = {}
-    for name, each in figures.items():
-        found[name] = each[0].item()
-        found[f"{name}_interval"] = bootstrap.interval(each[1:])
-    return found
+    cause = of_part.pop("cause")
+    isolation = torch.stack(list(of_part.values())).mean(0)
+    return {"cause": cause, "isolation": isolation, "disentangle": (cause + isolation) / 2}
+
+
+def mean_figures(several: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of several attributes, each of which counts the same."""
+    return {name: torch.stack([each[name] for each in several]).mean(0) for name in FIGURES}
 
 
 class Entities:
@@ -82,13 +82,16 @@ class Entities:
 
     def ratios(self, entities: Sequence[str], values: Tensor) -> Tensor:
         """The mean of ``values`` [n], the pairs of these entities, and its draws: fp64 [1 + draws]."""
-        numbers = torch.tensor([self._number[entity] for entity in entities])
-        sums = torch.zeros(2, len(self._number), dtype=torch.float64)
+        numbers = torch.tensor([self._number[entity] for entity in entities], dtype=torch.int64, device="cpu")
+        sums = torch.zeros(2, len(self._number), dtype=torch.float64, device="cpu")
         sums[0].index_add_(0, numbers, values)
         sums[1] = torch.bincount(numbers, minlength=len(self._number)).double()
         return torch.cat([values.mean()[None], self._bootstrap.ratios(sums[0], sums[1])])
 
-    def interval(self, draws: Tensor) -> list[float] | None:
-        found = self._bootstrap.interval(draws)
-        return None if found is None or len(self._number) < 2 else list(found)
-
+    def described(self, figures: dict[str, Tensor]) -> dict[str, Any]:
+        """As values of JSON: each figure, and its interval as ``cause_interval`` and so on, or None."""
+        found: dict[str, Any] = {}
+        for name, values in figures.items():
+            ends = self._bootstrap.interval(values[1:])
+            found |= {name: values[0].item(), f"{name}_interval": None if ends is None else list(ends)}
+        return found

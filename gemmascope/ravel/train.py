@@ -24,9 +24,7 @@ class Interchange:
 
     def __init__(self, model: Continuation, activations: Activations):
         self.model, self.activations = model, activations
-        self._of_prompt = {
-            index: name for name, (_, indices, _) in activations.templates.items() for index in indices
-        }
+        self._of_prompt = {index: name for name, (_, indices, _) in activations.templates.items() for index in indices}
 
     def groups(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], Template, Streams]]:
         """The pairs whose bases are of one template, by their places in ``pairs``, with the streams of the bases."""
@@ -35,8 +33,8 @@ class Interchange:
             of_template.setdefault(self._of_prompt[pair.base], []).append(place)
         for name, places in of_template.items():
             template, _, streams = self.activations.templates[name]
-            rows = torch.tensor([self.activations.row[pairs[place].base] for place in places]).to(self.model.device)
-            few = Streams(*(each[rows] for each in streams))
+            rows = [self.activations.row[pairs[place].base] for place in places]
+            few = Streams(*(each[torch.tensor(rows, device=each.device)] for each in streams))
             longest = int(few.ends.max()) + 1
             yield places, template, few._replace(stream=few.stream[:, :longest])
 
@@ -44,7 +42,7 @@ class Interchange:
         """Bases, sources and the tokens to be answered: int64 [n] each."""
         chosen = [pairs[place] for place in places]
         columns = zip(*((pair.base, pair.source, pair.token) for pair in chosen), strict=True)
-        base, source, token = (torch.tensor(column).to(self.model.device) for column in columns)
+        base, source, token = (torch.tensor(column, device=self.model.device) for column in columns)
         return base, source, token
 
     def logits(self, template: Template, streams: Streams, new: Tensor) -> Tensor:
@@ -107,13 +105,14 @@ def train_rotation(
     x = on.activations.vectors.float()
     width = x.shape[1]
     if directions is None:
-        R = torch.eye(width, device=x.device)
+        R = torch.eye(width, dtype=torch.float32, device=x.device)
     else:
         generator = torch.Generator("cpu").manual_seed(seed)
         R = orthonormal(torch.randn(width, directions, generator=generator, dtype=torch.float32, device="cpu"))
     R = R.to(x.device).requires_grad_()
-    m = None if directions is not None else torch.zeros(width, device=x.device, requires_grad=True)
-    optimiser = torch.optim.Adam([R] if m is None else [R, m], lr=protocol.lr)
+    m = None if directions is not None else R.new_zeros(width).requires_grad_()
+    groups = [{"params": [R], "lr": protocol.rotation_lr}, *([] if m is None else [{"params": [m], "lr": protocol.lr}])]
+    optimiser = torch.optim.Adam(groups)
 
     def mixed(base: Tensor, source: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         coordinates = (x[source] - x[base]) @ rotation
@@ -151,7 +150,10 @@ def _batches(
     for _ in range(epochs):
         order = torch.randperm(len(pairs), generator=generator, device="cpu").tolist()
         for start in range(0, len(order), protocol.batch_size):
-            yield protocol.temperature(step, steps), [pairs[each] for each in order[start : start + protocol.batch_size]]
+            yield (
+                protocol.temperature(step, steps),
+                [pairs[each] for each in order[start : start + protocol.batch_size]],
+            )
             step += 1
             tick(step)
 

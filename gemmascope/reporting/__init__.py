@@ -2,6 +2,7 @@
 
 from .evaluation import evaluation_table, is_evaluation, read_evaluation, write_evaluation
 from .log import TrainLog
+from .ravel import is_ravel, ravel_table, read_ravel_results, write_ravel
 from .report import write_html, write_plots
 from .results import read_frequencies, read_log, read_results
 from .table import final_table
@@ -13,12 +14,16 @@ __all__ = [
     "evaluation_table",
     "final_table",
     "is_evaluation",
+    "is_ravel",
     "open_trackers",
+    "ravel_table",
     "read_evaluation",
     "read_frequencies",
     "read_log",
+    "read_ravel_results",
     "read_results",
     "write_evaluation",
     "write_html",
     "write_plots",
+    "write_ravel",
 ]

@@ -7,6 +7,7 @@ from .export import export_saes, import_sae
 from .judged import EvaluateConfig
 from .model import Loaded, load_architecture, load_model
 from .plan import Plan, make_plan
+from .ravel import RavelConfig, ravel_saes
 from .run import harvest_suite, plan_suite, train_suite
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EvaluateConfig",
     "Loaded",
     "Plan",
+    "RavelConfig",
     "SuiteConfig",
     "check_sae",
     "evaluate_saes",
@@ -24,5 +26,6 @@ __all__ = [
     "load_model",
     "make_plan",
     "plan_suite",
+    "ravel_saes",
     "train_suite",
 ]

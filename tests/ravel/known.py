@@ -7,10 +7,11 @@ directions are turned by a random rotation, so that no single coordinate stands 
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gemmascope.ravel.continuation import Continuation
@@ -28,8 +29,8 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Known:
-    model: nn.Module
-    tokenizer: object
+    model: Any
+    tokenizer: Any
     data: EntityData
     directions: Tensor
     """[COLOURS + SHAPES, WIDTH], orthonormal."""
@@ -64,7 +65,7 @@ def facts() -> EntityData:
     )
 
 
-def tokenizer(data: EntityData):
+def tokenizer(data: EntityData) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = dict.fromkeys(" ".join(each.replace("%s", "") for every in TEMPLATES.values() for each in every).split())
@@ -82,7 +83,7 @@ def small_model(seed: int = 0) -> Known:
 
     data = facts()
     words = tokenizer(data)
-    config = Gemma2Config(
+    config: Any = Gemma2Config(
         vocab_size=len(words),
         hidden_size=WIDTH,
         intermediate_size=48,
@@ -107,10 +108,10 @@ def small_model(seed: int = 0) -> Known:
     directions = turned[: len(COLOURS) + len(SHAPES)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Gemma2ForCausalLM(config)
+        model: Any = Gemma2ForCausalLM(config)
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():
-        for number, town in enumerate(data.entities):
+        for town in data.entities:
             noise = 0.3 * torch.randn(WIDTH - len(directions), generator=generator)
             x = noise @ turned[len(directions) :]
             x = x + directions[COLOURS.index(data.labels["colour"][town])]
