@@ -79,11 +79,8 @@ def train_mask(
     def exchange(base: Tensor, source: Tensor, temperature: float) -> Tensor:
         return features.exchanged(base, source, mask_at(m, temperature))
 
-    def penalty(temperature: float) -> Tensor:
-        return mask_at(m, temperature).sum()
-
     for temperature, batch in _batches(pairs, protocol, protocol.epochs, seed, tick):
-        _step(on, batch, temperature, exchange, penalty, optimiser, protocol)
+        _step(on, batch, temperature, exchange, m, optimiser, protocol)
     learnt = m.detach()
     mask = final_mask(learnt, protocol)
     return Trained(lambda b, s: features.exchanged(b, s, mask), int((learnt > 0).sum()), {"mask": learnt})
@@ -121,11 +118,8 @@ def train_rotation(
     def exchange(base: Tensor, source: Tensor, temperature: float) -> Tensor:
         return mixed(base, source, R, None if m is None else mask_at(m, temperature))
 
-    def penalty(temperature: float) -> Tensor:
-        return R.new_zeros(()) if m is None else mask_at(m, temperature).sum()
-
     for temperature, batch in _batches(pairs, protocol, protocol.rotation_epochs, seed, tick):
-        _step(on, batch, temperature, exchange, penalty, optimiser, protocol)
+        _step(on, batch, temperature, exchange, m, optimiser, protocol)
         with torch.no_grad():
             R.copy_(orthonormal(R))
     learnt = R.detach()
@@ -163,7 +157,7 @@ def _step(
     batch: Sequence[Pair],
     temperature: float,
     exchange: Callable[[Tensor, Tensor, float], Tensor],
-    penalty: Callable[[float], Tensor],
+    m: Tensor | None,
     optimiser: torch.optim.Optimizer,
     protocol: Protocol,
 ) -> None:
@@ -176,8 +170,8 @@ def _step(
         loss = cross_entropy(logits, token, reduction="sum") / len(batch)
         loss.backward()
         total += loss.item()
-    if protocol.l1:
-        (protocol.l1 * penalty(temperature)).backward()
+    if protocol.l1 and m is not None:
+        (protocol.l1 * mask_at(m, temperature).sum()).backward()
     if not math.isfinite(total):
         raise ValueError(f"pairs: expected a finite loss of the model, got {total}")
     optimiser.step()

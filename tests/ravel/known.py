@@ -20,7 +20,7 @@ from gemmascope.saes import JumpReLUSAE
 
 COLOURS = ("red", "green", "blue", "white")
 SHAPES = ("round", "square", "long")
-WIDTH, TOWNS, STEPS = 24, 60, 300
+WIDTH, TOWNS, STEPS = 24, 60, 160
 TEMPLATES = {
     "colour": ("%s has the colour", "the colour of %s is", "say the colour : %s :"),
     "shape": ("%s has the shape", "the shape of %s is", "say the shape : %s :"),
@@ -131,7 +131,7 @@ def small_model(seed: int = 0) -> Known:
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=1e-2)
     model.train()
     for _ in range(STEPS):
-        batch = torch.randperm(len(rows), generator=generator)[:96]
+        batch = torch.randperm(len(rows), generator=generator)[:64]
         logits = model(input_ids=rows[batch], use_cache=False).logits[torch.arange(len(batch)), ends[batch]]
         optimiser.zero_grad()
         cross_entropy(logits, answers[batch]).backward()
