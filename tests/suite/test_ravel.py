@@ -74,7 +74,8 @@ def test_rows_and_summary(judged):
     _, results = judged
     rows, summary = results["rows"], results["summary"]
     # 3 methods, 2 attributes, 2 parts of the test, 2 seeds; 2 floors without seeds.
-    assert len(rows) == 3 * 2 * 2 * 2 + 2 * 2 * 2 and len(summary) == 2 * (3 + 2)
+    assert len(rows) == 3 * 2 * 2 * 2 + 2 * 2 * 2
+    assert len(summary) == 2 * (3 + 2)
     [sae] = [row for row in summary if row["method"] == "sae" and row["test"] == "entities"]
     assert (sae["kind"], sae["width"], sae["layer"], sae["site"]) == ("relu", 7, 0, "resid")
     assert sae["disentangle"] == pytest.approx((sae["cause"] + sae["isolation"]) / 2)
@@ -87,20 +88,25 @@ def test_rows_and_summary(judged):
     floor = {row["method"]: row for row in summary if row["test"] == "entities"}
     assert (floor["always base"]["cause"], floor["always base"]["isolation"]) == (0.0, 1.0)
     assert sae["disentangle"] > 0.9 > floor["always base"]["disentangle"] == 0.5
-    assert results["ravel"]["seeds"] == [0, 1] and results["version"] and results["environment"]["torch"]
+    assert results["ravel"]["seeds"] == [0, 1]
+    assert results["version"]
+    assert results["environment"]["torch"]
     assert results["ravel"]["knowledge"]["known_entities"] == 60
 
 
 def test_what_it_leaves(judged, capsys):
     out, results = judged
-    assert is_ravel(out) and not (out / "activations").exists()
+    assert is_ravel(out)
+    assert not (out / "activations").exists()
     found = read_ravel_results(out)
     assert found["rows"] == results["rows"]
     table = ravel_table(found)
     assert table.row_count == 2 + 3
     assert main(["report", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "always base" in shown and "DAS + mask" in shown and (out / "plots" / "cause_isolation.png").exists()
+    assert "always base" in shown
+    assert "DAS + mask" in shown
+    assert (out / "plots" / "cause_isolation.png").exists()
 
 
 def test_once_finished_nothing_is_computed_again(judged, place, monkeypatch):
@@ -119,7 +125,10 @@ def test_a_sweep_runs_the_layers_before_the_site_no_more(place, tmp_path, monkey
     trained = []
     monkeypatch.setattr(ravel, "train_control", lambda *args: trained.append(args[0]))
     second = ravel_saes(settings(place, out, saes=("sae", "sae"), controls=("neurons",)))
-    assert first is not None and second is not None and not asked and not trained
+    assert first is not None
+    assert second is not None
+    assert not asked
+    assert not trained
     names = [row["name"] for row in second["summary"] if row["method"] == "sae" and row["test"] == "entities"]
     assert len(set(names)) == 2
     for row in first["rows"]:
@@ -141,7 +150,9 @@ def test_it_goes_on_where_it_was_stopped(place, tmp_path, monkeypatch):
     assert ravel_saes(settings(place, out)) is None
     assert not (out / "results.json").exists()
     found = ravel_saes(settings(place, out))
-    assert found is not None and whole is not None and without_time(found) == without_time(whole)
+    assert found is not None
+    assert whole is not None
+    assert without_time(found) == without_time(whole)
     assert len(done) == 2 + 3  # of four, the first was done
 
 
@@ -160,7 +171,8 @@ def test_the_other_presets_run(place, tmp_path):
     ):
         config = settings(place, tmp_path / name, controls=(), protocol=protocol_of(name, **changes))
         results = ravel_saes(config)
-        assert results is not None and {row["test"] for row in results["summary"]} == {"pairs"}
+        assert results is not None
+        assert {row["test"] for row in results["summary"]} == {"pairs"}
         assert results["ravel"]["protocol"]["name"] == name
         assert any("the same entity is in training and test" in text for text in results["warnings"])
 
@@ -214,7 +226,12 @@ def test_an_sae_that_does_not_fit(place, tmp_path):
     JumpReLUSAE(WIDTH + 1, 8, metadata={"site": "layer_0/resid"}).save(tmp_path / "wide")
     with pytest.raises(ValueError, match=f"d_model of the SAE is {WIDTH + 1}"):
         ravel_saes(settings(place, tmp_path / "out", saes=(tmp_path / "wide",)))
-    Transcoder(WIDTH, WIDTH, 8, metadata={"site": "layer_0/mlp_in"}).save(tmp_path / "transcoder")
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (WIDTH, 8), "b_enc": (8,), "threshold": (8,), "W_dec": (8, WIDTH), "b_dec": (WIDTH,)}
+    tensors = {name: torch.rand(*shape, generator=generator) for name, shape in shapes.items()}
+    Transcoder(tensors, metadata={"site": "model.layers.0.pre_feedforward_layernorm.output"}).save(
+        tmp_path / "transcoder"
+    )
     with pytest.raises(ValueError, match=r"expected an SAE of a site of kind resid or mlp, got one that reads at"):
         ravel_saes(settings(place, tmp_path / "out", saes=(tmp_path / "transcoder",)))
 
@@ -236,10 +253,12 @@ def test_the_command(place, tmp_path, capsys):
     ]
     assert main(arguments) == 0
     shown = capsys.readouterr()
-    assert "RAVEL, colour, shape: model" in shown.out and "known: 60 of 60 entities" in shown.err
+    assert "RAVEL, colour, shape: model" in shown.out
+    assert "known: 60 of 60 entities" in shown.err
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["ravel"]["protocol"]["error"] == "drop" and printed["ravel"]["protocol"]["pairs"] == 24
+    assert printed["ravel"]["protocol"]["error"] == "drop"
+    assert printed["ravel"]["protocol"]["pairs"] == 24
     assert main([*arguments, "--preset", "raven"]) == 2
     assert "preset: expected 'ravel'" in capsys.readouterr().err
 
