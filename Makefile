@@ -29,11 +29,11 @@ KERNEL_TESTS = $(filter-out %/test_packaging.py tests/interop/%,$(shell grep -rl
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo native native-cuda test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers real test-interop install clean
+.PHONY: help demo native native-cuda test test-slow test-gpu test-native-san test-triton36 test-torch211 lint format aot bench bench-peers real real-ravel test-interop install clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | native | native-cuda | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | real | test-interop | install | clean"
+	@echo "make demo | native | native-cuda | test | test-slow | test-gpu | test-native-san | test-triton36 | test-torch211 | lint | format | aot | bench | bench-peers | real | real-ravel | test-interop | install | clean"
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gemmascope demo $(ARGS)
@@ -130,6 +130,9 @@ $(VENV_INTEROP_OLD)/.packages: $(VENV_PEERS)/.installed Makefile
 # gguf, which reads the weights as they come, in a folder of its own: nothing else here needs it.
 real: $(VENV)/.installed $(VENV_REAL)/.gguf
 	PYTHONPATH=$(VENV_REAL) $(VENV)/bin/python -m bench.real $(ARGS)
+
+real-ravel: $(VENV)/.installed $(VENV_REAL)/.gguf
+	PYTHONPATH=$(VENV_REAL) $(VENV)/bin/python -m bench.real.ravel $(ARGS)
 
 $(VENV_REAL)/.gguf: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q --no-compile --only-binary :all: --no-deps --upgrade --target $(VENV_REAL) gguf==0.19.0

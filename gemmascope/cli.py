@@ -480,6 +480,118 @@ def dashboards(
         present_dashboards(config.folder, found)
 
 
+@app.command()
+def ravel(
+    saes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SAE]...",
+            help="Folder of a run; files or folders of SAEs; OWNER/NAME/PATH on the hub. None: controls alone.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Gemma or GPT-2: a folder, or a name on the hub. [default: that of the run]")
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="Of every SAE: layer_12/resid, … [default: what each says]. Without SAEs: repeat for more."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of RAVEL's own files. [default: built-in cities]", show_default=False)
+    ] = None,
+    entity_type: Annotated[str, typer.Option(help="Of the data: city, nobel_prize_winner, …")] = "city",
+    attribute: Annotated[
+        list[str] | None, typer.Option(help="Of the entities; repeat, at least two. [default: all]")
+    ] = None,
+    templates: Annotated[int | None, typer.Option(help="Of each attribute and split, at most.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="neurons, pca, random, das, mdas; repeat. [default: all]")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="ravel, sae-ravel or saebench: the defaults of what follows.")] = "ravel",
+    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Whether prompts begin with BOS.")] = None,
+    entities: Annotated[int | None, typer.Option(help="At most, those the model knows best.")] = None,
+    labels: Annotated[str | None, typer.Option(help="first: their first token counts; single: they have one.")] = None,
+    score: Annotated[str | None, typer.Option(help="first-token or string.")] = None,
+    known: Annotated[str | None, typer.Option(help="any or every prompt must be answered rightly.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="To train on, of each task and attribute.")] = None,
+    test_pairs: Annotated[int | None, typer.Option(help="The same of each part of the test.")] = None,
+    split: Annotated[str | None, typer.Option(help="entities or pairs.")] = None,
+    source: Annotated[str | None, typer.Option(help="Prompt of the source: attribute or same.")] = None,
+    clashes: Annotated[str | None, typer.Option(help="Labels of one first token: drop, keep or isolate.")] = None,
+    error: Annotated[str | None, typer.Option(help="What the SAE does not reconstruct: keep or drop.")] = None,
+    mask: Annotated[str | None, typer.Option(help="In the test: hard or soft.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of the temperature: linear or log.")] = None,
+    temperature_start: Annotated[float | None, typer.Option(help="Of the mask.")] = None,
+    temperature_end: Annotated[float | None, typer.Option(help="Of the mask.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of Adam, for masks.")] = None,
+    rotation_lr: Annotated[float | None, typer.Option(help="The same for directions.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs of a step.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of masks.")] = None,
+    rotation_epochs: Annotated[int | None, typer.Option(help="Where directions are learnt too.")] = None,
+    l1: Annotated[float | None, typer.Option(help="Weight of the mask's sum in the loss.")] = None,
+    directions: Annotated[int | None, typer.Option(help="That DAS exchanges.")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each intervention.")] = 1,
+    draws: Annotated[int, typer.Option(help="Of the bootstrap over entities.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of pairs, orders and directions; the first of --seeds.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results. [default: RUN/ravel, else runs/ravel]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the model: branch, tag or commit.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of a model that is named: float32, bfloat16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where all runs.")] = "auto",
+    impl: Annotated[str, typer.Option(help="Who computes the SAEs: auto, triton, cpu, pytorch or reference.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON instead.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Does a mask over the latents move one attribute of an entity and no other? SAEs beside neurons, PCA and DAS."""
+    with ending_when_interrupted(["ravel", "--fresh"] if fresh else ["ravel"]):
+        from .ravel import CONTROLS, protocol_of
+        from .suite import RavelConfig, ravel_saes
+
+    names = (
+        "bos",
+        "entities",
+        "labels",
+        "score",
+        "known",
+        "pairs",
+        "test_pairs",
+        "split",
+        "source",
+        "clashes",
+        "error",
+    )
+    names += ("mask", "schedule", "temperature_start", "temperature_end", "lr", "batch_size", "epochs")
+    names += ("rotation_lr", "rotation_epochs", "l1", "directions")
+    given = locals()
+    config = RavelConfig(
+        saes or (),
+        named_model(model, revision, dtype),
+        sites=site or (),
+        data=data,
+        entity_type=entity_type,
+        attributes=attribute or (),
+        templates=templates,
+        controls=control or CONTROLS,
+        protocol=protocol_of(preset, **{name: given[name] for name in names}),
+        seeds=seeds,
+        seed=seed,
+        draws=draws,
+        out=out,
+        device=device,
+        impl=impl,
+    )
+    found = ravel_saes(config, fresh=fresh)
+    if found is None:
+        return
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        present_ravel(config.folder)
+
+
 Weights = Annotated[
     str | None, typer.Option("--dtype", help="Cast to float32, bfloat16, float16 or float64. [default: as they are]")
 ]
@@ -550,7 +662,9 @@ def remake_report(
     debug: Debug = False,
 ) -> None:
     """Make the table, the plots and the HTML report of a run or an evaluation again."""
-    if reporting.is_evaluation(run):
+    if reporting.is_ravel(run):
+        present_ravel(run)
+    elif reporting.is_evaluation(run):
         present_evaluation(run)
     elif reporting.is_probing(run):
         present_probing(run)
@@ -606,6 +720,17 @@ def present_dashboards(folder: Path, results: dict) -> None:
     reporting.link_from_run(folder)
     index = folder / "site" / "index.html"
     console.print(f"Dashboards: {index if index.is_file() else folder}", markup=False, soft_wrap=True)
+
+
+def present_ravel(folder: Path) -> None:
+    """Draw the figure of a RAVEL evaluation, and show its table and its warnings."""
+    plot = reporting.write_ravel(folder)
+    results = reporting.read_ravel_results(folder)
+    console = Console()
+    console.print(reporting.ravel_table(results))
+    for warning in results["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    console.print(f"Plot: {plot}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -27,6 +27,7 @@ LAYERS = (
         "probing",
         "studies",
         "dashboards",
+        "ravel",
         "reporting",
         "suite",
         "demo",

@@ -42,21 +42,22 @@ class Bootstrap:
 
         None with fewer than two documents, and where one of the draws has no finite value.
         """
-        for name, each in (("numerators", numerators), ("denominators", denominators)):
-            if each.shape != (self._documents,):
-                raise ValueError(f"{name}: expected shape [{self._documents}], got {list(each.shape)}")
-        return self.ratios(numerators[:, None], denominators[:, None])[0]
+        return self.interval(self.drawn(numerators, denominators))
 
     def ratios(self, numerators: Tensor, denominators: Tensor) -> list[tuple[float, float] | None]:
         """`ratio` of each column of fp64 [documents, columns]."""
-        columns = numerators.shape[1:]
+        return [self.interval(found) for found in self.drawn(numerators, denominators).T]
+
+    def drawn(self, numerators: Tensor, denominators: Tensor) -> Tensor:
+        """Σ numerators / Σ denominators of every draw: fp64 [draws] of [documents], [draws, columns] of [documents,
+        columns]. For figures that are made of several such ratios."""
         for name, each in (("numerators", numerators), ("denominators", denominators)):
-            if each.shape != (self._documents, *columns) or len(columns) != 1:
-                raise ValueError(f"{name}: expected shape [{self._documents}, columns], got {list(each.shape)}")
-        both = torch.cat([numerators, denominators], 1).double().cpu()
+            if each.shape[:1] != (self._documents,) or each.shape != numerators.shape or each.ndim > 2:
+                raise ValueError(f"{name}: expected shape [{self._documents}(, columns)], got {list(each.shape)}")
+        both = torch.stack([numerators, denominators], -1).double().cpu().view(self._documents, -1)
         sums = torch.cat([part.double() @ both for part in self.times.split(_AT_ONCE)])
-        found = sums[:, : columns[0]] / sums[:, columns[0] :]
-        return [self.interval(values) for values in found.T]
+        sums = sums.view(len(sums), *numerators.shape[1:], 2)
+        return sums[..., 0] / sums[..., 1]
 
     def interval(self, found: Tensor) -> tuple[float, float] | None:
         """The interval of a figure whose values in the draws are ``found``, fp64 [draws]; None as of `ratio`."""

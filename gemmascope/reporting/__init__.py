@@ -3,6 +3,7 @@
 from .evaluation import evaluation_table, is_evaluation, read_evaluation, write_evaluation
 from .log import TrainLog
 from .probing import is_probing, probing_table, read_probing, write_probing
+from .ravel import is_ravel, ravel_table, read_ravel_results, write_ravel
 from .report import link_from_run, write_html, write_plots, write_study
 from .results import read_frequencies, read_log, read_results
 from .table import final_table
@@ -15,17 +16,21 @@ __all__ = [
     "final_table",
     "is_evaluation",
     "is_probing",
+    "is_ravel",
     "link_from_run",
     "open_trackers",
     "probing_table",
+    "ravel_table",
     "read_evaluation",
     "read_frequencies",
     "read_log",
     "read_probing",
+    "read_ravel_results",
     "read_results",
     "write_evaluation",
     "write_html",
     "write_plots",
     "write_probing",
+    "write_ravel",
     "write_study",
 ]

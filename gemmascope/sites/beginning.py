@@ -1,6 +1,6 @@
-"""`beginning_at`: forwards of a model that begin at one of its layers."""
+"""`beginning_at`, `without_layers`: forwards of a model that begin at one of its layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,17 @@ def beginning_at(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]
     """
     layers = find_decoder(model).layers
     check_int("layer", layer, 0, len(layers) - 1)
+    with without_layers(layers[:layer], stream):
+        yield
+
+
+@contextmanager
+def without_layers(layers: Sequence[nn.Module], stream: Tensor) -> Iterator[None]:
+    """In this block ``layers``, the first ones of a stack, or all, are not run: the last of them gives ``stream``. The
+    layers are of any decoder whose layers take the stream first and give the stream alone."""
     skipped: list[tuple[Any, Any]] = []
     try:
-        for index, module in enumerate(layers[:layer]):
+        for index, module in enumerate(layers):
             skipped.append((module, module.__dict__.get("forward")))
             module.forward = _giving(stream if index == 0 else None)
         yield

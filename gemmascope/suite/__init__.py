@@ -9,6 +9,7 @@ from .judged import EvaluateConfig
 from .model import Loaded, load_architecture, load_model
 from .plan import Plan, make_plan
 from .probe import ProbeConfig, probe_saes
+from .ravel import RavelConfig, ravel_saes
 from .run import harvest_suite, plan_suite, train_suite
 from .study import Studied, StudyConfig, study_saes
 
@@ -19,6 +20,7 @@ __all__ = [
     "Loaded",
     "Plan",
     "ProbeConfig",
+    "RavelConfig",
     "Studied",
     "StudyConfig",
     "SuiteConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "make_plan",
     "plan_suite",
     "probe_saes",
+    "ravel_saes",
     "study_saes",
     "train_suite",
 ]

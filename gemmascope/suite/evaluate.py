@@ -23,7 +23,7 @@ from ..evaluation.language_model import rows_of_a_forward
 from ..evaluation.protocol import Sums, measure
 from ..evaluation.site_moments import SiteMoments
 from ..evaluation.suite import MAX_BYTES
-from ..formats.files import read_json, shown, write_json
+from ..formats.files import read_json, write_json
 from ..kernels import choose
 from ..reporting.progress import StageProgress
 from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, write_frequencies
@@ -31,7 +31,7 @@ from ..runs import Run, Stage
 from ..sites import Site
 from ..sites.decoder import find_decoder
 from .blocks import Blocks, groups_that_fit, moments_of
-from .judged import EvaluateConfig, Place, Sources, Texts, find_places, read_texts
+from .judged import EvaluateConfig, Place, Sources, Texts, find_places, other_models, read_texts
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
@@ -260,7 +260,4 @@ def _warnings(config: EvaluateConfig, texts: Texts, places: Sequence[Place], loa
         found.append(f"judged on {n:,} rows of text, not on {config.sequences:,}: there are no more")
     if texts.facts["documents"] < 2:
         found.append("the text is of one document: there are no intervals")
-    for place in places:
-        if place.model is not None and place.model.rpartition("/")[2] != loaded.name.rpartition("/")[2]:
-            found.append(f"{place.name}: the SAE says that it is of {shown(place.model)}")
-    return found
+    return found + other_models(places, loaded)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,16 @@ class EvaluateConfig(JudgedConfig):
         check_int("max_sae_bytes", self.max_sae_bytes, 1)
 
 
+class Chosen(Protocol):
+    """What is chosen of model and site, as `EvaluateConfig` has it."""
+
+    @property
+    def model(self) -> ModelSection | None: ...
+
+    @property
+    def site(self) -> Site | str | None: ...
+
+
 @dataclass(frozen=True)
 class Place:
     """An SAE, not loaded: where it comes from, where it reads and writes, and what a row of results says of it."""
@@ -189,7 +199,7 @@ class Sources:
         ratio = found.pop() if len(found) == 1 else None
         return float(ratio) if isinstance(ratio, (int, float)) and ratio >= 1 else OUTLIER_RATIO
 
-    def model(self, config: JudgedConfig, device: torch.device, dtype: str | None = None) -> Loaded:
+    def model(self, config: Chosen, device: torch.device, dtype: str | None = None) -> Loaded:
         """The model of the settings, else that of the run, in the dtype that they say or in another one.
 
         Raises ValueError where nothing says which, for runs of different models, and for a model of a run that is
@@ -349,7 +359,7 @@ def _of_run(config: JudgedConfig, sources: Sources, loaded: Loaded) -> TokenRows
 # ---- SAEs
 
 
-def find_places(config: JudgedConfig, sources: Sources, loaded: Loaded) -> tuple[Place, ...]:
+def find_places(config: Chosen, sources: Sources, loaded: Loaded) -> tuple[Place, ...]:
     """Every SAE, loaded once to see that it fits the model. Raises ValueError for one that does not, or whose site
     nothing says, and what loading raises."""
     places: list[Place] = []
@@ -379,6 +389,15 @@ def find_places(config: JudgedConfig, sources: Sources, loaded: Loaded) -> tuple
     return tuple(places)
 
 
+def other_models(places: Sequence[Place], loaded: Loaded) -> list[str]:
+    """A warning for each SAE that says that it is of another model."""
+    return [
+        f"{place.name}: the SAE says that it is of {shown(place.model)}"
+        for place in places
+        if place.model is not None and place.model.rpartition("/")[2] != loaded.name.rpartition("/")[2]
+    ]
+
+
 def _free(name: str, taken: set[str]) -> str:
     free, number = name, 2
     while free in taken:
@@ -387,7 +406,7 @@ def _free(name: str, taken: set[str]) -> str:
     return free
 
 
-def _sites(sae: nn.Module, source: Source, config: JudgedConfig, loaded: Loaded) -> tuple[Site, Site]:
+def _sites(sae: nn.Module, source: Source, config: Chosen, loaded: Loaded) -> tuple[Site, Site]:
     row = source.row
     given = None if config.site is None else as_site(config.site)
     if given is None and row is not None:

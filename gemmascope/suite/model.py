@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -85,12 +85,17 @@ def dtype_of(section: ModelSection, device: torch.device) -> torch.dtype:
 
 
 @plain_defaults()
-def load_model(section: ModelSection, device: torch.device | str = "auto", progress: Progress | None = None) -> Loaded:
+def load_model(
+    section: ModelSection,
+    device: torch.device | str = "auto",
+    progress: Progress | None = None,
+    others: Collection[str] = (),
+) -> Loaded:
     """The model and its tokenizer, in evaluation mode, without gradients, on ``device``.
 
     ``section.name`` is a folder, else a repository of the hub, fetched once; without the network (or with
     HF_HUB_OFFLINE=1) the hub's cache serves. Nothing but safetensors and JSON is read. ``progress(bytes, of)`` while a
-    folder's weights are hashed.
+    folder's weights are hashed. others: types of models that are taken too, though they have no decoder of a Gemma.
 
     Raises ValueError for what is no Gemma 2 or 3, or is quantised, and for a revision of a folder; BadFileError for a
     repository, revision or file that is missing or damaged; EnvironmentProblemError for restricted access, no network,
@@ -98,7 +103,7 @@ def load_model(section: ModelSection, device: torch.device | str = "auto", progr
     """
     check_type("section", section, ModelSection)
     device, place = as_device(device), _Place.of(section)
-    config = place.config(section)
+    config = place.config(section, others)
     transformers = _transformers()
     folder, dtype = place.whole(), dtype_of(section, device)
     identity = _identity(section, place, config, dtype)
@@ -122,7 +127,8 @@ def load_model(section: ModelSection, device: torch.device | str = "auto", progr
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise BadFileError(f"{shown(folder)}: expected weights of a Gemma, found {_first_line(error)}") from error
     _refuse_gaps(folder, report)
-    find_decoder(model)
+    if identity["type"] not in others:
+        find_decoder(model)
     return Loaded(_moved(model, device), _tokenizer(folder), identity, place.name)
 
 
@@ -175,11 +181,11 @@ class _Place:
         commit = file.parent.name if _COMMIT.fullmatch(file.parent.name) else section.revision
         return cls(section.name, None, commit, file, section.name)
 
-    def config(self, section: ModelSection) -> Any:
+    def config(self, section: ModelSection, others: Collection[str] = ()) -> Any:
         """The model's config, refused where it is none of ours or its attention would deceive."""
         facts = read_json(self.config_file)
         kind = facts.get("model_type") if isinstance(facts, dict) else None
-        if kind not in MODEL_TYPES:
+        if kind not in (*MODEL_TYPES, *others):
             raise ValueError(f"model.name: expected a Gemma 2 or Gemma 3, got {self.name}, whose type is {kind!r}")
         if facts.get("quantization_config") is not None:
             raise ValueError(f"model.name: expected weights that are not quantised, got {self.name}, which are")

@@ -1,0 +1,61 @@
+"""What an SAE is judged beside: the controls, by name, and what trains each of them.
+
+neurons   a mask over the coordinates as they are
+pca       a mask over the principal directions of the training prompts' activations
+random    a mask over random orthonormal directions, drawn by the seed
+das       some orthonormal directions, learnt: Distributed Alignment Search
+mdas      all of them, learnt, and a mask over them: the skyline
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import features
+from .pairs import Pair, PairSet
+from .presets import Protocol
+from .train import Interchange, Tick, Trained, steps_of, train_mask, train_rotation
+
+CONTROLS = ("neurons", "pca", "random", "das", "mdas")
+FLOORS = ("always base", "always source")
+
+
+def train_control(name: str, on: Interchange, pairs: PairSet, protocol: Protocol, seed: int, tick: Tick) -> Trained:
+    """The control of that name, trained on the pairs."""
+    x = on.activations.vectors
+    if name == "das":
+        return train_rotation(on, pairs.train, protocol, seed, tick, min(protocol.directions, x.shape[1]))
+    if name == "mdas":
+        return train_rotation(on, pairs.train, protocol, seed, tick)
+    if name == "neurons":
+        found = features.neurons(x)
+    elif name == "pca":
+        found = features.principal(x, _prompts(pairs.train, x))
+    else:
+        found = features.random_directions(x, seed)
+    return train_mask(on, found, pairs.train, protocol, seed, tick)
+
+
+def train_sae(sae: Any, on: Interchange, pairs: PairSet, protocol: Protocol, seed: int, tick: Tick) -> Trained:
+    """A mask over the latents of an SAE.
+
+    SAEs of a model with LayerNorm are made on activations without their mean over coordinates, which the model does not
+    see (TransformerLens takes it out of the weights), and are given them so here.
+    """
+    x = on.activations.vectors
+    x = x if on.model.stack.is_gemma else x - x.mean(1, keepdim=True)
+    latents = features.features_of(x, sae, protocol.error == "drop")
+    return train_mask(on, latents, pairs.train, protocol, seed, tick)
+
+
+def steps_of_method(name: str, pairs: PairSet, protocol: Protocol) -> int:
+    """Of a training."""
+    epochs = protocol.rotation_epochs if name in ("das", "mdas") else protocol.epochs
+    return steps_of(len(pairs.train), protocol, epochs)
+
+
+def _prompts(pairs: Sequence[Pair], x: Tensor) -> Tensor:
+    """All of the training, once each."""
+    return torch.tensor(sorted({each for pair in pairs for each in (pair.base, pair.source)}), device=x.device)
