@@ -604,7 +604,6 @@ GPU_TRANSPOSE = [
 GPU_TOPK = [
     ("latents that may not be chosen", "among.to(torch.int8)", "torch.ones_like(among, dtype=torch.int8)"),
     ("-Inf hidden from another chunk", "torch.where(z.isfinite(),", "torch.where(z.isfinite() | (z < 0),"),
-    ("what is no entry competes", "bits * (latents >= ACTIVE)", "bits"),
     ("of equals the last", "(keys | places.flip(0))", "(keys | places)"),
     ("as they were found", ".indices.sort().values", ".indices"),
     ("chunks do not compete", "found = into if found is None else", "found = into if found is None or True else"),

@@ -28,7 +28,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def compiled(given: list[Case], workers: int | None = None) -> dict[str, dict]:
-    """A row for each kernel of the step, counted in the given cases. Raises RuntimeError where one does not compile."""
+    """A row for each kernel of the step and of the selection, counted in the given cases. Raises RuntimeError where one
+    does not compile."""
     jobs = [(trips.TARGET, name) for name in sorted(trips.names(given))]
     rows = compile_all(jobs, workers or os.cpu_count() or 1, [asdict(case) for case in given])
     for row in rows:
@@ -42,17 +43,7 @@ def step_of(case: Case, rows: dict[str, dict], card: Card, operations: list[Oper
 
     overlapped: what each resource is busy for. No step of many SAEs at once can be shorter than the longest.
     """
-    kernels = []
-    for step in trips.passes(case):
-        row = rows[step.spec]
-        counts = model.Counts(**row["counts"][case.title][step.name])
-        found = model.times(step, counts, row, row["warps"], card)
-        fits = occupancy(card, row["warps"], row["registers"], row["shared"])
-        kernels.append(
-            {"kernel": step.name, "launches": step.launches, "hbm_bytes": step.hbm, "occupancy": asdict(fits)}
-            | asdict(counts)
-            | {"seconds": asdict(found)}
-        )
+    kernels = [_kernel(step, case, rows, card) for step in trips.passes(case)]
     lights = trips.lights(case)
     launched = sum(step.launches for step in (*trips.passes(case), *lights))
     rest = small(operations, case, card, launched, sum(light.hbm for light in lights))
@@ -65,7 +56,17 @@ def step_of(case: Case, rows: dict[str, dict], card: Card, operations: list[Oper
         "overlapped": {name: sum(kernel["seconds"][name] for kernel in kernels) for name in RESOURCES},
         "expected": sum(kernel["seconds"]["expected"] for kernel in kernels) + rest.seconds,
         "dense": dense(case, card),
+        "selection": [_kernel(step, case, rows, card) for step in trips.selection(case)],
     }
+
+
+def _kernel(step: trips.Pass, case: Case, rows: dict[str, dict], card: Card) -> dict:
+    row = rows[step.spec]
+    counts = model.Counts(**row["counts"][case.title][step.name])
+    found = model.times(step, counts, row, row["warps"], card)
+    fits = occupancy(card, row["warps"], row["registers"], row["shared"])
+    facts = {"kernel": step.name, "launches": step.launches, "hbm_bytes": step.hbm, "occupancy": asdict(fits)}
+    return facts | asdict(counts) | {"seconds": asdict(found)}
 
 
 def _ms(seconds: float) -> str:
@@ -75,29 +76,31 @@ def _ms(seconds: float) -> str:
 def table(step: dict) -> list[list[str]]:
     """Rows of cells, the head first; times in ms."""
     found = [list(COLUMNS)]
-    for kernel in step["kernels"]:
-        seconds = kernel["seconds"]
-        binds = seconds["binds"]
-        if seconds["tail"] > 0.05 * seconds["expected"] and binds != "tail":
-            binds += f" + tail {_ms(seconds['tail'])}"
-        found.append(
-            [
-                kernel["kernel"] + (f" x{kernel['launches']}" if kernel["launches"] > 1 else ""),
-                f"{kernel['warp_instructions'] / 1e6:.1f}",
-                f"{kernel['hbm_bytes'] / 1e9:.2f}",
-                f"{kernel['l2'] / 1e9:.2f}",
-                f"{kernel['occupancy']['warps']}",
-                *(_ms(seconds[name]) for name in TIMES),
-                binds,
-            ]
-        )
+    found += [_cells(kernel) for kernel in step["kernels"]]
     rest = step["small"]
     name = f"{rest['calls']} small operations"
     found.append(
         [name, "", f"{rest['bytes'] / 1e9:.2f}", *[""] * 7, _ms(rest["seconds"]), f"{rest['launches']} launches"]
     )
     found.append(["**step**", *[""] * 8, _ms(step["floor"]), _ms(step["expected"]), ""])
+    found += [_cells(kernel | {"kernel": f"TopK: {kernel['kernel']}"}) for kernel in step["selection"]]
     return found
+
+
+def _cells(kernel: dict) -> list[str]:
+    seconds = kernel["seconds"]
+    binds = seconds["binds"]
+    if seconds["tail"] > 0.05 * seconds["expected"] and binds != "tail":
+        binds += f" + tail {_ms(seconds['tail'])}"
+    return [
+        kernel["kernel"] + (f" x{kernel['launches']}" if kernel["launches"] > 1 else ""),
+        f"{kernel['warp_instructions'] / 1e6:.1f}",
+        f"{kernel['hbm_bytes'] / 1e9:.2f}",
+        f"{kernel['l2'] / 1e9:.2f}",
+        f"{kernel['occupancy']['warps']}",
+        *(_ms(seconds[name]) for name in TIMES),
+        binds,
+    ]
 
 
 def render(step: dict, markdown: bool) -> str:

@@ -142,7 +142,7 @@ def count(code: Code, spec, cases: Iterable[Case]) -> dict[str, dict[str, dict]]
     """`Counts` of a kernel of the step in each case, by the case's title and the pass's name; {} for another kernel."""
     counter, found = None, {}
     for case in cases:
-        for step in trips.passes(case):
+        for step in (*trips.passes(case), *trips.selection(case)):
             if step.spec != spec.name:
                 continue
             counter = counter or Counter(code, spec)
@@ -156,7 +156,8 @@ RECORDED_LENGTHS = (0, 1, 17, 67, 300)
 
 def of_programs(code: Code, spec) -> dict[str, int]:
     """Warp-instructions of one program of a kernel of the step, by its length: cheap, and worse when the code is."""
-    step = next(step for step in trips.passes(trips.MEASURED) if step.spec == spec.name)
+    every = (*trips.passes(trips.MEASURED), *trips.selection(trips.MEASURED))
+    step = next(step for step in every if step.spec == spec.name)
     counter, lengths = Counter(code, spec), step.programs.length
     if len(lengths) > 1:
         lengths = [length for length in RECORDED_LENGTHS if length <= step.most]

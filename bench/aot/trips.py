@@ -16,8 +16,9 @@ import torch
 
 from bench.aot.inference import encode
 from bench.aot.lists import MARGIN, Case, Lengths
+from bench.aot.selecting import ROWS, drawn, largest_of_groups, select_bytes
 from bench.aot.spec import Spec
-from bench.aot.training import around_the_step, sparse_step, training_encode, update_specs
+from bench.aot.training import around_the_step, sparse_step, topk, training_encode, update_specs
 from gemmascope.kernels.entries import tokens_per_chunk
 from gemmascope.kernels.gpu import centring as gpu_centring
 from gemmascope.kernels.gpu import conclusion as gpu_conclusion
@@ -25,6 +26,7 @@ from gemmascope.kernels.gpu import encode as gpu_encode
 from gemmascope.kernels.gpu import encode_gemm as gpu_encode_gemm
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
+from gemmascope.kernels.gpu import selection as gpu_selection
 from gemmascope.kernels.gpu import tokens as gpu_tokens
 from gemmascope.kernels.gpu import transpose as gpu_transpose
 from gemmascope.kernels.gpu import update as gpu_update
@@ -368,6 +370,47 @@ def lights(case: Case) -> tuple[Light, ...]:
     )
 
 
+def largest(case: Case) -> Pass:
+    """The product of `encode_topk`: that of the step, but that it stores all of z and a key for each 32 of them."""
+    of_step, config = product(case), gpu_encode_gemm.encode_config(TARGET, torch.bfloat16, case.tokens, True)
+    depth, groups = _blocks(case.d, config.block_k) * config.block_k, _blocks(case.F, 32)
+    stored = config.block_m * config.block_n * (4 + 4 / 32)
+    reads = of_step.hbm - SECTOR * case.entries - case.tokens * case.F / 8
+    return replace(
+        of_step,
+        name="product, z",
+        spec=of_step.spec.replace("encode_", "topk_"),
+        requested=lambda _: 2 * depth * (config.block_m + config.block_n) + 4 * config.block_n + stored,
+        hbm=reads + 4 * case.tokens * (case.F + groups),
+    )
+
+
+def select(case: Case) -> Pass:
+    """The k largest of each token, k its L0: a program a token, each of some drawn rows standing for as many."""
+    k, n_groups = round(case.l0), _blocks(case.F, 32)
+    config = gpu_selection.select_config(k)
+    scalars = {"k": k, "F": case.F, "n_groups": n_groups}
+
+    def given(number: int) -> Arguments:
+        z, _, groups = drawn(case.F, k, number)
+        listed = np.zeros(n_groups, np.int32)
+        listed[: len(groups)] = groups
+        keys = largest_of_groups(z).astype(np.int32)
+        return scalars, {"z_ptr": z.view(np.int32), "keys_ptr": keys, "list_ptr": listed}
+
+    def requested(number: int) -> float:
+        return select_bytes(case.F, k, drawn(case.F, k, number)[1])
+
+    groups = sum(drawn(case.F, k, number)[1].groups for number in range(ROWS)) / ROWS
+    hbm = case.tokens * (4 * n_groups * 2 + 128 * groups)  # keys and words, and the z that are looked at
+    return Pass(
+        "select", "topk_select_64" if config is gpu_selection.FEW else "topk_select_256",
+        Lengths(np.arange(ROWS), np.full(ROWS, case.tokens / ROWS)), given, requested, hbm,
+        product(case).launches, ROWS - 1,
+    )  # fmt: skip
+
+
+SELECTION = (largest, select)
 STEP = (
     product, count, move, residual, sum_shares, latents, long_latents, encoder_times, conclude, long_lists,
     update,
@@ -378,7 +421,8 @@ MEASURED = Case(2304, 16384)  # whose programs are recorded
 def specs(target: str = TARGET, cases: Iterable[Case] = ()) -> Iterator[Spec]:
     """The compilations of the step in the given cases, and in the one that is recorded."""
     given = (MEASURED, *cases)
-    found = {spec.name: spec for of in (encode, training_encode, sparse_step, around_the_step) for spec in of(target)}
+    of_step = (encode, training_encode, topk, sparse_step, around_the_step)
+    found = {spec.name: spec for of in of_step for spec in of(target)}
     for d in sorted({case.d for case in given} - {2304}):
         for spec in update_specs(target, d):
             found[of_width(spec.name, d)] = replace(spec, name=of_width(spec.name, d))
@@ -387,14 +431,21 @@ def specs(target: str = TARGET, cases: Iterable[Case] = ()) -> Iterator[Spec]:
 
 
 def names(cases: Iterable[Case] = (MEASURED,)) -> frozenset[str]:
-    """The compilations of the step."""
-    return frozenset(step.spec for case in cases for step in passes(case))
+    """The compilations of the step and of the selection."""
+    return frozenset(step.spec for case in cases for step in (*passes(case), *selection(case)))
 
 
 @functools.cache
 def passes(case: Case) -> tuple[Pass, ...]:
     """Those that have a program to run."""
     return tuple(each for each in (step(case) for step in STEP) if each.programs.lists >= 0.5)
+
+
+@functools.cache
+def selection(case: Case) -> tuple[Pass, ...]:
+    """What takes the place of the product where k latents of a token fire, its L0 a whole number; count and move of
+    the entries follow as in the step."""
+    return tuple(step(case) for step in SELECTION) if case.l0 == round(case.l0) else ()
 
 
 def argument_sizes(spec: Spec) -> list[tuple[str, int]]:

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..entries import ACTIVE, Entries, tokens_per_chunk
+from ..entries import Entries, tokens_per_chunk
 from .encode import SEGMENT, scan
 from .encode_gemm import INFINITE, encode_gemm, launch_config, words_per_row
 from .entries import move
@@ -64,10 +64,9 @@ def _nothing(x: Tensor, n: int, d_sae: int, room: int) -> Entries:
     )
 
 
-def _keys(z: Tensor, latents: Tensor) -> Tensor:
-    """int64 [room]: bits of what is compared, in the upper half; 0 where there is no entry."""
-    bits = torch.where(z.isfinite(), z.view(torch.int32), INFINITE.value)
-    return (bits * (latents >= ACTIVE)).to(torch.int64) << 32
+def _keys(z: Tensor) -> Tensor:
+    """int64 [room]: bits of what is compared, in the upper half; 0 where there is no entry, since z is 0 there."""
+    return torch.where(z.isfinite(), z.view(torch.int32), INFINITE.value).to(torch.int64) << 32
 
 
 def _first_largest(keys: Tensor, k: int) -> Tensor:
@@ -82,7 +81,7 @@ def _of_both(before: Entries, after: Entries, n: int, d_sae: int) -> Entries:
     """The largest of two lists of the entries of n tokens, of which the first one's tokens come first; as many as each
     has room for."""
     z, latents, tokens = (torch.cat(pair) for pair in zip(before[:3], after[:3], strict=True))
-    keys, room = _keys(z, latents), len(after.z)
+    keys, room = _keys(z), len(after.z)
     places = _first_largest(keys, room)
     z, latents, tokens = z[places], latents[places], tokens[places]
     fires = keys[places] > 0

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from bench.aot import __main__ as aot
-from bench.aot import expectation, follow, model, sass, trips
+from bench.aot import expectation, follow, model, sass, selecting, trips
 from bench.aot.cards import CARDS, occupancy
 from bench.aot.dense import dense
 from bench.aot.launches import SIZES, Operation, recorded
@@ -23,6 +23,7 @@ from bench.timing.inputs import firing_frequencies
 from gemmascope.kernels.entries import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Objective, Rule
 from gemmascope.kernels.gpu import latents as gpu_latents
 from gemmascope.kernels.gpu import residual as gpu_residual
+from gemmascope.kernels.gpu import selection as gpu_selection
 from gemmascope.kernels.gpu import update as gpu_update
 
 LENGTHS = np.array([0, 1, 5, 8, 9, 21, 3])
@@ -299,6 +300,32 @@ def test_bytes_of_the_update(moved):
     assert moved[0] == sum(trips.update_bytes(D, int(n)) for n in lengths) + found + searched
 
 
+@pytest.mark.parametrize(("F", "k"), [(256, 1), (512, 5), (1024, 64), (4096, 80), (64, 64), (96, 90)])
+def test_bytes_of_the_selection(moved, F, k):
+    """Few groups and many, one tile of them and more, every latent wanted."""
+    z = torch.stack([torch.from_numpy(selecting.drawn(F, k, number)[0]) for number in range(3)])
+    keys = torch.stack([torch.from_numpy(selecting.largest_of_groups(row.numpy())) for row in z]).int()
+    gpu_selection.select_of_tokens(z, keys, k)
+    assert moved[0] == sum(selecting.select_bytes(F, k, selecting.drawn(F, k, number)[1]) for number in range(3))
+
+
+def test_the_search_among_all_groups_is_counted(moved, monkeypatch):
+    """Blocks of 4 groups: the k-th of the largest of each 4th lets too many through."""
+    small = gpu_selection.SelectConfig(block=4, tile=4, num_warps=1)
+    monkeypatch.setattr(gpu_selection, "FEW", small)
+    monkeypatch.setattr(gpu_selection, "MANY", small)
+    paths, expected = [], 0.0
+    for number, k in ((0, 2), (1, 3), (2, 6), (3, 20)):
+        z = np.random.default_rng(number).standard_normal(32 * 40).astype(np.float32)
+        paths.append(selecting.path(z, k)[0])
+        expected += selecting.select_bytes(len(z), k, paths[-1])
+        keys = torch.from_numpy(selecting.largest_of_groups(z)).int()[None]
+        gpu_selection.select_of_tokens(torch.from_numpy(z)[None], keys, k)
+    assert moved[0] == expected
+    assert any(each.among_groups > 1 for each in paths)
+    assert any(each.groups > small.tile and each.among_keys > 1 for each in paths)
+
+
 # ---- counts, times
 
 
@@ -366,16 +393,18 @@ def test_dense_steps_are_those_of_the_note():
 def test_the_table_of_a_step():
     case = Case(256, 4096, 20, 0.0, 512)
     counts = {"warp_instructions": 1e6, "tensor_cycles": 0.0, "longest": 10.0, "programs": 512, "l2": 1e6}
+    every = (*trips.passes(case), *trips.selection(case))
     rows = {
         step.spec: {
             "registers": 64, "shared": 0, "warps": 4,
-            "counts": {case.title: {each.name: counts for each in trips.passes(case) if each.spec == step.spec}},
+            "counts": {case.title: {each.name: counts for each in every if each.spec == step.spec}},
         }
-        for step in trips.passes(case)
+        for step in every
     }  # fmt: skip
     small = [Operation("add", (((SIZES["N"], SIZES["d"]), 4),) * 3), Operation("fill", (((SIZES["room"],), 4),))]
     step = expectation.step_of(case, rows, CARDS["h100"], small)
     assert [kernel["kernel"] for kernel in step["kernels"]] == [step.name for step in trips.passes(case)]
+    assert [kernel["kernel"] for kernel in step["selection"]] == ["product, z", "select"]
     assert step["expected"] >= step["floor"] >= max(step["overlapped"].values()) > 0
     assert step["overlapped"]["issue"] == pytest.approx(len(step["kernels"]) * 1e6 / CARDS["h100"].issue)
     lights = trips.lights(case)
