@@ -32,7 +32,7 @@ LAYERS = (
         "suite",
         "demo",
     ),
-    *("", "cli", "__main__"),
+    *("", "commands", "cli", "__main__"),
 )
 
 

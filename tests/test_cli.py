@@ -91,7 +91,7 @@ def test_a_demo_that_was_stopped_has_nothing_to_show(demo, capsys):
 
 def test_demo_defaults(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gemmascope.cli.present", lambda run, results: None)
+    monkeypatch.setattr("gemmascope.commands.train.present", lambda run, results: None)
     assert main(["demo"]) == 0
     assert demo.config == DemoConfig()
 
@@ -128,9 +128,9 @@ def test_info_names_versions_devices_and_every_choice(capsys):
 
 
 def test_info_says_what_is_not_installed(capsys, monkeypatch):
-    from gemmascope import cli
+    from gemmascope.commands import info
 
-    monkeypatch.setattr(cli, "PACKAGES", ("a-package-nobody-has",))
+    monkeypatch.setattr(info, "PACKAGES", ("a-package-nobody-has",))
     assert main(["info"]) == 0
     assert "a-package-nobody-has  not installed" in capsys.readouterr().out
 

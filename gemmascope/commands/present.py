@@ -1,0 +1,70 @@
+"""What a command shows when it is done: its table, its warnings, where its files are."""
+
+from pathlib import Path
+
+import rich.table
+import rich.text
+
+from .. import reporting
+from .app import Console
+
+
+def present(run: Path, results: dict) -> None:
+    """Write the plots and the HTML report of a run, and show its table."""
+    plots = reporting.write_plots(run)
+    page = reporting.write_html(run)
+    console = Console()
+    console.print(reporting.final_table(results))
+    console.print(f"Report: {page}", f"Plots: {', '.join(map(str, plots))}", sep="\n", markup=False, soft_wrap=True)
+
+
+def present_evaluation(folder: Path) -> None:
+    """Write the plots and the HTML report of an evaluation, and show its table and its warnings."""
+    page = reporting.write_evaluation(folder)
+    reporting.link_from_run(folder)
+    results = reporting.read_evaluation(folder)
+    console = Console()
+    console.print(reporting.evaluation_table(results))
+    for warning in results["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    console.print(f"Report: {page}", markup=False, soft_wrap=True)
+
+
+def present_probing(folder: Path) -> None:
+    """Draw the figure of probes, and show their table and what they warn of."""
+    figure = reporting.write_probing(folder)
+    results = reporting.read_probing(folder)
+    console = Console()
+    console.print(reporting.probing_table(results))
+    for warning in results["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    console.print(f"Plot: {figure}", markup=False, soft_wrap=True)
+
+
+def present_dashboards(folder: Path, results: dict) -> None:
+    """Show the table of dashboards, and their warnings."""
+    table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("SAE")
+    for heading in ("Latents", "L0", "Dead", "Fire on > 10 %", "Largest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results["rows"]:
+        figures = (f"{row['width']:,}", f"{row['l0']:.1f}", f"{row['dead']:.1%}", f"{row['high_freq']:.1%}")
+        table.add_row(rich.text.Text(row["name"]), *figures, f"{row['largest']:.4g}")
+    console = Console()
+    console.print(table)
+    for warning in results["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    reporting.link_from_run(folder)
+    index = folder / "site" / "index.html"
+    console.print(f"Dashboards: {index if index.is_file() else folder}", markup=False, soft_wrap=True)
+
+
+def present_ravel(folder: Path) -> None:
+    """Draw the figure of a RAVEL evaluation, and show its table and its warnings."""
+    plot = reporting.write_ravel(folder)
+    results = reporting.read_ravel_results(folder)
+    console = Console()
+    console.print(reporting.ravel_table(results))
+    for warning in results["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    console.print(f"Plot: {plot}", markup=False, soft_wrap=True)
