@@ -107,10 +107,11 @@ def test_together_against_plain_loops():
         assert [pair for pair in pairs if pair[0] >= 0] == of_latent
 
 
-@pytest.mark.parametrize(("max_tokens", "max_pairs"), [(9, 10**6), (10**6, 60), (1, 1), (5, 40)])
-def test_the_sample_is_the_longest_beginning_that_fits(max_tokens, max_pairs, monkeypatch):
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("max_tokens", "max_pairs"), [(9, 10**6), (10**6, 60), (1, 1), (5, 40), (10**6, 200)])
+def test_the_sample_is_the_longest_beginning_that_fits(max_tokens, max_pairs, seed, monkeypatch):
     monkeypatch.setattr("gemmascope.dashboards.together.COUNTED", 7)
-    f, counted = activations(rows=10, seed=2)
+    f, counted = activations(rows=10, seed=seed)
     ordered = sorted(counted.nonzero().tolist(), key=lambda t: plain.splitmix(t[0], t[1], 3))
     chosen: list[tuple[int, int]] = []
     pairs = 0
