@@ -187,6 +187,15 @@ def test_memory_does_not_grow_with_the_text():
     assert max(peaks) - min(peaks) <= 0.02 * min(peaks)  # how far the sample runs over before it is cut
 
 
+def test_what_comes_after_a_token_that_was_too_much_is_not_sampled():
+    """Of three tokens in the order the second exceeds the bound: the third must not come in its place."""
+    sample = TokenSample(4, max_pairs=4)
+    sample.add(SparseCode.from_dense(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0]])), torch.tensor([0, 10]))
+    sample.cut()
+    sample.add(SparseCode.from_dense(torch.tensor([[1.0, 0, 0, 0]])), torch.tensor([20]))
+    assert sample.count(1).n_sampled == 1
+
+
 def test_the_bounds_of_a_sample_bound_its_entries():
     """Cauchy–Schwarz: entries ≤ √(tokens · pairs)."""
     f, counted = activations(rows=64, d_sae=30, density=0.9)
