@@ -107,10 +107,11 @@ def test_together_against_plain_loops():
         assert [pair for pair in pairs if pair[0] >= 0] == of_latent
 
 
-@pytest.mark.parametrize(("max_tokens", "max_pairs"), [(9, 10**6), (10**6, 60), (1, 1), (5, 40)])
-def test_the_sample_is_the_longest_beginning_that_fits(max_tokens, max_pairs, monkeypatch):
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("max_tokens", "max_pairs"), [(9, 10**6), (10**6, 60), (1, 1), (5, 40), (10**6, 200)])
+def test_the_sample_is_the_longest_beginning_that_fits(max_tokens, max_pairs, seed, monkeypatch):
     monkeypatch.setattr("gemmascope.dashboards.together.COUNTED", 7)
-    f, counted = activations(rows=10, seed=2)
+    f, counted = activations(rows=10, seed=seed)
     ordered = sorted(counted.nonzero().tolist(), key=lambda t: plain.splitmix(t[0], t[1], 3))
     chosen: list[tuple[int, int]] = []
     pairs = 0
@@ -184,6 +185,15 @@ def test_memory_does_not_grow_with_the_text():
         assert fixed == state_bytes(20, SIZES)
         peaks.append(peak)
     assert max(peaks) - min(peaks) <= 0.02 * min(peaks)  # how far the sample runs over before it is cut
+
+
+def test_what_comes_after_a_token_that_was_too_much_is_not_sampled():
+    """Of three tokens in the order the second exceeds the bound: the third must not come in its place."""
+    sample = TokenSample(4, max_pairs=4)
+    sample.add(SparseCode.from_dense(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0]])), torch.tensor([0, 10]))
+    sample.cut()
+    sample.add(SparseCode.from_dense(torch.tensor([[1.0, 0, 0, 0]])), torch.tensor([20]))
+    assert sample.count(1).n_sampled == 1
 
 
 def test_the_bounds_of_a_sample_bound_its_entries():
