@@ -6,13 +6,15 @@ that the layers of a set of transcoders lie in one folder, whose address is a gr
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .naming import rounded, source_sets
-from .overview import Overview
-from .table import Examples, LatentTable
+from .overview import Overview, Shown
+from .table import LatentTable
+
+LATENTS_AT_ONCE = 256
 
 
 def write(overview: Overview, folder: Path, *, check: Callable[[int], Any] = lambda done: None) -> list[Path]:
@@ -20,17 +22,14 @@ def write(overview: Overview, folder: Path, *, check: Callable[[int], Any] = lam
     each of which is written at once, but not flushed to the disk. check: called with the number of latents done."""
     written: list[Path] = []
     for of, name in zip(overview.saes, source_sets(overview), strict=True):
-        table = overview.table(of.name)
+        table, layer = overview.table(of.name), of.reads.layer
         (folder / name).mkdir(parents=True, exist_ok=True)
-        bounds = table.stratum_bounds().tolist()
-        for latent in range(of.d_sae):
-            layer = of.reads.layer
-            path = folder / name / f"{cantor(layer, latent)}.json"
-            text = json.dumps(
-                feature(overview, table, bounds[latent], layer, latent), allow_nan=False, ensure_ascii=False
-            )
-            path.write_text(text, encoding="utf-8")
-            written.append(path)
+        for first in range(0, of.d_sae, LATENTS_AT_ONCE):
+            latents = range(first, min(first + LATENTS_AT_ONCE, of.d_sae))
+            for latent, found in zip(latents, features(overview, table, layer, latents), strict=True):
+                path = folder / name / f"{cantor(layer, latent)}.json"
+                path.write_text(json.dumps(found, allow_nan=False, ensure_ascii=False), encoding="utf-8")
+                written.append(path)
             check(len(written))
     return written
 
@@ -40,39 +39,40 @@ def cantor(layer: int, latent: int) -> int:
     return (layer + latent) * (layer + latent + 1) // 2 + latent
 
 
-def feature(
-    overview: Overview, table: LatentTable, bounds: list[list[float]], layer: int, latent: int
-) -> dict[str, Any]:
-    """The JSON of a latent. bounds: of its strata."""
-    vocabulary = overview.vocabulary
-    promoted, suppressed = table.promoted[latent], table.suppressed[latent]
-    quantiles = []
-    groups = [("Top activations", Examples(*(part[latent] for part in table.top)))]
-    for stratum, (low, high) in enumerate(bounds):
-        examples = Examples(*(part[latent, stratum] for part in table.strata))
-        groups.append((f"Activations from {low:.5g} to {high:.5g}", examples))
-    for title, examples in groups:
-        tokens, starts = overview.window_tokens(examples), overview.starts(examples)
-        found = [
-            {
-                "tokens": vocabulary.of(tokens[n]),
-                "tokens_acts_list": rounded(examples.window[n].tolist()),
-                "train_token_ind": int(examples.position[n] - starts[n]),
-                "is_repeated_datapoint": False,
-            }
-            for n in examples.there.nonzero().flatten().tolist()
-        ]
-        if found:
-            quantiles.append({"quantile_name": title, "examples": found})
-    heights, _ = table.bars(latent)
-    return {
-        "transcoder_id": str(layer),
-        "index": cantor(layer, latent),
-        "examples_quantiles": quantiles,
-        "top_logits": vocabulary.of(promoted[promoted >= 0]),
-        "bottom_logits": vocabulary.of(suppressed[suppressed >= 0]),
-        "act_min": 0.0,
-        "act_max": round(float(table.largest[latent]), 5),
-        "histogram": heights,
-        "activation_frequency": float(table.frequency[latent]),
-    }
+def features(overview: Overview, table: LatentTable, layer: int, latents: range) -> Iterator[dict[str, Any]]:
+    """The JSON of each of ``latents``."""
+    vocabulary, sizes = overview.vocabulary, overview.sizes
+    bounds = table.stratum_bounds()[latents.start : latents.stop].tolist()
+    tops, strata = (overview.shown(examples.of(latents)) for examples in (table.top, table.strata))
+    for place, latent in enumerate(latents):
+        quantiles = [_quantile("Top activations", tops[place * sizes.top :][: sizes.top])]
+        for stratum, (low, high) in enumerate(bounds[place]):
+            first = (place * sizes.strata + stratum) * sizes.of_stratum
+            title = f"Activations from {low:.5g} to {high:.5g}"
+            quantiles.append(_quantile(title, strata[first : first + sizes.of_stratum]))
+        promoted, suppressed = table.promoted[latent], table.suppressed[latent]
+        yield {
+            "transcoder_id": str(layer),
+            "index": cantor(layer, latent),
+            "examples_quantiles": [quantile for quantile in quantiles if quantile["examples"]],
+            "top_logits": vocabulary.of(promoted[promoted >= 0]),
+            "bottom_logits": vocabulary.of(suppressed[suppressed >= 0]),
+            "act_min": 0.0,
+            "act_max": round(float(table.largest[latent]), 5),
+            "histogram": table.bars(latent)[0],
+            "activation_frequency": int(table.fired[latent]) / table.n_tokens,
+        }
+
+
+def _quantile(title: str, examples: Sequence[Shown | None]) -> dict[str, Any]:
+    found = [
+        {
+            "tokens": example.tokens,
+            "tokens_acts_list": rounded(example.values),
+            "train_token_ind": example.at,
+            "is_repeated_datapoint": False,
+        }
+        for example in examples
+        if example is not None
+    ]
+    return {"quantile_name": title, "examples": found}

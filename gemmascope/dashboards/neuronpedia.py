@@ -8,15 +8,15 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ..formats.files import atomic_write
 from .naming import rounded, source_sets
-from .overview import Overview, TableOf
-from .table import Examples, LatentTable
+from .overview import Overview, Shown, TableOf
+from .table import LatentTable
 
 # Whom Neuronpedia's own scripts name where none is given.
 CREATOR = "clkht01d40000jv08hvalcvly"
@@ -46,8 +46,7 @@ def write(
             latents = range(first, min(first + LATENTS_OF_BATCH, of.d_sae))
             features = (writer.feature(latent) for latent in latents)
             written.append(_write_gzip(place / "features" / f"batch-{number}.jsonl.gz", features))
-            activations = (line for latent in latents for line in writer.activations(latent))
-            written.append(_write_gzip(place / "activations" / f"batch-{number}.jsonl.gz", activations))
+            written.append(_write_gzip(place / "activations" / f"batch-{number}.jsonl.gz", writer.activations(latents)))
             check(done + latents.stop)
         done += of.d_sae
     return written
@@ -134,41 +133,42 @@ class _Source:
             "pos_values": rounded(table.promoted_logit[latent][promoted >= 0].tolist()),
             "neg_str": self.overview.vocabulary.of(suppressed[suppressed >= 0]),
             "neg_values": rounded(table.suppressed_logit[latent][suppressed >= 0].tolist()),
-            "frac_nonzero": float(table.frequency[latent]),
+            "frac_nonzero": int(table.fired[latent]) / table.n_tokens,
             "freq_hist_data_bar_heights": heights,
             "freq_hist_data_bar_values": rounded(middles),
         }
 
-    def activations(self, latent: int) -> Iterator[dict[str, Any]]:
-        table = self.table
-        if not table.fired[latent]:
-            return
-        top = Examples(*(part[latent] for part in table.top))
-        yield from self._activations(latent, "top", top, -1, float(table.largest[latent]), -1)
-        for stratum, (low, high) in enumerate(self.bounds[latent]):
-            examples = Examples(*(part[latent, stratum] for part in table.strata))
-            yield from self._activations(latent, str(stratum), examples, low, high, self.shares[latent][stratum])
+    def activations(self, latents: range) -> Iterator[dict[str, Any]]:
+        table, sizes = self.table, self.overview.sizes
+        tops, strata = (self.overview.shown(examples.of(latents)) for examples in (table.top, table.strata))
+        for place, latent in enumerate(latents):
+            top = tops[place * sizes.top :][: sizes.top]
+            yield from self._activations(latent, "top", top, -1, float(table.largest[latent]), -1)
+            for stratum, (low, high) in enumerate(self.bounds[latent]):
+                first = (place * sizes.strata + stratum) * sizes.of_stratum
+                examples, share = strata[first : first + sizes.of_stratum], self.shares[latent][stratum]
+                yield from self._activations(latent, str(stratum), examples, low, high, share)
 
     def _activations(
-        self, latent: int, group: str, examples: Examples, low: float, high: float, share: float
+        self, latent: int, group: str, examples: Sequence[Shown | None], low: float, high: float, share: float
     ) -> Iterator[dict[str, Any]]:
-        tokens, starts = self.overview.window_tokens(examples), self.overview.starts(examples)
-        for n in examples.there.nonzero().flatten().tolist():
-            window = examples.window[n]
-            at = int(window.argmax())
+        for n, example in enumerate(examples):
+            if example is None:
+                return
+            values = rounded(example.values)
             identity = json.dumps([self.model, self.source, latent, group, n]).encode()
             yield {
                 "id": "c" + hashlib.sha256(identity).hexdigest()[:24],
-                "tokens": self.overview.vocabulary.of(tokens[n]),
+                "tokens": example.tokens,
                 "index": str(latent),
                 "layer": self.source,
                 "modelId": self.model,
                 "dataIndex": None,
                 "dataSource": None,
-                "maxValue": round(float(window.max()), 5),
-                "maxValueTokenIndex": at,
-                "minValue": round(float(window.min()), 5),
-                "values": rounded(window.tolist()),
+                "maxValue": max(values),
+                "maxValueTokenIndex": max(range(len(values)), key=example.values.__getitem__),
+                "minValue": min(values),
+                "values": values,
                 "dfaValues": [],
                 "dfaTargetIndex": None,
                 "dfaMaxValue": None,
@@ -179,7 +179,7 @@ class _Source:
                 "binMin": round(low, 5),
                 "binMax": round(high, 5),
                 "binContains": share,
-                "qualifyingTokenIndex": int(examples.position[n] - starts[n]),
+                "qualifyingTokenIndex": example.at,
             }
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,14 @@ class TableOf:
     facts: Mapping[str, Any]
 
 
+class Shown(NamedTuple):
+    """The window of an example: its tokens, the activation on each, and which of them the example is of."""
+
+    tokens: list[str]
+    values: list[float]
+    at: int
+
+
 class Overview:
     """Dashboards as they lie in a folder. Tables are read when asked for.
 
@@ -195,6 +203,16 @@ class Overview:
         at = self.starts(examples)[..., None] + torch.arange(self.sizes.window, dtype=torch.int64, device="cpu")
         rows = examples.row.long().clamp(min=0)[..., None]
         return self.text.tokens[rows, at].where(examples.there[..., None], -1)
+
+    def shown(self, examples: Examples) -> list[Shown | None]:
+        """``examples`` […] one after another as lists; None where there is none."""
+        tokens, starts = self.window_tokens(examples).flatten(0, -2).tolist(), self.starts(examples)
+        at, windows = (examples.position - starts).flatten().tolist(), examples.window.flatten(0, -2).tolist()
+        there, strings = examples.there.flatten().tolist(), self.vocabulary
+        return [
+            Shown([strings[token] for token in ids], values, own) if is_there else None
+            for is_there, ids, values, own in zip(there, tokens, windows, at, strict=True)
+        ]
 
 
 def table_path(folder: Path, number: int) -> Path:

@@ -73,6 +73,10 @@ class Examples(NamedTuple):
     """fp32 […, window]: the latent's activation on each token of the window, which begins at `window_start`; 0 where it
     does not fire, and at special tokens, which are not counted."""
 
+    def of(self, latents: range) -> "Examples":
+        """Those of some latents."""
+        return Examples(*(part[latents.start : latents.stop] for part in self))
+
     @property
     def there(self) -> Tensor:
         """bool […]: which slots have an example; in the last dimension these come first."""
