@@ -60,11 +60,13 @@ def test_wheel_holds_every_package_and_nothing_else(wheel):
     for root, target in ((ROOT / "gemmascope", "gemmascope"), (ROOT / "kernels", "gemmascope/kernels")):
         expected.add(f"{target}/py.typed")
         for package in (path.parent for path in root.rglob("__init__.py")):
-            files = [*package.glob("*.py"), *(path for path in package.glob("csrc/*") if path.is_file())]
+            data = (path for folder in ("csrc", "web") for path in package.glob(f"{folder}/*") if path.is_file())
+            files = [*package.glob("*.py"), *data]
             expected |= {f"{target}/{path.relative_to(root).as_posix()}" for path in files}
     assert names == expected
     assert {"gemmascope/sites/attach.py", "gemmascope/kernels/api.py"} <= names
     assert any(name.endswith(".cpp") for name in names)
+    assert {"gemmascope/reporting/web/site.js", "gemmascope/reporting/web/site.css"} <= names
 
 
 def test_every_module_lies_in_a_package():

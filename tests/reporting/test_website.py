@@ -69,7 +69,7 @@ def test_other_files_are_left_alone(tmp_path):
 
 
 def test_pages_say_what_they_are_of_and_escape_it(site):
-    for path in (site / "index.html", site / "saes" / "layer_1.resid" / "index.html"):
+    for path in (site / "index.html", site / "saes" / "layer_1-resid" / "index.html"):
         page = path.read_text(encoding="utf-8")
         assert "a &lt;b&gt;model&lt;/b&gt;" in page
         assert "384 tokens in 12 rows of 32 of made-up text &amp; more" in page
@@ -101,7 +101,7 @@ def page(browser, site):
     """Opens a page of the site, and sees at the end that all was well in it and that nothing came from elsewhere."""
     opened = []
 
-    def opens(path="saes/layer_1.resid/index.html", **how):
+    def opens(path="saes/layer_1-resid/index.html", **how):
         found = browser.page(f"{site.as_uri()}/{path}", **how)
         opened.append(found)
         if path.startswith("saes"):
@@ -155,10 +155,10 @@ def test_suite_links_to_each_sae(page):
     assert rows[0].split()[-2:] == ["–", "10.0%"]
     assert rows[1].split()[-2:] == ["0.123", "10.0%"]
     first.run("document.querySelectorAll('td a')[1].click()")
-    first.wait("location.pathname.endsWith('saes/layer_2.mlp.20/index.html')")
+    first.wait("location.pathname.endsWith('saes/layer_2-mlp-20/index.html')")
     first.wait(f"typeof window.gemmascope === 'object' && {COUNT} === '300 of 300 latents'")
     assert first.run("document.querySelector('h1').textContent") == "layer_2/mlp 20"
-    assert not any("layer_1.resid" in url for url in first.requests())
+    assert not any("layer_1-resid" in url for url in first.requests())
 
 
 def test_list_shows_part_of_all_rows_and_scrolls_to_the_last(page):
@@ -209,12 +209,12 @@ def test_filters_and_orders(page):
     assert least == sorted(least)
     assert least[0] < most[-1]
     assert list_.run("document.querySelector('[data-sort=max]').ariaPressed") == "true"
-    same = page(f"saes/layer_1.resid/index.html{list_.run('location.hash')}")
+    same = page(f"saes/layer_1-resid/index.html{list_.run('location.hash')}")
     assert same.run(ORDER) == list_.run(ORDER), "an address is that of a list as it was"
 
 
 def test_latent_shows_its_examples_figures_and_neighbours(page, site):
-    latent = page("saes/layer_1.resid/index.html#33")
+    latent = page("saes/layer_1-resid/index.html#33")
     latent.wait(f"{HEADING} === 'Latent 33'")
     assert latent.run("document.title") == "33 · layer_1/resid"
     texts = latent.run(TEXTS)
@@ -237,7 +237,7 @@ def test_latent_shows_its_examples_figures_and_neighbours(page, site):
 
 
 def test_dead_latent_says_so(page):
-    latent = page("saes/layer_1.resid/index.html#10")
+    latent = page("saes/layer_1-resid/index.html#10")
     latent.wait(f"{HEADING} === 'Latent 10'")
     assert "It fired on none of 384 tokens." in latent.run("document.getElementById('latent').innerText")
     assert latent.run("document.querySelectorAll('.text, .bars').length") == 0
@@ -245,7 +245,7 @@ def test_dead_latent_says_so(page):
 
 @pytest.mark.parametrize("hash", ["#999", "#q=%E0%A4%A&sort=__proto__&in=x&fires=toString", "#-1", "#1e3"])
 def test_addresses_that_are_none_show_the_list(page, hash):
-    list_ = page(f"saes/layer_1.resid/index.html{hash}")
+    list_ = page(f"saes/layer_1-resid/index.html{hash}")
     list_.wait(f"{COUNT} === '300 of 300 latents'")
     assert list_.run(ORDER)[:3] == [0, 1, 2]
 
@@ -276,7 +276,7 @@ def test_keys(page):
 
 
 def test_active_tokens_are_reached_by_keys(page):
-    latent = page("saes/layer_1.resid/index.html#33")
+    latent = page("saes/layer_1-resid/index.html#33")
     latent.wait(f"{HEADING} === 'Latent 33'")
     for _ in range(12):
         latent.press("Tab")
@@ -295,7 +295,7 @@ def test_active_tokens_are_reached_by_keys(page):
 
 def test_hostile_tokens_are_text(page):
     """Every latent that fires on one, or raises one: no element comes of it, and what cannot be seen is signed."""
-    latent = page("saes/layer_1.resid/index.html#1")
+    latent = page("saes/layer_1-resid/index.html#1")
     tags = "[...new Set([...document.querySelectorAll('main *')].map(e => e.localName))].sort().join(' ')"
     known = {"a", "b", "bdi", "div", "figcaption", "figure", "h2", "h3", "i", "li", "ol", "p", "section", "span", "ul"}
     shown = ""
@@ -316,13 +316,13 @@ def test_hostile_tokens_are_text(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_page_is_wider_than_a_phone(page, scheme):
-    for path in ("index.html", "saes/layer_1.resid/index.html", "saes/layer_1.resid/index.html#33"):
+    for path in ("index.html", "saes/layer_1-resid/index.html", "saes/layer_1-resid/index.html#33"):
         narrow = page(path, width=360, height=640, scheme=scheme)
         assert narrow.run(WIDE) <= 360
         assert narrow.run(
             f"[...document.querySelectorAll({ELEMENTS!r})].every(e => e.getBoundingClientRect().right < 361)"
         )
-    list_ = page("saes/layer_1.resid/index.html", width=360, height=640)
+    list_ = page("saes/layer_1-resid/index.html", width=360, height=640)
     assert list_.run("document.querySelector('.row').getBoundingClientRect().height") == 91
     assert list_.run("document.querySelector('.head').offsetParent") is None
 
@@ -354,7 +354,7 @@ CONTRAST = """(() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_of_all_text(page, scheme):
     """WCAG 2.2's 4.5 for every text on what lies behind it, the strongest activation included."""
-    for path in ("index.html", "saes/layer_1.resid/index.html", "saes/layer_1.resid/index.html#33"):
+    for path in ("index.html", "saes/layer_1-resid/index.html", "saes/layer_1-resid/index.html#33"):
         shown = page(path, scheme=scheme)
         shown.run("document.querySelectorAll('.act').forEach(e => e.style.setProperty('--a', 1))")
         found = shown.run(CONTRAST)
@@ -366,8 +366,8 @@ def test_a_missing_file_is_said(browser, site, tmp_path):
     import shutil
 
     shutil.copytree(site, tmp_path / "site")
-    (tmp_path / "site" / "saes" / "layer_1.resid" / "data" / "latents-0.js").unlink()
-    broken = browser.page(f"{(tmp_path / 'site').as_uri()}/saes/layer_1.resid/index.html#33")
+    (tmp_path / "site" / "saes" / "layer_1-resid" / "data" / "latents-0.js").unlink()
+    broken = browser.page(f"{(tmp_path / 'site').as_uri()}/saes/layer_1-resid/index.html#33")
     broken.wait("document.querySelector('[role=alert]') !== null")
     message = broken.run("document.querySelector('[role=alert]').textContent")
     assert message == "This page cannot be shown: data/latents-0.js is missing or cannot be read."
@@ -381,10 +381,10 @@ def test_large_lists_stay_within_what_browsers_draw(browser, site, tmp_path):
     from gemmascope.reporting.latents import call
 
     shutil.copytree(site, tmp_path / "site")
-    data = Path(tmp_path / "site" / "saes" / "layer_1.resid" / "data")
+    data = Path(tmp_path / "site" / "saes" / "layer_1-resid" / "data")
     facts = json.loads((data / "facts.js").read_text()[len("gemmascope.sae(") : -3])
     (data / "facts.js").write_text(call("sae", facts | {"width": 1_000_000, "list_chunk": 1_000_000}))
-    big = browser.page(f"{(tmp_path / 'site').as_uri()}/saes/layer_1.resid/index.html")
+    big = browser.page(f"{(tmp_path / 'site').as_uri()}/saes/layer_1-resid/index.html")
     big.wait("document.querySelectorAll('.row').length > 5")
     assert big.run("document.getElementById('rows').offsetHeight") <= 8e6
     big.run("scrollTo(0, document.documentElement.scrollHeight)")

@@ -298,7 +298,7 @@ def test_too_little_text_is_said(undisturbed, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--writers", "site,delph"], "writers: expected neuronpedia, delphi, circuit-tracer, got 'site'"),
+        (["--writers", "site,delph"], "writers: expected site, neuronpedia, delphi, circuit-tracer, got 'delph'"),
         (["--top", 0], "top: expected at least 1, got 0"),
         (["--window", 0], "window: expected at least 1, got 0"),
         (["--sequences", 0], "sequences: expected at least 1, got 0"),
