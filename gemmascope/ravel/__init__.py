@@ -1,4 +1,4 @@
-"""RAVEL: can one attribute of an entity be exchanged inside a language model while the others stay?"""
+"""RAVEL: whether one attribute of an entity can be exchanged inside a language model while the others stay."""
 
 from .cities import cities
 from .continuation import Continuation
