@@ -7,7 +7,6 @@ once, for the prompts that pairs are made of, whatever the number of SAEs.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -227,7 +226,6 @@ def _ravel(config: RavelConfig, sources: Sources, work: Run, stop: Stop, started
     with finished.doing():
         write_json(work.folder / RESULTS, results)
         finished.keep(work.folder / RESULTS)
-    shutil.rmtree(work.folder / ACTIVATIONS, ignore_errors=True)
     return results
 
 
@@ -410,9 +408,11 @@ class _Task:
         return found
 
     def _cell(self, entry: Entry, attribute: str, seed: int) -> tuple[Stage, Path]:
-        name = key_of(self.identity(entry), attribute, seed)
+        # Whatever an SAE is called beside others.
+        of = [entry.method, str(entry.site), None if entry.place is None else entry.place.content]
+        name = key_of(of, attribute, seed)
         settings = [self.settings[:-2], self.config.seed]  # more seeds leave those that are there
-        stage = self.work.stage(f"intervention {name}", settings, self.identity(entry), attribute, seed)
+        stage = self.work.stage(f"intervention {name}", settings, of, attribute, seed)
         return stage, self.work.folder / INTERVENTIONS / f"{name}.safetensors"
 
     # ---- figures

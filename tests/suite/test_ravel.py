@@ -97,7 +97,7 @@ def test_rows_and_summary(judged):
 def test_what_it_leaves(judged, capsys):
     out, results = judged
     assert is_ravel(out)
-    assert not (out / "activations").exists()
+    assert (out / "activations" / "layer_0" / "resid.safetensors").exists()
     found = read_ravel_results(out)
     assert found["rows"] == results["rows"]
     table = ravel_table(found)
@@ -122,8 +122,10 @@ def test_a_sweep_runs_the_layers_before_the_site_no_more(place, tmp_path, monkey
     first = ravel_saes(settings(place, out, controls=("neurons",)))
     asked = []
     monkeypatch.setattr(ravel, "answers", lambda *args: asked.append(1))
+    monkeypatch.setattr(ravel, "activations", lambda *args: asked.append(2))
     trained = []
-    monkeypatch.setattr(ravel, "train_control", lambda *args: trained.append(args[0]))
+    for name in ("train_control", "train_sae"):  # the SAE is the same under another name
+        monkeypatch.setattr(ravel, name, lambda *args: trained.append(args[0]))
     second = ravel_saes(settings(place, out, saes=("sae", "sae"), controls=("neurons",)))
     assert first is not None
     assert second is not None
