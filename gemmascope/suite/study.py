@@ -43,7 +43,7 @@ from ..version import __version__
 from .blocks import Blocks, Measure, groups_that_fit, moments_of
 from .config import ModelSection
 from .conversations import ROLES, Markers, conversation_rows
-from .evaluate import Task
+from .evaluate import Task, warnings_of
 from .judged import JUDGED_EVERY, EvaluateConfig, Place, Sources, find_places, load_named, read_texts
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
@@ -253,6 +253,7 @@ class _Work:
             "outlier_ratio": self._ratio,
             "version": __version__,
             "environment": self._environment,
+            "warnings": warnings_of(self._config, self._texts, self._places, self._loaded),
             "plot": dataclasses.asdict(study.plot),
             "facts": finding.facts,
             "rows": finding.rows,

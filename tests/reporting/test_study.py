@@ -98,6 +98,7 @@ def test_colours_by_layer_and_by_kind():
     assert legend(one)[:2] == ["jumprelu", "topk"]
     colours = {line.get_color() for line in one.axes[0].lines if line.get_linestyle() not in ("None", "")}
     assert set(PALETTE[:2]) <= colours
+    assert legend(draw(made("sparsity-fidelity", widths=(512, 1024))))[:2] == ["width 512", "width 1,024"]
 
 
 def test_saes_of_one_place_share_a_label():
