@@ -186,8 +186,13 @@ def study(
         console.print(f"  {files}, {', '.join(map(str, images))}", markup=False, soft_wrap=True)
 
     made = study_saes([name], config, fresh=fresh, on_study=show)
-    for each, why in () if made is None else made.left_out.items():
+    if made is None:
+        return
+    reporting.link_from_run(config.folder)
+    for each, why in made.left_out.items():
         console.print(f"{each}: not made. {why}", markup=False, soft_wrap=True)
+    for warning in dict.fromkeys(text for found in made.done.values() for text in found["warnings"]):
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -33,6 +33,7 @@ def present_evaluation(folder: Path) -> None:
 def present_probing(folder: Path) -> None:
     """Draw the figure of probes, and show their table and what they warn of."""
     figure = reporting.write_probing(folder)
+    reporting.link_from_run(folder)
     results = reporting.read_probing(folder)
     console = Console()
     console.print(reporting.probing_table(results))
@@ -62,6 +63,7 @@ def present_dashboards(folder: Path, results: dict) -> None:
 def present_ravel(folder: Path) -> None:
     """Draw the figure of a RAVEL evaluation, and show its table and its warnings."""
     plot = reporting.write_ravel(folder)
+    reporting.link_from_run(folder)
     results = reporting.read_ravel_results(folder)
     console = Console()
     console.print(reporting.ravel_table(results))

@@ -1,4 +1,4 @@
-"""What else lies in the folder of a run, its evaluation, studies, RAVEL and dashboards, linked from the run's page."""
+"""What else lies in the folder of a run, its evaluation, studies, RAVEL, probes and dashboards, linked from the run's page."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ class Related(NamedTuple):
 
 
 def related(run_dir: str | os.PathLike) -> list[Related]:
-    """All that is there: evaluation, studies, RAVEL, dashboards. Of results that cannot be read that is said; a study
+    """All that is there: evaluation, studies, RAVEL, probes, dashboards. Of results that cannot be read that is said; a study
     that cannot be read is left out."""
     run_dir = as_path("run_dir", run_dir)
     found: list[Related] = []
@@ -41,6 +41,9 @@ def related(run_dir: str | os.PathLike) -> list[Related]:
     if (run_dir / "ravel" / RESULTS).is_file():
         what = "whether latents separate the attributes of an entity, beside controls"
         found.append(_of_results(run_dir, "ravel", "RAVEL", what, _files(run_dir, run_dir / "ravel")))
+    if (run_dir / "probing" / RESULTS).is_file():
+        what = "what a few latents tell of labels of the text, beside coordinates and a random dictionary"
+        found.append(_of_results(run_dir, "probing", "Probes", what, _files(run_dir, run_dir / "probing")))
     if (run_dir / "dashboards" / "site" / "index.html").is_file():
         what = "what each latent fires on and what it does to the next token, to look through"
         links = {"site": "dashboards/site/index.html"}

@@ -93,11 +93,13 @@ class _Drawing:
         return found
 
     def _by(self) -> str:
-        """What colours are by: kinds, where the sites' layers or the SAEs would have one colour or far too many."""
+        """What colours are by: kinds or widths, where the layers or the SAEs would have one colour or far too many."""
         by, mark = self.plot["colours"], self.plot["mark"]
         one_layer = len({row["layer"] for row in self.rows}) == 1
         if len(self.kinds) > 1 and ((by == "layer" and one_layer) or (by == "sae" and mark == "lines")):
             return "kind"
+        if by == "layer" and one_layer and len({row["width"] for row in self.rows}) > 1:
+            return "width"
         return by
 
     def _key(self, row: Row) -> Any:

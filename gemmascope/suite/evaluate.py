@@ -154,7 +154,7 @@ class Task:
                 "control_tokens": config.control_tokens,
                 "model": dict(loaded.identity),
             },
-            "warnings": _warnings(config, texts, self.places, loaded),
+            "warnings": warnings_of(config, texts, self.places, loaded),
             "environment": self.environment,
             "seconds": {"this_run": round(time.monotonic() - started, 1)},
         }
@@ -253,7 +253,8 @@ def _model_facts(loaded: Loaded, texts: Texts, figures: Figures) -> dict[str, An
     }
 
 
-def _warnings(config: EvaluateConfig, texts: Texts, places: Sequence[Place], loaded: Loaded) -> list[str]:
+def warnings_of(config: EvaluateConfig, texts: Texts, places: Sequence[Place], loaded: Loaded) -> list[str]:
+    """What a reader of the figures should know of the text and the SAEs."""
     found = []
     if texts.facts["sequences"] < config.sequences:
         n = texts.facts["sequences"]

@@ -43,7 +43,7 @@ from ..version import __version__
 from .blocks import Blocks, Measure, groups_that_fit, moments_of
 from .config import ModelSection
 from .conversations import ROLES, Markers, conversation_rows
-from .evaluate import Task
+from .evaluate import Task, warnings_of
 from .judged import JUDGED_EVERY, EvaluateConfig, Place, Sources, find_places, load_named, read_texts
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
@@ -101,7 +101,7 @@ def study_saes(
     sources = Sources.of(config.saes)
     with Run(config.folder, fresh, kind="study") as run, stopping() as stop:
         try:
-            work = _Work(config, sources, run, stop)
+            work = _Work(config, sources, run, stop, fresh)
             left_out = {study.name: why for study in wanted if (why := study.lacks(work)) is not None}
             for name, why in left_out.items():
                 if ALL not in names:
@@ -129,8 +129,8 @@ def _studies(names: Sequence[str]) -> list[Study]:
 class _Work:
     """A `studies.Work` whose sums are stages of a run."""
 
-    def __init__(self, config: StudyConfig, sources: Sources, run: Run, stop: Stop):
-        self._config, self._run_sources, self._run, self._stop = config, sources, run, stop
+    def __init__(self, config: StudyConfig, sources: Sources, run: Run, stop: Stop, fresh: bool):
+        self._config, self._run_sources, self._run, self._stop, self._fresh = config, sources, run, stop, fresh
         self._started = time.monotonic()
         self._device = as_device(config.device)
         self._loaded = sources.model(config, self._device)
@@ -251,6 +251,7 @@ class _Work:
             "outlier_ratio": self._ratio,
             "version": __version__,
             "environment": self._environment,
+            "warnings": warnings_of(self._config, self._texts, self._places, self._loaded),
             "plot": dataclasses.asdict(study.plot),
             "facts": finding.facts,
             "rows": finding.rows,
@@ -301,7 +302,7 @@ class _Work:
                     say(f"{folder}: read, it is of the same SAEs and text")
                     return folder, found
         folder = self._run.folder / EVALUATION
-        with Run(folder, kind="evaluation") as run:
+        with Run(folder, self._fresh, kind="evaluation") as run:
             return folder, self._evaluation_in(run).results(self._started)
 
     def _evaluation_in(self, run: Run) -> Task:

@@ -1,13 +1,15 @@
 """Every study against plain hooks and loops in fp64, in parts that add up, and where the answer is known."""
 
+import copy
 import csv
+import dataclasses
 import io
 import math
 
 import pytest
 import torch
 
-from gemmascope import JumpReLUSAE
+from gemmascope import JumpReLUSAE, Transcoder
 from gemmascope.evaluation.protocol import Subject
 from gemmascope.sites import Site
 from gemmascope.studies import COLUMNS, STUDIES, Listed, csv_of
@@ -240,28 +242,50 @@ def test_the_same_model_is_no_other(work):
 # ---- uniformity
 
 
-@pytest.mark.parametrize("site", [ATT, MLP, RESID], ids=str)
-def test_uniformity_against_dense_autograd(model, site):
+def transcoder():
+    """It reads before the MLP, and has a skip connection."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        "W_enc": torch.randn(tiny.WIDTH, 12, generator=generator),
+        "W_dec": torch.randn(12, tiny.WIDTH, generator=generator) * 0.3,
+        "b_enc": torch.randn(12, generator=generator),
+        "b_dec": torch.randn(tiny.WIDTH, generator=generator) * 0.1,
+        "threshold": torch.full((12,), 0.5),
+        "W_skip": torch.randn(tiny.WIDTH, tiny.WIDTH, generator=generator) * 0.1,
+    }
+    wide = {key: tensor.double() for key, tensor in tensors.items()}
+    return Transcoder(wide, metadata={"site": Site(0, "mlp_in").name})
+
+
+SUBJECTS = {
+    **{str(site): Subject("s", site, site, random_sae(site, threshold=0.1)) for site in (ATT, MLP, RESID)},
+    "transcoder": Subject("s", Site(0, "mlp_in"), MLP, transcoder()),
+}
+
+
+@pytest.mark.parametrize("which", SUBJECTS)
+def test_uniformity_against_dense_autograd(model, which):
     """Of each drawn token alone, through all latents, by a forward of its own."""
     text, _ = text_of(model)
-    sae = random_sae(site, threshold=0.1)
+    subject = SUBJECTS[which]
     columns = columns_of(text, 3, seed=5)
-    found = attribution_sums(model, text, columns, [Subject("s", site, site, sae)])
+    found = attribution_sums(model, text, columns, [subject])
     expected: dict[int, list[float]] = {}
-    W, theta = sae.W_dec.detach(), sae.threshold.detach()
+    W = subject.sae.W_dec.detach()
     for row, column in [(r, int(c)) for r in range(len(columns)) for c in columns[r] if c >= 0]:
         ids = text.tokens[row : row + 1]
-        x = by_hand.activation(model, site, ids)
-        f = (x @ sae.W_enc.detach() + sae.b_enc.detach())[0, column]
-        f = (f * (f > theta)).requires_grad_()
-        rest = x[0, column] - (f @ W).detach()
+        x, before = (by_hand.activation(model, site, ids)[0, column] for site in (subject.reads, subject.writes))
+        z = x @ subject.sae.W_enc.detach() + subject.sae.b_enc.detach()
+        f = (z * (z > subject.sae.threshold.detach())).requires_grad_()
+        rest = (before - f @ W).detach()
 
         def moved(y, f=f, rest=rest, column=column):
             return torch.cat([y[:, :column], (rest + f @ W).expand(1, 1, -1), y[:, column + 1 :]], 1)
 
-        with by_hand.changed(model, site, moved):
+        with by_hand.changed(model, subject.writes, moved):
             logits = model(input_ids=ids, use_cache=False).logits[0, column]
         (logits[ids[0, column + 1]] - logits.mean()).backward()
+        assert f.grad is not None
         y = f.detach() * f.grad
         l0 = int((f > 0).sum())
         if l0 == 0:
@@ -277,6 +301,20 @@ def test_uniformity_against_dense_autograd(model, site):
         tokens, r, by_chance, l0 = got
         assert (tokens, r, l0) == pytest.approx(tuple(expected[int(number)]), rel=1e-7)
         assert 0 < by_chance <= tokens
+
+
+def test_one_pass_for_saes_of_many_sites(model):
+    """Together, each has the sums that it has alone; the model's parameters have no gradient."""
+    text, _ = text_of(model)
+    columns = columns_of(text, 3, seed=5)
+    named = [dataclasses.replace(each, name=name) for name, each in SUBJECTS.items()]
+    frozen = copy.deepcopy(model).requires_grad_(False)  # as a model is loaded
+    together = attribution_sums(frozen, text, columns, named)
+    model.zero_grad()
+    for each in named:
+        alone = attribution_sums(model, text, columns, [each])
+        assert together[f"{each.name}/uniformity"] == pytest.approx(alone[f"{each.name}/uniformity"], rel=1e-12)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_uniformity_by_hand():

@@ -43,7 +43,7 @@ def saved(folder, width=24, seed=0):
 
 def talking(path, several=True):
     lines = []
-    for number in range(40):
+    for number in range(40):  # of which about half are judged on
         source = f"talk {number % 2}" if several else "talk"
         text = f"<turn>user\nsay {number}<end>\n<turn>model\n{number} is the number<end>\n"
         lines.append(json.dumps({"name": str(number), "source": source, "text": text}) + "\n")
@@ -288,6 +288,9 @@ def test_command(undisturbed, tmp_path, capsys):
     assert main(["study", "uniformity", str(undisturbed), *options]) == 0
     assert capsys.readouterr().out == shown
     assert (out / "uniformity.svg").read_bytes() == first
+    few = ["--sequences", "100000", "--draws", "20", "--control-tokens", "256", "--out", str(tmp_path / "few")]
+    assert main(["study", "uniformity", str(undisturbed), *few]) == 0
+    assert "Note: judged on" in capsys.readouterr().out
     assert main(["study", "width-ladder", str(undisturbed), *options]) == 2
     assert "width-ladder: saes: expected several widths" in capsys.readouterr().err
 
