@@ -255,9 +255,9 @@ def judged_on(model: Mapping[str, Any]) -> str:
 
 
 def source_of(results: Mapping[str, Any]) -> str:
-    """Which rows, seed and version the figures of results are of: those of a run, an evaluation, a study, RAVEL or
-    dashboards, as far as they say."""
-    settings = [results.get(key) for key in ("evaluation", "ravel", "text", "model")]
+    """Which rows, seed and version the figures of results are of: those of a run, an evaluation, a study, RAVEL,
+    probes or dashboards, as far as they say."""
+    settings = [results.get(key) for key in ("evaluation", "ravel", "probing", "text", "model")]
     tables = [results, *(each for each in settings if isinstance(each, Mapping))]
     model, environment = results.get("model"), results.get("environment")
     held_out = model.get("held_out") if isinstance(model, Mapping) else None

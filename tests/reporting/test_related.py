@@ -71,11 +71,13 @@ def test_page_links_what_is_there(run):
     put(run, "ravel/results.json", {"ravel": {"seed": 5}, "version": "1.2"})
     put(run, "ravel/cause isolation.png")
     put(run, "ravel/stages.json", {})
+    put(run, "probing/results.json", {"probing": {**TEXT, "seed": 6}, "version": "1.2"})
+    put(run, "probing/probing.png")
     put(run, "dashboards/results.json", {"model": TEXT, "seed": 2, "version": "1.2"})
     put(run, "dashboards/site/index.html")
     found = related(run)
     assert [each.title for each in found] == [
-        *("Evaluation", "Study: sparsity fidelity", "RAVEL", "Dashboards of latents"),
+        *("Evaluation", "Study: sparsity fidelity", "RAVEL", "Probes", "Dashboards of latents"),
     ]
     assert found[1] == Related(
         "Study: sparsity fidelity",
@@ -86,6 +88,11 @@ def test_page_links_what_is_there(run):
     assert dict(found[2].links) == {
         "cause isolation.png": "ravel/cause isolation.png",
         "results.json": "ravel/results.json",
+    }
+    assert found[3].source == "64 rows of 128 tokens of held-out rows; seed 6; gemmascope 1.2"
+    assert dict(found[3].links) == {
+        "probing.png": "probing/probing.png",
+        "results.json": "probing/results.json",
     }
     page = reporting.write_html(run).read_text(encoding="utf-8")
     for link in ("evaluation/report.html", "studies/sparsity-fidelity.svg", "ravel/cause%20isolation.png"):
