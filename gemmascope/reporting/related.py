@@ -1,4 +1,4 @@
-"""What else lies in the folder of a run, its evaluation, studies, RAVEL, probes and dashboards, linked from the run's page."""
+"""What else is in the folder of a run, linked from its page: evaluation, studies, RAVEL, probes, dashboards."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -30,8 +30,8 @@ class Related(NamedTuple):
 
 
 def related(run_dir: str | os.PathLike) -> list[Related]:
-    """All that is there: evaluation, studies, RAVEL, probes, dashboards. Of results that cannot be read that is said; a study
-    that cannot be read is left out."""
+    """All that is there: evaluation, studies, RAVEL, probes, dashboards. Of results that cannot be read that is said; a
+    study that cannot be read is left out."""
     run_dir = as_path("run_dir", run_dir)
     found: list[Related] = []
     if (run_dir / "evaluation" / "report.html").is_file():
