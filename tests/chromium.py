@@ -28,6 +28,10 @@ KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), "ArrowLeft": (3
 KEYS |= {"ArrowRight": (39, ""), "ArrowDown": (40, ""), "Home": (36, ""), "End": (35, "")}
 
 
+class RefusedError(AssertionError):
+    """The browser answered a message with an error."""
+
+
 class Browser:
     """The process; `page` opens a tab in it."""
 
@@ -70,7 +74,8 @@ class Browser:
         while True:
             answer = self._next(60)
             if answer.get("id") == self._sent:
-                assert "error" not in answer, f"{method}: {answer['error']}"
+                if "error" in answer:
+                    raise RefusedError(f"{method}: {answer['error']}")
                 return answer["result"]
             self.events.append(answer)
 
@@ -125,12 +130,20 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, script: str, seconds: float = 20) -> Any:
-        """The value of an expression once it is true."""
+        """The value of an expression once it is true. A page that is left meanwhile is asked again."""
         end = time.monotonic() + seconds
-        while not (value := self.run(script)):
+        while not (value := self._run_or_none(script)):
             assert time.monotonic() < end, f"not so after {seconds} s: {script}"
             time.sleep(0.02)
         return value
+
+    def _run_or_none(self, script: str) -> Any:
+        try:
+            return self.run(script)
+        except RefusedError as error:
+            if "navigated or closed" not in str(error) and "context was destroyed" not in str(error):
+                raise
+            return None
 
     def press(self, *keys: str) -> None:
         for key in keys:

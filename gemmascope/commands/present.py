@@ -45,7 +45,7 @@ def present_probing(folder: Path) -> None:
 def present_dashboards(folder: Path, results: dict) -> None:
     """Show the table of dashboards, and their warnings."""
     table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("SAE")
+    table.add_column("SAE", overflow="fold")
     for heading in ("Latents", "L0", "Dead", "Fire on > 10 %", "Largest"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results["rows"]:

@@ -51,9 +51,10 @@ class Bootstrap:
     def drawn(self, numerators: Tensor, denominators: Tensor) -> Tensor:
         """Σ numerators / Σ denominators of every draw: fp64 [draws] of [documents], [draws, columns] of [documents,
         columns]. For figures that are made of several such ratios."""
+        columns = numerators.shape[1:]
         for name, each in (("numerators", numerators), ("denominators", denominators)):
-            if each.shape[:1] != (self._documents,) or each.shape != numerators.shape or each.ndim > 2:
-                raise ValueError(f"{name}: expected shape [{self._documents}(, columns)], got {list(each.shape)}")
+            if each.shape != (self._documents, *columns) or len(columns) > 1:
+                raise ValueError(f"{name}: expected shape {[self._documents, *columns][:2]}, got {list(each.shape)}")
         both = torch.stack([numerators, denominators], -1).double().cpu().view(self._documents, -1)
         sums = torch.cat([part.double() @ both for part in self.times.split(_AT_ONCE)])
         sums = sums.view(len(sums), *numerators.shape[1:], 2)

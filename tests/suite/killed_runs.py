@@ -23,10 +23,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from gemmascope import cli
 from gemmascope.__main__ import main as command
 from gemmascope.activations import Harvester
 from gemmascope.activations.packing import RowsWriter
+from gemmascope.commands import judge, train
 from gemmascope.suite import evaluate as suite_evaluate
 from gemmascope.suite import measure, prepare
 from gemmascope.suite import run as suite_run
@@ -134,8 +134,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     import_all()
     measure.BUDGET = 0.0
-    cli.present = lambda run, results: print(f"{len(results['saes'])} SAEs in {run}")
-    cli.present_evaluation = lambda folder: None
+    train.present = lambda run, results: print(f"{len(results['saes'])} SAEs in {run}")
+    judge.present_evaluation = lambda folder: None
     for line in sys.stdin:
         job = json.loads(line)
         if isinstance(job, list):

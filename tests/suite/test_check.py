@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
-from gemmascope import cli
 from gemmascope.__main__ import main
 from gemmascope.activations import Document
 from gemmascope.activations.packing import as_encoder, is_held_out
+from gemmascope.commands import judge
 from gemmascope.demo.byte_tokenizer import BOS, byte_tokenizer
 from gemmascope.errors import BadFileError
 from gemmascope.saes import JumpReLUSAE, TopKSAE
@@ -313,7 +313,7 @@ def test_wrong_options_are_named(command, capsys, changed, code, message):
 
 def test_the_defaults_of_the_command_are_those_of_the_config():
     """Written out there, so that `gemmascope --help` need not load all this."""
-    options = inspect.signature(cli.check).parameters
+    options = inspect.signature(judge.check).parameters
     fields = {field.name: field.default for field in dataclasses.fields(CheckConfig)}
     for name in ("site", "bos", "tokens", "context", "device"):
         assert options[name].default == fields[name], name

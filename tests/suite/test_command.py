@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from gemmascope import cli
 from gemmascope.__main__ import main
+from gemmascope.commands import train
 from gemmascope.formats.files import read_json, write_json
 from gemmascope.reporting.results import read_log
 from gemmascope.training.checkpoint import Checkpoints
@@ -30,7 +30,7 @@ def command(tmp_path, model_folder, text_file):
 
 @pytest.fixture
 def no_report(monkeypatch):
-    monkeypatch.setattr(cli, "present", lambda run, results: None)
+    monkeypatch.setattr(train, "present", lambda run, results: None)
 
 
 @pytest.fixture

@@ -277,7 +277,8 @@ def run(*arguments) -> int:
         return main(["dashboards", *map(str, arguments)])
 
 
-def test_the_command(undisturbed, tmp_path, capsys):
+def test_the_command(undisturbed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     options = ("--sequences", ROWS, "--top", 3, "--window", 6, "--out", tmp_path / "out")
     assert run(undisturbed, *options, "--writers", "circuit-tracer,delphi") == 0
     printed = capsys.readouterr().out

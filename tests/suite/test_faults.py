@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemmascope import cli
 from gemmascope.__main__ import main
 from gemmascope.activations import Harvester
+from gemmascope.commands import train
 from gemmascope.reporting import read_results
 from gemmascope.reporting.results import read_log
 from gemmascope.reporting.trackers import Trackers
@@ -36,7 +36,7 @@ def make(tmp_path, model_folder, text_file):
 @pytest.fixture
 def command(tmp_path, model_folder, text_file, monkeypatch):
     """The arguments of ``gemmascope train`` for a run in ``run``."""
-    monkeypatch.setattr(cli, "present", lambda run, results: None)
+    monkeypatch.setattr(train, "present", lambda run, results: None)
     file = write_config(tmp_path / "config.toml", tables(model_folder, text_file, tmp_path / "run"))
     return ["train", str(file)]
 

@@ -94,7 +94,8 @@ def test_rows_and_summary(judged):
     assert results["ravel"]["knowledge"]["known_entities"] == 60
 
 
-def test_what_it_leaves(judged, capsys):
+def test_what_it_leaves(judged, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     out, results = judged
     assert is_ravel(out)
     assert (out / "activations" / "layer_0" / "resid.safetensors").exists()

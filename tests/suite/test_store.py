@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gemmascope import JumpReLUSAE, cli
+from gemmascope import JumpReLUSAE
 from gemmascope.__main__ import main
+from gemmascope.commands import train
 from gemmascope.formats.files import read_json
 from gemmascope.suite.run import train_suite
 from tests.suite.small_runs import config, hash_of, tables, write_config
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*never fired:RuntimeWarning")
 
 @pytest.fixture
 def file(tmp_path, model_folder, text_file, monkeypatch) -> str:
-    monkeypatch.setattr(cli, "present", lambda run, results: None)
+    monkeypatch.setattr(train, "present", lambda run, results: None)
     return str(write_config(tmp_path / "config.toml", tables(model_folder, text_file, tmp_path / "run")))
 
 
