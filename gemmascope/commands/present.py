@@ -16,6 +16,9 @@ def present(run: Path, results: dict) -> None:
     console = Console()
     console.print(reporting.final_table(results))
     console.print(f"Report: {page}", f"Plots: {', '.join(map(str, plots))}", sep="\n", markup=False, soft_wrap=True)
+    index = run / "dashboards" / "site" / "index.html"
+    if index.is_file():
+        console.print(f"Dashboards: {index}", markup=False, soft_wrap=True)
 
 
 def present_evaluation(folder: Path) -> None:
