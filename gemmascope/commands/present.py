@@ -1,5 +1,6 @@
 """What a command shows when it is done: its table, its warnings, where its files are."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import rich.table
@@ -7,6 +8,14 @@ import rich.text
 
 from .. import reporting
 from .app import Console
+
+
+def show(table: rich.table.Table, warnings: Sequence[str], where: str) -> None:
+    """A table, what is to be known of it, and where the rest is."""
+    console = Console()
+    console.print(table)
+    for line in (*(f"Note: {warning}" for warning in warnings), where):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def present(run: Path, results: dict) -> None:
@@ -26,11 +35,7 @@ def present_evaluation(folder: Path) -> None:
     page = reporting.write_evaluation(folder)
     reporting.link_from_run(folder)
     results = reporting.read_evaluation(folder)
-    console = Console()
-    console.print(reporting.evaluation_table(results))
-    for warning in results["warnings"]:
-        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
-    console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    show(reporting.evaluation_table(results), results["warnings"], f"Report: {page}")
 
 
 def present_probing(folder: Path) -> None:
@@ -38,11 +43,7 @@ def present_probing(folder: Path) -> None:
     figure = reporting.write_probing(folder)
     reporting.link_from_run(folder)
     results = reporting.read_probing(folder)
-    console = Console()
-    console.print(reporting.probing_table(results))
-    for warning in results["warnings"]:
-        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
-    console.print(f"Plot: {figure}", markup=False, soft_wrap=True)
+    show(reporting.probing_table(results), results["warnings"], f"Plot: {figure}")
 
 
 def present_dashboards(folder: Path, results: dict) -> None:
@@ -54,13 +55,9 @@ def present_dashboards(folder: Path, results: dict) -> None:
     for row in results["rows"]:
         figures = (f"{row['width']:,}", f"{row['l0']:.1f}", f"{row['dead']:.1%}", f"{row['high_freq']:.1%}")
         table.add_row(rich.text.Text(row["name"]), *figures, f"{row['largest']:.4g}")
-    console = Console()
-    console.print(table)
-    for warning in results["warnings"]:
-        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
     reporting.link_from_run(folder)
     index = folder / "site" / "index.html"
-    console.print(f"Dashboards: {index if index.is_file() else folder}", markup=False, soft_wrap=True)
+    show(table, results["warnings"], f"Dashboards: {index if index.is_file() else folder}")
 
 
 def present_ravel(folder: Path) -> None:
@@ -68,8 +65,4 @@ def present_ravel(folder: Path) -> None:
     plot = reporting.write_ravel(folder)
     reporting.link_from_run(folder)
     results = reporting.read_ravel_results(folder)
-    console = Console()
-    console.print(reporting.ravel_table(results))
-    for warning in results["warnings"]:
-        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
-    console.print(f"Plot: {plot}", markup=False, soft_wrap=True)
+    show(reporting.ravel_table(results), results["warnings"], f"Plot: {plot}")
