@@ -241,9 +241,8 @@ def test_losses_of_the_sums(model, moments):
             assert found[f"{key}_interval{suffix}"] == interval
 
 
-def test_a_transcoder_is_judged_on_what_it_writes(model):
-    text, documents = text_of(model)
-    reads, writes = Site(0, "mlp_in"), MLP
+def transcoder_tensors() -> dict[str, torch.Tensor]:
+    """Of one with a skip connection, as wide as the tiny model: fp64."""
     generator = torch.Generator().manual_seed(3)
     tensors = {
         "W_enc": torch.randn(tiny.WIDTH, 12, generator=generator),
@@ -253,7 +252,13 @@ def test_a_transcoder_is_judged_on_what_it_writes(model):
         "threshold": torch.full((12,), 0.5),
         "W_skip": torch.randn(tiny.WIDTH, tiny.WIDTH, generator=generator) * 0.1,
     }
-    wide = {key: tensor.double() for key, tensor in tensors.items()}
+    return {key: tensor.double() for key, tensor in tensors.items()}
+
+
+def test_a_transcoder_is_judged_on_what_it_writes(model):
+    text, documents = text_of(model)
+    reads, writes = Site(0, "mlp_in"), MLP
+    wide = transcoder_tensors()
     transcoder = Transcoder(wide, metadata={"site": reads.name})
     facts = site_moments(model, tiny.tokens(6, 9, seed=1), text, [writes], 5.0)
     sums = measure(model, text, [Subject("t", reads, writes, transcoder)], facts)

@@ -21,7 +21,7 @@ from gemmascope.studies.uniformity import attribution_sums, columns_of, uniformi
 from gemmascope.studies.width_ladder import common_l0, interpolated
 from tests import tiny_models as tiny
 from tests.evaluation import plain as by_hand
-from tests.evaluation.test_protocol import ATT, MLP, RESID, dense, random_sae, text_of
+from tests.evaluation.test_protocol import ATT, MLP, RESID, dense, random_sae, text_of, transcoder_tensors
 from tests.studies.work import PlainWork
 
 pytest.importorskip("transformers")
@@ -244,17 +244,7 @@ def test_the_same_model_is_no_other(work):
 
 def transcoder():
     """It reads before the MLP, and has a skip connection."""
-    generator = torch.Generator().manual_seed(3)
-    tensors = {
-        "W_enc": torch.randn(tiny.WIDTH, 12, generator=generator),
-        "W_dec": torch.randn(12, tiny.WIDTH, generator=generator) * 0.3,
-        "b_enc": torch.randn(12, generator=generator),
-        "b_dec": torch.randn(tiny.WIDTH, generator=generator) * 0.1,
-        "threshold": torch.full((12,), 0.5),
-        "W_skip": torch.randn(tiny.WIDTH, tiny.WIDTH, generator=generator) * 0.1,
-    }
-    wide = {key: tensor.double() for key, tensor in tensors.items()}
-    return Transcoder(wide, metadata={"site": Site(0, "mlp_in").name})
+    return Transcoder(transcoder_tensors(), metadata={"site": Site(0, "mlp_in").name})
 
 
 SUBJECTS = {
