@@ -130,16 +130,23 @@ class Continuation:
             stream = found["resid", site.layer]
             at_site = stream if site.kind == "resid" else found["mlp", site.layer]
             made[site] = Streams(stream, at_site[rows, positions], positions, ends)
-        return self._logits(hidden[rows, ends]), made
+        return self.logits(hidden[rows, ends]), made
 
     def continued(self, template: Template, site: Site, streams: Streams, new: Tensor) -> Tensor:
-        """Logits [n, vocabulary] of what comes after prompts of a template whose activation at the entity's last token
-        is ``new`` [n, width] instead. Differentiable in ``new``."""
+        """What the last layer leaves [n, width] at the ends of prompts of a template whose activation at the entity's
+        last token is ``new`` [n, width] instead. Differentiable in ``new``. `logits` says what comes after."""
         stream = self._changed(site, streams, new)
         ids = torch.zeros(stream.shape[:2], dtype=torch.int64, device=self.device)  # never embedded into anything
         with without_layers(self.stack.layers[: site.layer + 1], stream):
             hidden = self._run(ids, **self._past(template, len(ids)))
-        return self._logits(hidden[torch.arange(len(ids), device=self.device), streams.ends])
+        return hidden[torch.arange(len(ids), device=self.device), streams.ends]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, vocabulary] of what the last layer leaves, fp32 or fp64. Most of a small model's weights are read here:
+        once is better than once a template."""
+        logits = self._head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     @torch.no_grad()
     def generated(
@@ -158,7 +165,7 @@ class Continuation:
         for _ in range(count):
             with self._replacing(site, positions, new):
                 hidden = self._run(ids, **self._past(template, len(ids)))
-            found.append(self._logits(hidden[rows, ends]).argmax(1))
+            found.append(self.logits(hidden[rows, ends]).argmax(1))
             ends = ends + 1
             ids[rows, ends] = found[-1]
         return torch.stack(found, 1)
@@ -169,18 +176,13 @@ class Continuation:
         ids = torch.tensor([[0, 1]], device=self.device)
         with torch.no_grad():
             expected = self._model(input_ids=ids, use_cache=False).logits[:, -1].float()
-            found = self._logits(self._run(ids)[:, -1])
+            found = self.logits(self._run(ids)[:, -1])
         if not (found - expected).abs().max() <= _SAME * expected.abs().max().clamp(min=1):
             raise EnvironmentProblemError("model: expected logits of its output embeddings alone, found others")
 
     def _run(self, ids: Tensor, **options: Any) -> Tensor:
         options.setdefault("use_cache", False)
         return self.stack.text_model(input_ids=ids, **options).last_hidden_state
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def _rows(self, template: Template, prompts: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
         longest = max(len(prompt.ids) for prompt in prompts) - template.start

@@ -1,6 +1,6 @@
 """How an intervention does on a test: cause, isolation, and disentangle, their mean, with intervals over entities."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,20 +31,26 @@ def right_pairs(
     found = torch.zeros(len(pairs), dtype=torch.bool, device="cpu")
     for start in range(0, len(pairs), ROWS):
         part = pairs[start : start + ROWS]
-        for places, template, streams in on.groups(part):
-            base, source, _ = on.indices(part, places)
-            new = exchange(base, source)
-            if protocol.score == "string":
-                prompts = [asked[part[place].base].tokens for place in places]
-                site = on.activations.site
-                said: list[Any] = on.model.generated(template, prompts, ANSWER_TOKENS, site, new).tolist()
-            else:
-                said = on.logits(template, streams, new).argmax(1).tolist()
-            for place, answer in zip(places, said, strict=True):
-                pair = part[place]
-                found[start + place] = is_right(reader, protocol.score, answer, pair.label, pair.token)
+        for place, answer in _answers(on, part, asked, exchange, protocol):
+            pair = part[place]
+            found[start + place] = is_right(reader, protocol.score, answer, pair.label, pair.token)
         tick(start + len(part))
     return found
+
+
+def _answers(
+    on: Interchange, pairs: Sequence[Pair], asked: Sequence[Asked], exchange: Exchange, protocol: Protocol
+) -> Iterator[tuple[int, Any]]:
+    """Places in ``pairs`` with the token that is said there, or, where strings are compared, the tokens."""
+    if protocol.score == "first-token":
+        logits, order = on.logits(pairs, exchange)
+        yield from zip(order.tolist(), logits.argmax(1).tolist(), strict=True)
+        return
+    for places, template, _ in on.groups(pairs):
+        prompts = [asked[pairs[place].base].tokens for place in places]
+        new = exchange(*on.ends(pairs, places))
+        said = on.model.generated(template, prompts, ANSWER_TOKENS, on.activations.site, new)
+        yield from zip(places, said.tolist(), strict=True)
 
 
 def figures(pairs: Sequence[Pair], right: Tensor, asked: Sequence[Asked], bootstrap: "Entities") -> dict[str, Tensor]:

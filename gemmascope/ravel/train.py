@@ -38,15 +38,21 @@ class Interchange:
             longest = int(few.ends.max()) + 1
             yield places, template, few._replace(stream=few.stream[:, :longest])
 
-    def indices(self, pairs: Sequence[Pair], places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Bases, sources and the tokens to be answered: int64 [n] each."""
-        chosen = [pairs[place] for place in places]
-        columns = zip(*((pair.base, pair.source, pair.token) for pair in chosen), strict=True)
-        base, source, token = (torch.tensor(column, device=self.model.device) for column in columns)
-        return base, source, token
+    def ends(self, pairs: Sequence[Pair], places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Bases and sources of the pairs at ``places``: int64 [n] each."""
+        columns = zip(*((pairs[place].base, pairs[place].source) for place in places), strict=True)
+        base, source = (torch.tensor(column, device=self.model.device) for column in columns)
+        return base, source
 
-    def logits(self, template: Template, streams: Streams, new: Tensor) -> Tensor:
-        return self.model.continued(template, self.activations.site, streams, new)
+    def logits(self, pairs: Sequence[Pair], exchange: Exchange) -> tuple[Tensor, Tensor]:
+        """Of what comes after each base with ``exchange`` made, [n, vocabulary], and the places [n] in ``pairs`` that
+        they are of: templates come after one another."""
+        hidden, order = [], []
+        for places, template, streams in self.groups(pairs):
+            base, source = self.ends(pairs, places)
+            hidden.append(self.model.continued(template, self.activations.site, streams, exchange(base, source)))
+            order += places
+        return self.model.logits(torch.cat(hidden)), torch.tensor(order, device=self.model.device)
 
 
 @dataclass(frozen=True)
@@ -161,17 +167,14 @@ def _step(
     optimiser: torch.optim.Optimizer,
     protocol: Protocol,
 ) -> None:
-    """One of Adam on the mean cross-entropy of the batch, template by template; one that is not finite is refused."""
+    """One of Adam on the mean cross-entropy of the batch; one that is not finite is refused."""
     optimiser.zero_grad()
-    total = 0.0
-    for places, template, streams in on.groups(batch):
-        base, source, token = on.indices(batch, places)
-        logits = on.logits(template, streams, exchange(base, source, temperature))
-        loss = cross_entropy(logits, token, reduction="sum") / len(batch)
-        loss.backward()
-        total += loss.item()
+    logits, order = on.logits(batch, lambda base, source: exchange(base, source, temperature))
+    tokens = torch.tensor([pair.token for pair in batch], device=order.device)
+    loss = cross_entropy(logits, tokens[order])
     if protocol.l1 and m is not None:
-        (protocol.l1 * mask_at(m, temperature).sum()).backward()
-    if not math.isfinite(total):
-        raise ValueError(f"pairs: expected a finite loss of the model, got {total}")
+        loss = loss + protocol.l1 * mask_at(m, temperature).sum()
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"pairs: expected a finite loss of the model, got {loss.item()}")
+    loss.backward()
     optimiser.step()

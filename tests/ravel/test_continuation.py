@@ -86,7 +86,7 @@ def test_as_the_whole_model(name):
         torch.testing.assert_close(logits[row], whole(model, tokens)[0], rtol=1e-9, atol=1e-9)
     for site in sites:
         new = torch.randn(3, tiny_models.WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
-        changed = on.continued(template, site, streams[site], new)
+        changed = on.logits(on.continued(template, site, streams[site], new))
         said = on.generated(template, PROMPTS, 2, site, new.detach())
         for row, tokens in enumerate(PROMPTS):
             expected, clean = whole(model, tokens, site, new[row].detach())
@@ -108,7 +108,7 @@ def test_an_activation_that_stays_changes_nothing_to_the_bit():
     template = on.template(PROMPTS)
     for site in (Site(0, "resid"), Site(1, "mlp"), Site(2, "resid")):
         logits, streams = on.streams(template, PROMPTS, [site])
-        assert torch.equal(on.continued(template, site, streams[site], streams[site].vectors), logits)
+        assert torch.equal(on.logits(on.continued(template, site, streams[site], streams[site].vectors)), logits)
 
 
 def test_the_common_beginning_ends_before_the_entity():
