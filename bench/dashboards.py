@@ -2,13 +2,15 @@
 
 Everything but the model's forward, whose cost does not depend on the SAEs: encoding, collecting, logits and neighbours,
 of an SAE with random weights on random activations whose thresholds are set for an L0. A row of JSON for each width on
-standard output. Before any time is printed the largest activations of some latents must be those of all activations at
-once.
+standard output, what is being done on standard error. At 16k latents, 262,144 tokens and Gemma 3's vocabulary, encoding
+and logits are 5.5 TFLOP each: minutes. Before that the largest activations of some latents, on some thousand tokens,
+must be those of all activations at once.
 """
 
 import argparse
 import importlib
 import json
+import sys
 import time
 from typing import Any
 
@@ -25,6 +27,7 @@ from gemmascope.kernels import choose
 from gemmascope.sites import Site
 
 CHECKED = 16
+GATE_TOKENS = 8192
 
 
 def activations(start: int, tokens: int, d_model: int) -> Tensor:
@@ -44,21 +47,27 @@ def sae_of(d_model: int, width: int, l0: float) -> JumpReLUSAE:
     return sae
 
 
-def gate(sae: JumpReLUSAE, collector: Collector, tokens: int, batch: int, context: int) -> None:
-    """Raise unless the largest examples of some latents are those of all activations."""
+@torch.no_grad()
+def gate(sae: JumpReLUSAE, tokens: int, batch: int, context: int) -> None:
+    """Raise unless the largest examples of some latents on ``tokens`` tokens are those of all activations."""
     latents = torch.arange(0, sae.d_sae, max(1, sae.d_sae // CHECKED))[:CHECKED]
-    f = torch.cat(
-        [
-            torch.cat([sae.encode_sparse(part).to_dense()[:, latents] for part in x.split(256)])
-            for x in (activations(start, batch, sae.d_model) for start in range(0, tokens, batch))
-        ]
-    )
-    cells = f.view(tokens // context, -1, collector.sizes.window, len(latents)).amax(2).flatten(0, 1).T
+    collector = Collector(sae.d_sae, context, Sizes())
+    dense = []
+    for start in range(0, tokens, batch):
+        x = activations(start, batch, sae.d_model)
+        collector.add(sae.encode_sparse(x), every_token(batch, context), start // context)
+        dense += [sae.encode_sparse(part).to_dense()[:, latents] for part in x.split(256)]
+    cells = torch.cat(dense).view(tokens // context, -1, collector.sizes.window, len(latents)).amax(2).flatten(0, 1).T
     k = min(collector.sizes.top, cells.shape[1])
-    largest = LargestOf(len(latents), k, f.device)
+    largest = LargestOf(len(latents), k, cells.device)
     largest.add(cells.contiguous(), 0)
     if not torch.equal(collector.top.held.value[latents, :k], largest.found()[0].clamp(min=0)):
         raise SystemExit("the largest examples are not those of all activations: no times")
+
+
+def every_token(batch: int, context: int) -> Tensor:
+    """Which count: bool [batch // context, context]."""
+    return torch.ones(batch // context, context, dtype=torch.bool)
 
 
 @torch.no_grad()
@@ -67,8 +76,10 @@ def measure(width: int, given: argparse.Namespace) -> dict[str, Any]:
     context, batch, sizes = given.context, max(1, 2048 // given.context) * given.context, Sizes()
     tokens = given.tokens // batch * batch
     sae = sae_of(given.d_model, width, given.l0)
+    say(f"{width:,} latents: gate")
+    gate(sae, min(tokens, GATE_TOKENS // batch * batch or batch), batch, context)
     collector = Collector(width, context, sizes)
-    counted = torch.ones(batch // context, context, dtype=torch.bool)
+    counted = every_token(batch, context)
     lens = head(given.d_model, given.vocabulary)
     seconds: dict[str, float] = dict.fromkeys(("encode", "collect", "together", "logits", "neighbours"), 0.0)
     peak = entries = 0
@@ -76,6 +87,7 @@ def measure(width: int, given: argparse.Namespace) -> dict[str, Any]:
     def timed(name: str, begun: float) -> None:
         seconds[name] += time.perf_counter() - begun
 
+    say(f"{width:,} latents: {tokens:,} tokens")
     for start in range(0, tokens, batch):
         x = activations(start, batch, given.d_model)
         begun = time.perf_counter()
@@ -86,10 +98,10 @@ def measure(width: int, given: argparse.Namespace) -> dict[str, Any]:
         timed("collect", begun)
         entries += code.nnz
         peak = max(peak, collector.nbytes)
-    gate(sae, collector, tokens, batch, context)
     begun = time.perf_counter()
     collector.found()
     timed("together", begun)
+    say(f"{width:,} latents: logits of {given.vocabulary:,} tokens, neighbours")
     begun = time.perf_counter()
     lens.extremes(Site(0, "resid"), sae.W_dec.detach(), sizes.logits)
     timed("logits", begun)
@@ -114,6 +126,10 @@ def measure(width: int, given: argparse.Namespace) -> dict[str, Any]:
         "latents_per_minute": round(60 * width / total, 1),
         "state_bytes": peak,
     }
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def head(d_model: int, vocabulary: int) -> LogitLens:
