@@ -27,7 +27,7 @@ from .options import (
     Text,
     named_model,
 )
-from .present import present_evaluation, present_probing
+from .present import present_evaluation, present_probing, present_study
 
 
 @app.command()
@@ -180,10 +180,7 @@ def study(
     )
 
     def show(name: str, found: Mapping[str, Any]) -> None:
-        images = reporting.write_study(config.folder / f"{name}.json")
-        files = ", ".join(str(config.folder / f"{name}.{ending}") for ending in ("csv", "json"))
-        console.print(f"{name}: {found['conclusion']}", markup=False, soft_wrap=True)
-        console.print(f"  {files}, {', '.join(map(str, images))}", markup=False, soft_wrap=True)
+        present_study(config.folder / f"{name}.json", found)
 
     made = study_saes([name], config, fresh=fresh, on_study=show)
     if made is None:

@@ -1,7 +1,8 @@
 """What a command shows when it is done: its table, its warnings, where its files are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import rich.table
 import rich.text
@@ -44,6 +45,15 @@ def present_probing(folder: Path) -> None:
     reporting.link_from_run(folder)
     results = reporting.read_probing(folder)
     show(reporting.probing_table(results), results["warnings"], f"Plot: {figure}")
+
+
+def present_study(path: Path, study: Mapping[str, Any]) -> None:
+    """Draw the study whose JSON is ``path``, and show its conclusion."""
+    images = reporting.write_study(path)
+    files = (path.with_suffix(".csv"), path, *images)
+    console = Console()
+    console.print(f"{study['study']}: {study['conclusion']}", markup=False, soft_wrap=True)
+    console.print(f"  {', '.join(str(each) for each in files if each.is_file())}", markup=False, soft_wrap=True)
 
 
 def present_dashboards(folder: Path, results: dict) -> None:

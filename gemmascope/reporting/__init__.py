@@ -5,7 +5,7 @@ from .log import TrainLog
 from .probing import is_probing, probing_table, read_probing, write_probing
 from .ravel import is_ravel, ravel_table, read_ravel_results, write_ravel
 from .report import link_from_run, write_html, write_plots, write_study
-from .results import read_frequencies, read_log, read_results
+from .results import read_frequencies, read_log, read_results, read_studies
 from .table import final_table
 from .trackers import Trackers, open_trackers
 
@@ -27,6 +27,7 @@ __all__ = [
     "read_probing",
     "read_ravel_results",
     "read_results",
+    "read_studies",
     "write_evaluation",
     "write_html",
     "write_plots",

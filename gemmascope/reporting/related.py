@@ -9,10 +9,9 @@ from urllib.parse import quote
 
 from ..errors import BadFileError
 from ..formats.files import as_path, read_json
-from .results import RESULTS, source_of
+from .results import RESULTS, read_studies, source_of
 
 MOST_BYTES = 64 << 20  # of a file of results; a larger one is linked, not read
-MOST_STUDIES = 100
 # Of a folder's own files, those to look at.
 SHOWN = (".svg", ".png", ".csv", ".json")
 
@@ -69,15 +68,10 @@ def _of_results(run_dir: Path, folder: str, title: str, says: str, links: Mappin
 
 
 def _studies(run_dir: Path) -> Iterator[Related]:
-    paths = sorted((run_dir / "studies").glob("*.json"))[:MOST_STUDIES]
-    for path in paths:
-        study = _read(path)
-        if study is None or not isinstance(study.get("study"), str):
-            continue
+    for path, study in read_studies(run_dir / "studies"):
         own = [path.with_suffix(suffix) for suffix in SHOWN]
         links = {each.suffix[1:].upper(): _inside(run_dir, each) for each in own if each.is_file()}
-        said = study.get("conclusion")
-        says = said.rstrip(".") if isinstance(said, str) else ""
+        says = study["conclusion"].rstrip(".")
         yield Related(f"Study: {study['study'].replace('-', ' ')}", says, source_of(study), links)
 
 

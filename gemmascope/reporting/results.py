@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ RESULTS, FREQUENCIES = "results.json", "frequencies.npz"
 FINISHED = "results"  # the stage that leaves them
 MAX_SAES, MAX_SITES = 1000, 8
 MAX_MESSAGES = 10_000
+_OF_STUDY = {"study": str, "conclusion": str, "plot": dict, "rows": list}
+MOST_STUDIES, MOST_STUDY_BYTES = 100, 64 << 20
 
 PLOTS = {
     "training_curves": "Fidelity and sparsity of each SAE while it trained, measured on the training batches.",
@@ -177,6 +180,18 @@ def read_frequencies(run_dir: str | os.PathLike) -> dict[str, np.ndarray]:
         if not ((values >= 0) & (values <= 1)).all():
             raise BadFileError(f"{name}: {printable(key)}: expected frequencies from 0 to 1, found others")
     return frequencies
+
+
+def read_studies(folder: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]]:
+    """Paths and contents of the JSON of each study in ``folder``, by name; a file that is none, or cannot be read, is
+    left out."""
+    found = []
+    for path in sorted(as_path("folder", folder).glob("*.json"))[:MOST_STUDIES]:
+        with suppress(BadFileError):
+            study = read_json(path, MOST_STUDY_BYTES)
+            if isinstance(study, dict) and all(isinstance(study.get(key), kind) for key, kind in _OF_STUDY.items()):
+                found.append((path, study))
+    return found
 
 
 def write_frequencies(run_dir: str | os.PathLike, frequencies: Mapping[str, torch.Tensor]) -> Path:

@@ -63,6 +63,8 @@ def test_page_links_what_is_there(run):
         "text": TEXT,
         "seed": 1,
         "version": "1.2",
+        "plot": {},
+        "rows": [],
     }
     put(run, "studies/sparsity-fidelity.json", study)
     put(run, "studies/sparsity-fidelity.svg")

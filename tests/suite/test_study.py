@@ -288,6 +288,10 @@ def test_command(undisturbed, tmp_path, capsys):
     assert main(["study", "uniformity", str(undisturbed), *options]) == 0
     assert capsys.readouterr().out == shown
     assert (out / "uniformity.svg").read_bytes() == first
+    (out / "uniformity.svg").unlink()
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out == shown
+    assert (out / "uniformity.svg").read_bytes() == first
     few = ["--sequences", "100000", "--draws", "20", "--control-tokens", "256", "--out", str(tmp_path / "few")]
     assert main(["study", "uniformity", str(undisturbed), *few]) == 0
     assert "Note: judged on" in capsys.readouterr().out
