@@ -5,7 +5,7 @@ from .continuation import Continuation
 from .data import EntityData, Prompt, read_ravel
 from .features import DenseLatents, Directions, Latents, features_of
 from .knowledge import Activations, activations, answers, known
-from .methods import CONTROLS, FLOORS, train_control, train_sae
+from .methods import CONTROLS, FLOORS, entity_fvu, train_control, train_sae
 from .pairs import Pair, PairSet, floors, make_pairs
 from .presets import PRESETS, Protocol, protocol_of
 from .prompts import Asked, Reader
@@ -34,6 +34,7 @@ __all__ = [
     "activations",
     "answers",
     "cities",
+    "entity_fvu",
     "features_of",
     "figures",
     "floors",

@@ -104,6 +104,8 @@ class Activations:
         self.templates = templates
         self.row = {index: row for _, indices, _ in templates.values() for row, index in enumerate(indices)}
         first = next(iter(templates.values()))[2].vectors
+        self.prompts = torch.tensor(sorted(self.row), device=first.device)
+        """Those that there are activations of: int64."""
         count = 1 + max(self.row)
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.vectors = torch.zeros(count, first.shape[1], dtype=dtype, device=first.device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from . import features
 from .pairs import Pair, PairSet
 from .presets import Protocol
@@ -44,16 +45,34 @@ def train_sae(sae: Any, on: Interchange, pairs: PairSet, protocol: Protocol, see
     SAEs of a model with LayerNorm are made on activations without their mean over coordinates, which the model does not
     see (TransformerLens takes it out of the weights), and are given them so here.
     """
-    x = on.activations.vectors
-    x = x if on.model.stack.is_gemma else x - x.mean(1, keepdim=True)
+    x = _given(on)
     latents = features.features_of(x, sae, protocol.error == "drop")
     return train_mask(on, latents, pairs.train, protocol, seed, tick)
+
+
+@torch.no_grad()
+@without_autocast
+def entity_fvu(sae: Any, on: Interchange) -> float:
+    """Of the variance of the activations at the entities' last tokens, over the prompts and about their mean, the share
+    that the SAE does not reconstruct: no exchange of its latents can move it. 1 is what the mean alone would leave."""
+    x = _given(on)[on.activations.prompts]
+    dtype = getattr(sae, "W_dec", x).dtype
+    left = torch.cat(
+        [sae.decode(sae.encode(part.to(dtype))).to(x) - part for part in x.split(features.ENCODED_AT_ONCE)]
+    )
+    return (left.double().square().sum() / (x - x.mean(0)).double().square().sum()).item()
 
 
 def steps_of_method(name: str, pairs: PairSet, protocol: Protocol) -> int:
     """Of a training."""
     epochs = protocol.rotation_epochs if name in ("das", "mdas") else protocol.epochs
     return steps_of(len(pairs.train), protocol, epochs)
+
+
+def _given(on: Interchange) -> Tensor:
+    """What SAEs encode: [prompts, width]."""
+    x = on.activations.vectors
+    return x if on.model.stack.is_gemma else x - x.mean(1, keepdim=True)
 
 
 def _prompts(pairs: Sequence[Pair], x: Tensor) -> Tensor:

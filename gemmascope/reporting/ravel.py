@@ -18,6 +18,7 @@ FIGURES = ("cause", "isolation", "disentangle")
 # Of a row of results: texts that it must have.
 FLOORS = ("always base", "always source")
 NAMES = {"das": "DAS", "mdas": "DAS + mask", "pca": "PCA", "random": "random directions", "neurons": "neurons"}
+_BESIDE = ("exchanged", "entity_fvu")
 _MARKS = {"sae": "o", "neurons": "s", "pca": "^", "random": "v", "das": "D", "mdas": "*"}
 
 
@@ -56,7 +57,7 @@ def _checked(where: str, row: Any) -> dict[str, Any]:
         raise BadFileError(f"{where}: expected an object with the strings 'method' and 'test'")
     if row["method"] not in FLOORS and not (isinstance(row.get("site"), str) and type(row.get("layer")) is int):
         raise BadFileError(f"{where}: expected the string 'site' and the integer 'layer'")
-    checked: dict[str, Any] = {key: checked_number(where, key, row.get(key)) for key in (*FIGURES, "exchanged")}
+    checked: dict[str, Any] = {key: checked_number(where, key, row.get(key)) for key in (*FIGURES, *_BESIDE)}
     for key in (f"{each}_interval" for each in FIGURES):
         ends = row.get(key)
         if ends is not None and not (isinstance(ends, list) and len(ends) == 2):
@@ -95,6 +96,8 @@ def ravel_table(results: Mapping[str, Any]) -> "rich.table.Table":
     said = f"Test: new {tests[0]}." if tests != ["pairs"] else "Test: other pairs of the same entities."
     if isinstance(draws, int) and isinstance(level, float):
         said += f" ±: half of the {level:.0%} interval over entities, {draws:,} draws."
+    if any(row["entity_fvu"] is not None for row in summary):
+        said += " FVU: of the variance among the entities, what the SAE leaves and so cannot exchange."
     table = rich.table.Table(
         title=rich.text.Text(f"RAVEL, {attributes}: {results['model'].get('name', 'model')}"),
         caption=rich.text.Text(said),
@@ -106,7 +109,7 @@ def ravel_table(results: Mapping[str, Any]) -> "rich.table.Table":
     )
     table.add_column("site", no_wrap=True)
     table.add_column("method", overflow="fold")
-    for heading in ("exchanged", "cause", "isolation", "disentangle", *(f"new {test}" for test in tests[1:])):
+    for heading in ("exchanged", "FVU", "cause", "isolation", "disentangle", *(f"new {test}" for test in tests[1:])):
         table.add_column(heading, justify="right", no_wrap=True)
     first = [row for row in summary if row["test"] == tests[0]]
     by_site: dict[str, list[Mapping[str, Any]]] = {}
@@ -115,7 +118,8 @@ def ravel_table(results: Mapping[str, Any]) -> "rich.table.Table":
     for site, rows in by_site.items():
         ordered = sorted(rows, key=lambda row: -(row["disentangle"] or 0))
         for index, row in enumerate(ordered):
-            cells = [formatted(row["exchanged"], ".0f"), *(_with_half(row, key) for key in FIGURES)]
+            cells = [formatted(row["exchanged"], ".0f"), formatted(row["entity_fvu"], ".2f")]
+            cells += [_with_half(row, key) for key in FIGURES]
             cells += [
                 formatted(found[_key(row)]["disentangle"], ".3f") if _key(row) in found else "–"
                 for found in others.values()

@@ -38,6 +38,7 @@ from ..ravel import (
     activations,
     answers,
     cities,
+    entity_fvu,
     figures,
     floors,
     known,
@@ -157,8 +158,8 @@ def ravel_saes(config: RavelConfig, *, fresh: bool = False) -> dict[str, Any] | 
     goes on from there, to the same figures.
 
     The results have ``rows``, one for each site, method, attribute, part of the test and seed, and ``summary``, the
-    means over attributes and seeds: ``cause``, ``isolation`` and ``disentangle``, each with its interval. The masks and
-    rotations that were learnt are in the folder ``interventions``.
+    means over attributes and seeds: ``cause``, ``isolation`` and ``disentangle``, each with its interval, and of SAEs
+    ``entity_fvu``. The masks and rotations that were learnt are in the folder ``interventions``.
 
     Raises ValueError for attributes, sites and SAEs that do not fit, for a model that knows too few entities and for
     too few pairs; BadFileError for files that are not what they should be; EnvironmentProblemError as `Run` and
@@ -385,6 +386,7 @@ class _Task:
                         else:
                             assert loaded_sae is not None
                             trained = train_sae(loaded_sae[1], on, pairs[attribute], self.protocol, seed, tick)
+                            stage.facts["entity_fvu"] = entity_fvu(loaded_sae[1], on)
                         tensors = dict(trained.tensors)
                         for name, test in pairs[attribute].tests.items():
                             right = right_pairs(
@@ -404,7 +406,7 @@ class _Task:
                 bar.update(done)
                 tensors = _read(path)
                 right = {name: tensors[f"right {name}"] for name in pairs[attribute].tests}
-                found[entry.label, attribute, seed] = {"right": right, "exchanged": stage.facts["exchanged"]}
+                found[entry.label, attribute, seed] = {"right": right, **stage.facts}
         return found
 
     def _cell(self, entry: Entry, attribute: str, seed: int) -> tuple[Stage, Path]:
@@ -449,11 +451,15 @@ class _Task:
                         every[attribute] = figures(part, cell["right"][test], asked, bootstrap)
                         exchanged.append(cell["exchanged"])
                         own = {"attribute": attribute, "test": test, "seed": seed, "exchanged": cell["exchanged"]}
+                        own["entity_fvu"] = cell.get("entity_fvu")
                         rows.append(entry.facts() | own | plain(bootstrap.described(every[attribute])))
                     of_seeds.append(mean_figures(list(every.values())))
                 mean = bootstrap.described(mean_figures(of_seeds))
                 each = [values["disentangle"][0].item() for values in of_seeds]
+                fvu = [made[entry.label, attribute, seed].get("entity_fvu") for attribute in of for seed in seeds]
+                known_fvu = [each for each in fvu if each is not None]
                 own = {"test": test, "exchanged": sum(exchanged) / len(exchanged), "disentangle_of_seeds": each}
+                own["entity_fvu"] = sum(known_fvu) / len(known_fvu) if known_fvu else None
                 summary.append(entry.facts() | own | plain(mean))
         return rows, summary
 
