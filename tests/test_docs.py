@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.quality import recorded
 from tests.interop.table import formats_block
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,21 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
 def rows_of(name: str) -> list[dict]:
     with (ROOT / "bench" / "results" / name).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "layer_9/resid shared 2048",
+        "layer_9/resid published 2048",
+        "layer_9/mlp shared 2048",
+        "layer_9/resid shared 16384",
+    ],
+)
+def test_tables_of_kinds_are_those_of_the_rows(setting):
+    site, recipe, d_sae = setting.split()
+    found = recorded.newest(rows_of("architectures.jsonl"))
+    assert_block(ROOT / "docs" / "kinds.md", f"kinds {setting}", recorded.tables(found[site, recipe, int(d_sae)]))
 
 
 def cpu_rows(date: str) -> list[dict]:
