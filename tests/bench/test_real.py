@@ -23,6 +23,7 @@ from bench.real import __main__ as real
 from bench.real import bars, model, text
 from bench.reporting import records
 from gemmascope.errors import BadFileError, EnvironmentProblemError
+from gemmascope.studies import STUDIES
 
 
 def sae(site: str, **changes) -> dict:
@@ -132,6 +133,15 @@ def test_saved_rows_say_which_bars_were_met(ready, tmp_path):
     assert [row["seed"] for row in rows] == [None] * 5 + [2]
     assert all(row["kind"] == "real" and all(bar["met"] for bar in row["bars"]) for row in rows[:-1])
     assert [bar["what"] for bar in rows[-1]["bars"] if not bar["met"]] == ["dead"]
+
+
+def test_judging_makes_studies_and_dashboards_of_the_run(ready, tmp_path):
+    assert ready.run("--judge") == 0
+    run = str(tmp_path / "run")
+    asked = [arguments[3:] for arguments in ready.commands[1:]]
+    assert [arguments[:3] for arguments in asked[:-1]] == [["study", name, run] for name in real.STUDIES]
+    assert asked[-1] == ["dashboards", run]
+    assert set(real.STUDIES) <= set(STUDIES)
 
 
 def test_what_is_typed_names_model_text_and_changes(ready, tmp_path):
