@@ -18,6 +18,7 @@ FIGURES = ("cause", "isolation", "disentangle")
 # Of a row of results: texts that it must have.
 FLOORS = ("always base", "always source")
 NAMES = {"das": "DAS", "mdas": "DAS + mask", "pca": "PCA", "random": "random directions", "neurons": "neurons"}
+FLOOR_SITE = "any"
 _BESIDE = ("exchanged", "entity_fvu")
 _MARKS = {"sae": "o", "neurons": "s", "pca": "^", "random": "v", "das": "D", "mdas": "*"}
 
@@ -96,6 +97,7 @@ def ravel_table(results: Mapping[str, Any]) -> "rich.table.Table":
     said = f"Test: new {tests[0]}." if tests != ["pairs"] else "Test: other pairs of the same entities."
     if isinstance(draws, int) and isinstance(level, float):
         said += f" ±: half of the {level:.0%} interval over entities, {draws:,} draws."
+    said += "".join(f" {test.capitalize()}: disentangle on new {test}." for test in tests[1:])
     if any(row["entity_fvu"] is not None for row in summary):
         said += " FVU: of the variance among the entities, what the SAE leaves and so cannot exchange."
     table = rich.table.Table(
@@ -107,29 +109,30 @@ def ravel_table(results: Mapping[str, Any]) -> "rich.table.Table":
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("site", no_wrap=True)
-    table.add_column("method", overflow="fold")
-    for heading in ("exchanged", "FVU", "cause", "isolation", "disentangle", *(f"new {test}" for test in tests[1:])):
+    table.add_column("method", overflow="fold", min_width=18)
+    for heading in ("exchanged", "FVU", "cause", "isolation", "disentangle", *tests[1:]):
         table.add_column(heading, justify="right", no_wrap=True)
     first = [row for row in summary if row["test"] == tests[0]]
     by_site: dict[str, list[Mapping[str, Any]]] = {}
     for row in first:
         by_site.setdefault(_site(row), []).append(row)
     for site, rows in by_site.items():
+        table.add_row(rich.text.Text("floors" if site == FLOOR_SITE else site, style="bold"))
         ordered = sorted(rows, key=lambda row: -(row["disentangle"] or 0))
         for index, row in enumerate(ordered):
             cells = [formatted(row["exchanged"], ".0f"), formatted(row["entity_fvu"], ".2f")]
-            cells += [_with_half(row, key) for key in FIGURES]
+            cells += [formatted(row[key], ".3f") for key in ("cause", "isolation")]
+            cells += [_with_half(row, "disentangle")]
             cells += [
                 formatted(found[_key(row)]["disentangle"], ".3f") if _key(row) in found else "–"
                 for found in others.values()
             ]
-            table.add_row(*map(rich.text.Text, [site, method_name(row), *cells]), end_section=index + 1 == len(ordered))
+            table.add_row(*map(rich.text.Text, [method_name(row), *cells]), end_section=index + 1 == len(ordered))
     return table
 
 
 def _site(row: Mapping[str, Any]) -> str:
-    return "any" if row["method"] in FLOORS else f"layer_{row['layer']}/{row['site']}"
+    return FLOOR_SITE if row["method"] in FLOORS else f"layer_{row['layer']}/{row['site']}"
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from gemmascope.ravel import (
     Reader,
     activations,
     answers,
+    entity_fvu,
     figures,
     floors,
     known,
@@ -156,6 +157,26 @@ def test_masks():
     soft = final_mask(m, protocol_of("sae-ravel"))
     torch.testing.assert_close(soft, torch.sigmoid(m / 0.1))
     assert steps_of(33, protocol_of("ravel", batch_size=16), 2) == 6
+
+
+def test_what_an_sae_leaves_of_the_variance_among_the_entities():
+    model, *_, on = task()
+    x = on.activations.vectors
+    prompts = sorted(on.activations.row)
+    on.activations.vectors = torch.cat([x, 100 * torch.ones_like(x[:3])])  # of prompts that are no part of it
+    try:
+        sae = model.dictionary()
+        found = entity_fvu(sae, on)
+        rows = x[prompts].double()
+        left = (sae(x[prompts]).double() - rows).square().sum()
+        assert found == pytest.approx((left / (rows - rows.mean(0)).square().sum()).item(), rel=1e-6)
+        assert 0 < found < 0.6
+        with torch.no_grad():
+            sae.threshold.fill_(1e9)
+            sae.b_dec.copy_(rows.mean(0))
+        assert entity_fvu(sae, on) == pytest.approx(1, abs=1e-4), "the mean alone"
+    finally:
+        on.activations.vectors = x
 
 
 def test_a_penalty_empties_the_mask():

@@ -83,6 +83,8 @@ def test_rows_and_summary(judged):
     assert {(row["attribute"], row["seed"]) for row in own} == {(a, s) for a in ("colour", "shape") for s in (0, 1)}
     assert sae["cause"] == pytest.approx(sum(row["cause"] for row in own) / 4)
     assert sae["exchanged"] == pytest.approx(sum(row["exchanged"] for row in own) / 4)
+    assert sae["entity_fvu"] == pytest.approx(own[0]["entity_fvu"]) != 0
+    assert all(row.get("entity_fvu") is None for row in rows if row["method"] != "sae")
     low, high = sae["disentangle_interval"]
     assert low <= sae["disentangle"] <= high
     floor = {row["method"]: row for row in summary if row["test"] == "entities"}
@@ -102,7 +104,7 @@ def test_what_it_leaves(judged, capsys, monkeypatch):
     found = read_ravel_results(out)
     assert found["rows"] == results["rows"]
     table = ravel_table(found)
-    assert table.row_count == 2 + 3
+    assert table.row_count == (1 + 2) + (1 + 3), "the floors and a site, each below its heading"
     assert main(["report", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "always base" in shown
