@@ -108,6 +108,45 @@ def test_tables_of_kinds_are_those_of_the_rows(setting):
     assert_block(ROOT / "docs" / "kinds.md", f"kinds {setting}", recorded.tables(found[site, recipe, int(d_sae)]))
 
 
+RAVEL = {
+    "mdas": "DAS with a mask",
+    "neurons": "neurons",
+    "das": "DAS, 16 directions",
+    "pca": "PCA",
+    "random": "random directions",
+}
+
+
+def ravel_block() -> str:
+    """Disentangle, in brackets cause and isolation, of each method at each layer; what SAEs leave of the entities."""
+    results = json.loads((ROOT / "bench" / "results" / "ravel.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[int, dict]] = {}
+    for row in results["summary"]:
+        if row["test"] == "entities" and row["method"] not in ("always base", "always source"):
+            found.setdefault(row.get("kind") or RAVEL[row["method"]], {})[row["layer"]] = row
+    layers = sorted({layer for of in found.values() for layer in of})
+
+    def figure(value: float, digits: int = 3) -> str:
+        return f"{value:.{digits}f}".removeprefix("0")
+
+    head = ["", *(f"after layer {layer}" for layer in layers), "FVU of the cities"]
+    lines = ["|" + "|".join(f" {name} " if name else " " for name in head) + "|", "|" + "---|" * len(head)]
+    for name, of in sorted(found.items(), key=lambda each: -sum(row["disentangle"] for row in each[1].values())):
+        cells = [
+            f"{figure(row['disentangle'])} ({figure(row['cause'], 2)}, {figure(row['isolation'], 2)})"
+            for row in (of[layer] for layer in layers)
+        ]
+        fvu = [of[layer]["entity_fvu"] for layer in layers]
+        left = "–" if None in fvu else ", ".join(figure(each, 2) for each in fvu)
+        lines.append(f"| {name} | {' | '.join(cells)} | {left} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "ravel.md"], ids=name_of)
+def test_the_table_of_ravel_is_that_of_the_results(page):
+    assert_block(page, "ravel", ravel_block())
+
+
 def cpu_rows(date: str) -> list[dict]:
     return [row for row in rows_of("cpu.jsonl") if row["kind"] == "time" and row["machine"]["date"] <= date]
 
