@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.reporting import records
 from gemmascope import JumpReLUSAE, __version__
 from gemmascope.dashboards.collect import Collector
 from gemmascope.dashboards.largest import LargestOf
@@ -110,7 +111,7 @@ def measure(width: int, given: argparse.Namespace) -> dict[str, Any]:
     timed("neighbours", begun)
     total = sum(seconds.values())
     return {
-        "bench": "dashboards",
+        "kind": "dashboards",
         "version": __version__,
         "torch": str(torch.__version__),
         "device": "cpu",
@@ -156,12 +157,17 @@ def main() -> None:
     top.add_argument("--l0", type=float, default=60.0)
     top.add_argument("--vocabulary", type=int, default=262144)
     top.add_argument("--threads", type=int, default=1)
+    top.add_argument("--save", action="store_true", help="append the rows to the results")
     given = top.parse_args()
     if given.context % Sizes().window:
         raise SystemExit(f"--context: expected a multiple of {Sizes().window}, got {given.context}")
     torch.set_num_threads(given.threads)
     for width in given.widths:
-        print(json.dumps(measure(width, given)), flush=True)
+        row = measure(width, given)
+        print(json.dumps(row), flush=True)
+        if given.save:
+            machine = records.provenance(torch.device("cpu"), ("transformers",))
+            records.append("dashboards", [row | {"machine": machine}])
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from gemmascope.formats.files import atomic_write
 from gemmascope.reporting.html import document, figure, section
 
 OUT = Path("runs/bench")
-# Results with a command of their own.
-OTHERS = ("quality", "real")
 STYLE = "pre.table { background: none; padding: 0; }\n"
 CASE = ("suite", "shape", "tokens", "target_l0", "dtype", "skew")
 
@@ -109,8 +107,9 @@ def save(path: Path, content: bytes) -> Path:
 
 
 def main(given: argparse.Namespace) -> int:
-    files = given.files or sorted(path for path in given.results.glob("*.jsonl") if path.stem not in OTHERS)
-    rows = newest(row for path in files for row in records.read(path))
+    files = given.files or sorted(given.results.glob("*.jsonl"))
+    # Rows of what is not timed part by part have pages of their own.
+    rows = newest(row for path in files for row in records.read(path) if "parts" in row)
     groups = {key: rows for key, rows in sorted(by_machine(rows).items()) if not given.suite or key[0] in given.suite}
     if not groups:
         raise ValueError(
