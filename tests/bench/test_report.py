@@ -204,6 +204,14 @@ def test_report_writes_pictures_and_one_page(tmp_path, capsys):
     assert "saelens" not in capsys.readouterr().out
 
 
+def test_report_leaves_results_of_other_commands_alone(tmp_path):
+    saved(tmp_path, {"kind": "architecture", "machine": {"date": "2026-01-01"}}, name="architectures")
+    saved(tmp_path, row("ours_cpu"), name="cpu")
+    out = tmp_path / "page"
+    assert main.main(["report", "--results", str(tmp_path), "--out", str(out)]) == 0
+    assert (out / "bench.html").is_file()
+
+
 def test_report_without_rows_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main.main(["report", "--results", str(tmp_path)])
