@@ -296,7 +296,7 @@ def update_from_entries(
     *,
     impl: str = "auto",
 ) -> None:
-    """Adam with β1 = 0, in place, on every latent that has entries; the others do not move, exactly as they should.
+    """Adam, in place, on every latent that has entries; the others do not move, as with β1 = 0 they should not.
 
     state: contiguous tensors, fp32 (fp64: plain PyTorch), changed in place. residual, x_centred: [N, d] of one float
     dtype, as `residual_pass` and `encode_entries` had them. Those of a transcoder may be of two widths, [N, d_out] and
@@ -306,7 +306,9 @@ def update_from_entries(
 
     The gradient of a latent's decoder row loses its component along the row, and after the step the row returns to unit
     norm. A latent that was idle for k updates first pays the decay β2^k that its second moments owe, so that the result
-    is that of updating every latent every time. The threshold never falls below 0.
+    is that of updating every latent every time. The threshold never falls below 0. With ``rule.beta1`` above 0 the
+    state has first moments, which pay β1^k likewise; then an idle latent waits where Adam would let it drift on, as in
+    `torch.optim.SparseAdam`.
     """
     if not torch.compiler.is_compiling():
         validation.validate_update_from_entries(state, transposed, sums, residual, x_centred, rule, ok, step)
@@ -317,12 +319,12 @@ def update_from_entries(
 
 
 @torch.no_grad()
-def settle(state: LatentState, step: Tensor, beta2: float, *, impl: str = "auto") -> None:
-    """Pay every second moment, in place, the decay it owes up to ``step`` (int64 scalar: updates made), as before
-    saving them. beta2: in (0, 1]."""
+def settle(state: LatentState, step: Tensor, beta2: float, beta1: float = 0.0, *, impl: str = "auto") -> None:
+    """Pay every moment, in place, the decay it owes up to ``step`` (int64 scalar: updates made), as before saving them.
+    beta2: in (0, 1]. beta1: in [0, 1), above 0 where the state has first moments."""
     if not torch.compiler.is_compiling():
-        validation.validate_settle(state, step, beta2)
-    operator("settle", choose(impl, state.W_dec.device, state.W_dec.dtype).impl)(state, step, beta2)
+        validation.validate_settle(state, step, beta2, beta1)
+    operator("settle", choose(impl, state.W_dec.device, state.W_dec.dtype).impl)(state, step, beta2, beta1)
 
 
 # ---- the training step, by whole matrices

@@ -121,16 +121,17 @@ class Objective(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Adam with β1 = 0."""
+    """Adam; with β1 = 0, as in arXiv 2408.05147, without first moments."""
 
     learning_rate: float | Tensor  # or a 0-d tensor on the device, which a captured launch reads anew
     beta2: float
     eps: float
     log_threshold: bool  # Adam moves log θ instead of θ
+    beta1: float = 0.0
 
 
 class LatentState(NamedTuple):
-    """Everything a training step holds by latent, updated in place. Second moments are as of step last[j]."""
+    """Everything a training step holds by latent, updated in place. Moments are as of step last[j]."""
 
     W_enc: Tensor  # [F, d_in] fp32: the transposed weight, contiguous
     W_dec: Tensor  # [F, d_out] fp32; the two widths are one but in transcoders
@@ -143,6 +144,10 @@ class LatentState(NamedTuple):
     last: Tensor  # [F] int64, updates made when the latent was last touched
     W_enc_low: Tensor | None = None  # bf16 copies that the products read; None: they read the weights
     W_dec_low: Tensor | None = None
+    W_enc_m: Tensor | None = None  # first moments, shapes as above; None where β1 is 0
+    W_dec_m: Tensor | None = None
+    b_enc_m: Tensor | None = None
+    threshold_m: Tensor | None = None
 
 
 # ---- around the operators: what a step does before and after them, see `reference/conclusion.py`

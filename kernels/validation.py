@@ -277,12 +277,29 @@ def check_state(state: LatentState) -> None:
         ("last", (d_sae,), (torch.int64,)),
         ("W_enc_low", (d_sae, d_in), (torch.bfloat16,)),
         ("W_dec_low", (d_sae, d_out), (torch.bfloat16,)),
+        ("W_enc_m", (d_sae, d_in), dtype),
+        ("W_dec_m", (d_sae, d_out), dtype),
+        ("b_enc_m", (d_sae,), dtype),
+        ("threshold_m", (d_sae,), dtype),
     ):
-        if getattr(state, name) is not None or not name.endswith("_low"):
+        if getattr(state, name) is not None or not name.endswith(("_low", "_m")):
             check_tensor(f"state.{name}", getattr(state, name), shape, dtypes, device)
     for name, tensor in state._asdict().items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"state.{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    first = {name: getattr(state, name) is not None for name in ("W_enc_m", "W_dec_m", "b_enc_m", "threshold_m")}
+    if len(set(first.values())) > 1:
+        missing = ", ".join(name for name, there in first.items() if not there)
+        raise ValueError(f"state: expected all four first moments or none, got None for {missing}")
+
+
+def check_first_moments(state: LatentState, beta1: float, name: str) -> None:
+    check_number(name, beta1, 0, 1)
+    if beta1 == 1:
+        raise ValueError(f"{name}: expected a number below 1, with which moments would stay as they are, got 1")
+    if (beta1 > 0) != (state.W_enc_m is not None):
+        there = "none" if state.W_enc_m is None else "some"
+        raise ValueError(f"state: expected first moments where {name} is above 0 alone, got {there} with {beta1}")
 
 
 def check_rule(rule: Rule, device: torch.device) -> None:
@@ -316,6 +333,7 @@ def validate_update_from_entries(
     _check_sums(sums, transposed, d_sae, (state.W_dec.dtype,))
     _check_tables(residual, x_centred, state.W_enc.shape[1], state.W_dec.shape[1], device)
     check_rule(rule, device)
+    check_first_moments(state, rule.beta1, "rule.beta1")
     _check_scalars(ok, step, device)
 
 
@@ -332,10 +350,12 @@ def validate_update_from_dense(
     check_tensor("dthreshold", dthreshold, (d_sae,), dtype, device)
     check_tensor("touched", touched, (d_sae,), (torch.int32,), device)
     check_rule(rule, device)
+    check_first_moments(state, rule.beta1, "rule.beta1")
     _check_scalars(ok, step, device)
 
 
-def validate_settle(state: LatentState, step: Tensor, beta2: float) -> None:
+def validate_settle(state: LatentState, step: Tensor, beta2: float, beta1: float) -> None:
     check_state(state)
     check_step(step, state.W_dec.device)
     check_number("beta2", beta2, 0, 1, open_low=True)
+    check_first_moments(state, beta1, "beta1")

@@ -188,9 +188,9 @@ def dense_backward(
 # ---- the update
 
 
-def _owed_decay(last: Tensor, step: Tensor, beta2: float) -> Tensor:
-    """β2 to the power of the updates from ``last`` to ``step``, in fp64."""
-    return torch.pow(torch.tensor(beta2, dtype=torch.float64, device=last.device), (step - last).double())
+def _owed_decay(last: Tensor, step: Tensor, beta: float) -> Tensor:
+    """β to the power of the updates from ``last`` to ``step``, in fp64."""
+    return torch.pow(torch.tensor(beta, dtype=torch.float64, device=last.device), (step - last).double())
 
 
 class _Piece(NamedTuple):
@@ -219,15 +219,32 @@ def _pieces(touched: Tensor, d: int) -> Iterator[_Piece]:
             yield _Piece(rows, first, stop)
 
 
-def _adam_(weight: Tensor, v: Tensor, gradient: Tensor, decay: Tensor, rule: Rule, correction: float) -> None:
-    """v ← decay·v + (1 − β2)·g²;  weight ← weight − lr·g / (√(v/correction) + eps), in place.
+class _Rows(NamedTuple):
+    """Of Adam, by latent. A row that is not touched has decays of 1, a gradient of 0 and a share of 0."""
 
-    A gradient of 0 with a decay of 1 leaves a row bit for bit as it was.
+    decay: Tensor  # of second moments
+    decay_m: Tensor | None  # of first moments; None where β1 is 0
+    share: Tensor | None  # 1/(1 − β1^k), by which the first moment moves the weight
+    correction: float  # 1 − β2^k
+
+    def of(self, piece: _Piece) -> "_Rows":
+        decay_m = None if self.decay_m is None else self.decay_m[piece.rows, None]
+        share = None if self.share is None else self.share[piece.rows, None]
+        return _Rows(self.decay[piece.rows, None], decay_m, share, self.correction)
+
+
+def _adam_(weight: Tensor, m: Tensor | None, v: Tensor, gradient: Tensor, rows: _Rows, rule: Rule) -> None:
+    """m ← decay_m·m + (1 − β1)·g;  v ← decay·v + (1 − β2)·g²;  weight ← weight − lr·share·m / (√(v/correction) + eps),
+    in place, with g for share·m where β1 is 0.
+
+    A row that is not touched stays bit for bit as it was.
     """
-    v.mul_(decay).addcmul_(gradient, gradient, value=1 - rule.beta2)
+    v.mul_(rows.decay).addcmul_(gradient, gradient, value=1 - rule.beta2)
     rate = rule.learning_rate.detach() if isinstance(rule.learning_rate, Tensor) else rule.learning_rate
-    root = correction**0.5
-    weight.addcdiv_(gradient, v.sqrt().add_(rule.eps * root), value=-float(rate) * root)
+    root, direction = rows.correction**0.5, gradient
+    if m is not None:
+        direction = m.mul_(rows.decay_m).add_(gradient, alpha=1 - rule.beta1) * rows.share
+    weight.addcdiv_(direction, v.sqrt().add_(rule.eps * root), value=-float(rate) * root)
 
 
 def update_from_entries(
@@ -303,37 +320,43 @@ def _update(
     rule: Rule,
     step: Tensor,
 ) -> None:
-    """Adam on the latents with ``touched`` [F], as `reference_training._update` has it, piece by piece.
+    """Adam on the latents with ``touched`` [F], as `reference.training._update` has it, piece by piece.
 
     dW_enc and dW_dec are functions: of a piece and its rows of the weight, to the gradient of those rows, the decoder's
-    without its component along the row. Rows that a slice holds by the way have a gradient of 0, a decay of 1 and are
-    divided by 1, which leaves every bit of them.
+    without its component along the row. Rows that a slice holds by the way have a gradient of 0, decays of 1, a share of
+    0 and are divided by 1, which leaves every bit of them.
     """
-    step = step + 1
-    decay = torch.where(touched, _owed_decay(state.last, step, rule.beta2).to(state.W_dec.dtype), 1)
-    correction, by_row = 1 - rule.beta2 ** int(step), (touched[:, None], decay[:, None])
+    step, dtype, kept = step + 1, state.W_dec.dtype, state.W_enc_m is not None
+
+    def decays(beta: float) -> Tensor:
+        return torch.where(touched, _owed_decay(state.last, step, beta).to(dtype), 1)
+
+    share = touched.to(dtype) / (1 - rule.beta1 ** int(step)) if kept else None
+    every = _Rows(decays(rule.beta2), decays(rule.beta1) if kept else None, share, 1 - rule.beta2 ** int(step))
     for piece in _pieces(touched, state.W_dec.shape[1]):
-        moving, factor = (column[piece.rows] for column in by_row)
-        for weights, moments, low, gradient in (
-            (state.W_enc, state.W_enc_v, state.W_enc_low, dW_enc),
-            (state.W_dec, state.W_dec_v, state.W_dec_low, dW_dec),
+        rows = every.of(piece)
+        for weights, firsts, seconds, low, gradient in (
+            (state.W_enc, state.W_enc_m, state.W_enc_v, state.W_enc_low, dW_enc),
+            (state.W_dec, state.W_dec_m, state.W_dec_v, state.W_dec_low, dW_dec),
         ):
-            weight, v = weights[piece.rows], moments[piece.rows]
-            _adam_(weight, v, gradient(piece, weight), factor, rule, correction)
+            weight, v, m = weights[piece.rows], seconds[piece.rows], None if firsts is None else firsts[piece.rows]
+            _adam_(weight, m, v, gradient(piece, weight), rows, rule)
             if weights is state.W_dec:
-                weight.div_(torch.where(moving, weight.norm(dim=1, keepdim=True), 1))
+                weight.div_(torch.where(touched[piece.rows, None], weight.norm(dim=1, keepdim=True), 1))
             if not isinstance(piece.rows, slice):
-                weights[piece.rows], moments[piece.rows] = weight, v
+                weights[piece.rows], seconds[piece.rows] = weight, v
+                if firsts is not None:
+                    firsts[piece.rows] = m
             if low is not None:
                 low[piece.rows] = weight.to(low.dtype)
 
     db_enc, dthreshold = (torch.where(touched, gradient, 0) for gradient in (db_enc, dthreshold))
-    _adam_(state.b_enc, state.b_enc_v, db_enc, decay, rule, correction)
+    _adam_(state.b_enc, state.b_enc_m, state.b_enc_v, db_enc, every, rule)
     if rule.log_threshold:  # dL/dt = θ·dL/dθ for θ = exp(t)
         change = torch.zeros_like(state.threshold)
-        _adam_(change, state.threshold_v, state.threshold * dthreshold, decay, rule, correction)
+        _adam_(change, state.threshold_m, state.threshold_v, state.threshold * dthreshold, every, rule)
         state.threshold.mul_(change.exp())
     else:
-        _adam_(state.threshold, state.threshold_v, dthreshold, decay, rule, correction)
+        _adam_(state.threshold, state.threshold_m, state.threshold_v, dthreshold, every, rule)
         state.threshold.copy_(torch.where(touched, state.threshold.clamp(min=0), state.threshold))
     state.last.copy_(torch.where(touched, step, state.last))

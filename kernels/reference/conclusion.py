@@ -240,19 +240,25 @@ def conclude(
     return Conclusion(ok, updates + 1, pack(total, *means, l0.mean(), n_entries, stalled, ok, skipped))
 
 
-def adam(p: Tensor, v: Tensor, gradient: Tensor, rule: Rule, ok: Tensor, number: Tensor) -> None:
-    """Adam with β1 = 0 on a parameter that every update moves, in place; nothing moves unless ``ok``.
+def adam(
+    p: Tensor, v: Tensor, gradient: Tensor, rule: Rule, ok: Tensor, number: Tensor, m: Tensor | None = None
+) -> None:
+    """Adam on a parameter that every update moves, in place; nothing moves unless ``ok``.
 
-        v ← β2·v + (1 − β2)·g²;   p ← p − lr·g/(√(v/(1 − β2^k)) + eps)
+        m ← β1·m + (1 − β1)·g;   v ← β2·v + (1 − β2)·g²;   p ← p − lr·(m/(1 − β1^k))/(√(v/(1 − β2^k)) + eps)
 
-    p, its second moment v and its gradient: of one shape. k: ``number``, an int64 scalar, which update this is, counted
-    from 1. Does not wait for the device.
+    p, its moments m and v and its gradient g: of one shape. m: None where β1 is 0, where it would be g. k: ``number``,
+    an int64 scalar, which update this is, counted from 1. Does not wait for the device.
     """
-    allowed, moment = ok > 0, rule.beta2 * v + (1 - rule.beta2) * gradient.square()
+    allowed, second, direction = ok > 0, rule.beta2 * v + (1 - rule.beta2) * gradient.square(), gradient
+    if m is not None:
+        first = rule.beta1 * m + (1 - rule.beta1) * gradient
+        direction = first / (1 - torch.pow(rule.beta1, number.double())).to(m.dtype)
+        m.copy_(torch.where(allowed, first, m))
     correction = (1 - torch.pow(rule.beta2, number.double())).to(v.dtype)
-    moved = p - as_number(rule.learning_rate, p) * gradient / ((moment / correction).sqrt() + rule.eps)
+    moved = p - as_number(rule.learning_rate, p) * direction / ((second / correction).sqrt() + rule.eps)
     p.copy_(torch.where(allowed, moved, p))
-    v.copy_(torch.where(allowed, moment, v))
+    v.copy_(torch.where(allowed, second, v))
 
 
 def move(
@@ -266,9 +272,10 @@ def move(
     rule: Rule,
     ok: Tensor,
     number: Tensor,
+    b_dec_m: Tensor | None = None,
 ) -> None:
     """`finish` from the gradient of b_dec [d] itself."""
-    adam(b_dec, b_dec_v, db_dec, rule, ok, number)
+    adam(b_dec, b_dec_v, db_dec, rule, ok, number, b_dec_m)
     since = torch.where(firing_count > 0, 0, tokens_since_fired + n)
     tokens_since_fired.copy_(torch.where(ok > 0, since, tokens_since_fired))
     updates += ok
@@ -286,14 +293,15 @@ def finish(
     rule: Rule,
     ok: Tensor,
     number: Tensor,
+    b_dec_m: Tensor | None = None,
 ) -> None:
     """The decoder's bias [d] by Adam, and the counters, in place; nothing moves unless ``ok``.
 
     residual_sums: [parts, d] over n tokens. of_encoder: [parts, d] of `encoder_parts`, or `encoder_times` as the only
     one; None without a pre-encoder bias.
-    firing_count: [F]. number: int64 scalar, which update this is, counted from 1.
+    firing_count: [F]. number: int64 scalar, which update this is, counted from 1. b_dec_m: None where β1 is 0.
     """
     db_dec = residual_sums.sum(0) * (2 / n)
     if of_encoder is not None:
         db_dec = db_dec - of_encoder.sum(0)
-    move(b_dec, b_dec_v, tokens_since_fired, updates, db_dec, firing_count, n, rule, ok, number)
+    move(b_dec, b_dec_v, tokens_since_fired, updates, db_dec, firing_count, n, rule, ok, number, b_dec_m)

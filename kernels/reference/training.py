@@ -220,22 +220,26 @@ def dense_backward(
     return u.copy_(dz), dz.sum(0), q.sum(0)
 
 
-# ---- the update: Adam with β1 = 0, decoder rows of unit norm (arXiv 2408.05147, section 3.2)
+# ---- the update: Adam, by default with β1 = 0, decoder rows of unit norm (arXiv 2408.05147, section 3.2)
 
 
-def _decayed(v: Tensor, last: Tensor, step: Tensor, beta2: float) -> Tensor:
-    """β2^(step − last_j)·v_j: what updates with a gradient of 0 would have made of a second moment v as of ``last``.
+def _decayed(moment: Tensor, last: Tensor, step: Tensor, beta: float) -> Tensor:
+    """β^(step − last_j)·v_j: what updates with a gradient of 0 would have made of a moment v as of ``last``.
 
-    The power is taken in fp64; β2 in fp32 would be wrong in the fourth digit after ten thousand steps.
+    The power is taken in fp64; β in fp32 would be wrong in the fourth digit after ten thousand steps.
     """
-    decay = torch.pow(torch.tensor(beta2, dtype=torch.float64, device=v.device), (step - last).double()).to(v.dtype)
-    return v * (decay if v.ndim == 1 else decay[:, None])
+    powers = torch.pow(torch.tensor(beta, dtype=torch.float64, device=last.device), (step - last).double())
+    decay = powers.to(moment.dtype)
+    return moment * (decay if moment.ndim == 1 else decay[:, None])
 
 
-def settle(state: LatentState, step: Tensor, beta2: float) -> None:
-    """Pay every second moment the decay it owes, up to ``step`` (int64 scalar: updates made)."""
+def settle(state: LatentState, step: Tensor, beta2: float, beta1: float = 0.0) -> None:
+    """Pay every moment the decay it owes, up to ``step`` (int64 scalar: updates made)."""
     for v in (state.W_enc_v, state.W_dec_v, state.b_enc_v, state.threshold_v):
         v.copy_(_decayed(v, state.last, step, beta2))
+    for m in (state.W_enc_m, state.W_dec_m, state.b_enc_m, state.threshold_m):
+        if m is not None:
+            m.copy_(_decayed(m, state.last, step, beta1))
     state.last.copy_(step.expand_as(state.last))
 
 
@@ -286,11 +290,15 @@ def _update(
     rule: Rule,
     step: Tensor,
 ) -> None:
-    """Adam with β1 = 0, in place, on the latents with ``touched`` [F]; no bit of the others changes.
+    """Adam, in place, on the latents with ``touched`` [F]; no bit of the others changes.
 
-    For a parameter p with gradient g, its second moment v as of update last_j, and this update the k-th, k = step + 1:
+    For a parameter p with gradient g, its moments m and v as of update last_j, and this update the k-th, k = step + 1:
 
-        v ← β2^(k − last_j)·v + (1 − β2)·g²;   p ← p − lr·g/(√(v/(1 − β2^k)) + eps);   last_j ← k
+        m ← β1^(k − last_j)·m + (1 − β1)·g;   v ← β2^(k − last_j)·v + (1 − β2)·g²
+        p ← p − lr·(m/(1 − β1^k))/(√(v/(1 − β2^k)) + eps);   last_j ← k
+
+    With β1 = 0 that moves as Adam does, since then nothing else would move; m is g and is not kept. With β1 > 0 an idle
+    latent waits, as in `torch.optim.SparseAdam`, where Adam would let it drift on; its m has decayed when it moves.
 
     The gradient of a decoder row first loses its component along the row, ``along`` = ⟨dW_dec[j], W_dec[j]⟩ times the
     row, and the moved row is divided by its norm. θ = exp(t) moves by t, with dL/dt = θ·dL/dθ, where the rule says so,
@@ -298,22 +306,25 @@ def _update(
     """
     rows = torch.nonzero(touched)[:, 0]
     k = step + 1
-    correction = 1 - rule.beta2 ** int(k)
+    correction, correction_m = 1 - rule.beta2 ** int(k), 1 - rule.beta1 ** int(k)
 
-    def change(v: Tensor, gradient: Tensor) -> Tensor:
-        """What is to be added to the parameter in ``rows``; brings v up to date there."""
-        g = gradient[rows]
-        v[rows] = _decayed(v[rows], state.last[rows], k, rule.beta2) + (1 - rule.beta2) * g.square()
+    def change(m: Tensor | None, v: Tensor, gradient: Tensor) -> Tensor:
+        """What is to be added to the parameter in ``rows``; brings m and v up to date there."""
+        g, last = gradient[rows], state.last[rows]
+        v[rows] = _decayed(v[rows], last, k, rule.beta2) + (1 - rule.beta2) * g.square()
+        if m is not None:
+            m[rows] = _decayed(m[rows], last, k, rule.beta1) + (1 - rule.beta1) * g
+            g = m[rows] / correction_m
         return -rule.learning_rate * g / ((v[rows] / correction).sqrt() + rule.eps)
 
-    state.W_enc[rows] += change(state.W_enc_v, dW_enc)
-    W_dec = state.W_dec[rows] + change(state.W_dec_v, dW_dec - along[:, None] * state.W_dec)
+    state.W_enc[rows] += change(state.W_enc_m, state.W_enc_v, dW_enc)
+    W_dec = state.W_dec[rows] + change(state.W_dec_m, state.W_dec_v, dW_dec - along[:, None] * state.W_dec)
     state.W_dec[rows] = W_dec / W_dec.norm(dim=1, keepdim=True)
-    state.b_enc[rows] += change(state.b_enc_v, db_enc)
+    state.b_enc[rows] += change(state.b_enc_m, state.b_enc_v, db_enc)
     if rule.log_threshold:
-        state.threshold[rows] *= change(state.threshold_v, state.threshold * dthreshold).exp()
+        state.threshold[rows] *= change(state.threshold_m, state.threshold_v, state.threshold * dthreshold).exp()
     else:
-        state.threshold[rows] += change(state.threshold_v, dthreshold)
+        state.threshold[rows] += change(state.threshold_m, state.threshold_v, dthreshold)
     state.threshold[rows] = state.threshold[rows].clamp(min=0)
     state.last[rows] = k
 
