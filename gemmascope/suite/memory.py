@@ -140,6 +140,7 @@ def needs(
         ),
         Item("batches on their way", own, batch * (2 if copied else 1)),
         Item("SAEs: weights, fp32", own, saes.weights),
+        *([Item("SAEs: first moments, fp32", own, saes.first_moments)] if saes.first_moments else []),
         Item("SAEs: second moments, fp32", own, saes.second_moments),
         Item("SAEs: bf16 copies", own, saes.copies),
         Item("SAEs: batches of steps under way", own, saes.pending),

@@ -23,6 +23,7 @@ class CLTLossAndGradients(NamedTuple):
     n_entries: Tensor  # [] latents above the threshold or in its window, over all tokens and layers
     gradients: list[reference.Parameters]  # by layer
     bound: Tensor  # [] of `kernels.reference.conclusion.gradient_bound`
+    touched: list[Tensor]  # by layer: bool [d_sae], which latents have an entry
 
 
 def check_clt_batch(clt: ScaledCLT, xs: Sequence[Tensor], ys: Sequence[Tensor], loss: Loss) -> None:
@@ -97,9 +98,11 @@ def clt_loss_and_gradients(
         gradients.append(reference.Parameters(*of_source))
     is_entry = [torch.maximum(*pair) for pair in zip(active, inside, strict=True)]
     norms = torch.stack([torch.linalg.vector_norm(x) for x in xs]), torch.stack(list(map(torch.linalg.vector_norm, fs)))
-    touched = torch.cat([pairs.amax(0) for pairs in is_entry])
+    touched = [pairs.amax(0) for pairs in is_entry]
     of_norms = (norms[0].amax(), norms[1].amax())
-    bound = reference.conclusion.gradient_bound(weights, 0.0, squared_error, s, *of_norms, torch.cat(thetas), touched)
+    of_latents = (torch.cat(thetas), torch.cat(touched))
+    bound = reference.conclusion.gradient_bound(weights, 0.0, squared_error, s, *of_norms, *of_latents)
     l0s = torch.stack([pairs.sum(1).mean() for pairs in active])
     n_entries = torch.stack([pairs.sum() for pairs in is_entry]).sum()
-    return CLTLossAndGradients(total, errors, l0s, counts, n_entries, gradients, bound)
+    moved = [each != 0 for each in touched]
+    return CLTLossAndGradients(total, errors, l0s, counts, n_entries, gradients, bound, moved)

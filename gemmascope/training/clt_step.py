@@ -234,9 +234,8 @@ def _reference_step(clt: ScaledCLT, batch: _Batch, latents: list[LatentState]) -
     states, xs, ys, loss, rule = batch
     out = clt_loss_and_gradients(clt, xs, ys, loss)
     verdict = _permitted(states, out.loss, out.bound)
-    for state, of_layer, gradients in zip(states, latents, out.gradients, strict=True):
-        touched = torch.ones_like(gradients.b_enc, dtype=torch.int32)
-        given = (gradients.W_enc.T, gradients.W_dec, gradients.b_enc, gradients.threshold, touched)
+    for state, of_layer, gradients, touched in zip(states, latents, out.gradients, out.touched, strict=True):
+        given = (gradients.W_enc.T, gradients.W_dec, gradients.b_enc, gradients.threshold, touched.int())
         kernels.update_from_dense(of_layer, *given, rule, verdict.ok, state.updates, impl="reference")
     measured = _Measured(out.errors, out.l0, out.firing_counts, out.n_entries)
     return _move(batch, [gradients.b_dec for gradients in out.gradients], measured, verdict)
@@ -286,7 +285,7 @@ def _move(batch: _Batch, db_decs: list[Tensor], measured: _Measured, verdict: _V
     states, xs, ys, _, rule = batch
     for state, db_dec, firing_count in zip(states, db_decs, measured.firing_counts, strict=True):
         counters = (state.tokens_since_fired, state.updates)
-        given = (db_dec, firing_count, len(xs[0]), rule, verdict.ok, verdict.number)
+        given = (db_dec, firing_count, len(xs[0]), rule, verdict.ok, verdict.number, state.b_dec_m)
         reference.conclusion.move(state.sae.b_dec.data, state.b_dec_v, *counters, *given)
     spreads = [
         reference.conclusion.spread_and_shares(y, y.sum(0)[None], errors)[0]

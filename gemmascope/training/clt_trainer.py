@@ -95,7 +95,8 @@ class CLTTrainer:
                 for source, output_scale, (mean, _), (mean_out, _) in means:
                     source.b_dec.copy_(mean_out / output_scale)
                     source.b_enc.copy_(-((mean / source.input_scale).to(source.W_enc) @ source.W_enc))
-        self.states = [TrainState.start(source, config.compute_dtype) for source in self.clt.sources]
+        first = config.adam_beta1 > 0
+        self.states = [TrainState.start(source, config.compute_dtype, first_moments=first) for source in self.clt.sources]
         if self.states[0].impl == "triton":
             raise ValueError(
                 "impl: expected another than the Triton kernels, whose weights have one width, for a CLT, got them;"
@@ -107,13 +108,13 @@ class CLTTrainer:
 
     @staticmethod
     def memory(config: TrainConfig, d_ins: Sequence[int], d_outs: Sequence[int]) -> int:
-        """Bytes that the weights, second moments and the activations of a step take in fp32, without its scratch."""
+        """Bytes that the weights, moments and the activations of a step take in fp32, without its scratch."""
         check_type("config", config, TrainConfig)
         if len(d_ins) != len(d_outs):
             raise ValueError(f"d_outs: expected those of {len(d_ins)} layers, got {len(d_outs)}")
         rows = sum(d_in + sum(d_outs[layer:]) + 2 for layer, d_in in enumerate(d_ins))
         weights = 4 * (rows * config.d_sae + sum(d_outs))
-        return 2 * weights + 4 * config.batch_size * (sum(d_ins) + 4 * sum(d_outs))
+        return (3 if config.adam_beta1 else 2) * weights + 4 * config.batch_size * (sum(d_ins) + 4 * sum(d_outs))
 
     @property
     def n_layers(self) -> int:
@@ -139,7 +140,8 @@ class CLTTrainer:
             raise ValueError(f"ys: expected the {len(xs[0])} tokens of xs, got {len(ys[0])}")
         config = self.config
         log = config.threshold_parametrisation == "log" or config.kind != "jumprelu"
-        rule = Rule(config.learning_rate_at(self.step), config.adam_beta2, config.adam_eps, log)
+        rate = config.learning_rate_at(self.step)
+        rule = Rule(rate, config.adam_beta2, config.adam_eps, log, config.adam_beta1)
         batches = self._scaled(xs, self.clt.input_scales), self._scaled(ys, self.clt.output_scales)
         try:
             self.figures = clt_step(self.clt, self.states, *batches, config.loss_at(self.step), rule, self.route)
@@ -149,7 +151,7 @@ class CLTTrainer:
                 " smaller"
             ) from error
         if config.revival_rate:
-            fall, made = config.revival_rate * config.learning_rate_at(self.step), torch.tensor(self.figures.made)
+            fall, made = config.revival_rate * rate, torch.tensor(self.figures.made)
             for state in self.states:
                 revive(state, config.dead_after_tokens, fall, log, made.to(state.threshold.device))
         self.step += 1

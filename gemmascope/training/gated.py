@@ -51,6 +51,7 @@ class GatedLossAndGradients(NamedTuple):
     gradients: GatedGradients
     bound: Tensor  # [] of `gradient_bound`
     rectified: Tensor  # [N, d_sae] relu(π)
+    touched: Tensor  # bool [d_sae], of which latents the gate is open somewhere
     others: Mapping[str, Tensor]  # the gradients of ``sae.OTHERS``
 
 
@@ -91,10 +92,10 @@ def gated_loss_and_gradients(
     )
     norms = torch.linalg.vector_norm(centred), torch.linalg.vector_norm(f)
     bound = gradient_bound(weight, errors, frozen_errors, *norms, sae.r_mag, sae.b_mag)
-    firing_count, n_entries = fires.sum(0).to(torch.int32), is_entry(pi).sum()
-    figures = (total, errors, fires.sum(1).mean(), firing_count, n_entries)
+    firing_count, pairs = fires.sum(0).to(torch.int32), is_entry(pi)
+    figures = (total, errors, fires.sum(1).mean(), firing_count, pairs.sum())
     others = {"b_mag": gradients.b_mag, "r_mag": gradients.r_mag} | ({SKIP: g.T @ x} if SKIP in sae.OTHERS else {})
-    return GatedLossAndGradients(*figures, gradients, bound, rectified, others)
+    return GatedLossAndGradients(*figures, gradients, bound, rectified, pairs.any(0), others)
 
 
 def is_entry(pi: Tensor) -> Tensor:

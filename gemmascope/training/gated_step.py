@@ -255,7 +255,7 @@ def _reference_step(
     loss = annealed(loss, state.annealing, annealing)
     latents, out = state.ready(), gated_loss_and_gradients(_sae(state), x, loss, target)
     gradients = out.gradients
-    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, torch.zeros_like(gradients.b_enc))
+    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, torch.zeros_like(gradients.b_enc), out.touched)
     ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
     if annealing is not None and state.annealing is not None:
         follow(state.annealing, annealing, compared(annealing, out.rectified), ok)
@@ -306,7 +306,7 @@ def _finish(
     sae, ok, number = _sae(state), verdict.ok, verdict.number
     move_others(state, others.named, rule, ok, number)
     counters = (state.tokens_since_fired, state.updates)
-    of_batch = (others.b_dec, measured.firing_count, len(y), rule, ok, number)
+    of_batch = (others.b_dec, measured.firing_count, len(y), rule, ok, number, state.b_dec_m)
     reference.conclusion.move(sae.b_dec.data, state.b_dec_v, *counters, *of_batch)
     spread = reference.conclusion.spread_and_shares(y, column_sums, measured.errors)
     means = reference.conclusion.fidelity(measured.errors, *spread)

@@ -70,6 +70,7 @@ class LossAndGradients(NamedTuple):
     gradients: reference.Parameters
     bound: Tensor  # [] of `kernels.reference.conclusion.gradient_bound`
     f: Tensor  # [N, d_sae] the activations
+    touched: Tensor  # bool [d_sae], which latents have an entry, or a gradient of the pre-activation loss
     others: Mapping[str, Tensor] = MappingProxyType({})  # the gradients of ``sae.OTHERS``
 
 
@@ -141,20 +142,22 @@ def loss_and_gradients(
     dthreshold = q.sum(0)
     if loss.ste_to_z:
         dz -= q
+    is_entry = torch.maximum(active, inside)
+    touched = is_entry.amax(0) != 0
     if loss.pre_act_coefficient and dead is not None:
         below = ((z < theta) & dead).to(z.dtype)
         total = total + (loss.pre_act_coefficient / n) * (below * (theta - z)).sum()
         dz -= (loss.pre_act_coefficient / n) * below
         dthreshold += (loss.pre_act_coefficient / n) * below.sum(0)
+        touched |= below.amax(0) != 0
     db_enc, db_dec = dz.sum(0), g.sum(0)
     if sae.pre_encoder_bias:
         db_dec -= sae.W_enc @ db_enc
     gradients = reference.Parameters((dz.T @ centred).T, db_enc, f.T @ g, db_dec, dthreshold)
-    is_entry = torch.maximum(active, inside)
-    touched = torch.ones_like(theta) if loss.pre_act_coefficient else is_entry.amax(0)
+    reached = torch.ones_like(theta) if loss.pre_act_coefficient else is_entry.amax(0)
     norms = torch.linalg.vector_norm(centred), torch.linalg.vector_norm(f)
     others = {SKIP: g.T @ x} if SKIP in sae.OTHERS else {}
     coefficient = loss.pre_act_coefficient
-    bound = reference.conclusion.gradient_bound(weights, coefficient, squared_error, s, *norms, theta, touched)
+    bound = reference.conclusion.gradient_bound(weights, coefficient, squared_error, s, *norms, theta, reached)
     figures = (total, squared_error, l0.mean(), firing_count, is_entry.sum())
-    return LossAndGradients(*figures, residual, gradients, bound, f, others)
+    return LossAndGradients(*figures, residual, gradients, bound, f, touched, others)

@@ -51,10 +51,12 @@ class TrainingMemory:
     """Whether the penalty is of a power of the activations."""
     kept_tokens: int = 0
     """Of those that dead latents may begin at, where they do."""
+    first_moments: int = 0
+    """Where Adam has them."""
 
     @property
     def total(self) -> int:
-        lasting = self.weights + self.second_moments + self.copies + self.kept_tokens
+        lasting = self.weights + self.first_moments + self.second_moments + self.copies + self.kept_tokens
         return lasting + self.activations + self.pending + self.entries + self.scratch
 
     @property
@@ -65,6 +67,7 @@ class TrainingMemory:
     def table(self) -> str:
         rows = {
             "weights, fp32": self.weights,
+            **({"first moments, fp32": self.first_moments} if self.first_moments else {}),
             "second moments, fp32": self.second_moments,
             "bf16 copies of the weights": self.copies,
             f"activations of {self.batch_size:,} tokens": self.activations,
@@ -103,7 +106,7 @@ class TrainingMemory:
             batches = self.pending // (4 * self.batch_size * (self.d_model + (self.d_out or 0)))
             options = {"pending": batches, "kind": self.kind, "d_out": self.d_out, "skip": self.skip}
             options |= {"compute_dtype": dtype, "l0": l0, "blocks": self.blocks, "of_power": self.of_power}
-            options["resampled"] = self.kept_tokens > 0
+            options |= {"resampled": self.kept_tokens > 0, "momentum": self.first_moments > 0}
             yield sizes[name], training_memory(**sizes, **options).total
             sizes[name] //= 2
 
@@ -113,6 +116,7 @@ class SuiteMemory:
     """Bytes that several SAEs in training hold on their device, by what they hold."""
 
     weights: int
+    first_moments: int
     second_moments: int
     copies: int
     pending: int
@@ -126,6 +130,7 @@ class SuiteMemory:
         found = list(memories)
         return cls(
             weights=sum(each.weights for each in found),
+            first_moments=sum(each.first_moments for each in found),
             second_moments=sum(each.second_moments for each in found),
             copies=sum(each.copies for each in found),
             pending=sum(each.pending for each in found),
@@ -136,7 +141,7 @@ class SuiteMemory:
     @property
     def lasting(self) -> int:
         """What a checkpoint holds, up to counters."""
-        return self.weights + self.second_moments + self.copies + self.kept_tokens
+        return self.weights + self.first_moments + self.second_moments + self.copies + self.kept_tokens
 
 
 def dense_tile(n_tokens: int, d_sae: int, kind: str = "jumprelu") -> int:
@@ -171,12 +176,13 @@ def training_memory(
     blocks: int = 0,
     of_power: bool = False,
     resampled: bool = False,
+    momentum: bool = False,
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
     steps that are kept until their figures were read. kind: that of `TrainConfig`. d_out: width of a transcoder's
     target, with ``skip`` of its map from the input too. blocks: of an SAE of which k latents fire, the residuals that a
     token has, one for each prefix and for AuxK; 0 for others. of_power: whether its penalty is of a power p < 1.
-    resampled: whether dead latents begin anew."""
+    resampled: whether dead latents begin anew. momentum: whether Adam has first moments."""
     gated, out, target = kind == "gated", d_model if d_out is None else d_out, d_out or 0
     weights = 4 * ((d_model + out) * d_sae + (3 if gated else 2) * d_sae + out + skip * d_model * out)
     operand = 2 if compute_dtype == "bf16" else 4
@@ -192,13 +198,15 @@ def training_memory(
     # sums, and what a skip leaves
     rows = (d_model + out) * max(1, blocks) + gated * out + target
     activations = batch_size * (rows * (4 + operand) + 4 * skip * target)
+    moments = weights + 4 * d_sae * gated  # those of θ too, which stays 0
     return TrainingMemory(
         d_model=d_model,
         d_sae=d_sae,
         batch_size=batch_size,
         n_entries=n_entries,
         weights=weights,
-        second_moments=weights + 4 * d_sae * gated,  # that of θ too, which stays 0
+        first_moments=moments * momentum,
+        second_moments=moments,
         copies=2 * (d_model + out) * d_sae if compute_dtype == "bf16" else 0,
         activations=activations,
         pending=pending * 4 * batch_size * (d_model + target),

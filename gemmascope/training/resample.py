@@ -48,7 +48,7 @@ def resample(state: TrainState, dead: Tensor) -> Tensor:
     """Put each latent j with ``dead`` [d_sae] (bool) where one of the tokens x_n is that were drawn from all `observe`
     was given since the last time:
 
-        W_dec[j] ← (x_n − b_dec)/‖x_n − b_dec‖;   W_enc[:, j] ← 0.2·c·W_dec[j];   biases, r_mag and second moments ← 0
+        W_dec[j] ← (x_n − b_dec)/‖x_n − b_dec‖;   W_enc[:, j] ← 0.2·c·W_dec[j];   biases, r_mag and their moments ← 0
 
     c is the mean norm of the encoder columns of the others, 1 where there are none. b_dec counts as 0 without a
     pre-encoder bias. The bf16 copies are made anew by the next step. Of more dead latents than there are tokens those
@@ -74,11 +74,14 @@ def resample(state: TrainState, dead: Tensor) -> Tensor:
     tensors.W_dec[latents] = rows
     tensors.W_enc[latents] = ENCODER_NORM * norm * rows
     tensors.b_enc[latents] = 0
-    for moment in (tensors.W_enc_v, tensors.W_dec_v, tensors.b_enc_v, tensors.threshold_v):
-        moment[latents] = 0
+    second = (tensors.W_enc_v, tensors.W_dec_v, tensors.b_enc_v, tensors.threshold_v)
+    for moment in (*second, tensors.W_enc_m, tensors.W_dec_m, tensors.b_enc_m, tensors.threshold_m):
+        if moment is not None:
+            moment[latents] = 0
     for name in sae.OTHERS:
-        getattr(sae, name).data[latents] = 0
-        state.others_v[name][latents] = 0
+        for tensor in (getattr(sae, name).data, state.others_v[name], state.others_m.get(name)):
+            if tensor is not None:
+                tensor[latents] = 0
     state.tokens_since_fired[latents] = 0
     state.renew_copies()
     return torch.full((), len(latents), dtype=torch.int64, device=dead.device)

@@ -52,6 +52,13 @@ class TrainState:
     b_dec_v: Tensor
     others_v: dict[str, Tensor]
     """Those of ``sae.OTHERS``, which every update moves."""
+    W_enc_m: Tensor | None
+    """First moments of all of these, likewise; None, and none in ``others_m``, where Adam's β1 is 0."""
+    W_dec_m: Tensor | None
+    b_enc_m: Tensor | None
+    threshold_m: Tensor | None
+    b_dec_m: Tensor | None
+    others_m: dict[str, Tensor]
     no_threshold: Tensor | None
     """Zeros [d_sae] for an SAE without thresholds, which never move."""
     smallest_kept: Tensor | None
@@ -84,10 +91,15 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, sae: BaseSAE, compute_dtype: str = "fp32", annealed: bool = False, resampled: bool = False
+        cls,
+        sae: BaseSAE,
+        compute_dtype: str = "fp32",
+        annealed: bool = False,
+        resampled: bool = False,
+        first_moments: bool = False,
     ) -> "TrainState":
-        """annealed: whether the p of its penalty is. resampled: whether dead latents begin anew. Raises ValueError when
-        the SAE is neither fp32 nor fp64, or its implementation cannot run."""
+        """annealed: whether the p of its penalty is. resampled: whether dead latents begin anew. first_moments: whether
+        Adam has them. Raises ValueError when the SAE is neither fp32 nor fp64, or its implementation cannot run."""
         W_enc, W_dec, device = sae.W_enc.data.t(), sae.W_dec.data, sae.W_dec.device
         if W_dec.dtype not in MASTER_DTYPES:
             raise ValueError(f"sae: expected float32 or float64 master weights, got {dtype_name(W_dec.dtype)}")
@@ -98,6 +110,10 @@ class TrainState:
         def count(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
+        def first(like: Tensor) -> Tensor | None:
+            return zeros(like) if first_moments else None
+
+        others = {name: getattr(sae, name).data for name in sae.OTHERS}
         state = cls(
             sae=sae,
             W_enc_v=zeros(W_enc),
@@ -105,7 +121,13 @@ class TrainState:
             b_enc_v=zeros(sae.b_enc.data),
             threshold_v=zeros(sae.b_enc.data),
             b_dec_v=zeros(sae.b_dec.data),
-            others_v={name: zeros(getattr(sae, name).data) for name in sae.OTHERS},
+            others_v={name: zeros(parameter) for name, parameter in others.items()},
+            W_enc_m=first(W_enc),
+            W_dec_m=first(W_dec),
+            b_enc_m=first(sae.b_enc.data),
+            threshold_m=first(sae.b_enc.data),
+            b_dec_m=first(sae.b_dec.data),
+            others_m={name: zeros(parameter) for name, parameter in others.items()} if first_moments else {},
             no_threshold=None if isinstance(sae, JumpReLUSAE) else zeros(sae.b_enc.data),
             smallest_kept=torch.zeros((), dtype=torch.float64, device=device)
             if isinstance(sae, BatchTopKSAE | TopKTranscoder)
@@ -146,7 +168,7 @@ class TrainState:
 
     @property
     def latents(self) -> LatentState:
-        """Parameters, second moments and copies by latent. The weights are the SAE's own memory."""
+        """Parameters, moments and copies by latent. The weights are the SAE's own memory."""
         sae = self.sae
         return LatentState(
             sae.W_enc.data.t(),
@@ -160,6 +182,10 @@ class TrainState:
             self.last,
             self.W_enc_low,
             self.W_dec_low,
+            self.W_enc_m,
+            self.W_dec_m,
+            self.b_enc_m,
+            self.threshold_m,
         )
 
     @property
@@ -174,7 +200,7 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, always in the same order; their own memory, so that they can be copied to.
 
-        Weights (W_enc by latent: contiguous, [d_sae, d_model]), second moments, copies if there are any, counters.
+        Weights (W_enc by latent: contiguous, [d_sae, d_model]), moments, copies if there are any, counters.
         """
         sae = self.sae
         with_threshold = () if self.no_threshold is not None else ("threshold",)
@@ -183,6 +209,7 @@ class TrainState:
         }
         rest = {item.name: getattr(self, item.name) for item in fields(self)}
         moments = {f"{name}_v": v for name, v in self.others_v.items()}
+        moments |= {f"{name}_m": m for name, m in self.others_m.items()}
         return weights | moments | {name: value for name, value in rest.items() if isinstance(value, Tensor)}
 
     @property
@@ -247,7 +274,7 @@ class TrainState:
             )
         if p.device != device:
             raise ValueError(
-                f"sae: {name} is on {p.device}; training began on {device}, where the second moments are: "
+                f"sae: {name} is on {p.device}; training began on {device}, where Adam's moments are: "
                 f"move the SAE back with sae.to({str(device)!r}), and move a copy.deepcopy of it instead"
             )
         if p.dtype != dtype:
@@ -287,6 +314,6 @@ class TrainState:
         """Let the next `ready` make new copies, as after a change of the weights that leaves no trace."""
         self._seen = None
 
-    def settle(self, beta2: float) -> None:
-        """Pay the decay that second moments of idle latents owe, as before saving them."""
-        kernels.settle(self.ready(), self.updates, beta2)
+    def settle(self, beta2: float, beta1: float = 0.0) -> None:
+        """Pay the decay that moments of idle latents owe, as before saving them."""
+        kernels.settle(self.ready(), self.updates, beta2, beta1)

@@ -227,7 +227,7 @@ def move_others(state: TrainState, gradients: Mapping[str, Tensor], rule: Rule, 
     """The parameters of ``sae.OTHERS``, unless the update is withheld."""
     for name, gradient in gradients.items():
         moved = (getattr(state.sae, name).data, state.others_v[name])
-        reference.conclusion.adam(*moved, gradient, rule, ok, number)
+        reference.conclusion.adam(*moved, gradient, rule, ok, number, state.others_m.get(name))
 
 
 def gradient_of_skip(state: TrainState, residual: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -273,7 +273,7 @@ def _finish(
     """The decoder's bias and the counters, unless the update is withheld."""
     moved = (state.sae.b_dec.data, state.b_dec_v, state.tokens_since_fired, state.updates)
     given = (tokens.residual_sums, of_encoder, firing_count, len(tokens.s), rule)
-    implementations.operator("finish", state.impl)(*moved, *given, conclusion.ok, conclusion.number)
+    implementations.operator("finish", state.impl)(*moved, *given, conclusion.ok, conclusion.number, state.b_dec_m)
     return StepFigures.of(conclusion.figures)
 
 
@@ -439,16 +439,17 @@ def update_by_gradients(
     W_dec: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
+    touched: Tensor,
     rule: Rule,
 ) -> tuple[Tensor, Tensor]:
-    """Every latent by gradients that were written out densely, of the parameters of those names, in their shapes.
+    """The latents with ``touched`` [d_sae] by gradients written out densely, of the parameters of those names, in their
+    shapes; the others have none.
 
     loss, bound: [], on which it depends whether the update is made. Returns that, an int32 scalar, and which update it
     is, counted from 1.
     """
     ok = reference.conclusion.permission(loss, bound, None, state.copies_differ(), state.stalled, state.skipped)
-    touched = torch.ones_like(b_enc, dtype=torch.int32)
-    gradients = (W_enc.T, W_dec, b_enc, threshold, touched)
+    gradients = (W_enc.T, W_dec, b_enc, threshold, touched.int())
     kernels.update_from_dense(latents, *gradients, rule, ok, state.updates, impl="reference")
     return ok, state.updates + 1
 
@@ -469,13 +470,12 @@ def reference_step(
     latents, loss, n = state.ready(), annealed(loss, state.annealing, annealing), x.shape[0]
     out = loss_and_gradients(state.sae, x, loss, dead, target)
     gradients = out.gradients
-    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold)
+    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold, out.touched)
     ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
     move_others(state, out.others, rule, ok, number)
     counters = (state.tokens_since_fired, state.updates)
-    reference.conclusion.move(
-        state.sae.b_dec.data, state.b_dec_v, *counters, gradients.b_dec, out.firing_count, n, rule, ok, number
-    )
+    given = (gradients.b_dec, out.firing_count, n, rule, ok, number, state.b_dec_m)
+    reference.conclusion.move(state.sae.b_dec.data, state.b_dec_v, *counters, *given)
     if annealing is not None and state.annealing is not None:
         follow(state.annealing, annealing, compared(annealing, out.f), ok)
     errors, y = out.residual.square().sum(1), x if target is None else target

@@ -97,6 +97,7 @@ class TopKLoss(NamedTuple):
     gradients: reference.Parameters
     bound: Tensor  # [] what no element of a latent's gradients exceeds
     smallest: Tensor  # [] of `_smallest`
+    touched: Tensor  # bool [d_sae], which latents fired or took part in AuxK
     others: Mapping[str, Tensor]  # the gradients of ``sae.OTHERS``
 
 
@@ -135,9 +136,10 @@ def topk_loss_and_gradients(
         dW_dec[group] = f[:, group].T @ g
     parts = [(torch.stack(bounds).sum(), torch.linalg.vector_norm(f))]
 
-    aux_k = _aux_k(config, sae.d_model, dead)
+    aux_k, touched = _aux_k(config, sae.d_model, dead), (active != 0).any(0)
     if aux_k:
         revived = reference.largest(z, aux_k, among=dead)
+        touched |= (revived != 0).any(0)
         f_aux = torch.where(revived, z, 0)
         scale = _aux_scale(-residual, config.aux_coefficient)
         of_aux = f_aux @ sae.W_dec + residual  # ê − e
@@ -163,6 +165,7 @@ def topk_loss_and_gradients(
         gradients,
         _bound(parts, torch.linalg.vector_norm(centred), n),
         _smallest(of_token, n_entries == config.k * n, config),
+        touched,
         {SKIP: (2 / n) * R.T @ x} if SKIP in sae.OTHERS else {},
     )
 
@@ -195,11 +198,11 @@ def _reference_step(
 ) -> StepFigures:
     latents, out, n = state.ready(), topk_loss_and_gradients(state.sae, x, config, dead, target), x.shape[0]
     gradients = out.gradients
-    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold)
+    of_latents = (gradients.W_enc, gradients.W_dec, gradients.b_enc, gradients.threshold, out.touched)
     ok, number = update_by_gradients(state, latents, out.loss, out.bound, *of_latents, rule)
     counters = (state.tokens_since_fired, state.updates)
     moved = (state.sae.b_dec.data, state.b_dec_v, *counters)
-    reference.conclusion.move(*moved, gradients.b_dec, out.firing_count, n, rule, ok, number)
+    reference.conclusion.move(*moved, gradients.b_dec, out.firing_count, n, rule, ok, number, state.b_dec_m)
     move_others(state, out.others, rule, ok, number)
     _follow(state, out.smallest, ok, number)
     errors, y = out.residual.square().sum(1), x if target is None else target
@@ -348,7 +351,8 @@ def _sparse_step(
     if of_encoder is not None:
         db_dec = db_dec - of_encoder
     counters = (state.tokens_since_fired, state.updates)
-    reference.conclusion.move(b_dec, state.b_dec_v, *counters, db_dec, firing_count, n, rule, ok, number)
+    given = (db_dec, firing_count, n, rule, ok, number, state.b_dec_m)
+    reference.conclusion.move(b_dec, state.b_dec_v, *counters, *given)
     move_others(state, gradient_of_skip(state, main.R, centred.x), rule, ok, number)
     if state.smallest_kept is not None:
         stored = torch.arange(len(entries.z), dtype=torch.int64, device=x.device) < entries.offsets[-1]

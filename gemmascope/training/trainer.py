@@ -239,7 +239,11 @@ class SAETrainer:
                 sae.b_dec.copy_(of_target[0] / options["output_scale"])
                 sae.b_enc.copy_(-((mean / scale).to(sae.W_enc) @ sae.W_enc))
         self.state = TrainState.start(
-            sae, config.compute_dtype, annealed=config.p_end is not None, resampled=bool(config.resample_steps)
+            sae,
+            config.compute_dtype,
+            annealed=config.p_end is not None,
+            resampled=bool(config.resample_steps),
+            first_moments=config.adam_beta1 > 0,
         )
         if self.state.impl == "triton" and d_model != len(sae.b_dec):
             raise ValueError(
@@ -281,7 +285,7 @@ class SAETrainer:
             check_int("d_out", d_out, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
         options: dict[str, Any] = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
-        options["resampled"] = bool(config.resample_steps)
+        options |= {"resampled": bool(config.resample_steps), "momentum": config.adam_beta1 > 0}
         options["of_power"] = config.loss.p < 1 or config.p_end is not None
         if config.kind in TOP_K:
             options["l0"], options["blocks"] = sizes_of_step(config, d_model if d_out is None else d_out)
@@ -352,6 +356,7 @@ class SAETrainer:
             config.adam_beta2,
             config.adam_eps,
             config.threshold_parametrisation == "log" or config.kind != "jumprelu",
+            config.adam_beta1,
         )
         try:
             if config.kind == "gated":

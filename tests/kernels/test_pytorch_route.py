@@ -285,20 +285,23 @@ def test_residual_pass_in_pieces(small_pieces, dtype):
 RULE = Rule(learning_rate=1e-2, beta2=0.999, eps=1e-8, log_threshold=False)
 
 
-def training_state(F, d, low) -> LatentState:
+def training_state(F, d, low, momentum=False) -> LatentState:
     generator = torch.Generator().manual_seed(11)
     weights = normal(F, d, seed=12), torch.nn.functional.normalize(normal(F, d, seed=13), dim=1), normal(F, seed=14)
     threshold, *moments = (
         0.1 + torch.rand(*shape, generator=generator) for shape in ((F,), (F, d), (F, d), (F,), (F,))
     )
     last = torch.randint(0, 21, (F,), generator=generator)
-    return LatentState(*weights, threshold, *moments, last, *(w.bfloat16() for w in weights[:2] if low))
+    low_copies = [w.bfloat16() if low else None for w in weights[:2]]
+    first = [normal(*shape, seed=s) for s, shape in enumerate(((F, d), (F, d), (F,), (F,)), 40)] if momentum else []
+    return LatentState(*weights, threshold, *moments, last, *low_copies, *first)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.6])
 @pytest.mark.parametrize("rule", [RULE, RULE._replace(log_threshold=True)], ids=["raw", "log"])
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("idle", [0.1, 0.7], ids=["in place", "gathered"])
-def test_update_in_pieces_is_plain_adam(small_pieces, idle, low, rule):
+def test_update_in_pieces_is_plain_adam(small_pieces, idle, low, rule, beta1):
     """Against dense matrices and the owed decay written out in fp64; idle latents keep every bit."""
     N, F, d = 8, 60, 7
     z = torch.where(torch.rand(F, generator=torch.Generator().manual_seed(3)) < idle, -9.0, normal(N, F, seed=1))
@@ -306,7 +309,7 @@ def test_update_in_pieces_is_plain_adam(small_pieces, idle, low, rule):
     entries = from_pre_activations(z, threshold)
     touched = (z > threshold - BANDWIDTH / 2).sum(0) > 0
     assert 0 < touched.sum() < F
-    state = training_state(F, d, low)
+    state, rule = training_state(F, d, low, beta1 > 0), rule._replace(beta1=beta1)
     pieces = list(eager_training._pieces(touched, d))
     assert len(pieces) > 1
     assert all(isinstance(piece.rows, slice) for piece in pieces) == (idle < 0.5)
@@ -332,19 +335,25 @@ def test_update_in_pieces_is_plain_adam(small_pieces, idle, low, rule):
         gradients = dW_enc, dW_dec - along[:, None] * W_dec, db_enc, theta * dtheta if rule.log_threshold else dtheta
         decay = (rule.beta2 ** (21 - state.last).double()).to(dtype)
         moved = []
-        for weight, v, g in zip(part[:4], part[4:], gradients, strict=True):
-            v = v * decay.view(-1, *[1] * (v.ndim - 1)) + (1 - rule.beta2) * g.square()
-            change = rule.learning_rate * g / ((v / (1 - rule.beta2**21)).sqrt() + rule.eps)
-            moved.append((weight, change, v))
-        (W_enc, c_enc, v_enc), (W_dec, c_dec, v_dec), (b_enc, c_b, v_b), (theta, c_t, v_t) = moved
+        decay_m, firsts = (beta1 ** (21 - state.last).double()).to(dtype), list(state[11:15])
+        for weight, v, m, g in zip(part[:4], part[4:], firsts, gradients, strict=True):
+            column = (-1, *[1] * (v.ndim - 1))
+            v = v * decay.view(column) + (1 - rule.beta2) * g.square()
+            m = g if m is None else m.to(dtype) * decay_m.view(column) + (1 - beta1) * g
+            change = rule.learning_rate * m / (1 - beta1**21) / ((v / (1 - rule.beta2**21)).sqrt() + rule.eps)
+            moved.append((weight, change, v, m))
+        (W_enc, c_enc, *_), (W_dec, c_dec, *_), (b_enc, c_b, *_), (theta, c_t, *_) = moved
         W_dec = W_dec - c_dec
         theta = theta * torch.exp(-c_t) if rule.log_threshold else (theta - c_t).clamp(min=0)
-        return W_enc - c_enc, W_dec / W_dec.norm(dim=1, keepdim=True), b_enc - c_b, theta, v_enc, v_dec, v_b, v_t
+        weights = W_enc - c_enc, W_dec / W_dec.norm(dim=1, keepdim=True), b_enc - c_b, theta
+        return *weights, *(each[2] for each in moved), *(each[3] for each in moved if beta1)
 
     exact, eager = expected(torch.float64), expected(torch.float32)
     before = [None if t is None else t.clone() for t in state]
     eager_training.update_from_entries(state, transposed, sums, residual, x_centred, rule, ok, step)
-    for name, a, b, e, c in zip(state._fields, state, before, exact, eager, strict=False):
+    places = [*range(8), *range(11, 3 + len(exact))]  # without ``last`` and the copies
+    for place, e, c in zip(places, exact, eager, strict=True):
+        name, a, b = state._fields[place], state[place], before[place]
         assert_within_budget(name, a[touched], e[touched], c[touched])
         assert_bitwise_equal(name, a[~touched], b[~touched])
     assert torch.equal(state.last, torch.where(touched, 21, before[8]))

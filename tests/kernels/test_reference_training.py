@@ -313,6 +313,19 @@ def state_by_hand(dtype=torch.float64, low=False):
     return LatentState(*state, torch.tensor([0, 1, 0]), *copies)
 
 
+def with_first_moments(state: LatentState) -> LatentState:
+    """For β1 = 1/2: m is 4·g and 2·g of the two latents, so that m ← m/4 + g/2 and m ← m/2 + g/2 are 3/2·g both, which
+    count as m/(1 − 1/4) = 2·g: a parameter moves by −2·g/5."""
+    first = tensors(
+        state.b_enc.dtype,
+        ((4.0, -8.0), (4.0, 0.0), (9.0, 9.0)),
+        ((0.0, 8.0), (4.0, -3.0), (9.0, 9.0)),
+        (4.0, -4.0, 9.0),
+        (8.0, -2.0, 9.0),
+    )
+    return state._replace(W_enc_m=first[0], W_dec_m=first[1], b_enc_m=first[2], threshold_m=first[3])
+
+
 def update_by_hand(state, source, rule, dthreshold, ok=1):
     dtype = state.b_enc.dtype
     db_enc, dthreshold = tensors(dtype, DB_ENC, (*dthreshold, math.nan))
@@ -368,11 +381,40 @@ class TestUpdate:
             torch.testing.assert_close(got[:2], torch.tensor(value, dtype=got.dtype), msg=lambda m, n=name: f"{n}: {m}")
             assert_bitwise_equal(name, got[2], getattr(before, name)[2])
 
+    @pytest.mark.parametrize(
+        ("log_threshold", "dthreshold", "theta"),
+        [
+            pytest.param(False, (2.0, -1.0), (0.0, 2.4), id="raw"),
+            pytest.param(True, (20.0, -0.5), (0.1 * math.exp(-0.8), 2 * math.exp(0.4)), id="log"),
+        ],
+    )
+    @both_dtypes
+    def test_with_first_moments_by_hand(self, source, log_threshold, dthreshold, theta, dtype):
+        state, before = (with_first_moments(state_by_hand(dtype)) for _ in range(2))
+        update_by_hand(state, source, RULE._replace(beta1=0.5, log_threshold=log_threshold), dthreshold)
+        expected = {
+            "W_enc": [[0.6, 2.8], [-0.8, -1.0]],
+            "W_dec": [[1 / 1.64**0.5, -0.8 / 1.64**0.5], [-0.2 / 2**0.5, 1.4 / 2**0.5]],
+            "b_enc": [0.6, -0.2],
+            "threshold": theta,
+            "W_enc_v": [[3.0, 3.0]] * 2,
+            "W_enc_m": [[1.5, -3.0], [3.0, 0.0]],
+            "W_dec_m": [[0.0, 3.0], [3.0, -2.25]],
+            "b_enc_m": [1.5, -3.0],
+            "threshold_m": [3.0, -1.5],
+            "last": [2, 2],
+        }
+        for name, value in expected.items():
+            got = getattr(state, name)
+            torch.testing.assert_close(got[:2], torch.tensor(value, dtype=got.dtype), msg=lambda m, n=name: f"{n}: {m}")
+            assert_bitwise_equal(name, got[2], getattr(before, name)[2])
+
     def test_copies_and_permission(self, source):
         state, before = state_by_hand(low=True), state_by_hand(low=True)
         update_by_hand(state, source, RULE, (2.0, -1.0), ok=0)
         for name, got, want in zip(state._fields, state, before, strict=True):
-            assert_bitwise_equal(name, got, want)
+            if got is not None:
+                assert_bitwise_equal(name, got, want)
         update_by_hand(state, source, RULE, (2.0, -1.0))
         for low, weight in ((state.W_enc_low, state.W_enc), (state.W_dec_low, state.W_dec)):
             assert torch.equal(low, weight.bfloat16())
@@ -394,6 +436,11 @@ def test_settle_by_hand():
     assert state.threshold_v.tolist() == [1.0, 2.5, 2.25]
     assert state.last.tolist() == [2, 2, 2]
     assert all(map(torch.equal, state[:4], state_by_hand()[:4]))
+    state = with_first_moments(state_by_hand())
+    spec.settle(state, torch.tensor(2), 0.5, 0.25)
+    assert state.b_enc_v.tolist() == [2.5, 1.0, 2.25]
+    assert state.b_enc_m.tolist() == [0.25, -1.0, 0.5625]
+    assert state.W_dec_m.tolist() == [[0.0, 0.5], [1.0, -0.75], [0.5625, 0.5625]]
     long = state_by_hand(torch.float32)
     spec.settle(long, torch.tensor(20_000), 0.999)
     assert long.b_enc_v[0].item() == pytest.approx(10 * 0.999**20_000, rel=2e-7)

@@ -35,7 +35,7 @@ LARGE = Sizes(21, 10, 37)
 SMALL = LARGE if ON_GPU else Sizes(5, 6, 12)  # a step takes the interpreter half a second
 SIZES = {"reference": LARGE, "cpu": LARGE, "triton": SMALL}
 NAMES = Parameters._fields
-MOMENTS = {"W_enc": "W_enc_v", "b_enc": "b_enc_v", "W_dec": "W_dec_v", "threshold": "threshold_v"}
+BETA1 = 0.6
 
 IMPLS = [
     pytest.param("reference", id="reference"),
@@ -45,7 +45,7 @@ IMPLS = [
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
-def start(impl="reference", dtype=torch.float32, compute_dtype="fp32", pre_encoder_bias=True, sizes=None):
+def start(impl="reference", dtype=torch.float32, compute_dtype="fp32", pre_encoder_bias=True, sizes=None, beta1=0.0):
     generator, (_, d_model, d_sae) = torch.Generator().manual_seed(0), sizes or SIZES[impl]
     options = {"threshold_init": 0.15, "pre_encoder_bias": pre_encoder_bias}
     sae = JumpReLUSAE(d_model, d_sae, impl=impl, generator=generator, **options)
@@ -58,7 +58,7 @@ def start(impl="reference", dtype=torch.float32, compute_dtype="fp32", pre_encod
     sae = sae.to(DEVICE if impl == "triton" else "cpu", dtype)
     with torch.no_grad():
         sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))  # unit to the last digit: idle rows are not touched again
-    return TrainState.start(sae, compute_dtype)
+    return TrainState.start(sae, compute_dtype, first_moments=beta1 > 0)
 
 
 def data(steps, sizes=LARGE, seed=0):
@@ -70,8 +70,8 @@ def data(steps, sizes=LARGE, seed=0):
         yield x
 
 
-def rule(log_threshold=False, learning_rate=2e-3):
-    return Rule(learning_rate, 0.99, 1e-8, log_threshold)
+def rule(log_threshold=False, learning_rate=2e-3, beta1=0.0):
+    return Rule(learning_rate, 0.99, 1e-8, log_threshold, beta1)
 
 
 def take(route, state, x, loss, rule):
@@ -82,9 +82,10 @@ def take(route, state, x, loss, rule):
 
 
 def plain_adam(state, batches, loss, rule):
-    """Every parameter at every step, no latent skipped, in the dtype of the SAE; returns the second moments."""
+    """Every parameter at every step, no latent skipped, in the dtype of the SAE; returns the moments. With a first
+    moment latents without a gradient wait, while their moments decay."""
     sae = state.sae
-    v = {name: torch.zeros_like(getattr(sae, name)) for name in NAMES}
+    v, m = ({name: torch.zeros_like(getattr(sae, name)) for name in NAMES} for _ in range(2))
     for step, x in enumerate(batches, start=1):
         gradients = loss_and_gradients(sae, x.to(sae.W_dec), loss).gradients._asdict()
         with torch.no_grad():
@@ -92,27 +93,34 @@ def plain_adam(state, batches, loss, rule):
             gradients["W_dec"] = gradients["W_dec"] - along * sae.W_dec
             if rule.log_threshold:
                 gradients["threshold"] = gradients["threshold"] * sae.threshold
+            moves = (gradients["W_enc"] != 0).any(0) | (gradients["W_dec"] != 0).any(1) | (gradients["threshold"] != 0)
             for name, g in gradients.items():
                 p = getattr(sae, name)
                 v[name] = rule.beta2 * v[name] + (1 - rule.beta2) * g * g
-                change = rule.learning_rate * g / ((v[name] / (1 - rule.beta2**step)).sqrt() + rule.eps)
+                m[name] = rule.beta1 * m[name] + (1 - rule.beta1) * g
+                change = m[name] / (1 - rule.beta1**step) / ((v[name] / (1 - rule.beta2**step)).sqrt() + rule.eps)
+                waits = torch.zeros_like(moves) if name == "b_dec" else ~moves
+                waits = waits[:, None] if name == "W_dec" else waits
+                change = rule.learning_rate * (change if name == "b_dec" else change.masked_fill(waits, 0))
                 if name == "threshold" and rule.log_threshold:
                     p.copy_(torch.exp(torch.log(p) - change))
                 else:
                     p.sub_(change)
             sae.threshold.clamp_(min=0)
             sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-    return v
+    moments = {f"v of {name}": value for name, value in v.items()}
+    return moments | {f"m of {name}": value for name, value in m.items() if rule.beta1}
 
 
 def everything(state):
-    """Parameters and settled second moments, by name."""
-    state = copy.deepcopy(state)
-    state.settle(0.99)
+    """Parameters and settled moments, by name."""
+    state, kept = copy.deepcopy(state), state.W_enc_m is not None
+    state.settle(0.99, BETA1 if kept else 0.0)
     found = {name: getattr(state.sae, name).detach() for name in NAMES}
-    found |= {f"v of {name}": getattr(state.latents, field) for name, field in MOMENTS.items()}
-    found["v of W_enc"] = found["v of W_enc"].T
-    return found | {"v of b_dec": state.b_dec_v}
+    for each in ("v", "m") if kept else ("v",):
+        found |= {f"{each} of {name}": getattr(state, f"{name}_{each}") for name in NAMES}
+        found[f"{each} of W_enc"] = found[f"{each} of W_enc"].T
+    return found
 
 
 def by_latent(name, value):
@@ -135,8 +143,8 @@ def distance(found, exact):
 
 def expected_after(steps, loss, rule, dtype=torch.float64, pre_encoder_bias=True, sizes=LARGE, seed=0):
     state = start(dtype=dtype, pre_encoder_bias=pre_encoder_bias, sizes=sizes)
-    v = plain_adam(state, data(steps, sizes, seed), loss, rule)
-    return {name: getattr(state.sae, name).detach() for name in NAMES} | {f"v of {name}": v[name] for name in NAMES}
+    moments = plain_adam(state, data(steps, sizes, seed), loss, rule)
+    return {name: getattr(state.sae, name).detach() for name in NAMES} | moments
 
 
 def assert_budget(state, steps, loss, rule, sizes):
@@ -172,6 +180,34 @@ def test_fifty_steps_equal_plain_adam_in_fp64(route, loss, log_threshold):
     assert state.updates == 50
     for name, error in distance(everything(state), expected_after(50, loss, rule(log_threshold))).items():
         assert error < 1e-9, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("log_threshold", [False, True], ids=["raw", "log"])
+@pytest.mark.parametrize("loss", FAST_LOSSES.values(), ids=FAST_LOSSES)
+@pytest.mark.parametrize("route", ROUTES_64)
+def test_fifty_steps_with_a_first_moment_in_fp64(route, loss, log_threshold):
+    """Most latents are idle now and then, and some never fire: those wait."""
+    state, momentum = start(dtype=torch.float64, beta1=BETA1), rule(log_threshold, beta1=BETA1)
+    before = copy.deepcopy(state)
+    for x in data(50):
+        take(route, state, x, loss, momentum)
+    for name, error in distance(everything(state), expected_after(50, loss, momentum)).items():
+        assert error < 1e-9, f"{name}: {error:.2g}"
+    assert torch.equal(state.sae.W_dec[:3], before.sae.W_dec[:3])
+    idle = everything(state)["m of W_dec"].norm(dim=1) == 0
+    assert idle[:3].all()
+    assert not idle.all()
+
+
+@pytest.mark.parametrize("log_threshold", [False, True], ids=["raw", "log"])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_steps_with_a_first_moment_in_fp32(impl, route, log_threshold):
+    steps, arguments = 2 if impl == "triton" else 50, (LOSSES["l0"], rule(log_threshold, beta1=BETA1))
+    state = start(impl, beta1=BETA1)
+    for x in data(steps, SIZES[impl]):
+        take(route, state, x, *arguments)
+    assert_budget(state, steps, *arguments, SIZES[impl])
 
 
 def _steps_of(impl, route, log_threshold):
