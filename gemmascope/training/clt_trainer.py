@@ -95,8 +95,8 @@ class CLTTrainer:
                 for source, output_scale, (mean, _), (mean_out, _) in means:
                     source.b_dec.copy_(mean_out / output_scale)
                     source.b_enc.copy_(-((mean / source.input_scale).to(source.W_enc) @ source.W_enc))
-        first = config.adam_beta1 > 0
-        self.states = [TrainState.start(source, config.compute_dtype, first_moments=first) for source in self.clt.sources]
+        first, compute_dtype = config.adam_beta1 > 0, config.compute_dtype
+        self.states = [TrainState.start(source, compute_dtype, first_moments=first) for source in self.clt.sources]
         if self.states[0].impl == "triton":
             raise ValueError(
                 "impl: expected another than the Triton kernels, whose weights have one width, for a CLT, got them;"

@@ -249,8 +249,8 @@ class TrainConfig:
         check_number("adam_beta1", self.adam_beta1, 0, 1)
         if self.adam_beta1**2 >= self.adam_beta2:
             raise ValueError(
-                f"adam_beta1: expected less than √adam_beta2 = {math.sqrt(self.adam_beta2):.3g}, got {self.adam_beta1}: "
-                "while gradients vanish updates would grow without bound"
+                f"adam_beta1: expected less than √adam_beta2 = {math.sqrt(self.adam_beta2):.3g}, got "
+                f"{self.adam_beta1}: while gradients vanish updates would grow without bound"
             )
         check_number("adam_eps", self.adam_eps, SMALLEST_EPS)
         check_number("l0_warmup_power", self.l0_warmup_power, 0, open_low=True)

@@ -223,14 +223,13 @@ class _Rows(NamedTuple):
     """Of Adam, by latent. A row that is not touched has decays of 1, a gradient of 0 and a share of 0."""
 
     decay: Tensor  # of second moments
-    decay_m: Tensor | None  # of first moments; None where β1 is 0
-    share: Tensor | None  # 1/(1 − β1^k), by which the first moment moves the weight
+    decay_m: Tensor  # of first moments
+    share: Tensor  # 1/(1 − β1^k), by which the first moment moves the weight
     correction: float  # 1 − β2^k
 
     def of(self, piece: _Piece) -> "_Rows":
-        decay_m = None if self.decay_m is None else self.decay_m[piece.rows, None]
-        share = None if self.share is None else self.share[piece.rows, None]
-        return _Rows(self.decay[piece.rows, None], decay_m, share, self.correction)
+        decay, decay_m, share = (each[piece.rows, None] for each in (self.decay, self.decay_m, self.share))
+        return _Rows(decay, decay_m, share, self.correction)
 
 
 def _adam_(weight: Tensor, m: Tensor | None, v: Tensor, gradient: Tensor, rows: _Rows, rule: Rule) -> None:
@@ -323,16 +322,16 @@ def _update(
     """Adam on the latents with ``touched`` [F], as `reference.training._update` has it, piece by piece.
 
     dW_enc and dW_dec are functions: of a piece and its rows of the weight, to the gradient of those rows, the decoder's
-    without its component along the row. Rows that a slice holds by the way have a gradient of 0, decays of 1, a share of
-    0 and are divided by 1, which leaves every bit of them.
+    without its component along the row. Rows that a slice holds by the way have a gradient of 0, decays of 1, a share
+    of 0 and are divided by 1, which leaves every bit of them.
     """
-    step, dtype, kept = step + 1, state.W_dec.dtype, state.W_enc_m is not None
+    step, dtype = step + 1, state.W_dec.dtype
 
     def decays(beta: float) -> Tensor:
         return torch.where(touched, _owed_decay(state.last, step, beta).to(dtype), 1)
 
-    share = touched.to(dtype) / (1 - rule.beta1 ** int(step)) if kept else None
-    every = _Rows(decays(rule.beta2), decays(rule.beta1) if kept else None, share, 1 - rule.beta2 ** int(step))
+    share = touched.to(dtype) / (1 - rule.beta1 ** int(step))
+    every = _Rows(decays(rule.beta2), decays(rule.beta1), share, 1 - rule.beta2 ** int(step))
     for piece in _pieces(touched, state.W_dec.shape[1]):
         rows = every.of(piece)
         for weights, firsts, seconds, low, gradient in (
@@ -345,7 +344,7 @@ def _update(
                 weight.div_(torch.where(touched[piece.rows, None], weight.norm(dim=1, keepdim=True), 1))
             if not isinstance(piece.rows, slice):
                 weights[piece.rows], seconds[piece.rows] = weight, v
-                if firsts is not None:
+                if firsts is not None and m is not None:
                     firsts[piece.rows] = m
             if low is not None:
                 low[piece.rows] = weight.to(low.dtype)
