@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers.dictionary_learning import sparsity_warmup
+from bench.peers.saelens import shared_options
 from bench.trainers import Setting, Trainer
 from gemmascope.saes.base import BaseSAE
 
@@ -87,7 +88,7 @@ class SAELensArchitecture(Trainer):
                 getattr(sae, name).copy_(getattr(start, name))
         rate, shared = config.learning_rate, {}
         if setting.recipe == "shared":
-            shared = {"adam_beta1": 0.0, "adam_beta2": config.adam_beta2, "lr_decay_steps": config.lr_decay_steps}
+            shared = shared_options(config)
         trainer = SAETrainerConfig(
             total_training_samples=config.steps * config.batch_size,
             train_batch_size_samples=config.batch_size,

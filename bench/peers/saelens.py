@@ -1,11 +1,14 @@
 """SAELens: the step of its own trainer on `JumpReLUTrainingSAE`, and its `JumpReLUSAE` for inference."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bench.contenders import INFERENCE, PARAMETERS, TRAINING, Contender, Inputs, copy_weights
 from bench.trainers import Setting, Trainer, inputs_of, jumprelu_sae
 from gemmascope.saes import JumpReLUSAE
+from gemmascope.training.config import TrainConfig
 
 STEPS = 10**9  # more than are made: the trainer wants to know how many there will be
 
@@ -112,6 +115,12 @@ class SAELens(Contender):
         return found
 
 
+def shared_options(config: TrainConfig) -> dict[str, Any]:
+    """What its `SAETrainerConfig` takes of our optimiser."""
+    names = ("adam_beta1", "adam_beta2", "lr_decay_steps")
+    return {name: getattr(config, name) for name in names}
+
+
 class SAELensTrainer(Trainer):
     name, requires = "saelens", ("sae-lens",)
     differs = "linear warm-up, clipped gradients, decoder neither projected nor renormalised"
@@ -136,11 +145,7 @@ class SAELensTrainer(Trainer):
             lr=rate,
             lr_end=rate,
             lr_warm_up_steps=config.lr_warmup_steps,
-            **(
-                {"adam_beta1": 0.0, "adam_beta2": config.adam_beta2, "lr_decay_steps": config.lr_decay_steps}
-                if shared
-                else {}
-            ),
+            **shared_options(config) if shared else {},
         )
         self.trainer, self.begin = SAETrainer(given, theirs, iter(())), start
 

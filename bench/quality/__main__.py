@@ -113,6 +113,7 @@ def facts_of(trainer: Trainer, setting: Setting, site: Site, width: int) -> Row:
         "batch_size": config.batch_size,
         "tokens_seen": config.steps * config.batch_size,
         "learning_rate": config.learning_rate,
+        "adam_beta1": config.adam_beta1,
         "adam_beta2": config.adam_beta2,
         "seed": config.seed,
         "differs": trainer.differences(setting.recipe),
