@@ -9,10 +9,10 @@ For a latent j with entries, k = step + 1 updates after this one and `last` of t
 
 A latent without entries has zero gradients: with β1 = 0, where m is g and is neither kept nor compiled, it stays where
 it is, and the decay of its v is owed until it is touched again, so skipping it changes nothing. With β1 > 0 it waits
-where Adam would let it drift on, and owes the decay of its m too. With `ok` = 0 nothing is written at all. The gradients
-are summed from the entries in registers, dW_enc = Σ dz·(x − b_dec) and dW_dec = Σ dec·r, or read from memory. The state
-and all arithmetic are fp32, the powers of β1 and β2 fp64. The host reads neither `ok` nor `step` nor the length of a
-list.
+where Adam would let it drift on, and owes the decay of its m too. With `ok` = 0 nothing is written at all. The
+gradients are summed from the entries in registers, dW_enc = Σ dz·(x − b_dec) and dW_dec = Σ dec·r, or read from memory.
+The state and all arithmetic are fp32, the powers of β1 and β2 fp64. The host reads neither `ok` nor `step` nor the
+length of a list.
 
 One warp does a latent, column block by column block, entry after entry, then goes over its decoder row again to divide
 by the norm. A list of `long` entries or more would keep it busy long after all others: such lists are done first, by a
