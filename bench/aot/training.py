@@ -330,14 +330,20 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             expects=("load128",) if dtype else prefetch,
         )
     yield from update_specs(target)
+    # Two words a thread of the long lists: Triton 3.6, one target.
+    spill = {"update_entries_bf16": 0, "update_long_lists_bf16": 16 if target == "sm_80" else 0}
+    with_moments = (spec for spec in update_specs(target, beta1=0.9) if spec.name in spill)
+    yield from (replace(spec, name=f"{spec.name}_beta1", max_spill=spill[spec.name]) for spec in with_moments)
 
 
-def update_specs(target: str, d: int = 2304) -> Iterator[Spec]:
-    """The width is a constant of these kernels."""
+def update_specs(target: str, d: int = 2304, beta1: float = 0.0) -> Iterator[Spec]:
+    """The width and Adam's decays are constants of these kernels."""
     config = gpu_update.CONFIG
     rows = ("enc_rows_ptr", "dec_rows_ptr")
     low = ("W_enc_low_ptr", "W_dec_low_ptr")
+    first = ("W_enc_m_ptr", "W_dec_m_ptr", "b_enc_m_ptr", "threshold_m_ptr")
     of_latents = ("b_enc_ptr", "threshold_ptr", "b_enc_v_ptr", "threshold_v_ptr", "db_enc_ptr", "dthreshold_ptr")
+    of_latents += first[2:] if beta1 else ()
     of_entries = {"dz_ptr": "*fp32", "dec_ptr": "*fp32", "tokens_ptr": "*i32", "along_ptr": "*fp32"}
     for source in ("entries", "dense"):
         for dtype in ("bf16", "fp32"):
@@ -353,14 +359,18 @@ def update_specs(target: str, d: int = 2304) -> Iterator[Spec]:
                 arguments |= {"lists_ptr": "*i32", **dict.fromkeys(rows, "*fp32")}
             if dtype == "bf16":
                 arguments |= dict.fromkeys(low, "*bf16")
+            if beta1:
+                arguments |= dict.fromkeys(first[:2], "*fp32")
             constants = {
                 "D": d,
+                "BETA1": beta1,
+                "LOG2_BETA1": math.log2(beta1) if beta1 else None,
                 "BETA2": 0.999,
                 "LOG2_BETA2": math.log2(0.999),
                 "LONG": config.long,
                 "UNROLL": config.unroll,
                 "BLOCK_D": config.block_d,
-                **{name: None for name in (*low, *of_entries, "squares_ptr") if name not in arguments},
+                **{name: None for name in (*low, *of_entries, "squares_ptr", *first[:2]) if name not in arguments},
             }
             yield Spec(
                 name=f"update_{source}_{dtype}",
@@ -368,6 +378,7 @@ def update_specs(target: str, d: int = 2304) -> Iterator[Spec]:
                 arguments={**arguments, **dict.fromkeys(of_latents, "*fp32")},
                 constants={
                     **constants,
+                    **({} if beta1 else dict.fromkeys(first[2:])),
                     "LOG_THRESHOLD": dtype == "bf16",
                     "FROM_ENTRIES": source == "entries",
                     "BLOCKS": math.ceil(d / config.block_d),
@@ -518,20 +529,24 @@ def around_the_step_specs(target: str) -> Iterator[Spec]:
             num_warps=config.num_warps,
         )
     config = gpu_finishing.CONFIG
-    yield Spec(
-        name="finish",
-        kernel=gpu_finishing._finish_kernel,
-        arguments={
+    for beta1 in (0.0, 0.9):
+        arguments = {
             **dict.fromkeys(("b_dec_ptr", "v_ptr", "sums_ptr", "of_encoder_ptr"), "*fp32"),
             **dict.fromkeys(("since_ptr", "updates_ptr", "number_ptr"), "*i64"),
             **{"firing_count_ptr": "*i32", "learning_rate_ptr": "*fp64", "ok_ptr": "*i32"},
             **dict.fromkeys(("F", "D", "parts", "encoder_parts", "latent_blocks", "n_tokens"), "i32"),
             **dict.fromkeys(("scale", "eps"), "fp32"),
-        },
-        constants={
-            **{"BETA2": 0.999, "LOG2_BETA2": math.log2(0.999)},
-            **{"BLOCK_F": config.block_f, "BLOCK_D": config.block_d, "BLOCK_N": config.block_n},
-            "LANES": config.lanes,
-        },
-        num_warps=config.num_warps,
-    )
+        }
+        yield Spec(
+            name="finish_beta1" if beta1 else "finish",
+            kernel=gpu_finishing._finish_kernel,
+            arguments=arguments | ({"m_ptr": "*fp32"} if beta1 else {}),
+            constants={
+                **({} if beta1 else {"m_ptr": None}),
+                **{"BETA1": beta1, "LOG2_BETA1": math.log2(beta1) if beta1 else None},
+                **{"BETA2": 0.999, "LOG2_BETA2": math.log2(0.999)},
+                **{"BLOCK_F": config.block_f, "BLOCK_D": config.block_d, "BLOCK_N": config.block_n},
+                "LANES": config.lanes,
+            },
+            num_warps=config.num_warps,
+        )

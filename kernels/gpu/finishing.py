@@ -1,11 +1,12 @@
-"""The end of a training step: the decoder's bias by Adam with β1 = 0, and the counters; nothing moves unless ``ok``.
+"""The end of a training step: the decoder's bias by Adam, and the counters; nothing moves unless ``ok``.
 
-    db_dec = (2/N)·Σ_n r_n − W_enc·db_enc;   v ← β2·v + (1 − β2)·db_dec²;   k: which update this is, counted from 1
-    b_dec ← b_dec − lr·db_dec/(√(v/(1 − β2^k)) + eps);   tokens since latent j fired ← 0 where it did, else + N
+    db_dec = (2/N)·Σ_n r_n − W_enc·db_enc;   m ← β1·m + (1 − β1)·db_dec;   v ← β2·v + (1 − β2)·db_dec²
+    b_dec ← b_dec − lr·(m/(1 − β1^k))/(√(v/(1 − β2^k)) + eps);   k: which update this is, counted from 1
+    tokens since latent j fired ← 0 where it did, else + N
 
-One launch: some programs do a block of latents, the others a block of columns, for which each adds up the parts of both
-sums in their order. The first of them counts the update; the others do not read that counter, but k. Sums are
-fp32, the power of β2 fp64.
+With β1 = 0, m is db_dec and neither kept nor compiled. One launch: some programs do a block of latents, the others a
+block of columns, for which each adds up the parts of both sums in their order. The first of them counts the update; the
+others do not read that counter, but k. Sums are fp32, the powers of β1 and β2 fp64.
 """
 
 import math
@@ -45,9 +46,9 @@ def _sum_parts(parts_ptr, parts, columns, in_columns, D, LANES: tl.constexpr, BL
 
 @triton.jit
 def _finish_kernel(
-    b_dec_ptr, v_ptr, since_ptr, updates_ptr, sums_ptr, of_encoder_ptr, firing_count_ptr, learning_rate_ptr, ok_ptr,
-    number_ptr, F, D, parts, encoder_parts, latent_blocks, n_tokens, scale, eps,
-    BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
+    b_dec_ptr, m_ptr, v_ptr, since_ptr, updates_ptr, sums_ptr, of_encoder_ptr, firing_count_ptr, learning_rate_ptr,
+    ok_ptr, number_ptr, F, D, parts, encoder_parts, latent_blocks, n_tokens, scale, eps,
+    BETA1: tl.constexpr, LOG2_BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     if tl.load(ok_ptr) == 0:
@@ -70,10 +71,17 @@ def _finish_kernel(
             gradient -= _sum_parts(of_encoder_ptr, encoder_parts, columns, in_columns, D, LANES, BLOCK_D)
         power = tl.exp2(number.to(tl.float64) * tl.full((), LOG2_BETA2, tl.float64))
         correction = (1.0 - power).to(tl.float32)
-        learning_rate = tl.load(learning_rate_ptr).to(tl.float32)
+        direction = gradient
+        if m_ptr is None:
+            learning_rate = tl.load(learning_rate_ptr).to(tl.float32)
+        else:
+            power_m = tl.exp2(number.to(tl.float64) * tl.full((), LOG2_BETA1, tl.float64))
+            learning_rate = (tl.load(learning_rate_ptr) / (1.0 - power_m)).to(tl.float32)
+            direction = BETA1 * tl.load(m_ptr + columns, mask=in_columns, other=0.0) + (1.0 - BETA1) * gradient
+            tl.store(m_ptr + columns, direction, mask=in_columns)
         v = BETA2 * tl.load(v_ptr + columns, mask=in_columns, other=0.0) + (1.0 - BETA2) * (gradient * gradient)
         b_dec = tl.load(b_dec_ptr + columns, mask=in_columns, other=0.0)
-        b_dec -= learning_rate * gradient / (tl.sqrt(v / correction) + eps)
+        b_dec -= learning_rate * direction / (tl.sqrt(v / correction) + eps)
         tl.store(v_ptr + columns, v, mask=in_columns)
         tl.store(b_dec_ptr + columns, b_dec, mask=in_columns)
 
@@ -90,6 +98,7 @@ def finish(
     rule: Rule,
     ok: Tensor,
     number: Tensor,
+    b_dec_m: Tensor | None = None,
 ) -> None:
     """By the contract of `reference.conclusion.finish`. Every SAE has a latent."""
     config, F, d = CONFIG, firing_count.shape[0], b_dec.shape[0]
@@ -99,6 +108,7 @@ def finish(
         (latent_blocks + triton.cdiv(d, config.block_d),),
         on=b_dec,
         b_dec_ptr=b_dec,
+        m_ptr=b_dec_m,
         v_ptr=b_dec_v,
         since_ptr=tokens_since_fired,
         updates_ptr=updates,
@@ -116,6 +126,8 @@ def finish(
         n_tokens=n,
         scale=2 / n,
         eps=rule.eps,
+        BETA1=rule.beta1,
+        LOG2_BETA1=math.log2(rule.beta1) if rule.beta1 else None,
         BETA2=rule.beta2,
         LOG2_BETA2=math.log2(rule.beta2),
         BLOCK_F=config.block_f,

@@ -3,13 +3,16 @@
 For a latent j with entries, k = step + 1 updates after this one and `last` of them when it was last touched:
 
     dW_dec ← dW_dec − ⟨dW_dec, W_dec⟩·W_dec                                        (the row of latent j)
-    v ← β2^(k − last)·v + (1 − β2)·g²;   p ← p − lr·g/(√(v/(1 − β2^k)) + eps)       for each parameter p, gradient g
+    m ← β1^(k − last)·m + (1 − β1)·g;   v ← β2^(k − last)·v + (1 − β2)·g²           for each parameter p, gradient g
+    p ← p − lr·(m/(1 − β1^k))/(√(v/(1 − β2^k)) + eps)
     θ ← θ·exp(−lr·…) with g = θ·dθ (log), or θ − lr·… (raw), not below 0;   W_dec ← W_dec/‖W_dec‖;   last ← k
 
-A latent without entries has zero gradients: under Adam with β1 = 0 it stays where it is, and the decay of its v is
-owed until it is touched again, so skipping it changes nothing. With `ok` = 0 nothing is written at all. The gradients
-are summed from the entries in registers, dW_enc = Σ dz·(x − b_dec) and dW_dec = Σ dec·r, or read from memory. The state
-and all arithmetic are fp32, the powers of β2 fp64. The host reads neither `ok` nor `step` nor the length of a list.
+A latent without entries has zero gradients: with β1 = 0, where m is g and is neither kept nor compiled, it stays where
+it is, and the decay of its v is owed until it is touched again, so skipping it changes nothing. With β1 > 0 it waits
+where Adam would let it drift on, and owes the decay of its m too. With `ok` = 0 nothing is written at all. The
+gradients are summed from the entries in registers, dW_enc = Σ dz·(x − b_dec) and dW_dec = Σ dec·r, or read from memory.
+The state and all arithmetic are fp32, the powers of β1 and β2 fp64. The host reads neither `ok` nor `step` nor the
+length of a list.
 
 One warp does a latent, column block by column block, entry after entry, then goes over its decoder row again to divide
 by the norm. A list of `long` entries or more would keep it busy long after all others: such lists are done first, by a
@@ -56,17 +59,36 @@ _COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
-def _power_of_beta2(exponent, LOG2_BETA2: tl.constexpr):
-    """β2 to an int64: fp64, since β2 in fp32 is wrong in the fourth digit after ten thousand steps."""
-    return tl.exp2(exponent.to(tl.float64) * tl.full((), LOG2_BETA2, tl.float64))
+def _power(exponent, LOG2_BETA: tl.constexpr):
+    """β to an int64: fp64, since β2 in fp32 is wrong in the fourth digit after ten thousand steps."""
+    return tl.exp2(exponent.to(tl.float64) * tl.full((), LOG2_BETA, tl.float64))
 
 
 @triton.jit
-def _factors(step, last, learning_rate_ptr, LOG2_BETA2: tl.constexpr):
-    """The decay that v owes, 1/(1 − β2^k) and the learning rate, in fp32."""
-    decay = _power_of_beta2(step - last, LOG2_BETA2)
-    unbias = 1.0 / (1.0 - _power_of_beta2(step, LOG2_BETA2))
-    return decay.to(tl.float32), unbias.to(tl.float32), tl.load(learning_rate_ptr).to(tl.float32)
+def _factors(step, last, learning_rate_ptr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr):
+    """The decays that m and v owe, 1/(1 − β2^k) and the learning rate over 1 − β1^k, in fp32. LOG2_BETA1: None where β1
+    is 0 and the decay 0."""
+    decay = _power(step - last, LOG2_BETA2)
+    unbias = 1.0 / (1.0 - _power(step, LOG2_BETA2))
+    decay, unbias = decay.to(tl.float32), unbias.to(tl.float32)
+    if LOG2_BETA1 is None:
+        return 0.0, decay, unbias, tl.load(learning_rate_ptr).to(tl.float32)
+    else:
+        decay_m = _power(step - last, LOG2_BETA1)
+        learning_rate = tl.load(learning_rate_ptr) / (1.0 - _power(step, LOG2_BETA1))
+        return decay_m.to(tl.float32), decay, unbias, learning_rate.to(tl.float32)
+
+
+@triton.jit
+def _first_moment(m_ptr, at, mask, gradient, decay, BETA1: tl.constexpr):
+    """Brought up to date in memory; without one, the gradient."""
+    if m_ptr is None:
+        return gradient
+    else:
+        m = tl.load(m_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        m = m * decay + (1.0 - BETA1) * gradient
+        tl.store(m_ptr + at, m, mask=mask, eviction_policy="evict_first")
+        return m
 
 
 @triton.jit
@@ -113,8 +135,8 @@ def _entry(dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, entry, in_row, D: 
 
 @triton.jit
 def _update_columns(
-    W_enc_ptr, W_dec_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row, dW_enc, dW_dec, along,
-    decay, unbias, learning_rate, eps, BETA2: tl.constexpr,
+    W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row,
+    dW_enc, dW_dec, along, decay_m, decay, unbias, learning_rate, eps, BETA1: tl.constexpr, BETA2: tl.constexpr,
 ):  # fmt: skip
     """Projection and Adam of the columns ``at``; returns the decoder row's, whose norm is still to be divided by.
 
@@ -126,7 +148,8 @@ def _update_columns(
     dec_v = tl.load(W_dec_v_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
 
     enc_v = _second_moment(enc_v, dW_enc, decay, BETA2)
-    W_enc -= _over(learning_rate * dW_enc, _root(enc_v, unbias, eps))
+    enc_m = _first_moment(W_enc_m_ptr, at, in_row, dW_enc, decay_m, BETA1)
+    W_enc -= _over(learning_rate * enc_m, _root(enc_v, unbias, eps))
     tl.store(W_enc_v_ptr + at, enc_v, mask=in_row, eviction_policy="evict_first")
     tl.store(W_enc_ptr + at, W_enc, mask=in_row, eviction_policy="evict_first")
     if W_enc_low_ptr is not None:
@@ -135,7 +158,8 @@ def _update_columns(
 
     dW_dec -= along * W_dec
     dec_v = _second_moment(dec_v, dW_dec, decay, BETA2)
-    W_dec -= _over(learning_rate * dW_dec, _root(dec_v, unbias, eps))
+    dec_m = _first_moment(W_dec_m_ptr, at, in_row, dW_dec, decay_m, BETA1)
+    W_dec -= _over(learning_rate * dec_m, _root(dec_v, unbias, eps))
     tl.store(W_dec_v_ptr + at, dec_v, mask=in_row, eviction_policy="evict_first")
     tl.store(W_dec_ptr + at, W_dec, mask=in_row)
     return tl.where(in_row, W_dec, 0.0)  # 0/0 and 0·NaN beyond the row would spoil its norm
@@ -143,10 +167,11 @@ def _update_columns(
 
 @triton.jit
 def _long_lists_kernel(
-    W_enc_ptr, W_dec_ptr, W_enc_v_ptr, W_dec_v_ptr, last_ptr, W_enc_low_ptr, lists_ptr, dz_ptr, dec_ptr, tokens_ptr,
-    along_ptr, enc_rows_ptr, dec_rows_ptr, squares_ptr, ok_ptr, step_ptr, learning_rate_ptr, F, eps,
-    D: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr, LONG: tl.constexpr, LISTS: tl.constexpr,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,
+    W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, last_ptr, W_enc_low_ptr,
+    lists_ptr, dz_ptr, dec_ptr, tokens_ptr, along_ptr, enc_rows_ptr, dec_rows_ptr, squares_ptr,
+    ok_ptr, step_ptr, learning_rate_ptr, F, eps,
+    D: tl.constexpr, BETA1: tl.constexpr, LOG2_BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
+    LONG: tl.constexpr, LISTS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The long lists among LISTS that lie as far apart as they can (neighbours may be alike), for a block of columns.
 
@@ -182,11 +207,13 @@ def _long_lists_kernel(
                 enc_sums += dz * tl.load(enc_table + rows, mask=mask, other=0.0).to(tl.float32)
                 dec_sums += dec * tl.load(dec_table + rows, mask=mask, other=0.0).to(tl.float32)
 
-        decay, unbias, learning_rate = _factors(step, tl.load(last_ptr + j), learning_rate_ptr, LOG2_BETA2)
+        last = tl.load(last_ptr + j)
+        decay_m, decay, unbias, learning_rate = _factors(step, last, learning_rate_ptr, LOG2_BETA1, LOG2_BETA2)
         at = j.to(tl.int64) * D + columns
         W_dec = _update_columns(
-            W_enc_ptr, W_dec_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row, tl.sum(enc_sums, 0),
-            tl.sum(dec_sums, 0), tl.load(along_ptr + j), decay, unbias, learning_rate, eps, BETA2,
+            W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row,
+            tl.sum(enc_sums, 0), tl.sum(dec_sums, 0), tl.load(along_ptr + j), decay_m, decay, unbias, learning_rate,
+            eps, BETA1, BETA2,
         )  # fmt: skip
         place = first // LONG * tl.num_programs(1) + tl.program_id(1)
         tl.store(squares_ptr + place, tl.sum(W_dec * W_dec, 0))
@@ -195,11 +222,13 @@ def _long_lists_kernel(
 
 @triton.jit
 def _update_kernel(
-    W_enc_ptr, W_dec_ptr, b_enc_ptr, threshold_ptr, W_enc_v_ptr, W_dec_v_ptr, b_enc_v_ptr, threshold_v_ptr,
+    W_enc_ptr, W_dec_ptr, b_enc_ptr, threshold_ptr, W_enc_m_ptr, W_dec_m_ptr, b_enc_m_ptr, threshold_m_ptr,
+    W_enc_v_ptr, W_dec_v_ptr, b_enc_v_ptr, threshold_v_ptr,
     last_ptr, W_enc_low_ptr, W_dec_low_ptr, lists_ptr, dz_ptr, dec_ptr, tokens_ptr, along_ptr,
     enc_rows_ptr, dec_rows_ptr, db_enc_ptr, dthreshold_ptr, squares_ptr, ok_ptr, step_ptr, learning_rate_ptr, eps,
-    D: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr, LOG_THRESHOLD: tl.constexpr,
-    FROM_ENTRIES: tl.constexpr, LONG: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BETA1: tl.constexpr, LOG2_BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
+    LOG_THRESHOLD: tl.constexpr, FROM_ENTRIES: tl.constexpr, LONG: tl.constexpr, BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """lists: the offsets of the latents' entries, rows by token; or, not FROM_ENTRIES, touched, gradients by latent."""
     if tl.load(ok_ptr) == 0:
@@ -210,7 +239,8 @@ def _update_kernel(
     if length <= 0:
         return
     step = tl.load(step_ptr) + 1
-    decay, unbias, learning_rate = _factors(step, tl.load(last_ptr + j), learning_rate_ptr, LOG2_BETA2)
+    last = tl.load(last_ptr + j)
+    decay_m, decay, unbias, learning_rate = _factors(step, last, learning_rate_ptr, LOG2_BETA1, LOG2_BETA2)
 
     if FROM_ENTRIES:
         along = tl.load(along_ptr + j)
@@ -248,8 +278,8 @@ def _update_kernel(
                 dW_enc = tl.load(enc_rows_ptr + at, mask=in_row, other=0.0)
                 dW_dec = tl.load(dec_rows_ptr + at, mask=in_row, other=0.0)
             W_dec = _update_columns(
-                W_enc_ptr, W_dec_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row, dW_enc, dW_dec, along,
-                decay, unbias, learning_rate, eps, BETA2,
+                W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row,
+                dW_enc, dW_dec, along, decay_m, decay, unbias, learning_rate, eps, BETA1, BETA2,
             )  # fmt: skip
             squares += W_dec * W_dec
         square = tl.sum(squares, 0)
@@ -261,14 +291,16 @@ def _update_kernel(
     gradient = tl.load(db_enc_ptr + j)
     v = _second_moment(tl.load(b_enc_v_ptr + j), gradient, decay, BETA2)
     tl.store(b_enc_v_ptr + j, v)
-    tl.store(b_enc_ptr + j, tl.load(b_enc_ptr + j) - learning_rate * gradient / _root(v, unbias, eps))
+    m = _first_moment(b_enc_m_ptr, j, True, gradient, decay_m, BETA1)
+    tl.store(b_enc_ptr + j, tl.load(b_enc_ptr + j) - learning_rate * m / _root(v, unbias, eps))
 
     threshold = tl.load(threshold_ptr + j)
     gradient = tl.load(dthreshold_ptr + j)
     if LOG_THRESHOLD:
         gradient *= threshold  # dL/dt = θ·dL/dθ for θ = exp(t)
     v = _second_moment(tl.load(threshold_v_ptr + j), gradient, decay, BETA2)
-    change = learning_rate * gradient / _root(v, unbias, eps)
+    m = _first_moment(threshold_m_ptr, j, True, gradient, decay_m, BETA1)
+    change = learning_rate * m / _root(v, unbias, eps)
     threshold = threshold * tl.exp(-change) if LOG_THRESHOLD else threshold - change
     tl.store(threshold_v_ptr + j, v)
     tl.store(threshold_ptr + j, tl.where(threshold < 0, 0.0, threshold))  # a maximum would hide NaN
@@ -313,6 +345,8 @@ def _launch(
         "on": state.W_dec,
         "W_enc_ptr": state.W_enc,
         "W_dec_ptr": state.W_dec,
+        "W_enc_m_ptr": state.W_enc_m,
+        "W_dec_m_ptr": state.W_dec_m,
         "W_enc_v_ptr": state.W_enc_v,
         "W_dec_v_ptr": state.W_dec_v,
         "last_ptr": state.last,
@@ -330,6 +364,8 @@ def _launch(
         "learning_rate_ptr": device_scalar(rule.learning_rate, state.W_dec),
         "eps": rule.eps,
         "D": d,
+        "BETA1": rule.beta1,
+        "LOG2_BETA1": math.log2(rule.beta1) if rule.beta1 else None,
         "BETA2": rule.beta2,
         "LOG2_BETA2": math.log2(rule.beta2),
         "LONG": config.long,
@@ -355,6 +391,8 @@ def _launch(
         **shared,
         b_enc_ptr=state.b_enc,
         threshold_ptr=state.threshold,
+        b_enc_m_ptr=state.b_enc_m,
+        threshold_m_ptr=state.threshold_m,
         b_enc_v_ptr=state.b_enc_v,
         threshold_v_ptr=state.threshold_v,
         W_dec_low_ptr=state.W_dec_low,

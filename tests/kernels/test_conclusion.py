@@ -8,7 +8,7 @@ import torch
 from gemmascope.kernels.entries import COPIES, ROOM, Objective, Penalty, Rule
 from gemmascope.kernels.implementations import operator
 from gemmascope.kernels.reference import conclusion as reference
-from tests.helpers import assert_bitwise_equal, assert_within_budget, normal, shape_cases
+from tests.helpers import assert_bitwise_equal, assert_within_budget, errors, normal, shape_cases
 from tests.kernels import sanitizer
 from tests.kernels.entries import batch, double
 from tests.kernels.test_update import random_state
@@ -328,22 +328,51 @@ def test_touched_latents_in_place_of_lists(small_tiles, device):
 @pytest.mark.parametrize("ok", [1, 0])
 @pytest.mark.parametrize("encoder", [0, 1, 4, 11])
 @pytest.mark.parametrize(("F", "d", "parts"), [(1, 1, 1), (3, 7, 2), (9, 17, 5), (8, 16, 4)])
-def test_finish(small_tiles, F, d, parts, encoder, ok, device):
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+def test_finish(small_tiles, F, d, parts, encoder, ok, beta1, device):
     def start():
         counters = torch.arange(F, device=device) * 100, torch.tensor(9, device=device)
         return normal(d, seed=1, device=device), normal(d, seed=2, device=device).abs(), *counters
 
-    rule = Rule(torch.tensor(1e-2, dtype=torch.float64, device=device), 0.99, 1e-2, False)
+    def first():
+        return normal(d, seed=4, device=device) if beta1 else None
+
+    rule = Rule(torch.tensor(1e-2, dtype=torch.float64, device=device), 0.99, 1e-2, False, beta1)
     of_encoder = normal(encoder, d, seed=3, device=device) if encoder else None
     given = normal(parts, d, device=device), of_encoder, torch.arange(F, dtype=torch.int32, device=device) % 3, 7
     rest = torch.tensor(ok, dtype=torch.int32, device=device), torch.tensor(10, device=device)
     actual, eager, exact = start(), start(), double(start())
-    finish(*actual, *given, rule, *rest)
-    reference.finish(*eager, *given, rule, *rest)
-    reference.finish(*exact, *double(given), rule, *rest)
+    moments = first(), first(), double(first())
+    finish(*actual, *given, rule, *rest, moments[0])
+    reference.finish(*eager, *given, rule, *rest, moments[1])
+    reference.finish(*exact, *double(given), rule, *rest, moments[2])
     for i, name in enumerate(("b_dec", "b_dec_v")):
         assert_within_budget(name, actual[i], exact[i], eager[i])
         assert torch.equal(actual[i], start()[i]) != bool(ok)
+    if beta1:
+        assert_within_budget("b_dec_m", moments[0], moments[2], moments[1])
+        assert torch.equal(moments[0], first()) != bool(ok)
     for i, name in enumerate(("tokens_since_fired", "updates"), start=2):
         assert_bitwise_equal(name, actual[i], eager[i])
     assert int(actual[3]) == 9 + ok
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+def test_the_bias_moves_by_plain_adam(small_tiles, beta1, device):
+    """60 updates from nothing by torch.optim.Adam in fp64."""
+    d, rule = 17, Rule(1e-2, 0.99, 1e-8, False, beta1)
+    b_dec, v = normal(d, device=device), torch.zeros(d, device=device)
+    m = torch.zeros(d, device=device) if beta1 else None
+    expected = b_dec.double().requires_grad_()
+    adam = torch.optim.Adam([expected], 1e-2, (beta1, 0.99), 1e-8)
+    since, updates = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor(0, device=device)
+    ok, fired = torch.ones((), dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
+    for i in range(60):
+        sums = normal(3, d, seed=i + 1, device=device)
+        finish(b_dec, v, since, updates, sums, None, fired, 7, rule, ok, updates + 1, m)
+        expected.grad = sums.double().sum(0) * (2 / 7)
+        adam.step()
+    state, allowed = adam.state[expected], 2 * 60**0.5 * torch.finfo(torch.float32).eps
+    for name, actual, exact in (("b_dec", b_dec, expected), ("v", v, state["exp_avg_sq"]), ("m", m, state["exp_avg"])):
+        assert actual is None or errors(actual, exact)["norm"] <= allowed, name
+    assert int(updates) == 60

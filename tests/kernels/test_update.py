@@ -26,6 +26,8 @@ from gemmascope.kernels.gpu.update import UpdateConfig, settle, update_from_dens
 
 RULE = Rule(learning_rate=1e-2, beta2=0.999, eps=1e-8, log_threshold=False)
 LOG = RULE._replace(log_threshold=True)
+RULES = {"raw": RULE, "log": LOG, "raw .9": RULE._replace(beta1=0.9), "log .5": LOG._replace(beta1=0.5)}
+EVERY_BETA1 = pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
 SMALL = UpdateConfig(block_d=16, unroll=2, num_warps=1, long=4, lanes=2, long_warps=1, long_programs=3)
 interpreted = pytest.mark.skipif(not interpreting(), reason="forces tiles or programs, in the interpreter only")
 
@@ -39,14 +41,29 @@ def uniform(*shape, seed):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_state(F, d, low=False, device="cpu", updates=20) -> LatentState:
+def random_state(F, d, low=False, device="cpu", updates=20, beta1=0.0) -> LatentState:
     """As after ``updates`` updates, latents last touched at different ones of them."""
+    shapes = ((F, d), (F, d), (F,), (F,))
     W_enc, W_dec = normal(F, d, seed=1), torch.nn.functional.normalize(normal(F, d, seed=2), dim=1)
-    moments = (1e-2 * uniform(*shape, seed=3 + i) for i, shape in enumerate(((F, d), (F, d), (F,), (F,))))
+    moments = (1e-2 * uniform(*shape, seed=3 + i) for i, shape in enumerate(shapes))
     last = torch.randint(0, updates + 1, (F,), generator=torch.Generator().manual_seed(7))
-    copies = (W_enc.bfloat16(), W_dec.bfloat16()) if low else ()
-    state = (W_enc, W_dec, normal(F, seed=8), 0.1 + uniform(F, seed=9), *moments, last, *copies)
-    return LatentState(*(t.to(device) for t in state))
+    copies = (W_enc.bfloat16(), W_dec.bfloat16()) if low else (None, None)
+    first = (normal(*shape, seed=40 + i) for i, shape in enumerate(shapes)) if beta1 else ()
+    state = (W_enc, W_dec, normal(F, seed=8), 0.1 + uniform(F, seed=9), *moments, last, *copies, *first)
+    return LatentState(*(t if t is None else t.to(device) for t in state))
+
+
+def tensors(state: LatentState, rows=slice(None)) -> dict:
+    """What the state has, of these latents, by name."""
+    return {name: t[rows] for name, t in state._asdict().items() if t is not None}
+
+
+def assert_same_state(actual: LatentState, expected: LatentState, rows=slice(None)):
+    """The same bits in these latents."""
+    expected_tensors = tensors(expected, rows)
+    for name, tensor in tensors(actual, rows).items():
+        assert_bitwise_equal(name, tensor, expected_tensors.pop(name))
+    assert not expected_tensors
 
 
 def clone(state: LatentState) -> LatentState:
@@ -105,7 +122,7 @@ def run_entries(update, state, sums, rows, rule, ok, step):
 
 def check_entries(N, F, d, rule, dtype=torch.float32, low=False, device="cpu", sums=None):
     """The state before and after one update from entries, which agrees with the reference, and the entries."""
-    state, sums = random_state(F, d, low, device), sums or random_sums(N, F, device)
+    state, sums = random_state(F, d, low, device, beta1=rule.beta1), sums or random_sums(N, F, device)
     rows = tuple(normal(N, d, dtype=dtype, device=device, seed=seed) for seed in (20, 21))
     rest = (rule, *scalars(device=device))
     actual = run_entries(update_from_entries, clone(state), sums, rows, *rest)
@@ -116,7 +133,7 @@ def check_entries(N, F, d, rule, dtype=torch.float32, low=False, device="cpu", s
 
 
 @interpreted
-@pytest.mark.parametrize("rule", [RULE, LOG], ids=["raw", "log"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize(("N", "F", "d"), shape_cases(4, 6, 16, empty=False))
 def test_matches_reference(small_tiles, N, F, d, rule):
     check_entries(N, F, d, rule)
@@ -124,20 +141,30 @@ def test_matches_reference(small_tiles, N, F, d, rule):
 
 @pytest.mark.parametrize(("dtype", "low"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("d", [3, gpu_update.CONFIG.block_d + 1])
-def test_shipped_tiles_match_reference(d, dtype, low, device):
-    check_entries(7, 4, d, LOG, dtype, low, device)
+@EVERY_BETA1
+def test_shipped_tiles_match_reference(d, dtype, low, beta1, device):
+    check_entries(7, 4, d, LOG._replace(beta1=beta1), dtype, low, device)
+
+
+def check_idle(rule, low, device):
+    before, after, (transposed, _) = check_entries(5, 6, 9, rule, low=low, device=device)
+    idle = transposed.offsets.diff() == 0
+    assert idle.any()
+    assert not idle.all()
+    assert_same_state(after, before, idle)
+    moved = tensors(after, ~idle)
+    for name, tensor in tensors(before, ~idle).items():
+        assert not torch.equal(tensor, moved[name]), name
 
 
 @pytest.mark.parametrize("low", [False, True])
 def test_latents_without_entries_stay_bit_for_bit(low, device):
-    before, after, (transposed, _) = check_entries(5, 6, 9, RULE, low=low, device=device)
-    idle = transposed.offsets.diff() == 0
-    assert idle.any()
-    assert not idle.all()
-    for name, a, b in zip(before._fields, before, after, strict=True):
-        if a is not None:
-            assert_bitwise_equal(name, b[idle], a[idle])
-            assert not torch.equal(b[~idle], a[~idle]), name
+    check_idle(RULE, low, device)
+
+
+@pytest.mark.parametrize("beta1", [0.5, 0.9])
+def test_latents_without_entries_wait_with_their_first_moments(beta1, device):
+    check_idle(RULE._replace(beta1=beta1), True, device)
 
 
 N_LONG = 9  # tokens; a list is long from SMALL.long = 4 entries, and 4 of a long one are fetched together
@@ -155,10 +182,11 @@ LISTS = {
 
 @interpreted
 @pytest.mark.parametrize(("name", "d"), [("around the bound", 1), *((name, d) for name in LISTS for d in (16, 37))])
-def test_lists_of_all_lengths(small_tiles, name, d):
-    lengths = LISTS[name]
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_lists_of_all_lengths(small_tiles, name, d, beta1):
+    lengths, rule = LISTS[name], LOG._replace(beta1=beta1)
     sums = sums_of_lists(lengths, N_LONG)
-    _, after, _ = check_entries(N_LONG, len(lengths), d, LOG, torch.bfloat16, True, sums=sums)
+    _, after, _ = check_entries(N_LONG, len(lengths), d, rule, torch.bfloat16, True, sums=sums)
     touched = torch.tensor(lengths) > 0
     norms = after.W_dec[touched].double().norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=3e-7, atol=0.0)
@@ -167,11 +195,12 @@ def test_lists_of_all_lengths(small_tiles, name, d):
 
 
 @pytest.mark.parametrize("d", [5, 2 * gpu_update.CONFIG.block_d])
-def test_shipped_tiles_with_long_lists(d, device):
+@EVERY_BETA1
+def test_shipped_tiles_with_long_lists(d, beta1, device):
     long = gpu_update.CONFIG.long
     lengths = [long - 1, long, 0, 3 * long, long + 1, 2 * long + 5]
     sums = sums_of_lists(lengths, 3 * long, device)
-    check_entries(3 * long, len(lengths), d, LOG, torch.bfloat16, True, device, sums)
+    check_entries(3 * long, len(lengths), d, LOG._replace(beta1=beta1), torch.bfloat16, True, device, sums)
 
 
 def launches(monkeypatch) -> list[tuple[str, tuple]]:
@@ -206,41 +235,44 @@ def test_nothing_looks_for_long_lists_where_there_is_no_room_for_one(small_tiles
 
 @interpreted
 @pytest.mark.parametrize("lengths", [[0, 1, 2, 3], [4, 5, 8, 9]], ids=["short", "long"])
-def test_a_latent_depends_on_its_entries_alone(small_tiles, lengths):
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_latent_depends_on_its_entries_alone(small_tiles, lengths, beta1):
     """The same bits whatever its neighbours have and wherever its list begins."""
-    d, before, k = 19, 7, len(lengths)
+    d, before, k, rule = 19, 7, len(lengths), RULE._replace(beta1=beta1)
     rows = normal(N_LONG, d), normal(N_LONG, d, seed=1)
     mine = slice(before, before + k)
-    alone = LatentState(*(t[mine].clone() for t in random_state(before + k, d, True)))
+    alone = LatentState(**tensors(clone(random_state(before + k, d, True, beta1=beta1)), mine))
     transposed, sums = sums_of_lists(lengths, N_LONG)
-    update_from_entries(alone, transposed, sums, *rows, RULE, *scalars())
+    update_from_entries(alone, transposed, sums, *rows, rule, *scalars())
     for others in ([0] * before, [1, 5, 0, 9, 2, 4, 4], [9] * before):
-        state, (_, theirs) = random_state(before + k, d, True), sums_of_lists(others, N_LONG, seed=50)
+        state, (_, theirs) = random_state(before + k, d, True, beta1=beta1), sums_of_lists(others, N_LONG, seed=50)
         together = LatentSums(*(torch.cat(parts) for parts in zip(theirs, sums, strict=True)))
         offsets = torch.nn.functional.pad(torch.tensor(others + lengths).cumsum(0), (1, 0))
-        update_from_entries(state, ByLatent(None, offsets), together, *rows, RULE, *scalars())
-        for name, a, b in zip(state._fields, state, alone, strict=True):
-            assert_bitwise_equal(name, a[mine], b)
+        update_from_entries(state, ByLatent(None, offsets), together, *rows, rule, *scalars())
+        assert_same_state(LatentState(**tensors(state, mine)), alone)
 
 
 @interpreted
 @pytest.mark.parametrize("lengths", [[2, 3], [5, 9]], ids=["short", "long"])
-def test_columns_beyond_the_row_do_not_count(small_tiles, lengths):
+@pytest.mark.parametrize("beta1", [0.0, 0.5])
+def test_columns_beyond_the_row_do_not_count(small_tiles, lengths, beta1):
     """Without eps they are 0/0."""
-    _, after, _ = check_entries(N_LONG, 2, 37, RULE._replace(eps=0.0), sums=sums_of_lists(lengths, N_LONG))
+    rule = RULE._replace(eps=0.0, beta1=beta1)
+    _, after, _ = check_entries(N_LONG, 2, 37, rule, sums=sums_of_lists(lengths, N_LONG))
     assert after.W_dec.isfinite().all()
 
 
 @interpreted
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("table", [0, 1], ids=["residual", "x"])
-def test_what_is_not_finite_shows(small_tiles, table, value):
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_what_is_not_finite_shows(small_tiles, table, value, beta1):
     """In the latents that have an entry of the token, in short lists and long ones, and in no other."""
     d, lengths = 37, [2, 5, 3, 9, 0, 4]
-    state, (transposed, sums) = random_state(len(lengths), d, True), sums_of_lists(lengths, N_LONG)
+    state, (transposed, sums) = random_state(len(lengths), d, True, beta1=beta1), sums_of_lists(lengths, N_LONG)
     rows = [normal(N_LONG, d), normal(N_LONG, d, seed=1)]
     rows[table][4, 30] = value
-    eager, rest = clone(state), (transposed, sums, *rows, RULE, *scalars())
+    eager, rest = clone(state), (transposed, sums, *rows, RULE._replace(beta1=beta1), *scalars())
     update_from_entries(state, *rest)
     reference.update_from_entries(eager, *rest)
     lists = sums.tokens.split(lengths)
@@ -248,17 +280,18 @@ def test_what_is_not_finite_shows(small_tiles, table, value):
     assert hit[torch.tensor(lengths) >= SMALL.long].any()
     assert hit[torch.tensor(lengths) < SMALL.long].any()
     assert not hit.all()
-    for name, a, b in zip(state._fields, state, eager, strict=True):
-        assert_same_not_finite(name, a, b)
+    found = tensors(state)
+    for name, expected in tensors(eager).items():
+        assert_same_not_finite(name, found[name], expected)
     for weight in ((state.W_dec, state.W_enc)[table], (state.W_dec_low, state.W_enc_low)[table]):
         assert torch.equal(~weight.isfinite().all(1), hit)
 
 
 @interpreted
-@pytest.mark.parametrize("rule", [RULE, LOG], ids=["raw", "log"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize(("F", "d", "low"), [(1, 1, False), (5, 15, True), (5, 16, True), (5, 37, True)])
 def test_update_from_dense_gradients(small_tiles, F, d, low, rule):
-    state = random_state(F, d, low)
+    state = random_state(F, d, low, beta1=rule.beta1)
     gradients = normal(F, d, seed=30), normal(F, d, seed=31), normal(F, seed=32), normal(F, seed=33)
     touched = torch.tensor([2, 0, 1, 0, 5][:F], dtype=torch.int32)
     actual, eager, exact = clone(state), clone(state), double(clone(state))
@@ -267,8 +300,7 @@ def test_update_from_dense_gradients(small_tiles, F, d, low, rule):
     reference.update_from_dense(eager, *gradients, *rest)
     reference.update_from_dense(exact, *double(gradients), *rest)
     check_state(actual, exact, eager)
-    for a, b in zip(actual, state, strict=True):
-        assert a is None or torch.equal(a[touched == 0], b[touched == 0])
+    assert_same_state(actual, state, touched == 0)
 
 
 def test_both_sources_agree(device):
@@ -283,15 +315,15 @@ def test_both_sources_agree(device):
     rest = (RULE, *scalars(device=device))
     update_from_entries(of_entries, transposed, sums, residual, x_centred, *rest)
     update_from_dense(of_dense, *gradients, sums.db_enc, sums.dthreshold, touched, *rest)
-    for name, a, b in zip(state._fields[:-2], of_entries, of_dense, strict=False):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+    found = tensors(of_dense)
+    for name, tensor in tensors(of_entries).items():
+        torch.testing.assert_close(tensor, found[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("source", ["entries", "long entries", "dense"])
-def test_nothing_changes_without_permission(source, device):
+def check_permission(source, device, beta1):
     N, F, d = gpu_update.CONFIG.long if source == "long entries" else 4, 3, 5
-    state, (transposed, sums) = random_state(F, d, True, device), random_sums(N, F, device)
-    after, rest = clone(state), (RULE, *scalars(ok=0, device=device))
+    state, (transposed, sums) = random_state(F, d, True, device, beta1=beta1), random_sums(N, F, device)
+    after, rest = clone(state), (RULE._replace(beta1=beta1), *scalars(ok=0, device=device))
     rows = [torch.full((N, d), torch.nan, device=device)] * 2
     if source != "dense":
         update_from_entries(after, transposed, sums, *rows, *rest)
@@ -299,8 +331,17 @@ def test_nothing_changes_without_permission(source, device):
         gradients = [torch.full((F, d), torch.nan, device=device)] * 2
         touched = torch.ones(F, dtype=torch.int32, device=device)
         update_from_dense(after, *gradients, sums.db_enc, sums.dthreshold, touched, *rest)
-    for name, a, b in zip(state._fields, after, state, strict=True):
-        assert_bitwise_equal(name, a, b)
+    assert_same_state(after, state)
+
+
+@pytest.mark.parametrize("source", ["entries", "long entries", "dense"])
+def test_nothing_changes_without_permission(source, device):
+    check_permission(source, device, 0.0)
+
+
+@pytest.mark.parametrize("source", ["entries", "long entries", "dense"])
+def test_no_first_moment_changes_without_permission(source, device):
+    check_permission(source, device, 0.9)
 
 
 @pytest.mark.parametrize("rule", [RULE, LOG], ids=["raw", "log"])
@@ -321,16 +362,17 @@ def test_threshold_never_falls_below_zero_and_shows_nan(rule, device):
     assert (state.threshold[0] == 0) == (rule is RULE)
 
 
-def test_repeats_bit_for_bit(device):
-    long = gpu_update.CONFIG.long
-    state, sums = random_state(12, 19, True, device), sums_of_lists([0, 1, 5, long] * 3, long, device)
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_repeats_bit_for_bit(beta1, device):
+    long, rule = gpu_update.CONFIG.long, RULE._replace(beta1=beta1)
+    state = random_state(12, 19, True, device, beta1=beta1)
+    sums = sums_of_lists([0, 1, 5, long] * 3, long, device)
     rows = normal(long, 19, device=device), normal(long, 19, device=device, seed=1)
-    first = run_entries(update_from_entries, clone(state), sums, rows, RULE, *scalars(device=device))
+    first = run_entries(update_from_entries, clone(state), sums, rows, rule, *scalars(device=device))
     for seed in (1, 2):
         with sanitizer.sanitize(race=True, seed=seed):
-            again = run_entries(update_from_entries, clone(state), sums, rows, RULE, *scalars(device=device))
-        for name, a, b in zip(first._fields, again, first, strict=True):
-            assert_bitwise_equal(name, a, b)
+            again = run_entries(update_from_entries, clone(state), sums, rows, rule, *scalars(device=device))
+        assert_same_state(again, first)
 
 
 class DenseAdam:
@@ -339,7 +381,7 @@ class DenseAdam:
     def __init__(self, state: LatentState, rule: Rule):
         weights = (state.W_enc, state.W_dec, state.b_enc, state.threshold.log())
         self.parameters = [weight.clone().requires_grad_() for weight in weights]
-        self.optimiser = torch.optim.Adam(self.parameters, rule.learning_rate, (0.0, rule.beta2), rule.eps)
+        self.optimiser = torch.optim.Adam(self.parameters, rule.learning_rate, (rule.beta1, rule.beta2), rule.eps)
 
     def step(self, *gradients):
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -353,8 +395,11 @@ class DenseAdam:
         return [*weights, t.exp()]
 
     def state(self) -> dict:
-        moments = (self.optimiser.state[parameter]["exp_avg_sq"] for parameter in self.parameters)
-        return dict(zip(LatentState._fields, (*self.weights(), *moments), strict=False))
+        moments = [self.optimiser.state[parameter] for parameter in self.parameters]
+        found = dict(zip(LatentState._fields, (*self.weights(), *(m["exp_avg_sq"] for m in moments)), strict=False))
+        if self.optimiser.defaults["betas"][0] > 0:
+            found |= zip(LatentState._fields[-4:], (m["exp_avg"] for m in moments), strict=True)
+        return found
 
 
 def without(idle, transposed, sums):
@@ -415,12 +460,47 @@ def test_owed_decay_is_plain_dense_adam(small_tiles):
     for state in (actual, eager, exact):
         settle(state, updates, rule.beta2)
         assert (state.last == updates).all()
+    assert_is_adam(adam, actual, eager, exact, updates=200)
+
+
+def assert_is_adam(adam, actual, eager, exact, updates: int):
     for name, expected in adam.state().items():
         torch.testing.assert_close(getattr(exact, name), expected, rtol=1e-10, atol=1e-14, msg=name)
         # Two roundings an update add up like a random walk; with three latents, eager PyTorch may just be lucky.
-        allowed = 2 * 200**0.5 * torch.finfo(torch.float32).eps
+        allowed = 2 * updates**0.5 * torch.finfo(torch.float32).eps
         for state in (actual, eager):
             assert errors(getattr(state, name), expected)["norm"] <= allowed, name
+
+
+@interpreted
+@pytest.mark.parametrize("source", ["entries", "dense"])
+@EVERY_BETA1
+def test_every_latent_touched_every_time_is_plain_dense_adam(small_tiles, beta1, source):
+    """30 updates from nothing, of short lists and long ones."""
+    lengths, N, d, rule = [1, 3, 4, 7], 7, 5, Rule(1e-3, 0.999, 1e-8, True, beta1)
+    start = random_state(len(lengths), d, beta1=beta1)
+    for name, tensor in tensors(start).items():
+        if name.endswith(("_m", "_v")) or name == "last":
+            tensor.zero_()
+    actual, eager, exact = clone(start), clone(start), double(clone(start))
+    adam, touched = DenseAdam(exact, rule), torch.ones(len(lengths), dtype=torch.int32)
+    ok, updates = scalars(step=0)
+    for i in range(30):
+        transposed, sums = sums_of_lists(lengths, N, seed=1000 * i)
+        rows = normal(N, d, seed=i), normal(N, d, seed=i + 1000)
+        _, W_dec, _, threshold = adam.weights()
+        gradients, sums = dense_gradients(transposed, sums, rows, W_dec, threshold)
+        adam.step(*gradients)
+        with sanitizer.sanitize(race=False):
+            if source == "entries":
+                update_from_entries(actual, transposed, sums, *rows, rule, ok, updates)
+            else:
+                single = (gradient.float() for gradient in gradients[:3])
+                update_from_dense(actual, *single, sums.dthreshold, touched, rule, ok, updates)
+        reference.update_from_entries(eager, transposed, sums, *rows, rule, ok, updates)
+        reference.update_from_entries(exact, transposed, double(sums), *double(rows), rule, ok, updates)
+        updates += 1
+    assert_is_adam(adam, actual, eager, exact, updates=30)
 
 
 def test_power_of_beta2_is_exact_after_many_updates(device):
@@ -445,8 +525,8 @@ def far_state(F, d):
         torch.zeros(F, dtype=torch.int64), *(torch.empty(F, d, dtype=torch.bfloat16) for _ in range(2)),
     )  # fmt: skip
     near = random_state(1, d, low=True)
-    for far, row in zip(state, near, strict=True):
-        far[-1:] = row
+    for name, far in tensors(state).items():
+        far[-1:] = getattr(near, name)
     return state, near
 
 
@@ -481,5 +561,4 @@ def test_offsets_beyond_32_bits(source, monkeypatch):
         with last_program:
             update_from_entries(state, ByLatent(None, offsets), far_sums, *far_rows, RULE, ok, step)
         update_from_entries(near, ByLatent(None, torch.tensor([0, 2])), near_sums, *data[:, None], RULE, ok, step)
-    for name, a, b in zip(state._fields, state, near, strict=True):
-        assert_bitwise_equal(name, a[-1:], b)
+    assert_same_state(LatentState(**tensors(state, slice(-1, None))), near)
