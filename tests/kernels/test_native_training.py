@@ -213,18 +213,19 @@ def with_first_moments(state: LatentState) -> LatentState:
 
 
 class Update:
-    """One update, from entries or from matrices, of the same latents of a state whatever does it; N = 9 tokens."""
+    """One update of a state, from entries of 9 tokens or from matrices: of the same latents whatever does it."""
 
-    def __init__(self, source: str, F: int, d: int, dtype: torch.dtype = torch.float32):
-        self.source = source
+    def __init__(self, source: str, F: int, d_in: int, dtype: torch.dtype = torch.float32, d_out: int | None = None):
+        self.source, d_out = source, d_in if d_out is None else d_out
         if source == "entries":
-            self.sums = test_update.random_sums(9, F)
-            self.given = *self.sums, *(normal(9, d, dtype=dtype, seed=seed) for seed in (20, 21))
-            self.touched = self.sums[0].offsets.diff() > 0
+            transposed, sums = test_update.random_sums(9, F)
+            self.touched = transposed.offsets.diff() > 0
+            rows = normal(9, d_out, dtype=dtype, seed=20), normal(9, d_in, dtype=dtype, seed=21)
+            self.given = (transposed, sums, *rows)
         else:
-            self.touched = torch.tensor([True, False, True, False, True, *[True] * F])[:F]
-            gradients = normal(F, d, seed=30), normal(F, d, seed=31), normal(F, seed=32), normal(F, seed=33)
-            self.given = *gradients, self.touched.int()
+            self.touched = torch.tensor([True, False, True, False, *[True] * F])[:F]
+            biases = normal(F, seed=32), normal(F, seed=33)
+            self.given = (normal(F, d_in, seed=30), normal(F, d_out, seed=31), *biases, self.touched.int())
 
     def __call__(self, module, state: LatentState, rule: Rule, ok: int = 1, step: int = 20) -> LatentState:
         """The state after it, by ``module``, in the precision of the state."""
@@ -257,18 +258,18 @@ def test_first_moments_match_reference(native, F, d, rule, low, step, source):
         assert (getattr(after, name) != getattr(state, name))[update.touched].any(), name
 
 
-def test_first_moments_of_a_transcoder(native):
+@SOURCES
+def test_first_moments_of_a_transcoder(native, source):
     """W_enc narrower than W_dec."""
     state = test_update.random_state(5, 37)
     state = with_first_moments(state._replace(W_enc=state.W_enc[:, :19].clone(), W_enc_v=state.W_enc_v[:, :19].clone()))
-    update = Update("dense", 5, 37)
-    update.given = update.given[0][:, :19].clone(), *update.given[1:]
-    states = (update(module, s, MOMENTUM) for module, s in ((native, state), (reference, double(state)), (reference, state)))
-    test_update.check_state(*states)
+    update = Update(source, 5, 19, d_out=37)
+    exact, eager = update(reference, double(state), MOMENTUM), update(reference, state, MOMENTUM)
+    test_update.check_state(update(native, state, MOMENTUM), exact, eager)
 
 
 def test_hand_computed_first_moments(native):
-    """One latent, idle from update 2 to 5: β1 = 1/2 pays 1/8 for three updates, 1 − β1⁵ = 31/32, β2 = 1 keeps v."""
+    """One latent, last touched by update 2, now by update 5: each β = 1/2 pays 1/8, and 1 − β⁵ = 31/32."""
     one = torch.ones(1, 1)
     state = LatentState(
         3 * one, one.clone(), torch.tensor([3.0]), torch.tensor([3.0]), one.clone(), one.clone(), *torch.ones(2, 1),
@@ -390,8 +391,8 @@ def test_the_public_operator_has_first_moments(native, source):
             assert_bitwise_equal(name, a, b)
 
 
-def refusals():
-    state = test_update.random_state(5, 3)
+def refusals() -> list:
+    cases, state = [], test_update.random_state(5, 3)
     full = with_first_moments(state)
     for name in FIRST:
         tensor = getattr(full, name)
@@ -408,20 +409,25 @@ def refusals():
         }
         for what, value in wrong.items():
             error = TypeError if what == "fp64" else ValueError
-            yield pytest.param(full._replace(**{name: value}), MOMENTUM, error, messages[what], id=f"{name} {what}")
+            bad = full._replace(**{name: value})
+            cases.append(pytest.param(bad, MOMENTUM, error, messages[what], id=f"{name} {what}"))
         alone = state._replace(**{name: tensor})
         message = rf"{name}: expected none with beta1 = 0, got shape \[5"
-        yield pytest.param(alone, test_update.RULE, ValueError, message, id=f"{name} without beta1")
+        cases.append(pytest.param(alone, test_update.RULE, ValueError, message, id=f"{name} without beta1"))
     for beta1 in (1.0, -0.1, torch.nan, torch.inf):
         message = r"beta1: expected a number in \[0, 1\), got "
-        yield pytest.param(full, MOMENTUM._replace(beta1=beta1), ValueError, message, id=f"beta1 {beta1}")
+        cases.append(pytest.param(full, MOMENTUM._replace(beta1=beta1), ValueError, message, id=f"beta1 {beta1}"))
+    return cases
 
 
 @SOURCES
 @pytest.mark.parametrize(("state", "rule", "error", "message"), refusals())
 def test_wrong_first_moments_are_refused(native, state, rule, error, message, source):
+    before, update = test_update.clone(state), getattr(native, f"update_from_{source}")
     with pytest.raises(error, match=message):
-        Update(source, 5, 3)(native, state, rule)
+        update(state, *Update(source, 5, 3).given, rule, *test_update.scalars())
+    for name, a, b in zip(state._fields, state, before, strict=True):
+        assert a is b or torch.equal(a, b), name
 
 
 def test_a_state_of_too_few_tensors_is_refused():

@@ -8,7 +8,6 @@ namespace gemmascope_cpu {
 
 namespace {
 
-// Memory of the first moments is taken only where beta1 says that they are used.
 State check_state(at::TensorList state, const Tensor& db_enc, const Tensor& dthreshold, double beta1) {
   TORCH_CHECK_VALUE(state.size() == 15, "state: expected 15 tensors, got ", state.size());
   for (int i : {0, 1}) TORCH_CHECK_VALUE(state[i].dim() == 2, "state: expected matrices of weights");
@@ -20,21 +19,19 @@ State check_state(at::TensorList state, const Tensor& db_enc, const Tensor& dthr
   check("last", state[8], at::kLong, {F});
   for (int i : {9, 10})
     if (state[i].numel()) check(i == 9 ? "W_enc_low" : "W_dec_low", state[i], at::kBFloat16, {F, i == 9 ? d_in : d_out});
-  const char* first[] = {"W_enc_m", "W_dec_m", "b_enc_m", "threshold_m"};
+  check("db_enc", db_enc, at::kFloat, {F});
+  check("dthreshold", dthreshold, at::kFloat, {F});
+  const char* firsts[] = {"W_enc_m", "W_dec_m", "b_enc_m", "threshold_m"};
   float* m[4] = {};
   for (int i = 0; i < 4; ++i) {
     const Tensor& t = state[11 + i];
     if (beta1 > 0.0) {
-      if (i < 2) check(first[i], t, at::kFloat, {F, i == 0 ? d_in : d_out});
-      else check(first[i], t, at::kFloat, {F});
+      check(firsts[i], t, at::kFloat, state[i].sizes());
+      m[i] = mutable_data<float>(t);
     } else {
-      TORCH_CHECK_VALUE(t.numel() == 0, first[i], ": expected none with beta1 = 0, got shape ", t.sizes());
+      TORCH_CHECK_VALUE(t.numel() == 0, firsts[i], ": expected none with beta1 = 0, got shape ", t.sizes());
     }
   }
-  check("db_enc", db_enc, at::kFloat, {F});
-  check("dthreshold", dthreshold, at::kFloat, {F});
-  if (beta1 > 0.0)
-    for (int i = 0; i < 4; ++i) m[i] = mutable_data<float>(state[11 + i]);
   auto low = [&](int i) { return state[i].numel() ? state[i].mutable_data_ptr() : nullptr; };
   float* p[8];
   for (int i = 0; i < 8; ++i) p[i] = mutable_data<float>(state[i]);
