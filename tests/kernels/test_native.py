@@ -383,9 +383,9 @@ ABSURD = {
 
 def update_by_native(ops, step, last=0):
     state = [torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), torch.ones(1)]
-    state += [torch.zeros_like(t) for t in state] + [index(last, dtype=torch.int64), torch.empty(0), torch.empty(0)]
+    state += [torch.zeros_like(t) for t in state] + [index(last, dtype=torch.int64), *[torch.empty(0)] * 6]
     gradients = torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), torch.ones(1), index(1)
-    ops.update_from_dense(state, *gradients, 1e-3, 0.999, 1e-8, False, step)
+    ops.update_from_dense(state, *gradients, 1e-3, 0.999, 1e-8, False, 0.0, step)
     return state
 
 
@@ -421,9 +421,9 @@ def test_what_is_written_in_place_leaves_a_lazy_copy_alone():
         lazy["u"], normal(3, 4), words, words, index(1, 1, 1, 1), torch.ones(4), torch.ones(3), 0.5, 0, 0, 0, False
     )
     state = [lazy["W_enc"], torch.ones(3, 4), torch.ones(3), torch.ones(3)]
-    state += [torch.zeros_like(t) for t in state] + [index(0, 0, 0, dtype=torch.int64), torch.empty(0), torch.empty(0)]
+    state += [torch.zeros_like(t) for t in state] + [index(0, 0, 0, dtype=torch.int64), *[torch.empty(0)] * 6]
     gradients = torch.ones(3, 4), torch.ones(3, 4), torch.ones(3), torch.ones(3), index(1, 1, 1)
-    ops.update_from_dense(state, *gradients, 1e-3, 0.999, 1e-8, False, 1)
+    ops.update_from_dense(state, *gradients, 1e-3, 0.999, 1e-8, False, 0.0, 1)
     assert z.data_ptr() == lazy["z"].data_ptr()
     for name in names:
         assert_bitwise_equal(name, tensors[name], before[name])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from gemmascope import kernels
 from gemmascope.kernels import reference
 from gemmascope.kernels.cpu import training as cpu_training
-from gemmascope.kernels.entries import ACTIVE, ByLatent, Entries, Objective
+from gemmascope.kernels.entries import ACTIVE, ByLatent, Entries, LatentState, Objective, Rule
 from gemmascope.training.step import sparse_step
-from tests.helpers import LAYOUTS, assert_bitwise_equal, normal, shape_cases
-from tests.kernels.entries import BANDWIDTH, batch, from_pre_activations
+from tests.helpers import LAYOUTS, assert_bitwise_equal, errors, normal, shape_cases
+from tests.kernels.entries import BANDWIDTH, batch, double, from_pre_activations
 from tests.kernels.native import ISAS, needs_native, operands_with_ties, screening, threads  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")  # the modules of the oracles need it
@@ -191,3 +192,246 @@ def test_twins_do_not_depend_on_their_neighbours(native):
     assert_bitwise_equal("no entry", out.residual[1], inputs.b_dec - inputs.x[1])
     entries = from_pre_activations(normal(2, 5).abs() + 1, torch.full((5,), 0.5))
     test_residual.check(entries, normal(2, 7), normal(5, 7, seed=1), normal(7, seed=2))
+
+
+# ---- the update with first moments
+
+MOMENTUM = test_update.RULE._replace(beta1=0.9)
+RULES = {
+    "raw": MOMENTUM,
+    "log": MOMENTUM._replace(log_threshold=True),
+    "half": MOMENTUM._replace(beta1=0.5, log_threshold=True),
+}
+FIRST = ("W_enc_m", "W_dec_m", "b_enc_m", "threshold_m")
+
+
+def with_first_moments(state: LatentState) -> LatentState:
+    """Of the size that gradients have by their second moments."""
+    weights = state.W_enc, state.W_dec, state.b_enc, state.threshold
+    firsts = (0.05 * normal(*w.shape, seed=40 + i) for i, w in enumerate(weights))
+    return state._replace(**dict(zip(FIRST, firsts, strict=True)))
+
+
+class Update:
+    """One update of a state, from entries of 9 tokens or from matrices: of the same latents whatever does it."""
+
+    def __init__(self, source: str, F: int, d_in: int, dtype: torch.dtype = torch.float32, d_out: int | None = None):
+        self.source, d_out = source, d_in if d_out is None else d_out
+        if source == "entries":
+            transposed, sums = test_update.random_sums(9, F)
+            self.touched = transposed.offsets.diff() > 0
+            rows = normal(9, d_out, dtype=dtype, seed=20), normal(9, d_in, dtype=dtype, seed=21)
+            self.given = (transposed, sums, *rows)
+        else:
+            self.touched = torch.tensor([True, False, True, False, *[True] * F])[:F]
+            biases = normal(F, seed=32), normal(F, seed=33)
+            self.given = (normal(F, d_in, seed=30), normal(F, d_out, seed=31), *biases, self.touched.int())
+
+    def __call__(self, module, state: LatentState, rule: Rule, ok: int = 1, step: int = 20) -> LatentState:
+        """The state after it, by ``module``, in the precision of the state."""
+        after = test_update.clone(state)
+        given = double(self.given) if state.W_dec.dtype == torch.float64 else self.given
+        scalars = test_update.scalars(ok, step)
+        getattr(module, f"update_from_{self.source}")(after, *given, rule, *scalars)
+        return after
+
+
+SOURCES = pytest.mark.parametrize("source", ["entries", "dense"])
+
+
+@SOURCES
+@pytest.mark.parametrize("step", [0, 3, 20])
+@pytest.mark.parametrize("low", [False, True], ids=["", "low"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("F", "d"), [(1, 1), (5, 3), (4, 16), (6, 37)])
+def test_first_moments_match_reference(native, F, d, rule, low, step, source):
+    """Latents last touched at any of the updates made; widths of no vector, whole ones, and whole ones and a rest."""
+    state = with_first_moments(test_update.random_state(F, d, low, updates=step))
+    update = Update(source, F, d, torch.bfloat16 if low else torch.float32)
+    exact, eager = update(reference, double(state), rule, step=step), update(reference, state, rule, step=step)
+    after = update(native, state, rule, step=step)
+    test_update.check_state(after, exact, eager)
+    for name, a, b in zip(state._fields, after, state, strict=True):
+        if a is not None:
+            assert_bitwise_equal(name, a[~update.touched], b[~update.touched])
+    for name in FIRST:
+        assert (getattr(after, name) != getattr(state, name))[update.touched].any(), name
+
+
+@SOURCES
+def test_first_moments_of_a_transcoder(native, source):
+    """W_enc narrower than W_dec."""
+    state = test_update.random_state(5, 37)
+    state = with_first_moments(state._replace(W_enc=state.W_enc[:, :19].clone(), W_enc_v=state.W_enc_v[:, :19].clone()))
+    update = Update(source, 5, 19, d_out=37)
+    exact, eager = update(reference, double(state), MOMENTUM), update(reference, state, MOMENTUM)
+    test_update.check_state(update(native, state, MOMENTUM), exact, eager)
+
+
+def test_hand_computed_first_moments(native):
+    """One latent, last touched by update 2, now by update 5: each β = 1/2 pays 1/8, and 1 − β⁵ = 31/32."""
+    one = torch.ones(1, 1)
+    state = LatentState(
+        3 * one, one.clone(), torch.tensor([3.0]), torch.tensor([3.0]), one.clone(), one.clone(), *torch.ones(2, 1),
+        torch.tensor([2]), None, None, 8 * one, 8 * one, torch.tensor([8.0]), torch.tensor([8.0]),
+    )  # fmt: skip
+    rule = Rule(learning_rate=31 / 32, beta2=0.5, eps=0.0, log_threshold=False, beta1=0.5)
+    gradient = torch.tensor([2.0])
+    touched = torch.ones(1, dtype=torch.int32)
+    native.update_from_dense(
+        state, gradient[None], gradient[None], gradient, gradient, touched, rule, *test_update.scalars(step=4)
+    )
+    m, v = 8 / 8 + 2 / 2, 1 / 8 + 4 / 2
+    expected = 3 - m / (v / (31 / 32)) ** 0.5
+    for name in ("W_enc", "b_enc", "threshold"):
+        torch.testing.assert_close(getattr(state, name).item(), expected, rtol=1e-6, atol=0, msg=name)
+        assert getattr(state, name + "_m").item() == m
+        assert getattr(state, name + "_v").item() == v
+    assert state.W_dec_m.item() == 1  # the gradient of a row of one element lies along it
+    assert state.last.tolist() == [5]
+
+
+@SOURCES
+@pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])
+def test_without_first_moments_the_bits_are_those_of_a_beta1_of_nothing(native, rule, source):
+    """β1 = 1e-300 is 0 in every power; first moments are then the gradients."""
+    state = test_update.random_state(6, 37, low=True)
+    update = Update(source, 6, 37)
+    without = update(native, state, rule)
+    with_them = update(native, with_first_moments(state), rule._replace(beta1=1e-300))
+    for name, a, b in zip(state._fields[:11], without, with_them, strict=False):
+        assert_bitwise_equal(name, a, b)
+    assert without[11:] == (None,) * 4
+
+
+def test_first_moments_over_many_updates(native):
+    """120 updates from nothing of a latent with entries in 3 of 40, one that has none, one that always has some."""
+    N, F, d, rule = 3, 3, 19, Rule(1e-3, 0.999, 1e-8, True, beta1=0.9)
+    actual = test_update.random_state(F, d)
+    actual.last.zero_()
+    for v in actual[4:8]:
+        v.zero_()
+    actual = actual._replace(**{name: torch.zeros_like(getattr(actual, name[:-2])) for name in FIRST})
+    start, exact, ok = test_update.clone(actual), double(test_update.clone(actual)), torch.ones((), dtype=torch.int32)
+    for i in range(120):
+        idle = torch.tensor([i % 40 > 2, True, False])
+        transposed, sums = test_update.without(idle, *test_update.random_sums(N, F, active=0.5, seed=100 * i))
+        rows, step = (normal(N, d, seed=i), normal(N, d, seed=i + 1000)), torch.tensor(i)
+        native.update_from_entries(actual, transposed, sums, *rows, rule, ok, step)
+        reference.update_from_entries(exact, transposed, double(sums), *double(rows), rule, ok, step)
+    assert actual.last[0] < 120 - 30
+    assert actual.last.tolist()[1:] == [0, 120]
+    for state in (actual, exact):
+        native.settle(state, torch.tensor(120), rule.beta2, rule.beta1)
+    allowed = 2 * 120**0.5 * torch.finfo(torch.float32).eps  # roundings add up like a random walk
+    for name, a, b in zip(actual._fields, actual, exact, strict=True):
+        if a is not None and a.dtype == torch.float32:
+            assert errors(a, b)["norm"] <= allowed, name
+            if not name.endswith(("_m", "_v")):
+                assert_bitwise_equal(name, a[1], getattr(start, name)[1])
+
+
+@SOURCES
+def test_first_moments_stay_without_permission(native, source):
+    state = with_first_moments(test_update.random_state(5, 19, low=True))
+    for name, a, b in zip(state._fields, Update(source, 5, 19)(native, state, MOMENTUM, ok=0), state, strict=True):
+        assert_bitwise_equal(name, a, b)
+
+
+@SOURCES
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 36])
+def test_first_moments_that_are_not_finite_show(native, column, value, source):
+    """In the moment and the weight, of that latent alone."""
+    state = with_first_moments(test_update.random_state(6, 37, low=True))
+    for name in FIRST[:2]:
+        getattr(state, name)[2, column] = value
+    state.b_enc_m[2] = state.threshold_m[2] = value
+    update = Update(source, 6, 37)
+    actual, eager = update(native, state, MOMENTUM), update(reference, state, MOMENTUM)
+    for name, a, b in zip(state._fields, actual, eager, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+    for name in ("W_enc", "W_enc_m", "W_enc_low"):
+        assert (~getattr(actual, name).isfinite()).nonzero().tolist() == [[2, column]]
+    assert (~actual.W_dec.isfinite().all(1)).nonzero().tolist() == [[2]]
+
+
+@SOURCES
+def test_first_moments_leave_a_lazy_copy_alone(native, source):
+    """Memory that is shared until someone writes."""
+    state = with_first_moments(test_update.random_state(5, 19))
+    before = test_update.clone(state)
+    lazy = LatentState(*(t if t is None else torch._lazy_clone(t) for t in state))
+    update, scalars = Update(source, 5, 19), test_update.scalars()
+    getattr(native, f"update_from_{source}")(lazy, *update.given, MOMENTUM, *scalars)
+    for name in FIRST:
+        assert_bitwise_equal(name, getattr(state, name), getattr(before, name))
+        assert not torch.equal(getattr(lazy, name), getattr(before, name))
+
+
+@SOURCES
+def test_first_moments_by_any_number_of_threads(native, source):
+    state = with_first_moments(test_update.random_state(300, 19))
+    update, found = Update(source, 300, 19), []
+    for count in (1, 3):
+        with threads(count):
+            found.append(update(native, state, MOMENTUM))
+    for name, a, b in zip(state._fields, *found, strict=True):
+        if a is not None:
+            assert_bitwise_equal(name, a, b)
+
+
+@SOURCES
+def test_the_public_operator_has_first_moments(native, source):
+    state = with_first_moments(test_update.random_state(5, 19))
+    update, mine = Update(source, 5, 19), test_update.clone(state)
+    getattr(kernels, f"update_from_{source}")(mine, *update.given, MOMENTUM, *test_update.scalars(), impl="cpu")
+    for name, a, b in zip(state._fields, mine, update(native, state, MOMENTUM), strict=True):
+        if a is not None:
+            assert_bitwise_equal(name, a, b)
+
+
+def refusals() -> list:
+    cases, state = [], test_update.random_state(5, 3)
+    full = with_first_moments(state)
+    for name in FIRST:
+        tensor = getattr(full, name)
+        wrong = {
+            "too short": tensor[:4].clone(), "none": None, "fp64": tensor.double(), "strided": tensor.repeat(2, 1)[::2],
+        }  # fmt: skip
+        if tensor.ndim == 1:
+            wrong["strided"] = tensor.repeat(2)[::2]
+        messages = {
+            "too short": rf"{name}: expected shape \[5.*\], got \[4",
+            "none": rf"{name}: expected shape \[5.*\], got \[0\]",
+            "fp64": rf"{name}: expected dtype Float, got Double",
+            "strided": rf"{name}: expected a contiguous tensor",
+        }
+        for what, value in wrong.items():
+            error = TypeError if what == "fp64" else ValueError
+            bad = full._replace(**{name: value})
+            cases.append(pytest.param(bad, MOMENTUM, error, messages[what], id=f"{name} {what}"))
+        alone = state._replace(**{name: tensor})
+        message = rf"{name}: expected none with beta1 = 0, got shape \[5"
+        cases.append(pytest.param(alone, test_update.RULE, ValueError, message, id=f"{name} without beta1"))
+    for beta1 in (1.0, -0.1, torch.nan, torch.inf):
+        message = r"beta1: expected a number in \[0, 1\), got "
+        cases.append(pytest.param(full, MOMENTUM._replace(beta1=beta1), ValueError, message, id=f"beta1 {beta1}"))
+    return cases
+
+
+@SOURCES
+@pytest.mark.parametrize(("state", "rule", "error", "message"), refusals())
+def test_wrong_first_moments_are_refused(native, state, rule, error, message, source):
+    before, update = test_update.clone(state), getattr(native, f"update_from_{source}")
+    with pytest.raises(error, match=message):
+        update(state, *Update(source, 5, 3).given, rule, *test_update.scalars())
+    for name, a, b in zip(state._fields, state, before, strict=True):
+        assert a is b or torch.equal(a, b), name
+
+
+def test_a_state_of_too_few_tensors_is_refused():
+    gradients = normal(5, 3), normal(5, 3), normal(5), normal(5), torch.ones(5, dtype=torch.int32)
+    tensors = [torch.empty(0) if t is None else t for t in test_update.random_state(5, 3)[:11]]
+    with pytest.raises(ValueError, match="state: expected 15 tensors, got 11"):
+        torch.ops.gemmascope_cpu.update_from_dense(tensors, *gradients, 1e-3, 0.999, 1e-8, False, 0.0, 1)

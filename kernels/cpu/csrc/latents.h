@@ -49,10 +49,14 @@ static void latent_sums(
 
 struct AdamStep {
   float decay, correction, learning_rate, eps, fresh;  // correction: 1/(1 − β2ᵗ); fresh: 1 − β2
+  float decay_m, fresh_m;  // the same of first moments, where there are any; learning_rate then has their 1/(1 − β1ᵗ)
 };
 
-INLINE float adam(float* v, float gradient, const AdamStep& step) {
+// What a weight loses. FIRST: there is a first moment m, which moves it; else the gradient does, and m is null.
+template <bool FIRST>
+INLINE float adam(float* m, float* v, float gradient, const AdamStep& step) {
   *v = *v * step.decay + step.fresh * (gradient * gradient);
+  if constexpr (FIRST) gradient = *m = *m * step.decay_m + step.fresh_m * gradient;
   return step.learning_rate * gradient / (std::sqrt(*v * step.correction) + step.eps);
 }
 
@@ -67,33 +71,42 @@ INLINE vec square_root(vec v) {
 #endif
 }
 
-INLINE vec adam(vec* v, vec gradient, const AdamStep& step) {
+template <bool FIRST>
+INLINE vec adam(vec* m, vec* v, vec gradient, const AdamStep& step) {
   *v = *v * splat(step.decay) + splat(step.fresh) * (gradient * gradient);
+  if constexpr (FIRST) gradient = *m = *m * splat(step.decay_m) + splat(step.fresh_m) * gradient;
   return splat(step.learning_rate) * gradient / (square_root(*v * splat(step.correction)) + splat(step.eps));
 }
 
 // Row of W_enc, by its gradient in memory. ahead: how far on the row is that comes next.
+template <bool FIRST>
 static void update_encoder(
-    float* W, float* v, const float* gradient, int64_t d, const AdamStep& step, bf16* low, int64_t ahead) {
+    float* W, float* m, float* v, const float* gradient, int64_t d, const AdamStep& step, bf16* low, int64_t ahead) {
   int64_t k = 0;
   for (; k + LANES <= d; k += LANES) {
     __builtin_prefetch(W + ahead + k, 1);
     __builtin_prefetch(v + ahead + k, 1);
-    vec moment = load(v + k);
-    vec weight = load(W + k) - adam(&moment, load(gradient + k), step);
-    store(v + k, moment);
+    vec first = {}, second = load(v + k);
+    if constexpr (FIRST) {
+      __builtin_prefetch(m + ahead + k, 1);
+      first = load(m + k);
+    }
+    vec weight = load(W + k) - adam<FIRST>(&first, &second, load(gradient + k), step);
+    store(v + k, second);
+    if constexpr (FIRST) store(m + k, first);
     store(W + k, weight);
     if (low) store(low + k, weight);
   }
   for (; k < d; ++k) {
-    W[k] -= adam(v + k, gradient[k], step);
+    W[k] -= adam<FIRST>(FIRST ? m + k : nullptr, v + k, gradient[k], step);
     if (low) store_one(low + k, W[k]);
   }
 }
 
 // Row of W_dec: its gradient loses the component along it, and it returns to unit norm.
+template <bool FIRST>
 static void update_decoder(
-    float* W, float* v, const float* gradient, float along, int64_t d, const AdamStep& step, bf16* low,
+    float* W, float* m, float* v, const float* gradient, float along, int64_t d, const AdamStep& step, bf16* low,
     int64_t ahead) {
   vec squares = {};
   float rest = 0.0f;
@@ -101,14 +114,19 @@ static void update_decoder(
   for (; k + LANES <= d; k += LANES) {
     __builtin_prefetch(W + ahead + k, 1);
     __builtin_prefetch(v + ahead + k, 1);
-    vec moment = load(v + k), weight = load(W + k);
-    weight -= adam(&moment, load(gradient + k) - splat(along) * weight, step);
-    store(v + k, moment);
+    vec first = {}, second = load(v + k), weight = load(W + k);
+    if constexpr (FIRST) {
+      __builtin_prefetch(m + ahead + k, 1);
+      first = load(m + k);
+    }
+    weight -= adam<FIRST>(&first, &second, load(gradient + k) - splat(along) * weight, step);
+    store(v + k, second);
+    if constexpr (FIRST) store(m + k, first);
     store(W + k, weight);
     squares += weight * weight;
   }
   for (; k < d; ++k) {
-    W[k] -= adam(v + k, gradient[k] - along * W[k], step);
+    W[k] -= adam<FIRST>(FIRST ? m + k : nullptr, v + k, gradient[k] - along * W[k], step);
     rest += W[k] * W[k];
   }
   float scale = 1.0f / std::sqrt(sum(squares) + rest);
@@ -123,8 +141,8 @@ static void update_decoder(
   }
 }
 
-// gradients: dW_enc[j] [d_in] and dW_dec[j] [d_out]; along = ⟨dW_dec[j], W_dec[j]⟩. next: the latent that follows.
-static void update_latent(
+template <bool FIRST>
+static void update_latent_as(
     const State& state, int64_t j, int64_t next, int64_t d_in, int64_t d_out, const float* dW_enc,
     const float* dW_dec, float along, const Rule& rule, int64_t step) {
   AdamStep adam_step;
@@ -134,22 +152,42 @@ static void update_latent(
   adam_step.fresh = static_cast<float>(1.0 - rule.beta2);
   adam_step.learning_rate = rule.learning_rate;
   adam_step.eps = rule.eps;
+  float *enc_m = nullptr, *dec_m = nullptr, *bias_m = nullptr, *threshold_m = nullptr;
+  if constexpr (FIRST) {
+    adam_step.decay_m = static_cast<float>(std::pow(rule.beta1, now - last));
+    adam_step.fresh_m = static_cast<float>(1.0 - rule.beta1);
+    adam_step.learning_rate = static_cast<float>(rule.learning_rate / (1.0 - std::pow(rule.beta1, now)));
+    enc_m = state.W_enc_m + j * d_in;
+    dec_m = state.W_dec_m + j * d_out;
+    bias_m = state.b_enc_m + j;
+    threshold_m = state.threshold_m + j;
+  }
   bf16* enc_low = static_cast<bf16*>(state.W_enc_low);
   bf16* dec_low = static_cast<bf16*>(state.W_dec_low);
-  update_encoder(
-      state.W_enc + j * d_in, state.W_enc_v + j * d_in, dW_enc, d_in, adam_step,
+  update_encoder<FIRST>(
+      state.W_enc + j * d_in, enc_m, state.W_enc_v + j * d_in, dW_enc, d_in, adam_step,
       enc_low ? enc_low + j * d_in : nullptr, (next - j) * d_in);
-  update_decoder(
-      state.W_dec + j * d_out, state.W_dec_v + j * d_out, dW_dec, along, d_out, adam_step,
+  update_decoder<FIRST>(
+      state.W_dec + j * d_out, dec_m, state.W_dec_v + j * d_out, dW_dec, along, d_out, adam_step,
       dec_low ? dec_low + j * d_out : nullptr, (next - j) * d_out);
-  state.b_enc[j] -= adam(state.b_enc_v + j, state.db_enc[j], adam_step);
+  state.b_enc[j] -= adam<FIRST>(bias_m, state.b_enc_v + j, state.db_enc[j], adam_step);
   float theta = state.threshold[j];
   // dL/dt = θ·dL/dθ for θ = exp(t)
   float gradient = rule.log_threshold ? theta * state.dthreshold[j] : state.dthreshold[j];
-  float change = adam(state.threshold_v + j, gradient, adam_step);
+  float change = adam<FIRST>(threshold_m, state.threshold_v + j, gradient, adam_step);
   theta = rule.log_threshold ? theta * std::exp(-change) : theta - change;
   state.threshold[j] = theta < 0.0f ? 0.0f : theta;
   state.last[j] = step;
+}
+
+// gradients: dW_enc[j] [d_in] and dW_dec[j] [d_out]; along = ⟨dW_dec[j], W_dec[j]⟩. next: the latent that follows.
+static void update_latent(
+    const State& state, int64_t j, int64_t next, int64_t d_in, int64_t d_out, const float* dW_enc,
+    const float* dW_dec, float along, const Rule& rule, int64_t step) {
+  if (rule.beta1 > 0.0)
+    update_latent_as<true>(state, j, next, d_in, d_out, dW_enc, dW_dec, along, rule, step);
+  else
+    update_latent_as<false>(state, j, next, d_in, d_out, dW_enc, dW_dec, along, rule, step);
 }
 
 // Σ over the entries of latent j of coefficients·table[tokens], to out [d].

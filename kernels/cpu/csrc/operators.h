@@ -45,10 +45,10 @@ Tensor weighted_sum(const Tensor& W, const Tensor& weights);
 void update_from_entries(
     at::TensorList state, const Tensor& offsets, const Tensor& dz, const Tensor& dec, const Tensor& tokens,
     const Tensor& along, const Tensor& db_enc, const Tensor& dthreshold, const Tensor& residual, const Tensor& x,
-    double learning_rate, double beta2, double eps, bool log_threshold, int64_t step);
+    double learning_rate, double beta2, double eps, bool log_threshold, double beta1, int64_t step);
 void update_from_dense(
     at::TensorList state, const Tensor& dW_enc, const Tensor& dW_dec, const Tensor& db_enc, const Tensor& dthreshold,
-    const Tensor& touched, double learning_rate, double beta2, double eps, bool log_threshold, int64_t step);
+    const Tensor& touched, double learning_rate, double beta2, double eps, bool log_threshold, double beta1, int64_t step);
 
 // dense.cpp
 std::tuple<Tensor, Tensor, Tensor> jumprelu(const Tensor& pre, const Tensor& b_enc, const Tensor& threshold);

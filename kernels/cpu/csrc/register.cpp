@@ -37,10 +37,10 @@ TORCH_LIBRARY(gemmascope_cpu, m) {
   m.def(
       "update_from_entries(Tensor(a!)[] state, Tensor offsets, Tensor dz, Tensor dec, Tensor tokens, Tensor along, "
       "Tensor db_enc, Tensor dthreshold, Tensor residual, Tensor x, float learning_rate, float beta2, float eps, "
-      "bool log_threshold, int step) -> ()");
+      "bool log_threshold, float beta1, int step) -> ()");
   m.def(
       "update_from_dense(Tensor(a!)[] state, Tensor dW_enc, Tensor dW_dec, Tensor db_enc, Tensor dthreshold, "
-      "Tensor touched, float learning_rate, float beta2, float eps, bool log_threshold, int step) -> ()");
+      "Tensor touched, float learning_rate, float beta2, float eps, bool log_threshold, float beta1, int step) -> ()");
   m.def(
       "dense_gate(Tensor(a!) z, Tensor threshold, float bandwidth, bool low) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

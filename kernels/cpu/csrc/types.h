@@ -43,7 +43,7 @@ struct Objective {
 };
 
 struct Rule {
-  double beta2;
+  double beta1, beta2;
   float learning_rate, eps;
   bool log_threshold;
 };
@@ -54,6 +54,7 @@ struct State {
   float *W_enc_v, *W_dec_v, *b_enc_v, *threshold_v;
   int64_t* last;
   void *W_enc_low, *W_dec_low;  // bf16, or null
+  float *W_enc_m, *W_dec_m, *b_enc_m, *threshold_m;  // first moments; null where β1 is 0
   const float *db_enc, *dthreshold;
 };
 
