@@ -47,8 +47,8 @@ Rule rule_of(double learning_rate, double beta2, double eps, bool log_threshold,
 
 }  // namespace
 
-// state: W_enc, W_dec, b_enc, threshold, their second moments, last, W_enc_low, W_dec_low (empty: none), the first four's
-// first moments (empty: none, where beta1 is 0), all by latent.
+// state: W_enc, W_dec, b_enc, threshold, their second moments, last, W_enc_low, W_dec_low (empty: none), the
+// first four's first moments (empty: none, where beta1 is 0), all by latent.
 // step: updates made, this one included.
 void update_from_entries(
     at::TensorList state, const Tensor& offsets, const Tensor& dz, const Tensor& dec, const Tensor& tokens,
