@@ -48,7 +48,8 @@ void update_from_entries(
     double learning_rate, double beta2, double eps, bool log_threshold, double beta1, int64_t step);
 void update_from_dense(
     at::TensorList state, const Tensor& dW_enc, const Tensor& dW_dec, const Tensor& db_enc, const Tensor& dthreshold,
-    const Tensor& touched, double learning_rate, double beta2, double eps, bool log_threshold, double beta1, int64_t step);
+    const Tensor& touched, double learning_rate, double beta2, double eps, bool log_threshold, double beta1,
+    int64_t step);
 
 // dense.cpp
 std::tuple<Tensor, Tensor, Tensor> jumprelu(const Tensor& pre, const Tensor& b_enc, const Tensor& threshold);

@@ -47,8 +47,8 @@ Rule rule_of(double learning_rate, double beta2, double eps, bool log_threshold,
 
 }  // namespace
 
-// state: W_enc, W_dec, b_enc, threshold, their second moments, last, W_enc_low, W_dec_low (empty: none), the first moments
-// of the same four (empty: none, where beta1 is 0), all by latent.
+// state: W_enc, W_dec, b_enc, threshold, their second moments, last, W_enc_low, W_dec_low (empty: none), the
+// first four's first moments (empty: none, where beta1 is 0), all by latent.
 // step: updates made, this one included.
 void update_from_entries(
     at::TensorList state, const Tensor& offsets, const Tensor& dz, const Tensor& dec, const Tensor& tokens,
@@ -85,7 +85,8 @@ void update_from_entries(
 // The same from gradients [F, d_in] and [F, d_out] in memory, of the latents with touched [F] > 0.
 void update_from_dense(
     at::TensorList state, const Tensor& dW_enc, const Tensor& dW_dec, const Tensor& db_enc, const Tensor& dthreshold,
-    const Tensor& touched, double learning_rate, double beta2, double eps, bool log_threshold, double beta1, int64_t step) {
+    const Tensor& touched, double learning_rate, double beta2, double eps, bool log_threshold, double beta1,
+    int64_t step) {
   Rule rule = rule_of(learning_rate, beta2, eps, log_threshold, beta1, step);
   State to = check_state(state, db_enc, dthreshold, beta1);
   int64_t F = state[0].size(0), d_in = state[0].size(1), d_out = state[1].size(1);
