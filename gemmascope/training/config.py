@@ -429,7 +429,7 @@ class TrainConfig:
         the first third: latents learn what they are only while few of them fire. That pushes some out of reach of any
         gradient, while L0 is far above the target; ``revival_rate`` brings them back. Many fire at first, and the
         window is wide, for the same reason; in wide dictionaries fewer, so that the first reconstruction is at most
-        three times its input (``overshoot``). Schedules take a share of the ``steps``. With another ``sparsity``, `l0`
+        three times its input (``overshoot``). A first moment averages the gradients of some batches. Schedules take a share of the ``steps``. With another ``sparsity``, `l0`
         for one, no target is set.
         """
         steps, sparsity = changes.get("steps", 500), changes.get("sparsity", _sparsity_of(changes, "target_l0"))
@@ -440,6 +440,7 @@ class TrainConfig:
             steps=steps,
             loss=Loss(sparsity="target_l0", target_l0=40, l0_of="batch", bandwidth=5e-2),
             learning_rate=4e-3,
+            adam_beta1=0.7,
             l0_warmup_steps=steps // 3,
             revival_rate=1.0,
             threshold_init=0.01,
