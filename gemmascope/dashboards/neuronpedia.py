@@ -30,9 +30,10 @@ def write(
     """Write all SAEs of ``overview`` into ``folder``; the files.
 
     Of a latent come the largest examples, whose ``binMin`` and ``binContains`` are −1, then those of each stratum, with
-    its bounds and the share of all tokens on which the latent fires in it. A histogram's values are the middles of its bins, up to the largest
-    activation. Correlations, neuron alignment, the histogram of logits and vectors are left empty: they are not in the
-    table. created: what is written as the time of it all. check: called with the number of latents done.
+    its bounds and the share of all tokens on which the latent fires in it. A histogram's values are the middles of its
+    bins, up to the largest activation. Correlations, neuron alignment, the histogram of logits and vectors are left
+    empty: they are not in the table. created: what is written as the time of it all. check: called with the number of
+    latents done.
     """
     model = overview.model.rstrip("/").rpartition("/")[2]
     written: list[Path] = []

@@ -186,8 +186,8 @@ class LatentTable:
         return counts[:used].tolist(), [(number + 0.5) * width for number in range(used)]
 
     def percentiles(self, latent: int) -> list[float]:
-        """The 100 percentiles of a latent's activations where it fires, the last the largest, from its histogram: inside
-        a bin they count as evenly spread. Empty of a latent that never fired."""
+        """The 100 percentiles of a latent's activations where it fires, the last of them the largest. They are those of
+        its histogram, whose bins count as evenly filled. Empty of a latent that never fired."""
         counts, fired = self.histogram[latent].double(), int(self.fired[latent])
         if not fired:
             return []

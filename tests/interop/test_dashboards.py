@@ -243,9 +243,11 @@ LIBRARIES = {
     "d3.js": ["d3-collection-1.0.7/dist/d3-collection.js", "d3-7.9.0/dist/d3.js"],
     "jetpack_2024-07-20.js": ["d3-jetpack-2.3.0/build/d3-jetpack.cjs"],
     "dagre.min.js": ["dagre-0.8.5/dist/dagre.min.js"],
-    **dict.fromkeys(["hotserver-client-ws.js", "npy_v0.js", "pako.min.js"], []),
+    "hotserver-client-ws.js": [],
+    "npy_v0.js": [],
+    "pako.min.js": [],
 }
-# d3-jetpack adds its methods to the d3 that it is given by AMD's `define`. The version that the page asks for is nowhere
+# d3-jetpack adds its methods to the d3 that it is given by AMD's `define`. The version that the page asks for is not
 # published: what its `conventions` has beyond the published one is added, the drawing of axes, which no test looks at.
 BEFORE = """window.define = (names, made) => {
     const own = {};
@@ -341,7 +343,9 @@ def test_circuit_tracer_shows_these_files(features, tmp_path):
         page = browser.page(f"{address}/index.html?slug=made&clickedId={node}")
         page.wait("document.querySelectorAll('.example-quantile').length && /pct/.test(document.body.textContent)")
         shown = page.run(SHOWN)
-        title = page.run("document.querySelector('.feature-title').textContent")
+        label, said = (
+            page.run(f"document.querySelector('.feature-title > {tag}').textContent") for tag in ("a", "span")
+        )
         rows = "[...document.querySelectorAll('.feature-example-logits .ctx-container')]"
         logits = page.run(f"{rows}.map(row => [...row.querySelectorAll('span.token')].map(span => span.textContent))")
         bars = page.run("document.querySelectorAll('.histogram-placeholder rect.bar').length")
@@ -351,7 +355,8 @@ def test_circuit_tracer_shows_these_files(features, tmp_path):
     assert [each["title"] for each in shown] == [each["quantile_name"] for each in found["examples_quantiles"]]
     for theirs, ours in zip(shown, found["examples_quantiles"], strict=True):
         assert theirs["examples"] == [merged(each) for each in ours["examples"]]
-    percentile, share = re.fullmatch(rf".*/{latent} Act: {activation:.2f} (\d+)pct, Freq: ([\d.]+)%", title).groups()
+    assert label.endswith(f"{LAYER}/{latent}")
+    percentile, share = re.fullmatch(r"Act: [\d.]+ (\d+)pct, Freq: ([\d.]+)%", said).groups()
     at_most = (f[f > 0] <= activation).float().mean().item() * 100
     width = 64 / SIZES.bins  # in which a bin's activations are taken for evenly spread
     in_bin = ((f > 0) & ((f - activation).abs() < width)).sum().item() / (f > 0).sum().item() * 100
