@@ -70,8 +70,8 @@ def test_neuronpedia_in_batches_of_the_same_bytes(overview, tmp_path, monkeypatc
     assert written == {"batch-0.jsonl.gz"}  # the other's latent never fired, and the import fails at an empty file
 
 
-# The columns of Neuronpedia's database that are neither optional nor filled in by itself; where one is missing its import
-# ends. By schema.prisma and app/api/admin/import/route.ts in apps/webapp of hijohnnylin/neuronpedia, ebb8426.
+# The columns of Neuronpedia's database that are neither optional nor filled in by itself, which an import needs:
+# schema.prisma and app/api/admin/import/route.ts in apps/webapp of hijohnnylin/neuronpedia, ebb8426.
 NEEDED = {
     "release.jsonl": "name description creatorName creatorId",
     "model.jsonl": "id creatorId layers neuronsPerLayer owner",
