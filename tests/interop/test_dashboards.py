@@ -30,6 +30,7 @@ from gemmascope.dashboards.table import LatentTable, Sizes
 from gemmascope.kernels import SparseCode
 from gemmascope.sites import Site
 from tests import chromium
+from tests.dashboards import plain
 
 ROWS, CONTEXT, LATENTS, WORDS, BOS = 24, 128, 7, 50, 0
 SILENT, ALWAYS = 5, 6
@@ -236,6 +237,13 @@ def test_circuit_tracer_has_a_class_of_these_files(features):
         shown = [each for quantile in found.examples_quantiles for each in quantile.examples]
         assert bool(shown) == (latent != SILENT)
         assert all(len(each.tokens) == len(each.tokens_acts_list) == WINDOW for each in shown)
+        expected = plain.of_latent(MADE.f[..., latent], MADE.counted, SIZES).top
+        for each, (row, position, value, acts) in zip(shown, expected, strict=False):  # the first quantile
+            at = each.train_token_ind
+            assert each.tokens_acts_list == acts
+            assert acts[at] == value
+            tokens = MADE.tokens[row, position - at : position - at + WINDOW].tolist()
+            assert each.tokens == [STRINGS[token] for token in tokens]
 
 
 # The scripts that its page takes from other hosts, and what stands for each here.
