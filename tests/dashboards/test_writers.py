@@ -66,7 +66,33 @@ def test_neuronpedia_in_batches_of_the_same_bytes(overview, tmp_path, monkeypatc
     neuronpedia.write(overview, tmp_path / "c", created=CREATED)
     parts = [[line["index"] for line in lines(place / "features" / f"batch-{n}.jsonl.gz")] for n in (0, 1)]
     assert parts == [["0", "1"], ["2"]]
-    assert lines(place / "activations" / "batch-1.jsonl.gz") == []  # of a latent that never fired
+    written = {path.name for path in (place / "activations").iterdir()}
+    assert written == {"batch-0.jsonl.gz"}  # the other's latent never fired, and the import fails at an empty file
+
+
+# The columns of Neuronpedia's database that are neither optional nor filled in by itself, which an import needs:
+# schema.prisma and app/api/admin/import/route.ts in apps/webapp of hijohnnylin/neuronpedia, ebb8426.
+NEEDED = {
+    "release.jsonl": "name description creatorName creatorId",
+    "model.jsonl": "id creatorId layers neuronsPerLayer owner",
+    "sourceset.jsonl": "modelId name description creatorName creatorId",
+    "source.jsonl": "id modelId setName creatorId",
+    "features": "modelId layer index",
+    "activations": "id tokens index layer modelId maxValue maxValueTokenIndex minValue values creatorId",
+}
+
+
+def test_neuronpedia_has_what_its_database_needs(overview, tmp_path):
+    written = neuronpedia.write(overview, tmp_path, created=CREATED)
+    for path in written:
+        name = path.name if path.name in NEEDED else path.parent.name
+        found = lines(path)
+        assert found
+        assert all(line.keys() == found[0].keys() for line in found)  # it takes the columns of the first
+        for column in NEEDED[name].split():
+            assert all(line[column] is not None for line in found)
+        if path.suffix == ".jsonl":
+            assert found[0].get("visibility", "PRIVATE") == "PUBLIC"
 
 
 def test_neuronpedia_identifies_every_activation(overview, tmp_path):
@@ -85,6 +111,34 @@ def test_circuit_tracer(overview, tmp_path):
     found = {path.relative_to(tmp_path).as_posix(): json.loads(path.read_text("utf-8")) for path in written}
     assert_golden("circuit_tracer.json", found)
     assert steps == [3, 6]
+
+
+def test_percentiles_are_of_where_it_fires():
+    """Within a bin of the exact ones, the last exact."""
+    f = torch.zeros(2, 6, 3)
+    f[small.COUNTED] = torch.rand(int(small.COUNTED.sum()), 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    f[..., 1] *= small.COUNTED & (torch.arange(12).view(2, 6) > 5)
+    f[..., 2] = 0
+    table = small.table(f)
+    assert table.percentiles(2) == []
+    for latent in (0, 1):
+        fires = f[..., latent][f[..., latent] > 0]
+        found = table.percentiles(latent)
+        assert found == sorted(found)
+        assert found[-1] == fires.max().item()
+        width = table.histogram_end[latent].item() / small.SIZES.bins
+        for number, value in enumerate(found, start=1):
+            exact = fires.sort().values[-(-number * len(fires) // 100) - 1].item()
+            assert exact // width * width <= value <= (exact // width + 1) * width
+
+
+def test_percentiles_of_evenly_filled_bins():
+    """Two activations in (0, 1], one in each of (1, 2] and (2, 3], of bins of width 1."""
+    f = torch.zeros(2, 6, 3)
+    f[0, 1:5, 0] = torch.tensor([0.25, 0.5, 1.5, 2.75])
+    found = small.table(f).percentiles(0)
+    assert [found[number - 1] for number in (25, 50, 75, 100)] == [0.5, 1.0, 2.0, 2.75]
+    assert found[61] == pytest.approx(1.48)
 
 
 def test_every_layer_and_latent_has_a_number_of_its_own():
