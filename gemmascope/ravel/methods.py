@@ -52,15 +52,18 @@ def train_sae(sae: Any, on: Interchange, pairs: PairSet, protocol: Protocol, see
 
 @torch.no_grad()
 @without_autocast
-def entity_fvu(sae: Any, on: Interchange) -> float:
+def entity_fvu(sae: Any, on: Interchange) -> float | None:
     """Of the variance of the activations at the entities' last tokens, over the prompts and about their mean, the share
-    that the SAE does not reconstruct: no exchange of its latents can move it. 1 is what the mean alone would leave."""
+    that the SAE does not reconstruct: no exchange of its latents can move it. 1 is what the mean alone would leave.
+    None where all of them are the same activation."""
     x = _given(on)[on.activations.prompts]
     dtype = getattr(sae, "W_dec", x).dtype
     left = torch.cat(
         [sae.decode(sae.encode(part.to(dtype))).to(x) - part for part in x.split(features.ENCODED_AT_ONCE)]
     )
-    return (left.double().square().sum() / (x - x.mean(0)).double().square().sum()).item()
+    wide = x.double()
+    variance = (wide - wide.mean(0)).square().sum().item()
+    return left.double().square().sum().item() / variance if variance else None
 
 
 def steps_of_method(name: str, pairs: PairSet, protocol: Protocol) -> int:

@@ -175,6 +175,8 @@ def test_what_an_sae_leaves_of_the_variance_among_the_entities():
             sae.threshold.fill_(1e9)
             sae.b_dec.copy_(rows.mean(0))
         assert entity_fvu(sae, on) == pytest.approx(1, abs=1e-4), "the mean alone"
+        on.activations.vectors = x[:1].expand_as(x)
+        assert entity_fvu(sae, on) is None, "nothing varies"
     finally:
         on.activations.vectors = x
 
