@@ -429,8 +429,8 @@ class TrainConfig:
         the first third: latents learn what they are only while few of them fire. That pushes some out of reach of any
         gradient, while L0 is far above the target; ``revival_rate`` brings them back. Many fire at first, and the
         window is wide, for the same reason; in wide dictionaries fewer, so that the first reconstruction is at most
-        three times its input (``overshoot``). A first moment averages the gradients of some batches. Schedules take a share of the ``steps``. With another ``sparsity``, `l0`
-        for one, no target is set.
+        three times its input (``overshoot``). A first moment averages the gradients of some batches. Schedules take a
+        share of the ``steps``. With another ``sparsity``, `l0` for one, no target is set.
         """
         steps, sparsity = changes.get("steps", 500), changes.get("sparsity", _sparsity_of(changes, "target_l0"))
         check_int("steps", steps, 0)
