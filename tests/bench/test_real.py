@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.real import __main__ as real
-from bench.real import bars, model, text
+from bench.real import bars, judging, model, text
 from bench.reporting import records
 from gemmascope.errors import BadFileError, EnvironmentProblemError
 from gemmascope.studies import STUDIES
@@ -139,9 +139,26 @@ def test_judging_makes_studies_and_dashboards_of_the_run(ready, tmp_path):
     assert ready.run("--judge") == 0
     run = str(tmp_path / "run")
     asked = [arguments[3:] for arguments in ready.commands[1:]]
-    assert [arguments[:3] for arguments in asked[:-1]] == [["study", name, run] for name in real.STUDIES]
+    assert [arguments[:3] for arguments in asked[:-1]] == [["study", name, run] for name in judging.STUDIES]
     assert asked[-1] == ["dashboards", run]
-    assert set(real.STUDIES) <= set(STUDIES)
+    assert set(judging.STUDIES) <= set(STUDIES)
+
+
+def test_studies_that_are_saved_leave_a_row_a_table_and_a_figure(ready, tmp_path):
+    studies, results = tmp_path / "run" / "studies", tmp_path / "results"
+    studies.mkdir(parents=True)
+    study = dict.fromkeys(judging.KEPT, 0) | {"study": "position", "conclusion": "early", "plot": {}, "rows": [1]}
+    for name in ("position", "subsets"):  # which is none of ours
+        (studies / f"{name}.json").write_text(json.dumps(study | {"study": name}))
+        (studies / f"{name}.csv").write_text(f"{name}, 1\n")
+        (studies / f"{name}.png").write_bytes(name.encode())
+    assert ready.run("--judge", "--save", "--results", str(results)) == 0
+    (row,) = records.read(results / "studies.jsonl")
+    assert (row["kind"], row["study"], row["conclusion"]) == ("study", "position", "early")
+    assert "rows" not in row
+    assert (results / "position.csv").read_text() == "position, 1\n"
+    assert (results / "position.png").read_bytes() == b"position"
+    assert not (results / "subsets.csv").exists()
 
 
 def test_what_is_typed_names_model_text_and_changes(ready, tmp_path):
