@@ -67,9 +67,9 @@ class JumpReLUSAE(WideThreshold, BaseSAE):
             device=device,
             dtype=dtype,
         )
-        check_number("threshold_init", threshold_init, 0)
-        options = {"device": self.W_dec.device, "dtype": torch.promote_types(dtype, torch.float32)}
-        self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init, **options))
+        wide = torch.promote_types(dtype, torch.float32)
+        check_number("threshold_init", threshold_init, 0, torch.finfo(wide).max)
+        self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init, device=self.W_dec.device, dtype=wide))
 
     @torch.no_grad()
     def project_(self) -> "JumpReLUSAE":

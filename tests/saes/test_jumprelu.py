@@ -503,8 +503,16 @@ def test_gradient_reaches_x_through_scale_and_bias():
         ({"input_scale": 0.0}, ValueError, "input_scale: expected a finite number > 0, got 0.0"),
         ({"input_scale": float("nan")}, ValueError, "input_scale: expected a finite number > 0, got nan"),
         ({"threshold_init": None}, TypeError, "threshold_init: expected a number, got NoneType"),
-        ({"threshold_init": -1e-3}, ValueError, "threshold_init: expected a finite number ≥ 0, got -0.001"),
-        ({"threshold_init": float("inf")}, ValueError, "threshold_init: expected a finite number ≥ 0, got inf"),
+        (
+            {"threshold_init": -1e-3},
+            ValueError,
+            "threshold_init: expected a finite number ≥ 0 and ≤ 3.40282e+38, got -0.001",
+        ),
+        (
+            {"threshold_init": 1e39},
+            ValueError,
+            "threshold_init: expected a finite number ≥ 0 and ≤ 3.40282e+38, got 1e+39",
+        ),
         (
             {"dtype": torch.int32},
             TypeError,
