@@ -3,11 +3,13 @@
 import ast
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from bench.quality import recorded
+from bench.real.judging import STUDIES
 from tests.interop.table import formats_block
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +117,12 @@ RAVEL = {
     "pca": "PCA",
     "random": "random directions",
 }
+
+
+def test_what_the_studies_say_is_that_of_the_rows():
+    newest = {row["study"]: row for row in rows_of("studies.jsonl")}
+    lines = [line for name in STUDIES for line in textwrap.wrap(f"{name}: {newest[name]['conclusion']}", 120)]
+    assert_block(README, "studies", "\n".join(["```", *lines, "```"]))
 
 
 def ravel_block() -> str:

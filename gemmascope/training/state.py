@@ -274,7 +274,7 @@ class TrainState:
             )
         if p.device != device:
             raise ValueError(
-                f"sae: {name} is on {p.device}; training began on {device}, where Adam's moments are: "
+                f"sae: {name} is on {p.device}; training began on {device}, where the second moments are: "
                 f"move the SAE back with sae.to({str(device)!r}), and move a copy.deepcopy of it instead"
             )
         if p.dtype != dtype:
