@@ -101,6 +101,7 @@ def rows_of(name: str) -> list[dict]:
         "layer_9/resid shared 2048",
         "layer_9/resid published 2048",
         "layer_9/mlp shared 2048",
+        "layer_9/att shared 2048",
         "layer_9/resid shared 16384",
     ],
 )
