@@ -106,7 +106,7 @@ class TrainingMemory:
             batches = self.pending // (4 * self.batch_size * (self.d_model + (self.d_out or 0)))
             options = {"pending": batches, "kind": self.kind, "d_out": self.d_out, "skip": self.skip}
             options |= {"compute_dtype": dtype, "l0": l0, "blocks": self.blocks, "of_power": self.of_power}
-            options |= {"resampled": self.kept_tokens > 0, "momentum": self.first_moments > 0}
+            options |= {"resampled": self.kept_tokens > 0, "first_moments": self.first_moments > 0}
             yield sizes[name], training_memory(**sizes, **options).total
             sizes[name] //= 2
 
@@ -176,13 +176,13 @@ def training_memory(
     blocks: int = 0,
     of_power: bool = False,
     resampled: bool = False,
-    momentum: bool = False,
+    first_moments: bool = False,
 ) -> TrainingMemory:
     """What one SAE in training holds on its device, with room for ``l0`` entries a token. pending: batches of earlier
     steps that are kept until their figures were read. kind: that of `TrainConfig`. d_out: width of a transcoder's
     target, with ``skip`` of its map from the input too. blocks: of an SAE of which k latents fire, the residuals that a
     token has, one for each prefix and for AuxK; 0 for others. of_power: whether its penalty is of a power p < 1.
-    resampled: whether dead latents begin anew. momentum: whether Adam has first moments."""
+    resampled: whether dead latents begin anew. first_moments: whether Adam has them."""
     gated, out, target = kind == "gated", d_model if d_out is None else d_out, d_out or 0
     weights = 4 * ((d_model + out) * d_sae + (3 if gated else 2) * d_sae + out + skip * d_model * out)
     operand = 2 if compute_dtype == "bf16" else 4
@@ -205,7 +205,7 @@ def training_memory(
         batch_size=batch_size,
         n_entries=n_entries,
         weights=weights,
-        first_moments=moments * momentum,
+        first_moments=moments * first_moments,
         second_moments=moments,
         copies=2 * (d_model + out) * d_sae if compute_dtype == "bf16" else 0,
         activations=activations,

@@ -285,7 +285,7 @@ class SAETrainer:
             check_int("d_out", d_out, 1)
         sizes = (d_model, config.d_sae, config.batch_size, config.compute_dtype)
         options: dict[str, Any] = {"pending": steps_ahead(torch.device(device)), "kind": config.kind}
-        options |= {"resampled": bool(config.resample_steps), "momentum": config.adam_beta1 > 0}
+        options |= {"resampled": bool(config.resample_steps), "first_moments": config.adam_beta1 > 0}
         options["of_power"] = config.loss.p < 1 or config.p_end is not None
         if config.kind in TOP_K:
             options["l0"], options["blocks"] = sizes_of_step(config, d_model if d_out is None else d_out)

@@ -233,3 +233,21 @@ def test_one_step_by_the_public_operators_is_the_trainers():
     torch.testing.assert_close(mine.W_dec, sae.W_dec.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine.W_enc, sae.W_enc.detach().T, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine.threshold, sae.threshold.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_first_moments_are_there_where_beta1_is_above_0_and_all_of_them():
+    latents, ok, step = state(), torch.tensor(1, dtype=torch.int32), torch.tensor(0)
+    gradients = (latents.W_enc, latents.W_dec, latents.b_enc, latents.threshold, torch.ones(len(latents.last)).int())
+    first = {f"{name}_m": getattr(latents, name).clone() for name in ("W_enc", "W_dec", "b_enc", "threshold")}
+    for given, beta1, message in (
+        (latents, 0.5, "expected first moments where rule.beta1 is above 0 alone, got none with 0.5"),
+        (latents._replace(**first), 0.0, "expected first moments where rule.beta1 is above 0 alone, got some with 0.0"),
+        (latents._replace(W_enc_m=first["W_enc_m"]), 0.5, "got None for W_dec_m, b_enc_m, threshold_m"),
+        (latents._replace(**first | {"b_enc_m": first["W_enc_m"]}), 0.5, "state.b_enc_m"),
+        (latents._replace(**first), 1.0, "rule.beta1: expected a number below 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.update_from_dense(given, *gradients, RULE._replace(beta1=beta1), ok, step, impl="reference")
+    with pytest.raises(ValueError, match="beta1 is above 0 alone, got some"):
+        kernels.settle(latents._replace(**first), step, 0.9, impl="reference")
+    kernels.settle(latents._replace(**first), step, 0.9, 0.5, impl="reference")
