@@ -20,7 +20,7 @@ from ..saes.base import BaseSAE
 from ..sites import Capture, Site, attach, evaluating
 from ..sites.beginning import beginning_at
 from ..sites.decoder import eagerly, input_device
-from .language_model import divergence, logits_of, next_token_losses, rows_of_a_forward
+from .language_model import log_probabilities, logits_of, losses_and_divergences, rows_of_a_forward
 from .site_moments import SiteMoments
 from .token_sets import SETS, MarkedText
 from .variance import by_token
@@ -145,23 +145,23 @@ class _Batch:
         self.owners = text.documents[:, 1:][self.scored]
         self.targets = text.tokens[:, 1:][self.scored]
         with Capture(model, sites) as capture:
-            self.logits = self._scored_logits()
+            logits = self._logits()
         self.activations = {site: capture[site] for site in capture.sites}
-        loss = next_token_losses(self.logits, self.targets.to(self.logits.device)).double().cpu()
+        self.log_p = log_probabilities(logits, self.scored)
+        targets = self.targets.long().to(self.log_p.device)
+        loss = -self.log_p.gather(1, targets[:, None])[:, 0].double().cpu()
         sums.add("clean", self.owners, torch.stack([torch.ones_like(loss), loss], 1))
 
-    def _scored_logits(self) -> Tensor:
-        logits = logits_of(self.model, self.text.tokens, None, self.device)
-        return logits[:, :-1][self.scored.to(logits.device)]
+    def _logits(self) -> Tensor:
+        return logits_of(self.model, self.text.tokens, None, self.device)
 
     def losses_with(self, site: Site, value: Tensor, mask: Tensor) -> Tensor:
         """`LOSSES` of each prediction [n, 2], fp64, with ``value`` in the place of the activations in ``mask``."""
         before = _before(site)
         shared = nullcontext() if before is None else beginning_at(self.model, site.layer, self.activations[before])
         with shared, attach(self.model, {site: _Fixed(value)}, (), positions=mask):
-            logits = self._scored_logits()
-        loss = next_token_losses(logits, self.targets.to(logits.device)).double()
-        return torch.stack([loss, divergence(self.logits.to(logits.device), logits)], 1).cpu()
+            logits = self._logits()
+        return losses_and_divergences(self.log_p, logits, self.scored, self.targets).cpu()
 
 
 class _Replacing:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from gemmascope import JumpReLUSAE, TopKSAE, Transcoder
-from gemmascope.evaluation import SparingOutliers, delta_loss, judge_suite, language_model_loss, mean_ablation_loss
+from gemmascope.evaluation import (
+    SparingOutliers,
+    delta_loss,
+    judge_suite,
+    language_model,
+    language_model_loss,
+    mean_ablation_loss,
+)
 from gemmascope.evaluation.bootstrap import Bootstrap
 from gemmascope.evaluation.figures import Figures, added, plain
 from gemmascope.evaluation.protocol import LOSSES, TERMS, Subject, measure
@@ -163,6 +170,17 @@ def test_sums_are_those_of_plain_hooks(model, moments, site):
                 assert found["loss"] == pytest.approx(loss, rel=1e-11)
                 assert found["divergence"] == pytest.approx(divergence, rel=1e-9, abs=1e-13)
     assert len({sums["a/losses"][:, index].sum().item() for index in range(3)}) == 3, "each set is spliced as it says"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_how_many_logits_are_worked_on_at_a_time_changes_nothing(model, moments, rows, monkeypatch):
+    text, _ = text_of(model)
+    given = (model, text, [Subject("a", RESID, RESID, random_sae(RESID))], moments)
+    whole = measure(*given)
+    monkeypatch.setattr(language_model, "_CACHED_ELEMENTS", rows * tiny.VOCAB)
+    pieces = measure(*given)
+    assert pieces.keys() == whole.keys()
+    assert all(torch.equal(pieces[name], whole[name]) for name in whole)
 
 
 def test_figures_of_the_sums(model, moments):
