@@ -362,7 +362,8 @@ def update_specs(target: str, d: int = 2304, beta1: float = 0.0) -> Iterator[Spe
             if beta1:
                 arguments |= dict.fromkeys(first[:2], "*fp32")
             constants = {
-                "D": d,
+                "D_IN": d,
+                "D_OUT": d,
                 "BETA1": beta1,
                 "LOG2_BETA1": math.log2(beta1) if beta1 else None,
                 "BETA2": 0.999,

@@ -41,9 +41,8 @@ class CLTTrainer:
     skip connection, a pre-activation loss, annealing, latents that begin anew. metadata: JSON-able facts; ``model``,
     ``sites`` and ``sites_out`` go into files.
 
-    dtype: fp64 is for comparisons, on a CPU. Raises ValueError or TypeError on bad arguments, samples that set no scale
-    and where the Triton kernels would run, whose weights have one width (impl="pytorch" takes them); and
-    EnvironmentProblemError when there is no such device or too little memory.
+    dtype: fp64 is for comparisons, on a CPU. Raises ValueError or TypeError on bad arguments and samples that set no
+    scale, and EnvironmentProblemError when there is no such device or too little memory.
 
     A step whose loss is not finite, or whose gradients are so large that second moments or weights might not be after
     it, changes nothing in any layer but the count of skipped steps.
@@ -97,11 +96,6 @@ class CLTTrainer:
                     source.b_enc.copy_(-((mean / source.input_scale).to(source.W_enc) @ source.W_enc))
         first, compute_dtype = config.adam_beta1 > 0, config.compute_dtype
         self.states = [TrainState.start(source, compute_dtype, first_moments=first) for source in self.clt.sources]
-        if self.states[0].impl == "triton":
-            raise ValueError(
-                "impl: expected another than the Triton kernels, whose weights have one width, for a CLT, got them;"
-                " impl='pytorch' runs it"
-            )
         self.step = 0
         self.route = "dense" if config.route == "auto" else config.route
         self.figures: CLTFigures | None = None

@@ -175,8 +175,7 @@ class SAETrainer:
     which makes those of what ``sample`` is of, and every `update` takes both. They have an input scale and an output
     scale of their own, W_enc does not begin as W_decᵀ, and there is no pre-encoder bias (arXiv 2408.05147, appendix B);
     with ``config.skip`` a linear map of the input is learned beside the latents, from 0. Raises ValueError for a
-    ``skip`` without target, for ``init_from`` with one, and for two widths where the Triton kernels run, which have
-    one.
+    ``skip`` without target and for ``init_from`` with one.
 
     dtype: fp64 is for comparisons, on a CPU.
 
@@ -245,11 +244,6 @@ class SAETrainer:
             resampled=bool(config.resample_steps),
             first_moments=config.adam_beta1 > 0,
         )
-        if self.state.impl == "triton" and d_model != len(sae.b_dec):
-            raise ValueError(
-                f"target: expected activations {d_model} wide as the sample is, for the Triton kernels, got "
-                f"{len(sae.b_dec)}; impl='pytorch' takes both"
-            )
         self.step = 0
         self.route = _first_route(config)
         self.capacity: int | None = None

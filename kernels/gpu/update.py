@@ -14,6 +14,8 @@ gradients are summed from the entries in registers, dW_enc = Σ dz·(x − b_dec
 The state and all arithmetic are fp32, the powers of β1 and β2 fp64. The host reads neither `ok` nor `step` nor the
 length of a list.
 
+The rows of W_enc and W_dec may differ in width; columns that one of them lacks are masked.
+
 One warp does a latent, column block by column block, entry after entry, then goes over its decoder row again to divide
 by the norm. A list of `long` entries or more would keep it busy long after all others: such lists are done first, by a
 program for each column block, in which entry i is added to partial sum i mod `lanes`. It leaves the row's squares in
@@ -110,73 +112,78 @@ def _over(numerator, root):
 
 
 @triton.jit
-def _in_row(columns, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which of the columns there are: all of them, and the compiler knows it, where the blocks fill the row."""
-    if D % BLOCK_D == 0:
+def _in_row(columns, D: tl.constexpr, LONGEST: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which of the columns, up to LONGEST and the end of its block, a row of D has: all of them, and the compiler knows
+    it, where the blocks fill the row."""
+    if D % BLOCK_D == 0 and D == LONGEST:
         return tl.full((BLOCK_D,), True, tl.int1)
     else:
         return columns < D
 
 
 @triton.jit
-def _columns_from(column, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    columns = tl.max_contiguous(column + tl.arange(0, BLOCK_D), _COLUMNS)
-    return columns, _in_row(columns, D, BLOCK_D)
+def _columns_from(column, BLOCK_D: tl.constexpr):
+    return tl.max_contiguous(column + tl.arange(0, BLOCK_D), _COLUMNS)
 
 
 @triton.jit
-def _entry(dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, entry, in_row, D: tl.constexpr):
+def _entry(
+    dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, entry, in_enc, in_dec, D_IN: tl.constexpr, D_OUT: tl.constexpr
+):  # fmt: skip
     """The two coefficients of an entry, each with its row's columns of a table."""
-    row = tl.load(tokens_ptr + entry).to(tl.int64) * D
-    x = tl.load(enc_table + row, mask=in_row, other=0.0).to(tl.float32)
-    r = tl.load(dec_table + row, mask=in_row, other=0.0).to(tl.float32)
+    token = tl.load(tokens_ptr + entry).to(tl.int64)
+    x = tl.load(enc_table + token * D_IN, mask=in_enc, other=0.0).to(tl.float32)
+    r = tl.load(dec_table + token * D_OUT, mask=in_dec, other=0.0).to(tl.float32)
     return tl.load(dz_ptr + entry), x, tl.load(dec_ptr + entry), r
 
 
 @triton.jit
 def _update_columns(
-    W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row,
-    dW_enc, dW_dec, along, decay_m, decay, unbias, learning_rate, eps, BETA1: tl.constexpr, BETA2: tl.constexpr,
+    W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at_enc, at_dec, in_enc,
+    in_dec, dW_enc, dW_dec, along, decay_m, decay, unbias, learning_rate, eps, BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
 ):  # fmt: skip
-    """Projection and Adam of the columns ``at``; returns the decoder row's, whose norm is still to be divided by.
+    """Projection and Adam of the columns ``at_enc`` and ``at_dec``; returns the decoder row's, its norm still to be
+    divided by.
 
     What passes by once is the first that the caches may give up, before the rows that the entries gather.
     """
-    W_enc = tl.load(W_enc_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
-    W_dec = tl.load(W_dec_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
-    enc_v = tl.load(W_enc_v_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
-    dec_v = tl.load(W_dec_v_ptr + at, mask=in_row, other=0.0, eviction_policy="evict_first")
+    W_enc = tl.load(W_enc_ptr + at_enc, mask=in_enc, other=0.0, eviction_policy="evict_first")
+    W_dec = tl.load(W_dec_ptr + at_dec, mask=in_dec, other=0.0, eviction_policy="evict_first")
+    enc_v = tl.load(W_enc_v_ptr + at_enc, mask=in_enc, other=0.0, eviction_policy="evict_first")
+    dec_v = tl.load(W_dec_v_ptr + at_dec, mask=in_dec, other=0.0, eviction_policy="evict_first")
 
     enc_v = _second_moment(enc_v, dW_enc, decay, BETA2)
-    enc_m = _first_moment(W_enc_m_ptr, at, in_row, dW_enc, decay_m, BETA1)
+    enc_m = _first_moment(W_enc_m_ptr, at_enc, in_enc, dW_enc, decay_m, BETA1)
     W_enc -= _over(learning_rate * enc_m, _root(enc_v, unbias, eps))
-    tl.store(W_enc_v_ptr + at, enc_v, mask=in_row, eviction_policy="evict_first")
-    tl.store(W_enc_ptr + at, W_enc, mask=in_row, eviction_policy="evict_first")
+    tl.store(W_enc_v_ptr + at_enc, enc_v, mask=in_enc, eviction_policy="evict_first")
+    tl.store(W_enc_ptr + at_enc, W_enc, mask=in_enc, eviction_policy="evict_first")
     if W_enc_low_ptr is not None:
         low = W_enc.to(W_enc_low_ptr.dtype.element_ty)
-        tl.store(W_enc_low_ptr + at, low, mask=in_row, eviction_policy="evict_first")
+        tl.store(W_enc_low_ptr + at_enc, low, mask=in_enc, eviction_policy="evict_first")
 
     dW_dec -= along * W_dec
     dec_v = _second_moment(dec_v, dW_dec, decay, BETA2)
-    dec_m = _first_moment(W_dec_m_ptr, at, in_row, dW_dec, decay_m, BETA1)
+    dec_m = _first_moment(W_dec_m_ptr, at_dec, in_dec, dW_dec, decay_m, BETA1)
     W_dec -= _over(learning_rate * dec_m, _root(dec_v, unbias, eps))
-    tl.store(W_dec_v_ptr + at, dec_v, mask=in_row, eviction_policy="evict_first")
-    tl.store(W_dec_ptr + at, W_dec, mask=in_row)
-    return tl.where(in_row, W_dec, 0.0)  # 0/0 and 0·NaN beyond the row would spoil its norm
+    tl.store(W_dec_v_ptr + at_dec, dec_v, mask=in_dec, eviction_policy="evict_first")
+    tl.store(W_dec_ptr + at_dec, W_dec, mask=in_dec)
+    return tl.where(in_dec, W_dec, 0.0)  # 0/0 and 0·NaN beyond the row would spoil its norm
 
 
 @triton.jit
 def _long_lists_kernel(
     W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, last_ptr, W_enc_low_ptr,
     lists_ptr, dz_ptr, dec_ptr, tokens_ptr, along_ptr, enc_rows_ptr, dec_rows_ptr, squares_ptr,
-    ok_ptr, step_ptr, learning_rate_ptr, F, eps,
-    D: tl.constexpr, BETA1: tl.constexpr, LOG2_BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
+    ok_ptr, step_ptr, learning_rate_ptr, F, eps, D_IN: tl.constexpr, D_OUT: tl.constexpr,
+    BETA1: tl.constexpr, LOG2_BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
     LONG: tl.constexpr, LISTS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The long lists among LISTS that lie as far apart as they can (neighbours may be alike), for a block of columns.
 
     squares: [capacity // LONG, blocks], at the place of the list.
     """
+    LONGEST: tl.constexpr = D_IN if D_IN > D_OUT else D_OUT
     if tl.load(ok_ptr) == 0:
         return
     candidates = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, LISTS)
@@ -187,7 +194,7 @@ def _long_lists_kernel(
     if j >= F:
         return
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = _in_row(columns, D, BLOCK_D)
+    in_enc, in_dec = _in_row(columns, D_IN, LONGEST, BLOCK_D), _in_row(columns, D_OUT, LONGEST, BLOCK_D)
     enc_table, dec_table = enc_rows_ptr + columns[None, :], dec_rows_ptr + columns[None, :]
     lanes = tl.arange(0, LANES)
     step = tl.load(step_ptr) + 1
@@ -200,20 +207,20 @@ def _long_lists_kernel(
             for i in tl.static_range(UNROLL):
                 place = start + i * LANES + lanes
                 valid = place < length
-                rows = tl.load(tokens_ptr + first + place, mask=valid, other=0).to(tl.int64)[:, None] * D
+                rows = tl.load(tokens_ptr + first + place, mask=valid, other=0).to(tl.int64)[:, None]
                 dz = tl.load(dz_ptr + first + place, mask=valid, other=0.0)[:, None]
                 dec = tl.load(dec_ptr + first + place, mask=valid, other=0.0)[:, None]
-                mask = valid[:, None] & in_row[None, :]
-                enc_sums += dz * tl.load(enc_table + rows, mask=mask, other=0.0).to(tl.float32)
-                dec_sums += dec * tl.load(dec_table + rows, mask=mask, other=0.0).to(tl.float32)
+                enc_mask, dec_mask = valid[:, None] & in_enc[None, :], valid[:, None] & in_dec[None, :]
+                enc_sums += dz * tl.load(enc_table + rows * D_IN, mask=enc_mask, other=0.0).to(tl.float32)
+                dec_sums += dec * tl.load(dec_table + rows * D_OUT, mask=dec_mask, other=0.0).to(tl.float32)
 
         last = tl.load(last_ptr + j)
         decay_m, decay, unbias, learning_rate = _factors(step, last, learning_rate_ptr, LOG2_BETA1, LOG2_BETA2)
-        at = j.to(tl.int64) * D + columns
+        at_enc, at_dec = j.to(tl.int64) * D_IN + columns, j.to(tl.int64) * D_OUT + columns
         W_dec = _update_columns(
-            W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row,
-            tl.sum(enc_sums, 0), tl.sum(dec_sums, 0), tl.load(along_ptr + j), decay_m, decay, unbias, learning_rate,
-            eps, BETA1, BETA2,
+            W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at_enc, at_dec,
+            in_enc, in_dec, tl.sum(enc_sums, 0), tl.sum(dec_sums, 0), tl.load(along_ptr + j), decay_m, decay, unbias,
+            learning_rate, eps, BETA1, BETA2,
         )  # fmt: skip
         place = first // LONG * tl.num_programs(1) + tl.program_id(1)
         tl.store(squares_ptr + place, tl.sum(W_dec * W_dec, 0))
@@ -226,11 +233,13 @@ def _update_kernel(
     W_enc_v_ptr, W_dec_v_ptr, b_enc_v_ptr, threshold_v_ptr,
     last_ptr, W_enc_low_ptr, W_dec_low_ptr, lists_ptr, dz_ptr, dec_ptr, tokens_ptr, along_ptr,
     enc_rows_ptr, dec_rows_ptr, db_enc_ptr, dthreshold_ptr, squares_ptr, ok_ptr, step_ptr, learning_rate_ptr, eps,
-    D: tl.constexpr, BETA1: tl.constexpr, LOG2_BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr,
+    BETA1: tl.constexpr, LOG2_BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA2: tl.constexpr,
     LOG_THRESHOLD: tl.constexpr, FROM_ENTRIES: tl.constexpr, LONG: tl.constexpr, BLOCKS: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """lists: the offsets of the latents' entries, rows by token; or, not FROM_ENTRIES, touched, gradients by latent."""
+    LONGEST: tl.constexpr = D_IN if D_IN > D_OUT else D_OUT
     if tl.load(ok_ptr) == 0:
         return
     j = tl.program_id(0).to(tl.int64)
@@ -250,36 +259,43 @@ def _update_kernel(
         tokens_ptr += first
     else:
         products = tl.zeros((BLOCK_D,), tl.float32)
-        for column in range(0, D, BLOCK_D):
-            columns, in_row = _columns_from(column, D, BLOCK_D)
-            dW_dec = tl.load(dec_rows_ptr + j * D + columns, mask=in_row, other=0.0)
-            products += dW_dec * tl.load(W_dec_ptr + j * D + columns, mask=in_row, other=0.0)
+        for column in range(0, D_OUT, BLOCK_D):
+            columns = _columns_from(column, BLOCK_D)
+            at, in_row = j * D_OUT + columns, _in_row(columns, D_OUT, D_OUT, BLOCK_D)
+            dW_dec = tl.load(dec_rows_ptr + at, mask=in_row, other=0.0)
+            products += dW_dec * tl.load(W_dec_ptr + at, mask=in_row, other=0.0)
         along = tl.sum(products, 0)
 
     if squares_ptr is None or length < LONG:
         squares = tl.zeros((BLOCK_D,), tl.float32)
-        for column in range(0, D, BLOCK_D):
-            columns, in_row = _columns_from(column, D, BLOCK_D)
-            at = j * D + columns
+        for column in range(0, LONGEST, BLOCK_D):
+            columns = _columns_from(column, BLOCK_D)
+            in_enc, in_dec = _in_row(columns, D_IN, LONGEST, BLOCK_D), _in_row(columns, D_OUT, LONGEST, BLOCK_D)
+            at_enc, at_dec = j * D_IN + columns, j * D_OUT + columns
             if FROM_ENTRIES:
                 dW_enc = tl.zeros((BLOCK_D,), tl.float32)
                 dW_dec = tl.zeros((BLOCK_D,), tl.float32)
                 enc_table, dec_table = enc_rows_ptr + columns, dec_rows_ptr + columns
                 for start in range(0, whole, UNROLL):
                     for i in tl.static_range(UNROLL):
-                        dz, x, dec, r = _entry(dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, start + i, in_row, D)
+                        dz, x, dec, r = _entry(
+                            dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, start + i, in_enc, in_dec, D_IN, D_OUT
+                        )  # fmt: skip
                         dW_enc += dz * x
                         dW_dec += dec * r
                 for i in range(whole, length):
-                    dz, x, dec, r = _entry(dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, i, in_row, D)
+                    dz, x, dec, r = _entry(
+                        dz_ptr, dec_ptr, tokens_ptr, enc_table, dec_table, i, in_enc, in_dec, D_IN, D_OUT
+                    )
                     dW_enc += dz * x
                     dW_dec += dec * r
             else:
-                dW_enc = tl.load(enc_rows_ptr + at, mask=in_row, other=0.0)
-                dW_dec = tl.load(dec_rows_ptr + at, mask=in_row, other=0.0)
+                dW_enc = tl.load(enc_rows_ptr + at_enc, mask=in_enc, other=0.0)
+                dW_dec = tl.load(dec_rows_ptr + at_dec, mask=in_dec, other=0.0)
             W_dec = _update_columns(
-                W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at, in_row,
-                dW_enc, dW_dec, along, decay_m, decay, unbias, learning_rate, eps, BETA1, BETA2,
+                W_enc_ptr, W_dec_ptr, W_enc_m_ptr, W_dec_m_ptr, W_enc_v_ptr, W_dec_v_ptr, W_enc_low_ptr, at_enc,
+                at_dec, in_enc, in_dec, dW_enc, dW_dec, along, decay_m, decay, unbias, learning_rate, eps, BETA1,
+                BETA2,
             )  # fmt: skip
             squares += W_dec * W_dec
         square = tl.sum(squares, 0)
@@ -309,9 +325,9 @@ def _update_kernel(
     # What follows may read what other threads of the program stored, and overwrites what they read.
     tl.debug_barrier()
     tl.store(last_ptr + j, step)
-    for column in range(0, D, BLOCK_D):
-        columns, in_row = _columns_from(column, D, BLOCK_D)
-        at = j * D + columns
+    for column in range(0, D_OUT, BLOCK_D):
+        columns = _columns_from(column, BLOCK_D)
+        at, in_row = j * D_OUT + columns, _in_row(columns, D_OUT, D_OUT, BLOCK_D)
         W_dec = tl.load(W_dec_ptr + at, mask=in_row, other=0.0) * inverse_norm
         tl.store(W_dec_ptr + at, W_dec, mask=in_row, eviction_policy="evict_first")
         if W_dec_low_ptr is not None:
@@ -332,15 +348,10 @@ def _launch(
     step: Tensor,
 ) -> None:
     config = CONFIG
-    F, d = state.W_dec.shape
-    if state.W_enc.shape[1] != d:
-        raise ValueError(
-            f"state: expected W_enc and W_dec of one width for the Triton kernels, got {state.W_enc.shape[1]} and {d}; "
-            'impl="pytorch" takes both'
-        )
+    (F, d_out), d_in = state.W_dec.shape, state.W_enc.shape[1]
     if F == 0:
         return
-    blocks = triton.cdiv(d, config.block_d)
+    blocks = triton.cdiv(max(d_in, d_out), config.block_d)
     shared = {
         "on": state.W_dec,
         "W_enc_ptr": state.W_enc,
@@ -363,7 +374,8 @@ def _launch(
         "step_ptr": step,
         "learning_rate_ptr": device_scalar(rule.learning_rate, state.W_dec),
         "eps": rule.eps,
-        "D": d,
+        "D_IN": d_in,
+        "D_OUT": d_out,
         "BETA1": rule.beta1,
         "LOG2_BETA1": math.log2(rule.beta1) if rule.beta1 else None,
         "BETA2": rule.beta2,
@@ -417,7 +429,7 @@ def update_from_entries(
 ) -> None:
     """Adam on every latent that has entries, unless ``ok`` (int32 scalar) is 0. step: int64 scalar, updates so far.
 
-    residual and x_centred = x − b_dec: [N, d] of any float dtype. The state's tensors are contiguous.
+    residual [N, d_out] and x_centred = x − b_dec [N, d_in] of any float dtype. The state's tensors are contiguous.
     """
     _launch(state, transposed.offsets, sums, x_centred, residual, sums.db_enc, sums.dthreshold, rule, ok, step)
 
@@ -433,5 +445,5 @@ def update_from_dense(
     ok: Tensor,
     step: Tensor,
 ) -> None:
-    """The same from gradients [F, d] that stand in memory, of the latents with touched [F] (int32) > 0."""
+    """The same from gradients [F, d_in] and [F, d_out] in memory, of the latents with touched [F] (int32) > 0."""
     _launch(state, touched, None, dW_enc, dW_dec, db_enc, dthreshold, rule, ok, step)

@@ -41,10 +41,11 @@ def uniform(*shape, seed):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_state(F, d, low=False, device="cpu", updates=20, beta1=0.0) -> LatentState:
-    """As after ``updates`` updates, latents last touched at different ones of them."""
-    shapes = ((F, d), (F, d), (F,), (F,))
-    W_enc, W_dec = normal(F, d, seed=1), torch.nn.functional.normalize(normal(F, d, seed=2), dim=1)
+def random_state(F, d, low=False, device="cpu", updates=20, beta1=0.0, d_in=None) -> LatentState:
+    """As after ``updates`` updates, latents last touched at different ones of them. d_in: of W_enc, if it is not d."""
+    d_in = d_in or d
+    shapes = ((F, d_in), (F, d), (F,), (F,))
+    W_enc, W_dec = normal(F, d_in, seed=1), torch.nn.functional.normalize(normal(F, d, seed=2), dim=1)
     moments = (1e-2 * uniform(*shape, seed=3 + i) for i, shape in enumerate(shapes))
     last = torch.randint(0, updates + 1, (F,), generator=torch.Generator().manual_seed(7))
     copies = (W_enc.bfloat16(), W_dec.bfloat16()) if low else (None, None)
@@ -120,10 +121,10 @@ def run_entries(update, state, sums, rows, rule, ok, step):
     return state
 
 
-def check_entries(N, F, d, rule, dtype=torch.float32, low=False, device="cpu", sums=None):
+def check_entries(N, F, d, rule, dtype=torch.float32, low=False, device="cpu", sums=None, d_in=None):
     """The state before and after one update from entries, which agrees with the reference, and the entries."""
-    state, sums = random_state(F, d, low, device, beta1=rule.beta1), sums or random_sums(N, F, device)
-    rows = tuple(normal(N, d, dtype=dtype, device=device, seed=seed) for seed in (20, 21))
+    state, sums = random_state(F, d, low, device, beta1=rule.beta1, d_in=d_in), sums or random_sums(N, F, device)
+    rows = tuple(normal(N, width, dtype=dtype, device=device, seed=seed) for width, seed in ((d, 20), (d_in or d, 21)))
     rest = (rule, *scalars(device=device))
     actual = run_entries(update_from_entries, clone(state), sums, rows, *rest)
     eager = run_entries(reference.update_from_entries, clone(state), sums, rows, *rest)
@@ -201,6 +202,34 @@ def test_shipped_tiles_with_long_lists(d, beta1, device):
     lengths = [long - 1, long, 0, 3 * long, long + 1, 2 * long + 5]
     sums = sums_of_lists(lengths, 3 * long, device)
     check_entries(3 * long, len(lengths), d, LOG._replace(beta1=beta1), torch.bfloat16, True, device, sums)
+
+
+# Both within a block, a block apart, the narrower one full or not.
+TWO_WIDTHS = [(5, 37), (37, 5), (16, 48), (48, 16), (15, 16), (33, 17)]
+
+
+@interpreted
+@pytest.mark.parametrize(("d_in", "d_out"), TWO_WIDTHS)
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_two_widths(small_tiles, d_in, d_out, beta1):
+    """Those of a transcoder, for short lists and long."""
+    lengths, rule = LISTS["around the bound"], LOG._replace(beta1=beta1)
+    sums = sums_of_lists(lengths, N_LONG)
+    state, after, _ = check_entries(N_LONG, len(lengths), d_out, rule, torch.bfloat16, True, sums=sums, d_in=d_in)
+    assert (after.W_enc.shape[1], after.W_dec.shape[1]) == (d_in, d_out)
+    touched = torch.tensor(lengths) > 0
+    assert_same_state(after, state, ~touched)
+    assert_bitwise_equal("W_enc_low", after.W_enc_low[touched], after.W_enc[touched].bfloat16())
+    assert_bitwise_equal("W_dec_low", after.W_dec_low[touched], after.W_dec[touched].bfloat16())
+
+
+@pytest.mark.parametrize("wider", ["in", "out"])
+def test_shipped_tiles_of_two_widths(wider, device):
+    long, widths = gpu_update.CONFIG.long, (3, 2 * gpu_update.CONFIG.block_d + 1)
+    lengths = [long - 1, long, 0, 3 * long]
+    sums = sums_of_lists(lengths, 3 * long, device)
+    d_in, d_out = widths if wider == "out" else reversed(widths)
+    check_entries(3 * long, len(lengths), d_out, LOG, torch.bfloat16, True, device, sums, d_in)
 
 
 def launches(monkeypatch) -> list[tuple[str, tuple]]:
@@ -289,10 +318,13 @@ def test_what_is_not_finite_shows(small_tiles, table, value, beta1):
 
 @interpreted
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize(("F", "d", "low"), [(1, 1, False), (5, 15, True), (5, 16, True), (5, 37, True)])
-def test_update_from_dense_gradients(small_tiles, F, d, low, rule):
-    state = random_state(F, d, low, beta1=rule.beta1)
-    gradients = normal(F, d, seed=30), normal(F, d, seed=31), normal(F, seed=32), normal(F, seed=33)
+@pytest.mark.parametrize(
+    ("F", "d_in", "d", "low"),
+    [(1, 1, 1, False), (5, 15, 15, True), (5, 16, 16, True), (5, 37, 37, True), (5, 7, 37, True), (5, 37, 7, False)],
+)
+def test_update_from_dense_gradients(small_tiles, F, d_in, d, low, rule):
+    state = random_state(F, d, low, beta1=rule.beta1, d_in=d_in)
+    gradients = normal(F, d_in, seed=30), normal(F, d, seed=31), normal(F, seed=32), normal(F, seed=33)
     touched = torch.tensor([2, 0, 1, 0, 5][:F], dtype=torch.int32)
     actual, eager, exact = clone(state), clone(state), double(clone(state))
     rest = (touched, rule, *scalars())

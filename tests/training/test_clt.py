@@ -20,6 +20,7 @@ from gemmascope.training.clt_step import clt_step
 from gemmascope.training.state import TrainState
 from gemmascope.training.step import sparse_step
 from tests.kernels.native import needs_native
+from tests.training.test_step import needs_triton
 
 D_IN, D_OUT, F, N = (7, 5, 6), (4, 6, 3), 20, 40
 LOSSES = {
@@ -255,6 +256,26 @@ def test_the_native_backend_keeps_to_the_error_of_plain_pytorch(route):
     native, plain = (errors(found[impl, torch.float32], exact) for impl in ("cpu", "reference"))
     for name in exact:
         assert native[name] <= 2 * plain[name] + 2e-7, name
+
+
+@needs_triton
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_the_triton_kernels_keep_to_the_error_of_plain_pytorch(route):
+    """Decoders wider than encoders, and in the last layer narrower; two steps, the second with first moments."""
+    device, found, rule = "cuda" if torch.cuda.is_available() else "cpu", {}, RULE._replace(beta1=0.7)
+    for impl, dtype in (("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)):
+        where = device if impl == "triton" else "cpu"
+        clt = make(dtype, impl).to(where)
+        states = [TrainState.start(source, first_moments=True) for source in clt.sources]
+        assert all(state.impl == impl for state in states)
+        for number in range(2):
+            xs, ys = ([t.to(where) for t in of] for of in batch(seed=number, dtype=dtype))
+            clt_step(clt, states, xs, ys, LOSSES["l0"], rule, route)
+        found[impl, dtype] = {name: p.detach().cpu() for name, p in clt.named_parameters()}
+    exact = found["reference", torch.float64]
+    ours, plain = (errors(found[impl, torch.float32], exact) for impl in ("triton", "reference"))
+    for name in exact:
+        assert ours[name] <= 2 * plain[name] + 2e-7, name
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])

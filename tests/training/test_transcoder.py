@@ -187,12 +187,13 @@ def test_the_native_backend_keeps_to_the_error_of_plain_pytorch(d_in, d_out, rou
 
 
 @needs_triton
+@pytest.mark.parametrize(("d_in", "d_out"), [(6, 6), (7, 5), (3, 8)])
 @pytest.mark.parametrize("route", ["sparse", "dense"])
-def test_the_triton_kernels_take_a_target_of_the_same_width(route):
-    (x, y), found = pairs(8, 6, 6), {}
+def test_the_triton_kernels_take_a_target(d_in, d_out, route):
+    (x, y), found = pairs(8, d_in, d_out), {}
     for impl, dtype in (("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32)):
         device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-        state = TrainState.start(make(True, 6, 6, dtype, impl).to(device))
+        state = TrainState.start(make(True, d_in, d_out, dtype, impl).to(device))
         rows, loss = [t.to(device, dtype) for t in (x, y)], LOSSES["l0"]
         figures = sparse_step(state, rows[0], loss, RULE, 8 * F, target=rows[1]) if route == "sparse" else None
         figures = dense_step(state, rows[0], loss, RULE, rows[1]) if figures is None else figures
@@ -204,19 +205,17 @@ def test_the_triton_kernels_take_a_target_of_the_same_width(route):
 
 
 @needs_triton
-def test_the_triton_kernels_refuse_two_widths():
-    x, y = pairs(dtype=torch.float32)
-    with pytest.raises(
-        ValueError, match=r"^target: expected activations 7 wide as the sample is, for the Triton kernel"
-    ):
-        SAETrainer(config(), x, target=y, impl="triton", device="cuda" if torch.cuda.is_available() else None)
-    state = TrainState.start(make(False, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu"))
-    state.__dict__["impl"] = "triton"
-    x, y = x.to(state.b_dec_v), y.to(state.b_dec_v)
-    with pytest.raises(
-        ValueError, match=r"^state: expected W_enc and W_dec of one width for the Triton kernels, got 7"
-    ):
-        sparse_step(state, x, LOSSES["l0"], RULE, N * F, target=y)
+def test_a_trainer_of_two_widths_runs_on_the_triton_kernels():
+    device, found = "cuda" if torch.cuda.is_available() else "cpu", {}
+    for impl in ("reference", "triton"):
+        trainer = SAETrainer(config(), pairs()[0].float(), target=pairs()[1].float(), impl=impl, device=device)
+        for number in range(3):
+            trainer.update(*(t.float().to(device) for t in pairs(seed=number)))
+        assert trainer.state.impl == impl
+        assert trainer.figures["made"] == 1
+        found[impl] = parameters(trainer.sae.cpu())
+    for name, expected in found["reference"].items():
+        torch.testing.assert_close(found["triton"][name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
