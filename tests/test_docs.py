@@ -126,6 +126,28 @@ def test_what_the_studies_say_is_that_of_the_rows():
     assert_block(README, "studies", "\n".join(["```", *lines, "```"]))
 
 
+def probing_table() -> str:
+    """Means over all labels by k: the SAE's latents, a random dictionary's, coordinates; at the end all coordinates."""
+    rows = {(row["layer"], row["site"]): row for row in rows_of("probing.jsonl")}
+    ks = [str(k) for k in next(iter(rows.values()))["ks"]]
+    lines = [f"| site | probe | {' | '.join(f'k {k}' for k in ks)} | all |", "|---" * (len(ks) + 3) + "|"]
+    for (layer, site), row in rows.items():
+        for probe, name in (
+            ("latents", f"{row['architecture']}, L0 {row['l0']:.1f}"),
+            ("random", "random"),
+            ("neurons", "coordinates"),
+        ):
+            means = row[f"{probe}_balanced_accuracy"]
+            whole = f"{row['dense_balanced_accuracy']['all']:.3f}" if probe == "neurons" else ""
+            figures = " | ".join(f"{means[k]:.3f}" for k in ks)
+            lines.append(f"| layer_{layer}/{site} | {name} | {figures} | {whole} |")
+    return "\n".join(lines)
+
+
+def test_what_probes_say_of_the_real_model_is_that_of_the_rows():
+    assert_block(ROOT / "docs" / "probing.md", "probes", probing_table())
+
+
 def ravel_block() -> str:
     """Disentangle, in brackets cause and isolation, of each method at each layer; what SAEs leave of the entities."""
     results = json.loads((ROOT / "bench" / "results" / "ravel.json").read_text(encoding="utf-8"))

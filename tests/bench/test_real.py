@@ -135,17 +135,24 @@ def test_saved_rows_say_which_bars_were_met(ready, tmp_path):
     assert [bar["what"] for bar in rows[-1]["bars"] if not bar["met"]] == ["dead"]
 
 
-def test_judging_makes_studies_and_dashboards_of_the_run(ready, tmp_path):
+def test_judging_asks_for_studies_probes_and_dashboards_of_the_run(ready, tmp_path):
     assert ready.run("--judge") == 0
     run = str(tmp_path / "run")
     asked = [arguments[3:] for arguments in ready.commands[1:]]
-    assert [arguments[:3] for arguments in asked[:-1]] == [["study", name, run] for name in judging.STUDIES]
-    assert asked[-1] == ["dashboards", run]
+    assert [arguments[:3] for arguments in asked[:-2]] == [["study", name, run] for name in judging.STUDIES]
+    assert asked[-2:] == [["probe", run], ["dashboards", run]]
     assert set(judging.STUDIES) <= set(STUDIES)
 
 
-def test_studies_that_are_saved_leave_a_row_a_table_and_a_figure(ready, tmp_path):
+def test_what_is_judged_and_saved_leaves_rows_tables_and_figures(ready, tmp_path):
     studies, results = tmp_path / "run" / "studies", tmp_path / "results"
+    by_k = {f"{probe}_balanced_accuracy": {"1": 0.5, "2": 0.75} for probe in judging.PROBES}
+    saes = [{"site": "att", "layer": 9, "width": 64, "kind": "topk", "l0": 4.0, "seed": 1.0, "name": "a"} | by_k]
+    text = {"name": "some", "documents": 21, "token_rows": 512}
+    probing = {"ks": [1, 2], "splits": 3, "draws": 200, "tasks": [{"name": "digits"}, {"name": "code"}]}
+    (tmp_path / "run" / "probing").mkdir(parents=True)
+    found = {"saes": saes, "model": text, "probing": probing, "rows": [], "version": 1}
+    (tmp_path / "run" / "probing" / "results.json").write_text(json.dumps(found))
     studies.mkdir(parents=True)
     study = dict.fromkeys(judging.KEPT, 0) | {"study": "position", "conclusion": "early", "plot": {}, "rows": [1]}
     for name in ("position", "subsets"):  # which is none of ours
@@ -159,6 +166,11 @@ def test_studies_that_are_saved_leave_a_row_a_table_and_a_figure(ready, tmp_path
     assert (results / "position.csv").read_text() == "position, 1\n"
     assert (results / "position.png").read_bytes() == b"position"
     assert not (results / "subsets.csv").exists()
+    (row,) = records.read(results / "probing.jsonl")
+    assert (row["kind"], row["site"], row["layer"], row["l0"], row["model"]) == ("probe", "att", 9, 4.0, "some")
+    assert row["architecture"] == "topk"
+    assert row["neurons_balanced_accuracy"] == {"1": 0.5, "2": 0.75}
+    assert (row["splits"], row["draws"], row["tasks"], row["documents"]) == (3, 200, 2, 21)
 
 
 def test_what_is_typed_names_model_text_and_changes(ready, tmp_path):
