@@ -442,7 +442,7 @@ class TrainConfig:
             learning_rate=4e-3,
             adam_beta1=0.7,
             l0_warmup_steps=steps // 3,
-            revival_rate=1.0,
+            revival_rate=4.0,
             threshold_init=0.01,
             overshoot=3.0,
             scale_by="variance",
