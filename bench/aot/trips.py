@@ -296,7 +296,7 @@ def long_lists(case: Case) -> Pass:
         return {"F": 1}, {"ok_ptr": np.ones(1, np.int32), "lists_ptr": np.array([0, length], np.int64)}
 
     candidates = _blocks(case.F, programs)
-    hbm = found.lists * 18 * d + 8 * case.F
+    hbm = found.lists * 26 * d + 8 * case.F
     return Pass(
         "update, long", of_width("update_long_lists_bf16", d), lengths, given,
         lambda length: search_bytes(candidates) + (long_update_bytes(d, length) / blocks if length else 0), hbm,
