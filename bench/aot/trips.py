@@ -254,8 +254,8 @@ def encoder_times(case: Case) -> Pass:
 
 
 def of_update(name: str, d: int, beta1: float) -> str:
-    """A compilation of the update, whose width and β1 are constants; those of `bench.aot.specs` are 2,304 and 0. Another
-    β1 above 0 is another number in the same code."""
+    """A compilation of the update, whose width and β1 are constants; those of `bench.aot.specs` are 2,304 and 0. All β1
+    above 0 are one: another number in the same code."""
     named = f"{name}_beta1" if beta1 else name
     return named if d == 2304 else f"{named}_{d}"
 
