@@ -12,6 +12,7 @@ from bench.ours import Ours, WithheldError
 from bench.peers.pytorch import Products
 from bench.timing import gate, inputs, work
 from bench.timing.inputs import construct
+from gemmascope.kernels.dispatch import choose
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.training.config import Loss
 from gemmascope.training.state import TrainState
@@ -39,6 +40,16 @@ def check(route="sparse", dtype="fp32", impl="pytorch", beta1=0.0):
 @pytest.mark.parametrize("route", ["sparse", "dense"])
 def test_the_step_gate_is_green(route, dtype, beta1, narrow_gate):
     assert 0 < check(route, dtype, beta1=beta1) <= 1
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_the_step_gate_is_green_for_kernels_with_a_first_moment(route, impl, narrow_gate):
+    try:
+        choose(impl, CPU, torch.float32)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert 0 < check(route, impl=impl, beta1=0.7) <= 1
 
 
 def without_tensor(name):
