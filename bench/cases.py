@@ -109,10 +109,13 @@ class Case:
     skew: float = SKEW
     operators: bool = False
     """Also time each operator of our sparse step."""
+    beta1: float = 0.0
+    """Adam's; above 0 whatever makes updates has first moments."""
 
     @property
     def title(self) -> str:
-        return f"{self.shape.name}, {self.tokens:,} tokens, L0 {self.l0:g}, {self.dtype}"
+        moment = f", β1 {self.beta1:g}" if self.beta1 else ""
+        return f"{self.shape.name}, {self.tokens:,} tokens, L0 {self.l0:g}, {self.dtype}{moment}"
 
     def facts(self) -> dict[str, object]:
         """What a row says of its case."""
@@ -124,6 +127,7 @@ class Case:
             "target_l0": self.l0,
             "dtype": self.dtype,
             "skew": self.skew,
+            "beta1": self.beta1,
             "parts": list(self.parts),
         }
 
@@ -192,9 +196,14 @@ SUITES = {
 }  # fmt: skip
 
 
-def cases(suite: str, *, shapes=(), tokens=(), l0=(), dtype=None, only=(), parts=(), skew: float = SKEW) -> list[Case]:
-    """The cases of a suite; what is given takes the place of the suite's own."""
+def cases(
+    suite: str, *, shapes=(), tokens=(), l0=(), dtype=None, only=(), parts=(), skew: float = SKEW, beta1: float = 0.0
+) -> list[Case]:
+    """The cases of a suite; what is given takes the place of the suite's own. With beta1 above 0 only those that train.
+    Raises ValueError for a beta1 that is none, or of a suite that does not train."""
     spec = SUITES[suite]
+    if not 0 <= beta1 < 1:
+        raise ValueError(f"beta1: expected at least 0 and less than 1, got {beta1}")
     found = []
     for name in shapes or (*spec.shapes, *spec.once):
         shape = shape_of(name)
@@ -207,12 +216,17 @@ def cases(suite: str, *, shapes=(), tokens=(), l0=(), dtype=None, only=(), parts
                     kept = tuple(part for part in all_parts if part in (parts or all_parts))
                     if not kept or (shape.more and "infer" not in kept):
                         continue
-                    case = Case(suite, shape, n, target, dtype or spec.dtype, kept, contenders, skew, spec.operators)
+                    if beta1 and not set(kept) & set(TRAINING):
+                        continue
+                    numbers = (n, target, dtype or spec.dtype)
+                    case = Case(suite, shape, *numbers, kept, contenders, skew, spec.operators, beta1)
                     if shape.more:
                         case = replace(case, parts=("infer",), operators=False)
                     if only:
                         case = replace(case, contenders=tuple(only))
                     found.append(case)
+    if beta1 and not found:
+        raise ValueError(f"beta1: expected a suite and parts that train, got {suite!r} without {', '.join(TRAINING)}")
     return found
 
 
@@ -243,7 +257,8 @@ BARS_SHAPE = ("gemma-2-2b 16k", 512, 64)
 
 
 def judge(suite: str, rows: list[dict]) -> list[dict]:
-    """Each bar of a suite as a dict: `at_least`, the least `ratio` found or None, `met` or None (not measured)."""
+    """Each bar of a suite as a dict: `at_least`, the least `ratio` found or None, `met` or None (not measured). Rows
+    with a first moment do not count."""
     found = []
     for bar in BARS:
         if bar.suite != suite:
@@ -252,6 +267,7 @@ def judge(suite: str, rows: list[dict]) -> list[dict]:
             row["ratio_to"][bar.ours]
             for row in rows
             if row["kind"] == "time"
+            and not row["beta1"]
             and (row["part"], row["contender"]) == (bar.part, bar.contender)
             and (bar.everywhere or (row["shape"], row["tokens"], row["target_l0"]) == BARS_SHAPE)
             and bar.ours in row["ratio_to"]

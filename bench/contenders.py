@@ -59,6 +59,11 @@ class Inputs:
     it otherwise keeps to its own and says so in its name."""
 
     @property
+    def beta1(self) -> float:
+        """Adam's. Another revision that ours is compared with may know none."""
+        return getattr(self.rule, "beta1", 0.0)
+
+    @property
     def k(self) -> int:
         """Latents a token for those that fix their number."""
         return max(1, round(self.l0))
@@ -83,6 +88,8 @@ class Contender:
     parts: tuple[str, ...] = ()
     differs: str = ""
     requires: tuple[str, ...] = ()
+    only_beta1: float | None = None
+    """Adam's β1, of a trainer that has no other; None: it takes that of `Inputs`."""
     ours: bool = False
     """A failure or a red gate of ours ends in exit status 1; a peer's is a row."""
     tolerance: float = 1e-4
@@ -99,6 +106,12 @@ class Contender:
                 importlib.metadata.version(package)
             except importlib.metadata.PackageNotFoundError:
                 raise UnavailableError(f"{package} is not installed") from None
+
+    def check_beta1(self, beta1: float) -> None:
+        """Raise `UnavailableError` when the contender cannot have a first moment that was asked for. Not asked for, 0,
+        it keeps to its own, and says so in ``differs``."""
+        if beta1 and self.only_beta1 not in (None, beta1):
+            raise UnavailableError(f"its trainer has Adam's β1 at {self.only_beta1:g} and takes no {beta1:g}")
 
     def versions(self) -> dict[str, str]:
         return {package: importlib.metadata.version(package) for package in self.requires}

@@ -272,6 +272,12 @@ PREDICTIONS = (
     Prediction("BatchTopK in .55 to .9 ms", step_ms("topk", "ours_batchtopk", "encode"), between(0.55, 0.9)),
     Prediction("none of 50 repeated steps differs", changed_runs, zero),
     Prediction("a step at 16k, L0 64, takes 1.2 to 1.8 ms", step_ms("step"), between(1.2, 1.8)),
+    Prediction("with a first moment, β1 = .7, 1.3 to 2 ms", step_ms("beta1"), between(1.3, 2.0)),
+    Prediction(
+        "which costs .03 to .3 ms more than without",
+        difference(step_ms("beta1"), step_ms("step")),
+        between(0.03, 0.3),
+    ),
     Prediction("compiled dense PyTorch: 2.5 to 3.3 ms", step_ms("compiled", "dense_compiled"), between(2.5, 3.3)),
     Prediction(
         "skew 0.7 costs at most 0.15 ms more than skew 0",

@@ -80,7 +80,9 @@ section memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --too
 section wide131k 45 "$python" $bench ours $wide131k
 section compiled 45 "$python" $bench dense_compiled $step --no-memory
 section wide1m 50 "$python" $contact wide
-# By name alone: the other kinds of SAE, what TopK's selection takes, and a whole suite, which takes minutes.
+# By name alone: the step with a first moment in Adam, to be asked for beside `step`, the other kinds of SAE, what TopK's
+# selection takes, and a whole suite, which takes minutes.
+case "$chosen" in *" beta1 "*) section beta1 45 "$python" $bench ours $step --beta1 0.7 ;; esac
 case "$chosen" in *" kinds "*) section kinds 240 "$python" $tests $kinds ;; esac
 case "$chosen" in *" topk "*) section topk 120 "$python" -m bench run --suite topk $select ;; esac
 case "$chosen" in *" suite "*) section suite 420 "$python" -m bench.suite $suite ;; esac

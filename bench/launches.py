@@ -147,20 +147,28 @@ class Recorder(TorchDispatchMode):
 
 
 def small_step(
-    compute_dtype: str = "bf16", loss: Loss | None = None, tokens: int = 6, d: int = 16, F: int = 64
+    compute_dtype: str = "bf16",
+    loss: Loss | None = None,
+    tokens: int = 6,
+    d: int = 16,
+    F: int = 64,
+    beta1: float = 0.0,
 ) -> tuple[TrainState, Tensor, Loss, int]:
-    """State, activations, loss and room for entries of a step that the interpreter takes in a second."""
+    """State, with first moments where beta1 is above 0, activations, loss and room for entries of a step that the
+    interpreter takes in a second."""
     inputs = construct(d, F, tokens, 4.0, torch.device("cpu"), dtype="fp32")
     sae = JumpReLUSAE(d, F, threshold_init=0.05, impl="triton", generator=torch.Generator().manual_seed(0))
-    state = TrainState.start(sae, compute_dtype)
+    state = TrainState.start(sae, compute_dtype, first_moments=beta1 > 0)
     return state, inputs.x, loss or inputs.loss, tokens * F
 
 
-def record_step(compute_dtype: str = "bf16", tokens: int = 6, d: int = 16, F: int = 64, room: int = 0) -> Recorder:
+def record_step(
+    compute_dtype: str = "bf16", tokens: int = 6, d: int = 16, F: int = 64, room: int = 0, beta1: float = 0.0
+) -> Recorder:
     """The second step of a training, as every later one is. room: for entries; 0: for all there can be."""
-    state, x, loss, most = small_step(compute_dtype, None, tokens, d, F)
+    state, x, loss, most = small_step(compute_dtype, None, tokens, d, F, beta1)
     room = room or most
-    rule = Rule(1e-3, 0.999, 1e-8, True)
+    rule = Rule(1e-3, 0.999, 1e-8, True, beta1)
     scheduled = Scheduled.of(loss, rule, len(x), column=0).to(x.device)
     recorder = Recorder()
     with interpreter.mended():

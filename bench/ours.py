@@ -57,7 +57,8 @@ class Ours(Contender):
     def state(self) -> TrainState:
         sae = copy.deepcopy(self.inputs.sae)
         sae.impl = self.impl
-        return TrainState.start(sae, self.inputs.dtype)
+        first_moments = {"first_moments": True} if self.inputs.beta1 else {}  # older revisions are compared with, too
+        return TrainState.start(sae, self.inputs.dtype, **first_moments)
 
     @cached_property
     def capacity(self) -> int:

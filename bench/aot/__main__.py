@@ -2,7 +2,8 @@
 
     python -m bench.aot [--targets sm_80,sm_90,sm_100,gfx942] [-k NAME] [--update] [--markdown] [-j JOBS]
     python -m bench.aot --table [VERSION ...]    what is recorded, as a Markdown table; compiles nothing
-    python -m bench.aot --model [--shapes DxF ...] [--l0 ...] [--skew ...] [--card h100 h200] [--markdown | --json]
+    python -m bench.aot --model [--shapes DxF ...] [--l0 ...] [--skew ...] [--beta1 ...] [--card h100 h200]
+                        [--markdown | --json]
                         what a sparse training step should take, counted from the compiled kernels
 
 No GPU or driver is needed. Exit status 1 when a kernel does not compile, spills more than its specification allows,
@@ -153,6 +154,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--l0", nargs="+", type=float, default=(64.0,), help="of --model; default: 64")
     parser.add_argument("--skew", nargs="+", type=float, default=(0.7,), help="of --model, in decades; default: .7")
+    parser.add_argument(
+        "--beta1",
+        nargs="+",
+        type=float,
+        default=(0.0,),
+        help="of --model, Adam's: above 0 with first moments; default: 0",
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of --model; default: %(default)s")
     parser.add_argument(
         "--card", nargs="+", choices=tuple(CARDS), default=tuple(CARDS), help="of --model; default: %(default)s"

@@ -155,7 +155,7 @@ def work() -> None:
             log.seek(log_start)
             row |= read_cubin(kernel, log.read()) if target.startswith("sm_") else read_amdgcn(kernel)
             row["shared"] = int(kernel.metadata.shared)
-            if target == trips.TARGET and name in trips.names((trips.MEASURED, *cases)):
+            if target == trips.TARGET and name in trips.names((*trips.RECORDED, *cases)):
                 code = disassemble(kernel.asm["cubin"])
                 row["warps"] = spec.num_warps
                 if name in trips.names():

@@ -20,10 +20,11 @@ COLUMNS = ("kernel", "M instr.", "HBM GB", "L2 GB", "warps", *TIMES, "binds")
 def cases(options: argparse.Namespace) -> list[Case]:
     shapes = [shape_of(text) for text in options.shapes]
     return [
-        Case(shape.d_model, shape.d_sae, l0, skew, options.tokens)
+        Case(shape.d_model, shape.d_sae, l0, skew, options.tokens, beta1)
         for shape in shapes
         for l0 in options.l0
         for skew in options.skew
+        for beta1 in options.beta1
     ]
 
 

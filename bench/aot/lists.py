@@ -93,13 +93,15 @@ def _lengths(probabilities: np.ndarray, count: float) -> Lengths:
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of a step. tokens: of the batch. skew: decades, see `bench.timing.inputs`."""
+    """The sizes of a step. tokens: of the batch. skew: decades, see `bench.timing.inputs`. beta1: Adam's; above 0 the
+    update has first moments."""
 
     d: int
     F: int
     l0: float = 64.0
     skew: float = 0.7
     tokens: int = 4096
+    beta1: float = 0.0
 
     def __post_init__(self):
         for name in ("d", "F", "tokens"):
@@ -109,10 +111,13 @@ class Case:
             raise ValueError(f"l0: expected more than 0 and at most F = {self.F}, got {self.l0}")
         if self.skew < 0:
             raise ValueError(f"skew: expected at least 0, got {self.skew}")
+        if not 0 <= self.beta1 < 1:
+            raise ValueError(f"beta1: expected at least 0 and less than 1, got {self.beta1}")
 
     @property
     def title(self) -> str:
-        return f"{self.d}x{self.F} N {self.tokens} L0 {self.l0:g} skew {self.skew:g}"
+        moment = f" beta1 {self.beta1:g}" if self.beta1 else ""
+        return f"{self.d}x{self.F} N {self.tokens} L0 {self.l0:g} skew {self.skew:g}{moment}"
 
     @cached_property
     def frequencies(self) -> np.ndarray:

@@ -156,7 +156,7 @@ RECORDED_LENGTHS = (0, 1, 17, 67, 300)
 
 def of_programs(code: Code, spec) -> dict[str, int]:
     """Warp-instructions of one program of a kernel of the step, by its length: cheap, and worse when the code is."""
-    every = (*trips.passes(trips.MEASURED), *trips.selection(trips.MEASURED))
+    every = (step for case in trips.RECORDED for step in (*trips.passes(case), *trips.selection(case)))
     step = next(step for step in every if step.spec == spec.name)
     counter, lengths = Counter(code, spec), step.programs.length
     if len(lengths) > 1:

@@ -253,22 +253,35 @@ def encoder_times(case: Case) -> Pass:
     )  # fmt: skip
 
 
-def of_width(name: str, d: int) -> str:
-    """A compilation whose width is a constant; that of `bench.aot.specs` is 2,304."""
-    return name if d == 2304 else f"{name}_{d}"
+def of_update(name: str, d: int, beta1: float) -> str:
+    """A compilation of the update, whose width and β1 are constants; those of `bench.aot.specs` are 2,304 and 0. All β1
+    above 0 are one: another number in the same code."""
+    named = f"{name}_beta1" if beta1 else name
+    return named if d == 2304 else f"{named}_{d}"
 
 
-def update_bytes(d: int, length: int) -> float:
+def first_moment_bytes(d: int, beta1: float) -> float:
+    """Read and written of the fp32 first moments of a latent's rows of W_enc and W_dec; nothing where β1 is 0."""
+    return 2 * (4 + 4) * d if beta1 else 0
+
+
+def small_first_moment_bytes(beta1: float) -> float:
+    """Likewise of its b_enc and θ, which the ordinary program moves, also that of a long list."""
+    return first_moment_bytes(1, beta1)
+
+
+def update_bytes(d: int, length: int, beta1: float = 0.0) -> float:
     """Loaded and stored for one latent with so many entries, by a program for a list that is not long; or, for one that
     is, by the program that norms its row."""
     if length == 0:
         return 4 + 16
     config = gpu_update.CONFIG
     blocks = _blocks(d, config.block_d)
-    of_latent, sweep = 4 + 16 + 8 + 8 + 8 + 4 + 10 * 4 + 8, (4 + 4 + 2) * d
+    of_latent, sweep = 4 + 16 + 8 + 8 + 8 + 4 + 10 * 4 + 8 + small_first_moment_bytes(beta1), (4 + 4 + 2) * d
     if length >= config.long:
         return of_latent + 4 * blocks + sweep
-    return of_latent + 12 * length * blocks + 4 * d * length + (4 * 4 + 4 * 4 + 2) * d + sweep
+    columns = (4 * 4 + 4 * 4 + 2) * d + first_moment_bytes(d, beta1)
+    return of_latent + 12 * length * blocks + 4 * d * length + columns + sweep
 
 
 def search_bytes(candidates: int) -> float:
@@ -276,16 +289,20 @@ def search_bytes(candidates: int) -> float:
     return 4 + 16 * candidates
 
 
-def long_update_bytes(d: int, length: int) -> float:
+def long_update_bytes(d: int, length: int, beta1: float = 0.0) -> float:
     """Loaded and stored for one long list by the programs of its column blocks, the search for it aside."""
     of_block = 16 + 3 * 8 + 4 + 12 * length + 4
-    return _blocks(d, gpu_update.CONFIG.block_d) * of_block + 4 * d * length + (4 * 4 + 4 * 4 + 2) * d
+    columns = (4 * 4 + 4 * 4 + 2) * d + first_moment_bytes(d, beta1)
+    return _blocks(d, gpu_update.CONFIG.block_d) * of_block + 4 * d * length + columns
 
 
 def long_lists(case: Case) -> Pass:
     """Gradients and Adam of the long lists, a program for each and each column block; programs that find none are of
-    length 0. Counted as if no program found two, and each looked at 16 latents, as with 16,384 of them."""
-    config, d = gpu_update.CONFIG, case.d
+    length 0. Counted as if no program found two, and each looked at 16 latents, as with 16,384 of them.
+
+    26 bytes a weight: W_enc and v of both matrices read and written, the copy of W_enc; 16 more of first moments.
+    """
+    config, d, beta1 = gpu_update.CONFIG, case.d, case.beta1
     blocks = _blocks(d, config.block_d)
     programs = min(case.F, config.long_programs)
     found = case.of_latents.at_least(config.long)
@@ -296,10 +313,10 @@ def long_lists(case: Case) -> Pass:
         return {"F": 1}, {"ok_ptr": np.ones(1, np.int32), "lists_ptr": np.array([0, length], np.int64)}
 
     candidates = _blocks(case.F, programs)
-    hbm = found.lists * 18 * d + 8 * case.F
+    hbm = found.lists * (26 * d + first_moment_bytes(d, beta1)) + 8 * case.F
     return Pass(
-        "update, long", of_width("update_long_lists_bf16", d), lengths, given,
-        lambda length: search_bytes(candidates) + (long_update_bytes(d, length) / blocks if length else 0), hbm,
+        "update, long", of_update("update_long_lists_bf16", d, beta1), lengths, given,
+        lambda length: search_bytes(candidates) + (long_update_bytes(d, length, beta1) / blocks if length else 0), hbm,
         longest_first=True, grid=(programs, blocks),
     )  # fmt: skip
 
@@ -308,18 +325,20 @@ def update(case: Case) -> Pass:
     """A program a latent: both gathers, column block by column block, the update of the block, the sweep by the norm;
     for a long list the sweep alone.
 
-    36 bytes a weight of a touched latent: W and v of both matrices read and written, two copies written.
+    36 bytes a weight of a touched latent: W and v of both matrices read and written, two copies written. With first
+    moments 16 more, and 16 a latent.
     """
-    d, long = case.d, gpu_update.CONFIG.long
+    d, long, beta1 = case.d, gpu_update.CONFIG.long, case.beta1
 
     def given(length: int) -> Arguments:
         return {}, {"ok_ptr": np.ones(1, np.int32), "lists_ptr": np.array([0, length], np.int64)}
 
-    swept = case.of_latents.at_least(long).lists
-    hbm = case.of_latents.touched * 36 * d - swept * 26 * d + 4 * case.tokens * d + 12 * case.entries
+    touched, swept = case.of_latents.touched, case.of_latents.at_least(long).lists
+    hbm = touched * 36 * d - swept * 26 * d + 4 * case.tokens * d + 12 * case.entries
+    hbm += (touched - swept) * first_moment_bytes(d, beta1) + touched * small_first_moment_bytes(beta1)
     return Pass(
-        "update", of_width("update_entries_bf16", d), case.of_latents.clipped(long), given,
-        lambda length: update_bytes(d, length), hbm, most=long,
+        "update", of_update("update_entries_bf16", d, beta1), case.of_latents.clipped(long), given,
+        lambda length: update_bytes(d, length, beta1), hbm, most=long,
     )  # fmt: skip
 
 
@@ -358,7 +377,7 @@ def lights(case: Case) -> tuple[Light, ...]:
         Light("centre", 1, (4 + 2) * N * d + 4 * F),
         Light("tokens", 1, (4 + 2) * N * d + 8 * entries),
         Light("touched", 1, (4 + 4 + 8) * F + 4 * SECTOR * F),
-        Light("finish", 1, (8 + 8 + 4) * F + 4 * d * _blocks(F, _group_rows(F))),
+        Light("finish", 1, (8 + 8 + 4) * F + 4 * d * _blocks(F, _group_rows(F)) + (8 * d if case.beta1 else 0)),
     ]
     if 4 * gpu_transpose._WORDS.value * blocks > gpu_transpose.MARKS_BYTES:
         return (*found, Light("sort", KERNELS_OF_A_SORT, SORT_BYTES * room))
@@ -415,22 +434,24 @@ STEP = (
     product, count, move, residual, sum_shares, latents, long_latents, encoder_times, conclude, long_lists,
     update,
 )  # fmt: skip
-MEASURED = Case(2304, 16384)  # whose programs are recorded
+MEASURED = Case(2304, 16384)
+RECORDED = (MEASURED, replace(MEASURED, beta1=0.9))  # whose programs are recorded
 
 
 def specs(target: str = TARGET, cases: Iterable[Case] = ()) -> Iterator[Spec]:
-    """The compilations of the step in the given cases, and in the one that is recorded."""
-    given = (MEASURED, *cases)
+    """The compilations of the step in the given cases, and in those that are recorded."""
+    given = (*RECORDED, *cases)
     of_step = (encode, training_encode, topk, sparse_step, around_the_step)
     found = {spec.name: spec for of in of_step for spec in of(target)}
-    for d in sorted({case.d for case in given} - {2304}):
-        for spec in update_specs(target, d):
-            found[of_width(spec.name, d)] = replace(spec, name=of_width(spec.name, d))
+    for d, beta1 in sorted({(case.d, case.beta1) for case in given if case.d != 2304}):
+        for spec in update_specs(target, d, beta1):
+            name = of_update(spec.name, d, beta1)
+            found[name] = replace(spec, name=name)
     wanted = names(given)
     yield from (spec for spec in found.values() if spec.name in wanted)
 
 
-def names(cases: Iterable[Case] = (MEASURED,)) -> frozenset[str]:
+def names(cases: Iterable[Case] = RECORDED) -> frozenset[str]:
     """The compilations of the step and of the selection."""
     return frozenset(step.spec for case in cases for step in (*passes(case), *selection(case)))
 

@@ -16,6 +16,7 @@ class DictionaryLearning(Contender):
 
     parts = (*TRAINING, *INFERENCE)
     requires = ("dictionary-learning",)
+    only_beta1 = 0.0
     differs = (
         "dense; no pre-encoder bias, coefficient·(L0/target − 1)² of the batch whose gradient sees f instead of z, θ "
         "itself instead of log θ, clips gradients, waits for its loss in every step"

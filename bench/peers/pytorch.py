@@ -104,15 +104,20 @@ class DensePyTorch(Contender):
 
     def __init__(self, compiled: bool = False):
         self.compiled = compiled
-        self.differs = "dense autograd" + (", compiled" if compiled else "") + "; the same update as ours"
+        self.differs = self._differs(0.0)
+
+    def _differs(self, beta1: float) -> str:
+        drift = ", but latents without an entry drift on where ours wait" if beta1 else ""
+        return "dense autograd" + (", compiled" if self.compiled else "") + "; the same update as ours" + drift
 
     def set_up(self, inputs: Inputs) -> None:
         self.inputs, self.tolerance = inputs, TOLERANCES[inputs.dtype]
+        self.differs = self._differs(inputs.beta1)
         sae, rule = inputs.sae, inputs.rule
         trained = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold.log()]
         self.parameters = [tensor.detach().clone().contiguous().requires_grad_() for tensor in trained]
         self.optimiser = torch.optim.Adam(
-            self.parameters, lr=rule.learning_rate, betas=(0.0, rule.beta2), eps=rule.eps, fused=True
+            self.parameters, lr=rule.learning_rate, betas=(inputs.beta1, rule.beta2), eps=rule.eps, fused=True
         )
         self.x = inputs.x.to(OPERAND_DTYPES[inputs.dtype])
         *self.encoder, self.W_dec, self.b_dec = released_weights(sae, self.x.dtype)

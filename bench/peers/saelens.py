@@ -30,10 +30,11 @@ class SAELens(Contender):
 
     parts = (*TRAINING, *INFERENCE)
     requires = ("sae-lens",)
-    differs = (
+    always_differs = (
         "dense; clips gradients and counts firings on top, neither projects nor renormalises the decoder, θ itself "
-        "instead of log θ, Adam with a first moment"
+        "instead of log θ"
     )
+    differs = f"{always_differs}, Adam with a first moment"
 
     def __init__(self, autocast: bool = False, compiled: bool = False):
         self.autocast, self.compiled = autocast, compiled
@@ -50,7 +51,10 @@ class SAELens(Contender):
         self.training_sae = training_sae(inputs)
         if self.compiled:
             self.training_sae.training_forward_pass = torch.compile(self.training_sae.training_forward_pass)
-        rate = inputs.rule.learning_rate
+        rate, options = inputs.rule.learning_rate, {}
+        if inputs.beta1:
+            options = {"adam_beta1": inputs.beta1}
+            self.differs = f"{self.always_differs}, latents without an entry drift on where ours wait"
         config = SAETrainerConfig(
             total_training_samples=STEPS * len(x),
             train_batch_size_samples=len(x),
@@ -58,6 +62,7 @@ class SAELens(Contender):
             lr_end=rate,
             device=str(x.device),
             autocast=self.autocast,
+            **options,
         )
         self.trainer = SAETrainer(config, self.training_sae, iter(()))
         self.sae = None

@@ -80,6 +80,7 @@ class CoderTraining:
 class Sparsify(Contender):
     parts = (*TRAINING, *INFERENCE)
     requires = ("eai-sparsify",)
+    only_beta1 = 0.9
 
     def __init__(self, optimiser: str = "adam"):
         self.optimiser = optimiser

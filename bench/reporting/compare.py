@@ -17,7 +17,7 @@ from bench.reporting import records, tables
 from bench.timing import measure, worker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KEY = ("suite", "shape", "tokens", "target_l0", "dtype", "skew", "part", "contender")
+KEY = ("suite", "shape", "tokens", "target_l0", "dtype", "skew", "beta1", "part", "contender")
 
 
 class Server:

@@ -137,11 +137,11 @@ def panels(suite: str, times: Sequence[Row]) -> list[tuple[str, Sequence[Row], b
     for part in shown:
         for row in times:
             if row["part"] == part:
-                groups.setdefault((part, sizes(row), row["target_l0"], row["dtype"]), []).append(row)
+                groups.setdefault((part, sizes(row), row["target_l0"], row["dtype"], row["beta1"]), []).append(row)
     found = []
-    for (part, shape, l0, dtype), rows in groups.items():
+    for (part, shape, l0, dtype, beta1), rows in groups.items():
         tokens = sorted({row["tokens"] for row in rows})
-        title = f"{TITLES[part]}\n{shape}, L0 {l0:g}, {dtype}"
+        title = f"{TITLES[part]}\n{shape}, L0 {l0:g}, {dtype}" + (f", β1 {beta1:g}" if beta1 else "")
         if len(tokens) > 2:
             found.append((title, rows, True))
             continue

@@ -81,7 +81,10 @@ def append(suite: str, rows: Iterable[Mapping[str, Any]], folder: Path | None = 
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every row of a file. Raises `DamagedRowError` for a line that is cut off, is not a row or has another schema."""
+    """Every row of a file. Raises `DamagedRowError` for a line that is cut off, is not a row or has another schema.
+
+    Times from before `bench run --beta1` are those without a first moment: their ``beta1`` is 0.
+    """
     rows = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -94,5 +97,5 @@ def read(path: Path) -> list[dict[str, Any]]:
                 raise DamagedRowError(f"{path}, line {number}: expected a row, found none with {missing[0]!r}")
             if row["schema"] != SCHEMA:
                 raise DamagedRowError(f"{path}, line {number}: expected schema {SCHEMA}, found {row['schema']!r}")
-            rows.append(row)
+            rows.append({"beta1": 0.0} | row if "parts" in row else row)
     return rows

@@ -15,7 +15,7 @@ from gemmascope.reporting.html import document, figure, section
 
 OUT = Path("runs/bench")
 STYLE = "pre.table { background: none; padding: 0; }\n"
-CASE = ("suite", "shape", "tokens", "target_l0", "dtype", "skew")
+CASE = ("suite", "shape", "tokens", "target_l0", "dtype", "skew", "beta1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

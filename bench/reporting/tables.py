@@ -12,6 +12,7 @@ def case_title(row: Row) -> str:
     return (
         f"{row['shape']} ({row['d_model']} x {row['d_sae']}), {row['tokens']:,} tokens, L0 {row['target_l0']:g}, "
         + (f"{row['dtype']}")
+        + (f", β1 {row['beta1']:g}" if row["beta1"] else "")
     )
 
 

@@ -3,6 +3,7 @@ operator against the fp64 reference, by budget. Peers: what they compute of the 
 
 import copy
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ GATE_RULE = Rule(learning_rate=1.0, beta2=0.999, eps=1.0, log_threshold=True)
 GATE_LOSS = Loss(l0_coefficient=0.02, bandwidth=1e-2)
 GATE_LATENTS, GATE_DENSITY = 1024, 0.01
 AGREEMENT_LATENTS = 4096
+GATE_UPDATES = 3  # before the gate's, where there are first moments
 GATE_MARGIN = 1e-6  # no z of the gate is closer to a decision than this, and what tensor cores cut off
 # Of a case with more tokens. A GPU encodes up to 16 and up to 128 tokens by other launches than more of them.
 GATE_TOKENS = 136
@@ -86,37 +88,66 @@ def _gate_saes(
 
 
 def _tensors(state: TrainState, latents: Tensor) -> dict[str, Tensor]:
-    """Weights and second moments of some latents, and of b_dec, in fp64."""
-    names = ("W_enc", "W_dec", "b_enc", "threshold")
-    found = {name + v: getattr(state.latents, name + v)[latents].double() for name in names for v in ("", "_v")}
-    return found | {"b_dec": state.sae.b_dec.detach().double(), "b_dec_v": state.b_dec_v.double()}
+    """Weights and moments of some latents, and of b_dec, in fp64."""
+    names, kinds = ("W_enc", "W_dec", "b_enc", "threshold"), ("", "_v") if state.b_dec_m is None else ("", "_v", "_m")
+    found = {name + kind: getattr(state.latents, name + kind)[latents].double() for name in names for kind in kinds}
+    found |= {"b_dec": state.sae.b_dec.detach().double(), "b_dec_v": state.b_dec_v.double()}
+    return found if state.b_dec_m is None else found | {"b_dec_m": state.b_dec_m.double()}
+
+
+def _first_moments(narrow: JumpReLUSAE, x: Tensor, rule: Rule) -> dict[str, Tensor]:
+    """Moments as of earlier updates, fp32: of the gradient's size, but those of other latents and columns."""
+    state = TrainState.start(copy.deepcopy(narrow), first_moments=True)
+    reference_step(state, x.double(), GATE_LOSS, rule)
+    found = _tensors(state, torch.arange(narrow.d_sae, device=x.device))
+    return {name: m.flip(*range(m.dim())).float() for name, m in found.items() if name.endswith("_m")}
+
+
+@torch.no_grad()
+def _go_on(state: TrainState, latents: Tensor, moments: dict[str, Tensor]) -> None:
+    """Let earlier updates have been made, by latents touched at different times, and have left these first moments."""
+    state.updates.fill_(GATE_UPDATES)
+    state.last[latents] = torch.arange(len(latents), device=latents.device) % (GATE_UPDATES + 1)
+    for name, m in moments.items():
+        if name == "b_dec_m":
+            state.b_dec_m.copy_(m)
+        else:
+            getattr(state, name)[latents] = m.to(state.W_dec_v.dtype)
 
 
 def take(route: str, state: TrainState, x: Tensor, loss: Loss, rule: Rule, capacity: int) -> StepFigures:
     return sparse_step(state, x, loss, rule, capacity) if route == "sparse" else dense_step(state, x, loss, rule)
 
 
-def step_gate(route: str, base: JumpReLUSAE, x: Tensor, dtype: str, tokens: int) -> float:
+def step_gate(route: str, base: JumpReLUSAE, x: Tensor, dtype: str, tokens: int, beta1: float = 0.0) -> float:
     """The largest share of its budget that an error of one step takes; `RedGateError` above 1.
 
     base: an SAE on the CPU; x [n, d_model] on the device, of which the step is made on ``tokens``, so that n is larger.
+    beta1: above 0 it is not the first step, so that first moments decay and are corrected.
 
     ‖found − exact‖ ≤ one fp32 ulp of the tensor, plus 2·‖eager − exact‖ in fp32, or plus 4 ulp of the operands' dtype,
     of what the step changed, in tf32 and bf16; twice that for second moments, which are squares.
     """
     wide, narrow, latents, x = _gate_saes(base, x, tokens, dtype)
     every = torch.arange(len(latents), device=x.device)
-    exact, eager = (TrainState.start(copy.deepcopy(narrow).to(precision)) for precision in (torch.float64, x.dtype))
+    rule, options = GATE_RULE._replace(beta1=beta1), {"first_moments": beta1 > 0}
+    exact, eager = (
+        TrainState.start(copy.deepcopy(narrow).to(precision), **options) for precision in (torch.float64, x.dtype)
+    )
+    ours = TrainState.start(copy.deepcopy(wide).to(x.device), dtype, **options)
+    if beta1:
+        moments = _first_moments(narrow, x, rule)
+        for state, of_state in ((exact, every), (eager, every), (ours, latents)):
+            _go_on(state, of_state, moments)
     before = {name: value.clone() for name, value in _tensors(exact, every).items()}
     for state in (exact, eager):
-        reference_step(state, x.to(state.sae.W_dec.dtype), GATE_LOSS, GATE_RULE)
+        reference_step(state, x.to(state.sae.W_dec.dtype), GATE_LOSS, rule)
     expected, plain = _tensors(exact, every), _tensors(eager, every)
 
-    ours = TrainState.start(copy.deepcopy(wide).to(x.device), dtype)
-    take(route, ours, x, GATE_LOSS, GATE_RULE, len(x) * len(latents))
-    touched = ours.latents.last[latents] > 0
+    take(route, ours, x, GATE_LOSS, rule, len(x) * len(latents))
+    touched = exact.latents.last == exact.updates
     worst, place = 0.0, ""
-    if ours.latents.last.count_nonzero() != touched.count_nonzero():
+    if (ours.latents.last == exact.updates).count_nonzero() != touched.count_nonzero():
         worst, place = float("inf"), "latents without an entry"
     for name, value in _tensors(ours, latents).items():
         rows = touched if name == "W_dec" else slice(None)  # the others are not normalised anew
@@ -124,12 +155,19 @@ def step_gate(route: str, base: JumpReLUSAE, x: Tensor, dtype: str, tokens: int)
         budget = torch.finfo(torch.float32).eps * goal.norm() + ULPS[dtype] * (goal - start).norm()
         if dtype == "fp32":
             budget += 2 * (plain[name][rows] - goal).norm()
-        share = ((value - goal).norm() / budget / (2 if name.endswith("_v") else 1)).item()
-        if not share <= worst:
+        share = share_of((value - goal).norm().item(), budget.item() * (2 if name.endswith("_v") else 1))
+        if share > worst:
             worst, place = share, name
     if not worst <= 1:
         raise RedGateError(f"{route} step, {dtype}: error of {place} is {worst:.3g} times its budget")
     return worst
+
+
+def share_of(error: float, budget: float) -> float:
+    """What an error takes of its budget: 0 where there is none, be the budget 0 too; infinite where it is NaN."""
+    if error == 0:
+        return 0.0
+    return error / budget if budget > 0 and not math.isnan(error) else math.inf
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -168,8 +206,8 @@ def operator_gate(impl: str, inputs: Inputs) -> float:
             budget += torch.finfo(torch.float32).eps / 2 * inputs.sae.d_model**0.5
             if inputs.x.is_cuda and inputs.dtype == "bf16":  # inference never rounds to tf32
                 budget += truncation(inputs.sae.d_model, "bf16")
-        share = relative_error(found, goal) / budget
-        if not share <= worst:
+        share = share_of(relative_error(found, goal), budget)
+        if share > worst:
             worst, place = share, name
 
     for name in ("encode", "infer", "module", "decode", "decode_backward", "jumprelu", "jumprelu_backward"):
@@ -199,12 +237,19 @@ def drawn(tokens: int) -> int:
 
 
 def agreement_inputs(
-    d: int, f: int, l0: float, device: torch.device, dtype: str, skew: float, tokens: int = GATE_TOKENS
+    d: int,
+    f: int,
+    l0: float,
+    device: torch.device,
+    dtype: str,
+    skew: float,
+    tokens: int = GATE_TOKENS,
+    beta1: float = 0.0,
 ) -> Inputs:
     """Few tokens and latents, enough to tell whether two contenders do the same. Tokens with a z within rounding of a
     decision are left out: fp32 and fp64 may part there."""
     f = min(f, AGREEMENT_LATENTS)
-    inputs = construct(d, f, drawn(tokens), min(l0, f / 8), device, dtype=dtype, skew=skew)
+    inputs = construct(d, f, drawn(tokens), min(l0, f / 8), device, dtype=dtype, skew=skew, beta1=beta1)
     return dataclasses.replace(inputs, x=decided(inputs.sae, inputs.x, inputs.loss.bandwidth, tokens, dtype))
 
 

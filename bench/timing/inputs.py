@@ -76,7 +76,15 @@ def common_factor(sae: JumpReLUSAE, x: Tensor, scale: Tensor, l0: float) -> floa
 
 @torch.no_grad()
 def construct(
-    d: int, f: int, tokens: int, l0: float, device: torch.device, *, dtype: str = "fp32", skew: float = SKEW
+    d: int,
+    f: int,
+    tokens: int,
+    l0: float,
+    device: torch.device,
+    *,
+    dtype: str = "fp32",
+    skew: float = SKEW,
+    beta1: float = 0.0,
 ) -> Inputs:
     """The inputs of one case. dtype: other than "fp32", weights and activations are numbers that bf16 holds and b_dec
     is 0, so that every implementation decides alike which latents fire, however it rounds its operands."""
@@ -94,4 +102,4 @@ def construct(
         for tensor in (sae.W_enc, sae.W_dec, x):
             tensor.copy_(tensor.bfloat16())
     sae.threshold.copy_(scale * common_factor(sae, x, scale, l0))
-    return Inputs(sae, x, LOSS, RULE, l0, dtype)
+    return Inputs(sae, x, LOSS, RULE._replace(beta1=beta1) if beta1 else RULE, l0, dtype)

@@ -78,10 +78,10 @@ def warm(contender: Contender, parts: tuple[str, ...], clock: Clock) -> None:
 
 def small_inputs(case: Case, device: torch.device) -> list[Inputs]:
     """For `gate.agreement`, of each shape."""
-    rest = (case.l0, device, case.dtype, case.skew, gate.gate_tokens(case.tokens))
+    rest = (case.l0, device, case.dtype, case.skew, gate.gate_tokens(case.tokens), case.beta1)
     return [gate.agreement_inputs(shape.d_model, shape.d_sae, *rest) for shape in case.shape.all]
 
 
 def all_inputs(case: Case, device: torch.device) -> list[Inputs]:
-    options = {"dtype": case.dtype, "skew": case.skew}
+    options = {"dtype": case.dtype, "skew": case.skew, "beta1": case.beta1}
     return [construct(s.d_model, s.d_sae, case.tokens, case.l0, device, **options) for s in case.shape.all]

@@ -79,7 +79,7 @@ def settle() -> None:
 
 
 class Gates:
-    """Parity of ours, once for each implementation, route, shape, dtype and launch."""
+    """Parity of ours, once for each implementation, route, shape, dtype, launch and β1."""
 
     def __init__(self) -> None:
         self.shares: dict[tuple, dict[str, float]] = {}
@@ -87,14 +87,14 @@ class Gates:
     def check(self, contender: Ours, case: Case, device: torch.device, small: Inputs) -> dict[str, float]:
         training = any(part in case.parts for part in ("step", "forward", "backward"))
         tokens = gate.gate_tokens(case.tokens)
-        key = (contender.impl, contender.route, case.shape, case.dtype, training, tokens)
+        key = (contender.impl, contender.route, case.shape, case.dtype, training, tokens, case.beta1)
         if key not in self.shares:
             d, f = case.shape.d_model, case.shape.d_sae
             shares = {}
             if training:
                 base = JumpReLUSAE(d, f, impl=contender.impl, generator=torch.Generator().manual_seed(0))
                 x = activations(gate.drawn(tokens), d, device, seed=0)
-                shares["step"] = gate.step_gate(contender.route, base, x, case.dtype, tokens)
+                shares["step"] = gate.step_gate(contender.route, base, x, case.dtype, tokens, case.beta1)
             if len(contender.parts) > 1:
                 shares["operators"] = gate.operator_gate(contender.impl, small)
             self.shares[key] = shares
@@ -112,6 +112,7 @@ def admitted(bench: Bench, gates: Gates) -> dict[str, dict[str, Any]]:
             one = make(name)
             if not set(one.parts) & set(bench.case.parts):
                 continue
+            one.check_beta1(bench.case.beta1)
             one.check_available(bench.options.device)
             facts: dict[str, Any] = {"versions": one.versions()}
             if isinstance(one, Ours):

@@ -12,7 +12,7 @@ CHUNK = 16384
 
 class Size(NamedTuple):
     """What a part works on. active and entries (active or in the window): of the batch; touched: latents that have an
-    entry; itemsize: bytes of an operand's element."""
+    entry; itemsize: bytes of an operand's element; moments: 1, or 2 where Adam's β1 is above 0."""
 
     n: int
     d: int
@@ -21,6 +21,7 @@ class Size(NamedTuple):
     entries: int
     touched: int
     itemsize: int
+    moments: int = 1
 
 
 @torch.no_grad()
@@ -35,7 +36,8 @@ def measure_size(inputs: Inputs) -> Size:
         active += int((excess > 0).sum())
         entries += int(near.sum())
         touched += int(near.any(0).sum())
-    return Size(len(inputs.x), sae.d_model, sae.d_sae, active, entries, touched, OPERAND_DTYPES[inputs.dtype].itemsize)
+    itemsize, moments = OPERAND_DTYPES[inputs.dtype].itemsize, 2 if inputs.beta1 else 1
+    return Size(len(inputs.x), sae.d_model, sae.d_sae, active, entries, touched, itemsize, moments)
 
 
 def operator_work(operator: str, size: Size) -> tuple[int, int]:
@@ -46,10 +48,10 @@ def operator_work(operator: str, size: Size) -> tuple[int, int]:
     for u, from one gather of its row of W_dec; x read and the residual written. by_latent: keys read, int64 order and
     offsets written. latent_pass: 36 bytes an entry, 28 a latent. encoder_times: W_enc read. update_from_entries: 4d
     FLOPs an entry, gathering a row of x and of the residual; of each touched latent two rows of weights and two of
-    second moments read and written, 15 FLOPs an element, and the bf16 copies written. Caches serve gathers when the
-    rows fit: more than 100 % of the memory rate is possible.
+    second moments read and written, 15 FLOPs an element, two of first moments and 3 FLOPs more where there are such,
+    and the bf16 copies written. Caches serve gathers when the rows fit: more than 100 % of the memory rate is possible.
     """
-    n, d, f, active, entries, touched, b = size
+    n, d, f, active, entries, touched, b, moments = size
     return {
         "encode_entries": (2 * n * d * f, b * (n * d + d * f) + n * f // 4 + 20 * entries),
         "residual_pass": (2 * d * (active + entries), b * d * (entries + n) + 4 * n * d + 12 * entries),
@@ -57,8 +59,8 @@ def operator_work(operator: str, size: Size) -> tuple[int, int]:
         "latent_pass": (20 * entries, 36 * entries + 28 * f),
         "encoder_times": (2 * d * f, b * d * f + 4 * f),
         "update_from_entries": (
-            4 * d * entries + 30 * d * touched,
-            2 * b * d * entries + 12 * entries + (32 + 4 * (b == 2)) * d * touched,
+            4 * d * entries + (24 + 6 * moments) * d * touched,
+            2 * b * d * entries + 12 * entries + (16 + 16 * moments + 4 * (b == 2)) * d * touched,
         ),
     }[operator]
 
@@ -75,7 +77,7 @@ def part_work(part: str, size: Size) -> tuple[int, int]:
     module: both. decode_backward: 4d FLOPs an active entry, gathering a row of W_dec for its value and one of ∂L/∂x̂
     for dW_dec, which is written. jumprelu reads pre and writes f; its backward reads pre and ∂L/∂f and writes dpre.
     """
-    n, d, f, active, _, _, b = size
+    n, d, f, active, _, _, b, _ = size
     if part in ("step", "forward", "backward"):
         names = {"forward": FORWARD, "backward": BACKWARD}.get(part, FORWARD + BACKWARD)
         flops, n_bytes = zip(*(operator_work(name, size) for name in names), strict=True)

@@ -21,7 +21,8 @@ def arguments_of(case: Case, contender: str) -> list[str]:
     """Command line from which `parse` makes the same case with one contender."""
     return [
         *("--suite", case.suite, "--shape", case.shape.name, "--tokens", str(case.tokens), "--l0", str(case.l0)),
-        *("--dtype", case.dtype, "--skew", str(case.skew), "--contender", contender, "--parts", *case.parts),
+        *("--dtype", case.dtype, "--skew", str(case.skew), "--beta1", str(case.beta1)),
+        *("--contender", contender, "--parts", *case.parts),
     ]
 
 
@@ -33,6 +34,7 @@ def parse(arguments: list[str]) -> tuple[Case, str, torch.device]:
     parser.add_argument("--l0", type=float, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--skew", type=float, required=True)
+    parser.add_argument("--beta1", type=float, required=True)
     parser.add_argument("--contender", required=True)
     parser.add_argument("--parts", nargs="+", required=True)
     parser.add_argument("--device", default="cpu")
@@ -46,6 +48,7 @@ def parse(arguments: list[str]) -> tuple[Case, str, torch.device]:
         tuple(given.parts),
         (given.contender,),
         given.skew,
+        beta1=given.beta1,
     )
     return case, given.contender, torch.device(given.device)
 

@@ -51,6 +51,7 @@ def test_verdict_of_what_was_found(tmp_path, capsys):
         units=(1, "1 failed"),
         step=(0, rows(2.7)),
         skew0=(0, rows(2.2)),
+        beta1=(0, rows(2.85)),
         counters=(0, COUNTERS),
         variants=(0, json.dumps(variants)),
         memcheck=(127, "no such file"),
@@ -64,6 +65,9 @@ def test_verdict_of_what_was_found(tmp_path, capsys):
     assert held["residual, latents, update are right (status 0)"] == "fell"
     assert held["none of 50 repeated steps differs"] == "held"
     assert found["skew 0.7 costs at most 0.15 ms more than skew 0"].endswith(": 0.5")
+    assert held["with a first moment, β1 = .7, 1.3 to 2 ms"] == "fell"
+    assert found["which costs .03 to .3 ms more than without"].startswith("held")
+    assert found["which costs .03 to .3 ms more than without"].endswith(": 0.15")
     assert found["update is not bound by issue"].endswith("less than 60 % active: 71.25")
     assert held["update is bound by memory"] == "no figure"
     assert held["four stages make encode at least 3 % faster"] == "fell"
@@ -93,7 +97,7 @@ def test_rehearsal(tmp_path):
         pytest.skip("needs triton")
     if importlib.metadata.version("triton").startswith("3.6."):
         pytest.skip("without the repairs of the tests, Triton 3.6 interprets no loops with numpy 2.4")
-    out, chosen = tmp_path / "out", ("machine", "units", "step", "counters", "variants", "wide1m")
+    out, chosen = tmp_path / "out", ("machine", "units", "step", "counters", "variants", "wide1m", "beta1")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(
         [SCRIPT, "--rehearse", out, *chosen],
@@ -104,6 +108,8 @@ def test_rehearsal(tmp_path):
     assert [name for name, *_ in table] == list(chosen), done.stderr
     assert {name: status for name, status, _ in table if status != "0"}.keys() <= {"counters"}, texts
     assert "passed" in texts["units"]
+    beta1 = {row["beta1"] for row in first_contact.last_json(texts["beta1"])["rows"]}
+    assert (beta1, "β1 0.7" in texts["step"]) == ({0.7}, False)
     assert first_contact.last_json(texts["machine"])["pytest"] == pytest.__version__
     names = set(first_contact.last_json(texts["variants"]))
     assert {"encode, 3 stages", "encode, 4 stages", "backward and update, as shipped"} < names

@@ -12,6 +12,7 @@ from bench.ours import Ours, WithheldError
 from bench.peers.pytorch import Products
 from bench.timing import gate, inputs, work
 from bench.timing.inputs import construct
+from gemmascope.kernels.dispatch import choose
 from gemmascope.saes import JumpReLUSAE
 from gemmascope.training.config import Loss
 from gemmascope.training.state import TrainState
@@ -29,22 +30,33 @@ def narrow_gate(monkeypatch):
     monkeypatch.setattr(gate, "GATE_DENSITY", 0.1)
 
 
-def check(route="sparse", dtype="fp32", impl="pytorch"):
+def check(route="sparse", dtype="fp32", impl="pytorch", beta1=0.0):
     base = JumpReLUSAE(D, F, impl=impl, threshold_init=0.1, generator=torch.Generator().manual_seed(0))
-    return gate.step_gate(route, base, inputs.activations(80, D, CPU, seed=0), dtype, 64)
+    return gate.step_gate(route, base, inputs.activations(80, D, CPU, seed=0), dtype, 64, beta1)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("route", ["sparse", "dense"])
-def test_the_step_gate_is_green(route, dtype, narrow_gate):
-    assert 0 < check(route, dtype) <= 1
+def test_the_step_gate_is_green(route, dtype, beta1, narrow_gate):
+    assert 0 < check(route, dtype, beta1=beta1) <= 1
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_the_step_gate_is_green_for_kernels_with_a_first_moment(route, impl, narrow_gate):
+    try:
+        choose(impl, CPU, torch.float32)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert 0 < check(route, impl=impl, beta1=0.7) <= 1
 
 
 def without_tensor(name):
     """A step after which one tensor is as before."""
 
     def broken(route, state, x, loss, rule, capacity):
-        owner = state.sae if name == "b_dec" else state.latents
+        owner = state.sae if name == "b_dec" else state if name == "b_dec_m" else state.latents
         before = getattr(owner, name).detach().clone()
         figures = original(route, state, x, loss, rule, capacity)
         with torch.no_grad():
@@ -61,7 +73,16 @@ def touching_all(route, state, x, loss, rule, capacity):
 
 
 original = gate.take
+
+
+def with_nan(route, state, *rest):
+    figures = original(route, state, *rest)
+    state.latents.W_enc[3, 2] = torch.nan
+    return figures
+
+
 MISTAKES = {
+    "NaN": (with_nan, "W_enc is inf"),
     "bandwidth": (lambda r, s, x, loss, *rest: original(r, s, x, Loss(0.02, 1.2e-2), *rest), "threshold"),
     "coefficient": (lambda r, s, x, loss, *rest: original(r, s, x, Loss(0.04, 1e-2), *rest), "threshold"),
     "one token less": (lambda r, s, x, *rest: original(r, s, x[1:], *rest), ""),
@@ -80,6 +101,67 @@ def test_the_step_gate_turns_red(mistake, place, dtype, narrow_gate, monkeypatch
     monkeypatch.setattr(gate, "take", mistake)
     with pytest.raises(gate.RedGateError, match=rf"sparse step, {dtype}: error of {place}.* times its budget"):
         check(dtype=dtype)
+
+
+def another_beta1(route, state, x, loss, rule, capacity):
+    return original(route, state, x, loss, rule._replace(beta1=0.71), capacity)
+
+
+def forgetting_decay(route, state, x, loss, rule, capacity):
+    """As if every latent had been touched in the update before."""
+    state.last.fill_(int(state.updates))
+    return original(route, state, x, loss, rule, capacity)
+
+
+def as_if_first(route, state, x, loss, rule, capacity):
+    """The correction of the first update, and no decay."""
+    state.last.zero_()
+    state.updates.zero_()
+    return original(route, state, x, loss, rule, capacity)
+
+
+MISTAKES_OF_MOMENTS = {
+    "W_enc_m stays": (without_tensor("W_enc_m"), "W_enc_m"),
+    "threshold_m stays": (without_tensor("threshold_m"), "threshold_m"),
+    "b_dec_m stays": (without_tensor("b_dec_m"), "b_dec_m"),
+    "another β1": (another_beta1, ""),
+    "no decay": (forgetting_decay, ""),
+    "counted as the first": (as_if_first, "latents without an entry"),
+    "W_dec stays": (without_tensor("W_dec"), "W_dec"),
+    "quiet latents move": (
+        lambda r, s, *rest: (original(r, s, *rest), s.last.fill_(int(s.updates))),
+        "latents without an entry",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("mistake", "place"), MISTAKES_OF_MOMENTS.values(), ids=MISTAKES_OF_MOMENTS)
+def test_the_step_gate_turns_red_at_first_moments(mistake, place, dtype, narrow_gate, monkeypatch):
+    monkeypatch.setattr(gate, "take", mistake)
+    with pytest.raises(gate.RedGateError, match=rf"sparse step, {dtype}: error of {place}.* times its budget"):
+        check(dtype=dtype, beta1=0.7)
+
+
+def test_the_gate_of_first_moments_is_not_that_of_a_first_step(narrow_gate, monkeypatch):
+    """It begins with moments of every kind, and with latents that were touched at different times."""
+    seen = []
+
+    def looked_at(route, state, *rest):
+        seen.append(
+            ({name: m.clone() for name, m in state.tensors().items() if name.endswith("_m")}, state.last.clone())
+        )
+        return original(route, state, *rest)
+
+    monkeypatch.setattr(gate, "take", looked_at)
+    check(beta1=0.7)
+    [(moments, last)] = seen
+    assert set(moments) == {"W_enc_m", "W_dec_m", "b_enc_m", "threshold_m", "b_dec_m"}
+    assert all(m.any() for m in moments.values())
+    assert set(last.tolist()) == set(range(gate.GATE_UPDATES + 1))
+    check()
+    assert seen[1][0] == {}
+    assert not seen[1][1].any()
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -119,6 +201,20 @@ def test_the_operator_gate_turns_red(operator, given, monkeypatch):
         gate.RedGateError, match=rf"pytorch, {given.dtype}: error of {PLACES.get(operator, operator)}(\[\d\])? is"
     ):
         gate.operator_gate("pytorch", given)
+
+
+@pytest.mark.parametrize("operator", ["infer", "decode"])
+def test_the_operator_gate_sees_nan_that_finite_results_follow(operator, given, monkeypatch):
+    right = getattr(Ours, operator)
+    monkeypatch.setattr(Ours, operator, lambda self: right(self) * (torch.nan if self.impl == "pytorch" else 1))
+    with pytest.raises(gate.RedGateError, match=rf"error of {operator} is inf times"):
+        gate.operator_gate("pytorch", given)
+
+
+def test_a_share_of_a_budget():
+    assert gate.share_of(0.0, 0.0) == gate.share_of(0.0, 1.0) == 0
+    assert gate.share_of(1.0, 2.0) == 0.5
+    assert gate.share_of(1.0, 0.0) == gate.share_of(torch.nan, 2.0) == gate.share_of(1.0, torch.nan) == torch.inf
 
 
 class Peer(Contender):
@@ -229,14 +325,16 @@ def test_gates_launch_what_is_timed():
         assert gated == timed
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.7])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_forward_and_backward_are_the_step(impl, given):
+def test_forward_and_backward_are_the_step(impl, beta1, given):
     """In halves the step leaves the same latents, and the gradient of b_dec that moves it."""
+    given = dataclasses.replace(given, rule=given.rule._replace(beta1=beta1))
     whole, halves = Ours(impl), Ours(impl)
     for contender in (whole, halves):
         contender.set_up(given)
         contender.before("step")
-        contender.state = TrainState.start(contender.state.sae, given.dtype)
+        contender.state = TrainState.start(contender.state.sae, given.dtype, first_moments=beta1 > 0)
         with torch.no_grad():
             for name, value in contender.state.sae.named_parameters():
                 value.copy_(getattr(given.sae, name))
@@ -305,7 +403,10 @@ def test_size_counts_entries():
     z = (given.x - given.sae.b_dec) @ given.sae.W_enc + given.sae.b_enc
     active = z > given.sae.threshold
     entries = active | ((z - given.sae.threshold).abs() < 0.025)
-    assert size == (32, D, F, active.sum(), entries.sum(), entries.any(0).sum(), 4)
+    assert size == (32, D, F, active.sum(), entries.sum(), entries.any(0).sum(), 4, 1)
+    assert work.measure_size(dataclasses.replace(given, rule=given.rule._replace(beta1=0.7))) == size._replace(
+        moments=2
+    )
     assert size.entries > size.active
 
 
@@ -318,6 +419,7 @@ def test_work_by_hand():
     assert work.operator_work("encoder_times", size) == (2 * 192, 2 * 192 + 256)
     assert work.operator_work("update_from_entries", size) == (72 + 450, 72 + 72 + 36 * 15)
     assert work.operator_work("update_from_entries", size._replace(itemsize=4))[1] == 144 + 72 + 32 * 15
+    assert work.operator_work("update_from_entries", size._replace(moments=2)) == (72 + 540, 72 + 72 + 52 * 15)
     assert work.part_work("forward", size) == (768 + 60, 396 + 152 + 144)
     assert work.part_work("step", size) == tuple(
         a + b for a, b in zip(work.part_work("forward", size), work.part_work("backward", size), strict=True)

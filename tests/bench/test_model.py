@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from bench.aot.cards import CARDS, occupancy
 from bench.aot.dense import dense
 from bench.aot.launches import SIZES, Operation, recorded
 from bench.aot.lists import WINDOW, Case, Lengths
+from bench.launches import record_step
 from bench.timing.inputs import firing_frequencies
 from gemmascope.kernels.entries import ACTIVE, ByLatent, Entries, LatentState, LatentSums, Objective, Rule
 from gemmascope.kernels.gpu import latents as gpu_latents
@@ -205,6 +207,8 @@ def test_fullest_words():
         ({"d": 0}, "d: expected at least 1"),
         ({"l0": 0}, "l0: expected more than 0"),
         ({"skew": -1}, "skew: expected at"),
+        ({"beta1": 1.0}, "beta1: expected at least 0 and less than 1, got 1.0"),
+        ({"beta1": -0.1}, "beta1: expected at least 0"),
     ],
 )
 def test_a_case_is_checked(change, message):
@@ -274,30 +278,64 @@ def test_bytes_of_the_latents(moved):
     assert moved[0] == expected
 
 
-def test_bytes_of_the_update(moved):
+@pytest.mark.parametrize("beta1", [0.0, 0.7])
+def test_bytes_of_the_update(moved, beta1):
     """Those of both launches: lists shorter than a long one and longer, that the first launch does."""
     long = gpu_update.CONFIG.long
     lengths = np.concatenate([LENGTHS, [long - 1, long, 0, long + 9, 3]])
     offsets, tokens = entries_of(lengths, 16)
     nnz, F = len(tokens), len(lengths)
     matrix, vector = (lambda: torch.rand(F, D)), (lambda: torch.rand(F))
+    first = (matrix(), matrix(), vector(), vector()) if beta1 else ()
     state = LatentState(
         W_enc=matrix(), W_dec=matrix(), b_enc=vector(), threshold=vector(), W_enc_v=matrix(), W_dec_v=matrix(),
         b_enc_v=vector(), threshold_v=vector(), last=torch.zeros(F, dtype=torch.int64),
         W_enc_low=matrix().bfloat16(), W_dec_low=matrix().bfloat16(),
+        **dict(zip(("W_enc_m", "W_dec_m", "b_enc_m", "threshold_m"), first, strict=bool(beta1))),
     )  # fmt: skip
     sums = LatentSums(
         torch.rand(nnz), torch.rand(nnz), tokens, vector(), vector(), vector(), torch.ones(F, dtype=torch.int32)
     )
     rows = torch.rand(16, D).bfloat16()
-    rule = Rule(learning_rate=1e-3, beta2=0.999, eps=1e-8, log_threshold=True)
+    rule = Rule(learning_rate=1e-3, beta2=0.999, eps=1e-8, log_threshold=True, beta1=beta1)
     one = torch.ones((), dtype=torch.int32)
     gpu_update.update_from_entries(
         state, ByLatent(torch.arange(nnz), offsets), sums, rows, rows, rule, one, torch.zeros((), dtype=torch.int64)
     )
-    found = sum(trips.long_update_bytes(D, int(n)) for n in lengths if n >= long)
+    found = sum(trips.long_update_bytes(D, int(n), beta1) for n in lengths if n >= long)
     searched = -(-D // gpu_update.CONFIG.block_d) * F * trips.search_bytes(1)
-    assert moved[0] == sum(trips.update_bytes(D, int(n)) for n in lengths) + found + searched
+    assert moved[0] == sum(trips.update_bytes(D, int(n), beta1) for n in lengths) + found + searched
+
+
+def test_what_a_first_moment_adds():
+    """Of a latent that has entries, m of two rows and two numbers read and written: whoever does it, once."""
+    case = Case(2304, 16384)
+    plain, with_moments = ({step.name: step for step in trips.passes(replace(case, beta1=b))} for b in (0.0, 0.7))
+    lists, touched = case.of_latents, case.of_latents.touched
+    rows = 2 * 8 * case.d
+    assert sum(step.hbm for step in with_moments.values()) - sum(step.hbm for step in plain.values()) == pytest.approx(
+        touched * (rows + 16)
+    )
+    more = {
+        name: sum(
+            number * (with_moments[name].requested(int(length)) - plain[name].requested(int(length)))
+            for length, number in zip(plain[name].programs.length, plain[name].programs.count, strict=True)
+        )
+        for name in plain
+    }
+    long = lists.at_least(gpu_update.CONFIG.long).lists
+    assert more.pop("update") == pytest.approx((touched - long) * rows + touched * 16)
+    assert more.pop("update, long") == pytest.approx(long * rows)
+    assert not any(more.values())
+    changed = {step.name: step.spec for step in with_moments.values() if step.spec != plain[step.name].spec}
+    assert changed == {"update": "update_entries_bf16_beta1", "update, long": "update_long_lists_bf16_beta1"}
+    finish = [{light.name: light.hbm for light in trips.lights(replace(case, beta1=b))}["finish"] for b in (0.0, 0.7)]
+    assert finish[1] - finish[0] == 8 * case.d
+    assert set(changed.values()) <= {spec.name for spec in trips.specs()}
+    wide = Case(3584, 131072, beta1=0.7)
+    assert {"update_entries_bf16_beta1_3584", "update_long_lists_bf16_beta1_3584"} <= {
+        spec.name for spec in trips.specs(cases=[wide]) if spec.constants.get("BETA1") == 0.7
+    }
 
 
 @pytest.mark.parametrize(("F", "k"), [(256, 1), (512, 5), (1024, 64), (4096, 80), (64, 64), (96, 90)])
@@ -419,7 +457,11 @@ def test_the_table_of_a_step():
 
 
 def test_wrong_cases_are_refused(capsys):
-    for arguments, message in ((["--shapes", "big"], "shape: expected"), (["--l0", "0"], "l0: expected more than 0")):
+    for arguments, message in (
+        (["--shapes", "big"], "shape: expected"),
+        (["--l0", "0"], "l0: expected more than 0"),
+        (["--beta1", "0", "1"], "beta1: expected at least 0 and less than 1, got 1.0"),
+    ):
         with pytest.raises(SystemExit):
             aot.main(["--model", *arguments])
         assert message in capsys.readouterr().err
@@ -432,6 +474,12 @@ def test_a_step_launches_what_is_counted():
     assert kernels == sum(step.launches for step in (*trips.passes(case), *trips.lights(case)))
     assert [operation.name for operation in operations] == ["zeros"]
     assert kernels + len(operations) == 20
+
+
+def test_a_first_moment_launches_nothing_more(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    plain, with_moments = ([call.name for call in record_step(beta1=beta1).kernels] for beta1 in (0.0, 0.7))
+    assert plain == with_moments
 
 
 # ---- the record

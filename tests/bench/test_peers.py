@@ -64,10 +64,17 @@ def test_plain_pytorch_agrees_with_the_reference(name, expected, inputs):
     assert_agrees(make(name), inputs, expected)
 
 
-def test_the_dense_step_is_the_same_update_as_ours(inputs):
+@pytest.mark.parametrize("beta1", [0.0, 0.7])
+def test_the_dense_step_is_the_same_update_as_ours(beta1, inputs):
+    """Of tokens that come again, so that no latent with a first moment is without an entry."""
+    inputs = replace(inputs, rule=inputs.rule._replace(beta1=beta1))
     dense = make("dense")
     dense.set_up(inputs)
-    states = [TrainState.start(JumpReLUSAE(24, 96, impl="reference", dtype=t)) for t in (torch.float64, torch.float32)]
+    assert ("drift on" in dense.differs) == (beta1 > 0)
+    states = [
+        TrainState.start(JumpReLUSAE(24, 96, impl="reference", dtype=dtype), first_moments=beta1 > 0)
+        for dtype in (torch.float64, torch.float32)
+    ]
     for state in states:
         with torch.no_grad():
             for name, value in state.sae.named_parameters():
@@ -124,6 +131,27 @@ def test_bf16_contenders_hold_bf16_operands():
     assert set(contender.outputs()) == {"x_hat", "module", "loss"}
 
 
+@pytest.mark.parametrize(
+    ("name", "taken", "reason"),
+    [
+        ("dictionary_learning", (0.0,), "its trainer has Adam's β1 at 0 and takes no 0.7"),
+        ("sparsify", (0.0, 0.9), "its trainer has Adam's β1 at 0.9 and takes no 0.7"),
+    ],
+)
+def test_a_trainer_that_cannot_have_a_first_moment_says_so(name, taken, reason):
+    contender = make(name)
+    for beta1 in taken:
+        contender.check_beta1(beta1)
+    with pytest.raises(UnavailableError, match=reason):
+        contender.check_beta1(0.7)
+
+
+@pytest.mark.parametrize("name", ["ours", "dense", "dense_compiled", "saelens", "saelens_autocast"])
+def test_these_have_whatever_first_moment_is_asked_for(name):
+    for beta1 in (0.0, 0.7, 0.9):
+        make(name).check_beta1(beta1)
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_package_that_is_missing_is_named(name, monkeypatch):
     def missing(package):
@@ -165,6 +193,24 @@ class TestPackages:
     )
     def test_jumprelu_agrees_with_the_reference(self, name, expected, inputs):
         assert_agrees(make(name), inputs, expected)
+
+    @pytest.mark.parametrize("name", ["saelens"])
+    def test_its_adam_has_the_first_moment_that_is_asked_for(self, name, inputs):
+        for asked, found in ((0.0, 0.9), (0.7, 0.7)):
+            contender = make(name)
+            contender.set_up(replace(inputs, rule=inputs.rule._replace(beta1=asked)))
+            assert contender.trainer.optimizer.defaults["betas"][0] == found
+            assert ("with a first moment" in contender.differs) == (not asked)
+
+    @pytest.mark.parametrize("name", ["dictionary_learning", "sparsify"])
+    def test_its_adam_has_the_one_that_is_said(self, name, inputs):
+        contender = make(name)
+        contender.set_up(inputs)
+        optimiser = {
+            "dictionary_learning": lambda: contender.trainer.optimizer,
+            "sparsify": lambda: contender.training.optimiser,
+        }[name]()
+        assert optimiser.defaults["betas"][0] == contender.only_beta1
 
     @pytest.mark.parametrize("name", ["saelens"])
     def test_the_comparison_would_notice_another_loss(self, name, inputs):

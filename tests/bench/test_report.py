@@ -107,6 +107,19 @@ def test_cases_of_a_suite():
     assert (case.tokens, case.l0, case.dtype, case.contenders, case.parts) == (3, 2, "bf16", ("dense",), ("step",))
 
 
+def test_cases_with_a_first_moment_are_those_that_train():
+    found = cases.cases("cpu", beta1=0.7)
+    assert {case.parts for case in found} == {("step", "forward", "backward")}
+    assert {case.beta1 for case in found} == {case.facts()["beta1"] for case in found} == {0.7}
+    assert {case.beta1 for case in cases.cases("cpu")} == {0.0}
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"beta1: expected at least 0 and less than 1, got {wrong}"):
+            cases.cases("cpu", beta1=wrong)
+    for suite, parts in (("inference", ()), ("topk", ()), ("step", ("infer",))):
+        with pytest.raises(ValueError, match=f"beta1: expected a suite and parts that train, got '{suite}'"):
+            cases.cases(suite, parts=parts, beta1=0.7)
+
+
 def test_bars_are_judged_by_the_ratios():
     rows = [
         row("dense", ratio_to={"ours_cpu": 5.1, "ours_pytorch": 2.9}),
@@ -168,6 +181,33 @@ def test_only_the_last_run_of_a_contender_counts():
     assert rows[1] not in kept
     assert rows[2] not in kept
     assert [found for found in rows if found in kept] == rows[3:]
+
+
+def test_rows_of_another_first_moment_are_another_case(tmp_path, capsys):
+    """Rows from before there was one to choose are those of β1 = 0."""
+    plain, with_moments = row(ms=10.0), row(ms=14.0, beta1=0.7, machine=on("2026-01-02"))
+    older = {key: value for key, value in plain.items() if key != "beta1"}
+    before = saved(tmp_path, older, name="before")
+    after = saved(tmp_path, with_moments, row(ms=8.0, machine=on("2026-01-03")), name="after")
+    assert [found["beta1"] for path in (before, after) for found in records.read(path)] == [0, 0.7, 0]
+    assert main.main(["compare", str(before), str(after)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].endswith("0.800")
+    with pytest.raises(SystemExit):
+        main.main(["compare", str(before), str(saved(tmp_path, with_moments, name="other"))])
+
+    kept = report.newest([*records.read(before), with_moments])
+    assert [found["p50_ms"] for found in kept] == [10.0, 14.0]
+    titles = list(tables.by_case(kept))
+    assert titles[1] == titles[0] + ", β1 0.7"
+    dense = row("dense", ratio_to={"ours_cpu": 1.5}, beta1=0.7)
+    assert {bar["ratio"] for bar in cases.judge("cpu", [dense])} == {None}
+    pictures = pytest.importorskip("bench.reporting.pictures", exc_type=ImportError)
+    assert [title.splitlines()[1].endswith("β1 0.7, 512 tokens") for title, *_ in pictures.panels("cpu", kept)] == [
+        False,
+        True,
+    ]
 
 
 def test_a_later_run_of_other_parts_leaves_what_it_did_not_time():

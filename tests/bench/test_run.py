@@ -1,5 +1,6 @@
 """The runner: rows are complete, faults are rows, nothing is timed on a red gate, ratios and bars add up."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -117,6 +118,49 @@ def test_rows_ratios_and_the_json_line(capsys, tmp_path):
     assert [row["p50_ms"] for row in saved] == [row["p50_ms"] for row in document["rows"]]
     assert all(row["machine"] == document["machine"] and row["suite"] == "cpu" for row in saved)
     assert "products: the two dense products alone" in printed
+
+
+def test_a_step_with_a_first_moment(capsys, tmp_path):
+    names = ("ours_pytorch", "dense", "dictionary_learning")
+    given = ["--beta1", "0.7", "--only", *names, "--parts", "step", "--save", "--results", str(tmp_path), "--no-memory"]
+    assert main.main([*SMALL, *given]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    found = times(rows)
+    assert set(found) == {("ours_pytorch", "step"), ("dense", "step")}
+    assert {row["beta1"] for row in rows} == {0.7}
+    assert 0 < found["ours_pytorch", "step"]["gate"]["step"] <= 1
+    assert reasons(rows) == {"dictionary_learning": "its trainer has Adam's β1 at 0 and takes no 0.7"}
+    assert ", β1 0.7\n" in printed
+    assert "least" not in printed  # the bars are those of steps without
+    size = measure_size(construct(16, 96, 32, 6, CPU, beta1=0.7))
+    assert (size.moments, found["dense", "step"]["bytes"]) == (2, part_work("step", size)[1])
+
+
+def test_ours_holds_first_moments_where_they_are_asked_for():
+    for beta1 in (0.0, 0.7):
+        ours = Ours("pytorch")
+        ours.set_up(construct(16, 96, 32, 6, CPU, beta1=beta1))
+        ours.before("step")
+        ours.step()
+        ours.check_made()
+        assert (ours.state.W_enc_m is not None and bool(ours.state.W_enc_m.any())) == (beta1 > 0)
+
+
+def test_a_red_gate_of_first_moments_prints_no_time(monkeypatch, capsys):
+    """Steps that forget what earlier ones left."""
+    right = gate.take
+
+    def forgetting(route, state, *rest):
+        if state.W_enc_m is not None:
+            state.W_enc_m.zero_()
+        return right(route, state, *rest)
+
+    monkeypatch.setattr(gate, "take", forgetting)
+    given = [*SMALL, "--only", "ours_pytorch", "--parts", "step", "--no-memory"]
+    assert main.main(given) == 0
+    assert main.main([*given, "--beta1", "0.7"]) == 1
+    assert "red gate, not timed: sparse step, fp32: error of W_enc" in capsys.readouterr().out
 
 
 FAULTS = {
@@ -291,6 +335,15 @@ def test_many_saes_have_weights_of_their_own():
     assert len(memory) == 5
 
 
+def test_a_worker_makes_the_same_case():
+    (case,) = cases.cases("step", shapes=["16x96"], l0=[6], beta1=0.7, only=["ours"])
+    parsed, name, device = worker.parse(worker.arguments_of(case, "ours"))
+    assert (parsed, name, device) == (dataclasses.replace(case, operators=False), "ours", CPU)
+    (inputs,) = prepare.all_inputs(parsed, CPU)
+    (small,) = prepare.small_inputs(parsed, CPU)
+    assert inputs.rule.beta1 == small.rule.beta1 == 0.7
+
+
 def test_the_memory_of_a_part(capsys):
     case = cases.cases("cpu", shapes=["16x96"], tokens=[32], l0=[6])[1]
     assert worker.memory(worker.arguments_of(case, "ours_pytorch")) == 0
@@ -355,6 +408,9 @@ def test_timing_needs_neither_matplotlib_nor_rich():
 
 def test_no_gpu_is_a_row(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main.main(["run", "--suite", "inference", "--beta1", "0.7"])
+    assert "beta1: expected a suite and parts that train, got 'inference'" in capsys.readouterr().err
     assert main.main(["run", "--suite", "inference"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert {row["reason"] for row in rows} == {"no GPU"}
