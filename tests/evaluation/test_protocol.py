@@ -104,6 +104,22 @@ def test_moments_of_a_site(model, moments):
     assert moments[RESID].tokens["inliers"] < moments[RESID].tokens["text"] < moments[RESID].tokens["every"]
 
 
+@pytest.mark.parametrize("forward_tokens", [1, 22])
+def test_moments_are_the_same_in_any_batches(model, moments, forward_tokens, monkeypatch):
+    """Of a row each, and of two; those of all rows at once are those of plain hooks."""
+    text, _ = text_of(model)
+    done = []
+    monkeypatch.setattr("gemmascope.evaluation.site_moments.FORWARD_TOKENS", forward_tokens)
+    found = site_moments(model, tiny.tokens(6, 9, seed=1), text, [ATT, RESID], RATIO, done.append)
+    for site in (ATT, RESID):
+        assert found[site].tokens == moments[site].tokens
+        assert found[site].median_norm == pytest.approx(moments[site].median_norm, rel=1e-6)
+        for name in SETS:
+            assert found[site].means[name] == pytest.approx(moments[site].means[name], rel=1e-5, abs=1e-6)
+    assert done[-1] == 6 + 4
+    assert done == sorted(done)
+
+
 def test_moments_go_through_a_file(moments):
     found = SiteMoments.from_tensors(moments[ATT].to_tensors())
     assert (found.tokens, found.median_norm, found.max_norm) == (

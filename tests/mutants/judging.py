@@ -2,8 +2,8 @@
 
 from . import Mutant
 
-PROTOCOL = "tests/evaluation/test_protocol.py"
-LANGUAGE_MODEL = ("tests/evaluation/test_evaluate.py", "tests/evaluation/test_arguments.py")
+FIGURES_TESTS, PROTOCOL = "tests/evaluation/test_figures.py", "tests/evaluation/test_protocol.py"
+LANGUAGE_MODEL = "tests/evaluation/test_evaluate.py"
 STUDIES = "tests/studies/test_studies.py"
 COLLECT = "tests/dashboards/test_collect.py"
 WEIGHTS = "tests/dashboards/test_weights.py"
@@ -508,11 +508,11 @@ WRITERS = [
 FILES = {
     "evaluation/bootstrap.py": (BOOTSTRAP, ["tests/evaluation/test_bootstrap.py"]),
     "evaluation/controls.py": (CONTROLS, ["tests/evaluation/test_controls.py"]),
-    "evaluation/figures.py": (FIGURES, [PROTOCOL]),
-    "evaluation/token_sets.py": (TOKEN_SETS, [PROTOCOL, STUDIES, "-k", "not any_gemma and not every_study"]),
+    "evaluation/figures.py": (FIGURES, [FIGURES_TESTS, PROTOCOL, "-k", "not any_gemma and not plain_hooks"]),
+    "evaluation/token_sets.py": (TOKEN_SETS, [FIGURES_TESTS, PROTOCOL, "-k", "not any_gemma"]),
     "evaluation/site_moments.py": (SITE_MOMENTS, [PROTOCOL, "-k", "not any_gemma"]),
-    "evaluation/protocol.py": (PROTOCOL_MUTANTS, [PROTOCOL, STUDIES, "-k", "not any_gemma and not every_study"]),
-    "evaluation/language_model.py": (LANGUAGE, [*LANGUAGE_MODEL, PROTOCOL, "-k", "not PCA and not Random and not Pair"]),
+    "evaluation/protocol.py": (PROTOCOL_MUTANTS, [PROTOCOL, STUDIES, "-k", "(test_protocol and not any_gemma) or position_by_hand"]),
+    "evaluation/language_model.py": (LANGUAGE, [LANGUAGE_MODEL, PROTOCOL, "-k", "not PCA and not Random and not Pair"]),
     "probing/features.py": (FEATURES, ["tests/probing"]),
     "probing/k_sparse.py": (K_SPARSE, ["tests/probing"]),
     "probing/labels.py": (LABELS, ["tests/probing"]),
