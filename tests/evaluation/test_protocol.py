@@ -36,7 +36,7 @@ def text_of(model, rows=4, length=11):
     ids[1, 5] = BOS
     ids[2, 3] = EOS
     ids[3, 8:] = PAD
-    documents = torch.tensor([[4] * length, [4] * 5 + [7] * 6, [7] * length, [9] * 8 + [-1] * 3])
+    documents = torch.tensor([[4] * length, [4] * 5 + [7] * (length - 5), [7] * length, [9] * 8 + [-1] * (length - 8)])
     given = torch.where(torch.isin(ids, torch.tensor([BOS, EOS, PAD])), -1, documents)
     return MarkedText.of(model, ids, given), documents
 
@@ -367,6 +367,17 @@ def test_zero_costs_what_zero_ablation_costs(model, moments, site):
     assert found["cosine"] == found["norm_ratio"] == 0
     assert math.isnan(found["reconstruction_bias"])
     assert plain(found)["reconstruction_bias"] is None
+
+
+def test_a_text_of_one_token_is_explained_by_itself():
+    """Nothing is to be explained, and nothing is wrong; FVU has no value."""
+    model = tiny.gemma2()  # the mean is that of activations in fp32
+    text = MarkedText.of(model, torch.tensor([[BOS, 7]]), torch.tensor([[-1, 0]]))
+    facts = site_moments(model, tiny.tokens(6, 9, seed=1), text, [RESID], 1e6)
+    sums = measure(model, text, [Subject("a", RESID, RESID, identity(RESID).float())], facts)
+    found = figures_of(sums).of("a", RESID)
+    assert found["explained_variance_of_tokens"] == 1
+    assert math.isnan(found["fvu"])
 
 
 # ---- one forward for all
