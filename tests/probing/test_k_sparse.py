@@ -133,6 +133,10 @@ def test_documents_of_a_class_are_halved_by_themselves():
     split = split_by_document(task(flags, known, "documents"), torch.arange(DOCUMENTS), 3)
     assert not isinstance(split, str)
     assert not (split.train | split.judged)[7]
+    for seed in range(9):  # what is not known has no part in the halves
+        split = split_by_document(task(flags, torch.arange(DOCUMENTS) != 2, "documents"), torch.arange(DOCUMENTS), seed)
+        assert not isinstance(split, str)
+        assert [int((part & flags).sum()) for part in split] == [2, 2]
 
 
 def test_too_few_of_a_class_is_said():
