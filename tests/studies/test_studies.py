@@ -361,6 +361,7 @@ def transcoder():
 SUBJECTS = {
     **{str(site): Subject("s", site, site, random_sae(site, threshold=0.1)) for site in (ATT, MLP, RESID)},
     "transcoder": Subject("s", Site(0, "mlp_in"), MLP, transcoder()),
+    "silent at some tokens": Subject("s", RESID, RESID, random_sae(RESID, d_sae=3, threshold=1.0)),
 }
 
 
@@ -370,7 +371,9 @@ def test_uniformity_against_dense_autograd(model, which):
     text, _ = text_of(model)
     subject = SUBJECTS[which]
     columns = columns_of(text, 3, seed=5)
+    columns[0, 2] = -1  # one fewer of the first row
     found = attribution_sums(model, text, columns, [subject])
+    silent = 0
     expected: dict[int, list[float]] = {}
     W = subject.sae.W_dec.detach()
     random = torch.randn(W.shape, generator=torch.Generator().manual_seed(0)).double()
@@ -393,6 +396,7 @@ def test_uniformity_against_dense_autograd(model, which):
         y = f.detach() * f.grad
         l0 = int((f > 0).sum())
         if l0 == 0:
+            silent += 1
             continue
         terms = expected.setdefault(int(text.documents[row, column]), [0.0] * 4)
         terms[0] += 1
@@ -402,6 +406,7 @@ def test_uniformity_against_dense_autograd(model, which):
             terms[place] += (-(p * p.log()).sum()).exp().item() / l0
         terms[3] += l0
     assert len(expected) == 3
+    assert (silent > 0) == (which == "silent at some tokens")
     for number, got in zip(found["documents"].tolist(), found["s/uniformity"].tolist(), strict=True):
         assert got == pytest.approx(expected[int(number)], rel=1e-7)
 
