@@ -536,7 +536,8 @@ EVALUATED = {
 
 
 def test_sparsity_and_fidelity_by_hand():
-    given = GivenWork({"a": EVALUATED, "b": EVALUATED | {"fvu": 0.4, "l0": 20.0}, "c": EVALUATED | {"pca_fvu": None}})
+    worse = EVALUATED | {"fvu": 0.4, "l0": 20.0}
+    given = GivenWork({"a": EVALUATED, "b": worse, "c": worse, "d": EVALUATED | {"pca_fvu": None}})
     found = STUDIES["sparsity-fidelity"].run(given)
     points = [(row["figure"], row["series"], row["y"], row["n"]) for row in rows_of(found, sae="a")]
     assert sorted(points) == [
@@ -550,7 +551,7 @@ def test_sparsity_and_fidelity_by_hand():
     ends = {row["figure"]: (row["low"], row["high"]) for row in rows_of(found, sae="a", series="SAE")}
     assert ends == {"ΔLM loss": (0.05, 0.15), "FVU": (0.19, 0.21)}
     assert found.conclusion == (
-        "3 SAEs of L0 10–20: ΔLM loss 0.1 (mean ablation 2), FVU 0.2–0.4 (PCA 0.3; 1 of 2 below it)"
+        "4 SAEs of L0 10–20: ΔLM loss 0.1 (mean ablation 2), FVU 0.2–0.4 (PCA 0.3; 1 of 3 below it)"
     )
 
 
