@@ -130,7 +130,9 @@ def test_directions():
 def test_orthonormal_leaves_what_is():
     Q = orthonormal(torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     torch.testing.assert_close(Q.T @ Q, torch.eye(3, dtype=torch.float64))
-    torch.testing.assert_close(orthonormal(Q), Q)
+    for signs in ([1.0, 1, 1], [-1.0, 1, -1]):  # of any sign: a column that turns round is another one to Adam
+        turned = Q * torch.tensor(signs, dtype=torch.float64)
+        torch.testing.assert_close(orthonormal(turned), turned)
 
 
 def test_a_decoder_that_is_not_affine_is_whole():

@@ -14,7 +14,7 @@ from gemmascope.evaluation.bootstrap import Bootstrap
 from gemmascope.evaluation.protocol import TERMS, Subject
 from gemmascope.sites import Site
 from gemmascope.studies import COLUMNS, STUDIES, Listed, csv_of
-from gemmascope.studies.common import Conversations, between, short
+from gemmascope.studies.common import Conversations, TextSums, between, ratio, row_of, short
 from gemmascope.studies.frequency import histogram
 from gemmascope.studies.position import ABLATED, EVERY, MEAN, bins_of, owners_of
 from gemmascope.studies.subsets import OTHERS, groups_of
@@ -594,6 +594,19 @@ def test_between_points_of_a_ladder():
 
 
 # ---- rows
+
+
+def test_ratios_by_hand(work):
+    """Of sums; where nothing was measured there is no figure, and none is drawn."""
+    one = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    assert ratio(one, torch.tensor([1.0, 1.0])) == 2.5
+    assert math.isnan(ratio(one, torch.zeros(2)))
+    found = TextSums.of(work.sums("a"), work.saes[1])
+    nobody = found.where(torch.zeros(3, dtype=torch.bool))
+    assert nobody.tokens == 0
+    assert all(math.isnan(each) for each in (nobody.l0, nobody.fvu, nobody.delta_loss, nobody.ablation_delta_loss))
+    row = row_of("x", work, work.saes[1], l0=1.0, x=1.0, y=nobody.fvu, n=0, figure="FVU")
+    assert row["y"] is None
 
 
 def test_csv(work):
