@@ -542,7 +542,10 @@ FILES = {
     "evaluation/bootstrap.py": (BOOTSTRAP, ["tests/evaluation/test_bootstrap.py"]),
     "evaluation/controls.py": (CONTROLS, ["tests/evaluation/test_controls.py"]),
     "evaluation/figures.py": (FIGURES, [FIGURES_TESTS, PROTOCOL, "-k", "not any_gemma and not plain_hooks"]),
-    "evaluation/token_sets.py": (TOKEN_SETS, [FIGURES_TESTS, PROTOCOL, "-k", "not any_gemma"]),
+    "evaluation/token_sets.py": (
+        TOKEN_SETS,
+        [FIGURES_TESTS, PROTOCOL, STUDIES, "-k", "test_figures or (test_protocol and not any_gemma) or owners_in"],
+    ),
     "evaluation/site_moments.py": (SITE_MOMENTS, [PROTOCOL, "-k", "not any_gemma"]),
     "evaluation/protocol.py": (
         PROTOCOL_MUTANTS,

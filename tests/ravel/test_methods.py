@@ -31,7 +31,7 @@ def given(monkeypatch):
 
 def test_principal_directions_are_those_of_the_training(given):
     """Of its bases and its sources, once each; the test's prompts have no part in them."""
-    features, pairs = train_control("pca", place(), SETS, protocol_of("ravel"), 0, print)  # pyright: ignore
+    features, pairs = train_control("pca", place(), SETS, protocol_of("ravel"), 0, print)
     few = X[[0, 3, 7, 8, 9]].double()
     assert pairs == SETS.train
     expected = torch.linalg.svd(few - few.mean(0)).Vh[:4].float()
@@ -50,7 +50,7 @@ def sae() -> JumpReLUSAE:
 @pytest.mark.parametrize("error", ["keep", "drop"])
 def test_what_an_sae_encodes(given, is_gemma, error):
     """Where LayerNorm takes the mean over coordinates out, the SAE is given each activation without it."""
-    features, _ = train_sae(sae(), place(is_gemma), SETS, protocol_of("ravel", error=error), 0, print)  # pyright: ignore
+    features, _ = train_sae(sae(), place(is_gemma), SETS, protocol_of("ravel", error=error), 0, print)
     x = X if is_gemma else X - X.mean(1, keepdim=True)
     with torch.no_grad():
         base = sae().decode(sae().encode(x)) if error == "drop" else x
