@@ -98,9 +98,7 @@ def test_pairs_are_judged_in_their_order(monkeypatch):
     town = {each: asked[each].prompt.entity for pair in part for each in (pair.base, pair.source)}
     labels = small_model().data.labels
     # All of the source is in the place of the base: every answer is the source's.
-    expected = [
-        labels[asked[pair.base].prompt.attribute][town[pair.source]] == pair.label for pair in part
-    ]
+    expected = [labels[asked[pair.base].prompt.attribute][town[pair.source]] == pair.label for pair in part]
     assert 0 < sum(expected) < len(expected)
     monkeypatch.setattr("gemmascope.ravel.score.ROWS", 9)
     for protocol in (PROTOCOL, protocol_of("ravel", score="string")):

@@ -189,7 +189,7 @@ def test_other_attributes_share_what_is_isolated():
     pairs = make_pairs(three, asked, "colour", protocol_of("ravel", pairs=61, test_pairs=20), 0)
     assert pairs.to_dict()["train"] == {"cause": 61, "isolation": 61}
     isolated = [asked[pair.base].prompt.attribute for pair in pairs.train if not pair.is_cause]
-    assert sorted((isolated.count(name) for name in ("shape", "size"))) == [30, 31]
+    assert sorted(isolated.count(name) for name in ("shape", "size")) == [30, 31]
 
 
 def test_equal_labels_to_isolate_are_of_two_entities():
