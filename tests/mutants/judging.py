@@ -395,7 +395,6 @@ PAIRS = [
 
 PRESETS = [
     ("end never reached", "step / max(1, steps - 1)", "step / max(1, steps)"),
-    ("linear for logarithmic", 'if self.schedule == "linear" else start * (end / start) ** done', ""),
 ]  # fmt: skip
 
 PROMPTS = [
@@ -403,7 +402,6 @@ PROMPTS = [
     ("last token of the label", "Answer(label, behind[0], len(behind))", "Answer(label, behind[-1], len(behind))"),
     ("no space before the label", "prompts[0].text + before_label(template) + label", "prompts[0].text + label"),
     ("BOS forgotten", "[(*self._before, *map(int, ids)) for ids in found]", "[tuple(map(int, ids)) for ids in found]"),
-    ("entities that reach beyond", " or whole[: len(part)] != part:", ":"),
     ("BOS is of the entity", "else len(self._before)\n", "else 0\n"),
 ]  # fmt: skip
 
@@ -423,22 +421,6 @@ SCORE = [
 ]  # fmt: skip
 
 TRAIN = [
-    ("order of templates taken for that of pairs", "cross_entropy(logits, tokens[order])",
-     "cross_entropy(logits, tokens)"),
-    ("0 is in the mask", "(m > 0).to(m)", "(m >= 0).to(m)"),
-    ("soft mask at the first temperature", "mask_at(m, protocol.temperature_end)",
-     "mask_at(m, protocol.temperature_start)"),
-    ("not orthonormal", "R.copy_(orthonormal(R))", "R.copy_(R)"),
-    ("temperature the other way", "torch.sigmoid(m / temperature)", "torch.sigmoid(m * temperature)"),
-    ("penalty forgotten", "if protocol.l1 and m is not None:", "if False:"),
-    ("base and source exchanged", "(pairs[place].base, pairs[place].source) for",
-     "(pairs[place].source, pairs[place].base) for"),
-    ("last batch left out", "epochs * math.ceil(pairs / protocol.batch_size)",
-     "epochs * (pairs // protocol.batch_size)"),
-    ("streams of the first rows", "rows = [self.activations.row[pairs[place].base] for place in places]",
-     "rows = list(range(len(places)))"),
-    ("same order every epoch", 'torch.Generator("cpu").manual_seed(seed)\n    step',
-     'torch.Generator("cpu").manual_seed(0)\n    step'),
 ]  # fmt: skip
 
 # ---- dashboards
@@ -456,86 +438,32 @@ NEIGHBOURS = [
     ("dot products", "unit / unit.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)", "unit"),
     ("itself", "            block[inside.nonzero().squeeze(1), own[inside]] = -torch.inf\n", ""),
     ("a row of zeros", ".clamp(min=torch.finfo(torch.float64).tiny)", ""),
-    ("either way", "block = rows @ unit[start : start + COLUMNS].T",
-     "block = (rows @ unit[start : start + COLUMNS].T).abs()"),
 ]  # fmt: skip
 
 DASHBOARD_COLLECT = [
     ("cells that are not of the row", "cell = position // self.sizes.window", "cell = self.token // self.sizes.window"),
     ("last of equals", "first[1:] = of[1:] != of[:-1]", "first[:-1] = of[1:] != of[:-1]"),
-    ("rows of the batch", "rows = row[numbers] + self.first_row", "rows = row[numbers]"),
-    ("total of the largest", "batch.value.double())\n        self._grow",
-     "batch.value.double().round())\n        self._grow"),
-    ("sample of each batch", "shuffled(row + first_row, position, self.seed)", "shuffled(row, position, self.seed)"),
     ("next row forgotten when gone on with", 'self.n_tokens, self._next_row = tensors["progress"].tolist()',
      'self._next_row = tensors["progress"].tolist()[1]'),
     ("strata forgotten when gone on with", '            "cells": self.strata.cells,\n', ""),
-    ("tokens twice", "self.n_tokens += n\n", "self.n_tokens += counted.numel()\n"),
-    ("window of the neighbouring row", "start = token - token % self.context + window_start",
-     "start = token - token % self.sizes.window + window_start"),
 ]  # fmt: skip
 
 HISTOGRAM = [
-    ("bins not merged", ">> by[:, None]", ">> (by[:, None] * 0)"),
-    ("end of an octave", "torch.frexp(values).exponent.long()", "values.log2().ceil().long()"),
-    ("nearest bin", "(share * self.bins).long()", "(share * self.bins).round().long().clamp(max=self.bins - 1)"),
 ]  # fmt: skip
 
 STRATA = [
-    ("strata stay", "(every + by[:, None])", "(every + 0 * by[:, None])"),
-    ("one too low", "stratum = below.clamp(max=self.strata - 1)", "stratum = (below + 1).clamp(max=self.strata - 1)"),
-    ("the first, not a sample", "lambda items: shuffled(items.row, items.position, seed)",
-     "lambda items: items.row * 4096 + items.position"),
 ]  # fmt: skip
 
 TABLE = [
-    ("share of all positions", "self.fired.double() / max(self.n_tokens, 1)",
-     "self.fired.double() / max(self.n_sampled, 1)"),
-    ("mean over all tokens", "self.total / self.fired.clamp(min=1)", "self.total / max(self.n_tokens, 1)"),
-    ("last stratum without its end", "        lower[:, -1] = 0\n", ""),
-    ("strata from below", "torch.stack(counts[::-1], 1)", "torch.stack(counts, 1)"),
-    ("lower ends of bars", "[(number + 0.5) * width for", "[number * width for"),
-    ("upper ends for percentiles", "inside = 1 - (up_to[bin_of] - wanted) / counts[bin_of]", "inside = 1"),
-    ("window begins at the token", "(position - sizes.before).clamp(min=0)", "position.clamp(min=0)"),
-    ("window beyond the row", ".clamp(max=context - sizes.window)", ".clamp(max=context - 1)"),
 ]  # fmt: skip
 
 TOGETHER = [
-    ("sum for union", "(fired[one] + fired[other] - both).double()", "(fired[one] + fired[other]).double()"),
-    ("share of its own tokens", "(fired[one] + fired[other] - both).double()", "fired[one].double()"),
-    ("itself", "different = one != other", "different = one >= 0"),
-    ("fewest together", "share.sort(descending=True, stable=True)", "share.sort(descending=False, stable=True)"),
-    ("a later token in the place of one that is too much", "self._before = int(self.order[order[kept]])",
-     "self._before = None"),
 ]  # fmt: skip
 
 WEIGHTS_MUTANTS = [
-    ("scale of the input twice", ".float().T / scale", ".float().T * scale"),
-    ("scale of the output", "sae.W_dec.detach().float() * scale", "sae.W_dec.detach().float()"),
-    ("alignment without norms", "(products / norms.clamp(min=torch.finfo(torch.float64).tiny))", "products"),
-    ("alignment of a transcoder", "    if not same:", "    if False:"),
-    ("logits where it reads", "lens.extremes(subject.writes,", "lens.extremes(subject.reads,"),
-    ("threshold below 0", ".float().clamp(min=0)", ".float()"),
 ]  # fmt: skip
 
 WRITERS = [
-    ("dashboards/circuit_tracer.py", "order of the pair", "// 2 + latent", "// 2 + layer"),
-    ("dashboards/circuit_tracer.py", "share of the sample", "/ table.n_tokens,", "/ max(table.n_sampled - 1, 1),"),
-    ("dashboards/neuronpedia.py", "share of the firing tokens", "(table.stratum_share() * table.frequency[:, None])",
-     "table.stratum_share()"),
-    ("dashboards/neuronpedia.py", "first token for the largest",
-     "max(range(len(values)), key=example.values.__getitem__)", "0"),
-    ("dashboards/neuronpedia.py", "sources with suppressed for promoted", "vocabulary.of(suppressed[suppressed >= 0])",
-     "vocabulary.of(promoted[promoted >= 0])"),
-    ("dashboards/delphi.py", "the smallest kept", "kept = piece.value > SMALLEST", "kept = piece.value >= SMALLEST"),
-    ("dashboards/delphi.py", "latents from 0", "latent - self.start]", "latent]"),
-    ("dashboards/delphi.py", "end in both files", "torch.searchsorted(ends, latent, right=True)",
-     "torch.searchsorted(ends, latent)"),
-    ("dashboards/codes.py", "tokens of the first rows", "nonzero().squeeze(1) + first_row * counted.shape[1]",
-     "nonzero().squeeze(1)"),
-    ("dashboards/watch.py", "special tokens shown", "text.is_text[rows].cpu()", "(text.documents[rows] >= 0).cpu()"),
-    ("dashboards/watch.py", "numbers of the first rows", "each(code, counted, rows.start)", "each(code, counted, 0)"),
-    ("dashboards/watch.py", "codes of the first SAE", "sae: Any = subjects[number].sae", "sae: Any = subjects[0].sae"),
 ]  # fmt: skip
 
 FILES = {
