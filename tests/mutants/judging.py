@@ -420,9 +420,6 @@ SCORE = [
     ("disentangle by the better", "(cause + isolation) / 2}", "torch.maximum(cause, isolation)}"),
 ]  # fmt: skip
 
-TRAIN = [
-]  # fmt: skip
-
 # ---- dashboards
 
 DASHBOARD_LOGITS = [
@@ -443,27 +440,10 @@ NEIGHBOURS = [
 DASHBOARD_COLLECT = [
     ("cells that are not of the row", "cell = position // self.sizes.window", "cell = self.token // self.sizes.window"),
     ("last of equals", "first[1:] = of[1:] != of[:-1]", "first[:-1] = of[1:] != of[:-1]"),
+    ("sample of each batch", "shuffled(row + first_row, position, self.seed)", "shuffled(row, position, self.seed)"),
     ("next row forgotten when gone on with", 'self.n_tokens, self._next_row = tensors["progress"].tolist()',
      'self._next_row = tensors["progress"].tolist()[1]'),
     ("strata forgotten when gone on with", '            "cells": self.strata.cells,\n', ""),
-]  # fmt: skip
-
-HISTOGRAM = [
-]  # fmt: skip
-
-STRATA = [
-]  # fmt: skip
-
-TABLE = [
-]  # fmt: skip
-
-TOGETHER = [
-]  # fmt: skip
-
-WEIGHTS_MUTANTS = [
-]  # fmt: skip
-
-WRITERS = [
 ]  # fmt: skip
 
 FILES = {
@@ -511,24 +491,9 @@ FILES = {
     "ravel/presets.py": (PRESETS, ["tests/ravel/test_pairs.py", "-k", "presets"]),
     "ravel/prompts.py": (PROMPTS, ["tests/ravel/test_prompts.py"]),
     "ravel/score.py": (SCORE, ["tests/ravel/test_score.py", "tests/ravel/test_known.py", "-k", "score or judged_in"]),
-    "ravel/train.py": (
-        TRAIN,
-        ["tests/ravel/test_known.py", "-k", "masks or mask_is or penalty or same_seed or orthonormal"],
-    ),
     "dashboards/logits.py": (DASHBOARD_LOGITS, [WEIGHTS, "-k", "Lens"]),
     "dashboards/neighbours.py": (NEIGHBOURS, [WEIGHTS, "-k", "Nearest"]),
     "dashboards/collect.py": (DASHBOARD_COLLECT, [COLLECT]),
-    "dashboards/histogram.py": (HISTOGRAM, [COLLECT]),
-    "dashboards/strata.py": (STRATA, [COLLECT]),
-    "dashboards/table.py": (TABLE, ["tests/dashboards/test_overview.py", "tests/dashboards/test_writers.py"]),
-    "dashboards/together.py": (TOGETHER, [COLLECT]),
-    "dashboards/weights.py": (WEIGHTS_MUTANTS, [WEIGHTS, "-k", "Complete"]),
-    "dashboards/circuit_tracer.py": ([], ["tests/dashboards/test_writers.py", "-k", "circuit or layer"]),
-    "dashboards/neuronpedia.py": ([], ["tests/dashboards/test_writers.py", "-k", "neuronpedia"]),
-    "dashboards/delphi.py": ([], ["tests/dashboards/test_writers.py", "-k", "delphi"]),
-    "dashboards/codes.py": ([], ["tests/dashboards/test_writers.py", "-k", "stream or delphi"]),
-    "dashboards/watch.py": ([], ["tests/dashboards/test_watch.py"]),
 }
 MUTANTS = [Mutant(name, file, old, new) for file, (mutants, _) in FILES.items() for name, old, new in mutants]
-MUTANTS += [Mutant(name, file, old, new) for file, name, old, new in WRITERS]
 TESTS = {file: tests for file, (_, tests) in FILES.items()}
