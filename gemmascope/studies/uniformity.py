@@ -4,7 +4,8 @@
 
 of one token: f its code, ∇L the gradient at its activation of L, the logit of the true next token less the mean of all
 logits there. r is 1 where all active latents matter alike and 1/L0 where one does all. The gradient is of the token's
-own prediction alone, not of those after it; therefore tokens are drawn, a few of each row.
+own prediction alone, not of those after it; therefore tokens are drawn, a few of each row. An SAE's output scale, which
+is one for all its latents, cancels.
 
 Control: the same codes with decoder directions drawn at random, of the same norms.
 """
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 from ..evaluation.language_model import logits_of, rows_of_a_forward
 from ..evaluation.protocol import Subject, Sums
 from ..evaluation.token_sets import MarkedText
-from ..kernels import SparseCode
-from ..saes import Transcoder
 from ..sites import Capture, Site, attach, evaluating
 from ..sites.decoder import eagerly, input_device
 from .common import L0_AXIS, Axis, Finding, Plot, Row, Study, Work, between, counted, ratio, row_of
@@ -131,33 +130,21 @@ def _of_subject(subject: Subject, x: Tensor, gradient: Tensor, seed: int) -> Ten
     with torch.no_grad():
         code = sae.encode_sparse(x)
     token, latent = code.token_indices(), code.indices.long()
-    slope = _slopes(sae, code, x, gradient)
     values, g = code.values.detach().double(), gradient.to(sae.W_dec.device).double()
     rows = sae.W_dec.detach()
+    chosen = rows[latent].double()
     generator = torch.Generator("cpu").manual_seed(seed)
     random = (
         torch.randn(rows.shape, generator=generator, dtype=torch.float32, device="cpu")[latent.cpu()]
         .to(rows.device)
         .double()
     )
-    random *= (rows[latent].double().norm(dim=1) / random.norm(dim=1))[:, None]
+    random *= (chosen.norm(dim=1) / random.norm(dim=1))[:, None]
     n = len(x)
-    r, l0 = uniformity(token, values * slope.double(), n)
+    r, l0 = uniformity(token, values * (chosen * g[token]).sum(1), n)
     by_chance, _ = uniformity(token, values * (random * g[token]).sum(1), n)
     found = torch.stack([torch.ones_like(r), r, by_chance, l0], 1)
     return torch.where((r + by_chance).isfinite()[:, None], found, torch.zeros_like(found)).cpu()
-
-
-def _slopes(sae, code: SparseCode, x: Tensor, gradient: Tensor) -> Tensor:
-    """⟨∂x̂/∂f_i, ∇L⟩ of each entry, through the SAE's own decoder and scales."""
-    with torch.enable_grad():
-        values = code.values.detach().requires_grad_()
-        f = code._replace(values=values)
-        x_hat = sae.decode(f, x) if isinstance(sae, Transcoder) else sae.decode(f)
-        (found,) = torch.autograd.grad(
-            (x_hat * gradient.to(x_hat)).sum(), [values], allow_unused=True, materialize_grads=True
-        )
-    return found
 
 
 def run(work: Work) -> Finding:

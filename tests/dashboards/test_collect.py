@@ -3,6 +3,7 @@
 pytest tests/dashboards/test_collect.py
 """
 
+import itertools
 import math
 
 import pytest
@@ -132,6 +133,21 @@ def test_the_sample_is_the_longest_beginning_that_fits(max_tokens, max_pairs, se
         for j in range(f.shape[2]):
             there = zip(found.together[j].tolist(), found.together_tokens[j].tolist(), strict=True)
             assert [pair for pair in there if pair[0] >= 0] == expected[j]
+
+
+@pytest.mark.parametrize("cuts", [[], [2, 5], list(range(1, 10))])
+def test_a_sample_is_of_the_rows_of_the_whole_text(cuts):
+    """By the number that a row has there, in whatever pieces it comes."""
+    f, counted = activations(rows=10, seed=2)
+    ordered = sorted(counted.nonzero().tolist(), key=lambda t: plain.splitmix(t[0], t[1], 0))
+    rows, positions = torch.tensor(ordered[:9]).T
+    made = Collector(f.shape[2], f.shape[1], SIZES)
+    made.sample.max_tokens = 9
+    for start, end in itertools.pairwise([0, *cuts, 10]):
+        made.add(code_of(f[start:end], counted[start:end]), counted[start:end], start)
+    found = made.found().together
+    assert found.n_sampled == 9
+    assert torch.equal(found.sampled, (f[rows, positions] > 0).sum(0))
 
 
 @given(

@@ -64,6 +64,7 @@ def test_what_is_derived_by_hand(written):
     table = Overview.open(written).table(NAME)
     assert table.frequency.tolist() == [1 / 9, 3 / 9, 0]
     assert table.mean.tolist() == [0.5, 5 / 3, 0]
+    assert torch.equal(replace(table, n_sampled=5).frequency, table.frequency)  # whatever is counted on a sample
     assert table.stratum_bounds()[:2].tolist() == [[[0.5, 1], [0, 0.5]], [[2, 4], [0, 2]]]
     assert table.stratum_share().tolist() == [[1, 0], [1 / 3, 2 / 3], [0, 0]]
     assert table.bars(1) == ([1, 1, 0, 1], [0.5, 1.5, 2.5, 3.5])

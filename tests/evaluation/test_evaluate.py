@@ -15,6 +15,7 @@ from torch import nn
 from gemmascope import JumpReLUSAE
 from gemmascope.activations import moments
 from gemmascope.evaluation import (
+    SparingOutliers,
     baselines,
     delta_loss,
     evaluate_sae,
@@ -510,6 +511,13 @@ class TestLanguageModelLoss:
         every = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
         assert language_model_loss(model, ids, (), batch_size) == pytest.approx(every, rel=1e-6)
 
+    def test_probabilities_of_logits_in_bfloat16_are_not_rounded(self):
+        model, ids = tiny.gemma2(dtype=torch.bfloat16), tiny.tokens(rows=4)
+        with torch.no_grad():
+            log_p = model(ids).logits.double().log_softmax(-1)
+        losses = -log_p[:, :-1].gather(-1, ids[:, 1:, None])[:, 1:]
+        assert language_model_loss(model, ids) == pytest.approx(losses.mean().item(), rel=1e-6)
+
     def test_the_default_batch_is_bounded(self, monkeypatch):
         model, ids, rows = tiny.gemma2(), tiny.tokens(rows=8), []
         model.register_forward_pre_hook(
@@ -570,6 +578,24 @@ class TestSplicing:
             assert delta_loss(model, ids, {site: constant(mean)}) == ablated - clean
             assert ablated != clean
 
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_positions_are_those_of_their_rows(self, batch_size):
+        """What is spliced in somewhere else in each row, in batches and at once."""
+        model, ids = tiny.gemma2(), tiny.tokens(rows=4)
+        positions = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+        saes = {RESID: constant(normal(16))}
+        x = normal(16, seed=2)
+        found = delta_loss(model, ids, saes, batch_size=batch_size, positions=positions)
+        assert found == pytest.approx(delta_loss(model, ids, saes, positions=positions), rel=1e-5)
+        assert found != pytest.approx(delta_loss(model, ids, saes, positions=positions.flip(0)), rel=1e-2)
+        ablated = mean_ablation_loss(model, ids, RESID, x, batch_size=batch_size, positions=positions)
+        assert ablated == pytest.approx(mean_ablation_loss(model, ids, RESID, x, positions=positions), rel=1e-5)
+
+    def test_an_activation_of_just_the_largest_norm_is_not_spared(self):
+        x = torch.tensor([[3.0, 4.0], [3.0, 4.5]])
+        found = SparingOutliers(lambda x: x * 0, 5.0)(x)
+        assert found.tolist() == [[0, 0], [3.0, 4.5]]
+
     def test_the_metrics_of_a_splice(self):
         model, ids = tiny.gemma2(), tiny.tokens(rows=4)
         sae = JumpReLUSAE(16, 24, impl="reference", generator=torch.Generator().manual_seed(0))
@@ -580,6 +606,10 @@ class TestSplicing:
         assert metrics.delta_loss == delta_loss(model, ids, {RESID: sae}) != 0
         assert metrics.ablation_delta_loss == mean_ablation_loss(model, ids, RESID, mean) - clean
         assert metrics.loss_recovered == loss_recovered(metrics.delta_loss, metrics.ablation_delta_loss)
+        mask = torch.ones_like(ids)
+        mask[1, 5:] = 0
+        padded = evaluate_splice(model, ids, RESID, sae, mean, attention_mask=mask)
+        assert padded.predictions == 3 * 7 + 3
         shifted = evaluate_splice(model, ids, RESID, sae, mean, clean_loss=clean - 1)
         assert shifted.delta_loss == pytest.approx(metrics.delta_loss + 1)
 

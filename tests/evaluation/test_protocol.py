@@ -36,7 +36,7 @@ def text_of(model, rows=4, length=11):
     ids[1, 5] = BOS
     ids[2, 3] = EOS
     ids[3, 8:] = PAD
-    documents = torch.tensor([[4] * length, [4] * 5 + [7] * 6, [7] * length, [9] * 8 + [-1] * 3])
+    documents = torch.tensor([[4] * length, [4] * 5 + [7] * (length - 5), [7] * length, [9] * 8 + [-1] * (length - 8)])
     given = torch.where(torch.isin(ids, torch.tensor([BOS, EOS, PAD])), -1, documents)
     return MarkedText.of(model, ids, given), documents
 
@@ -102,6 +102,22 @@ def test_moments_of_a_site(model, moments):
             assert found.tokens[name] == int(mask.sum())
             assert found.means[name] == pytest.approx(x[mask].mean(0), rel=1e-5, abs=1e-6)  # harvested in fp32
     assert moments[RESID].tokens["inliers"] < moments[RESID].tokens["text"] < moments[RESID].tokens["every"]
+
+
+@pytest.mark.parametrize("forward_tokens", [1, 22])
+def test_moments_are_the_same_in_any_batches(model, moments, forward_tokens, monkeypatch):
+    """Of a row each, and of two; those of all rows at once are those of plain hooks."""
+    text, _ = text_of(model)
+    done = []
+    monkeypatch.setattr("gemmascope.evaluation.site_moments.FORWARD_TOKENS", forward_tokens)
+    found = site_moments(model, tiny.tokens(6, 9, seed=1), text, [ATT, RESID], RATIO, done.append)
+    for site in (ATT, RESID):
+        assert found[site].tokens == moments[site].tokens
+        assert found[site].median_norm == pytest.approx(moments[site].median_norm, rel=1e-6)
+        for name in SETS:
+            assert found[site].means[name] == pytest.approx(moments[site].means[name], rel=1e-5, abs=1e-6)
+    assert done[-1] == 6 + 4
+    assert done == sorted(done)
 
 
 def test_moments_go_through_a_file(moments):
@@ -351,6 +367,17 @@ def test_zero_costs_what_zero_ablation_costs(model, moments, site):
     assert found["cosine"] == found["norm_ratio"] == 0
     assert math.isnan(found["reconstruction_bias"])
     assert plain(found)["reconstruction_bias"] is None
+
+
+def test_a_text_of_one_token_is_explained_by_itself():
+    """Nothing is to be explained, and nothing is wrong; FVU has no value."""
+    model = tiny.gemma2()  # the mean is that of activations in fp32
+    text = MarkedText.of(model, torch.tensor([[BOS, 7]]), torch.tensor([[-1, 0]]))
+    facts = site_moments(model, tiny.tokens(6, 9, seed=1), text, [RESID], 1e6)
+    sums = measure(model, text, [Subject("a", RESID, RESID, identity(RESID).float())], facts)
+    found = figures_of(sums).of("a", RESID)
+    assert found["explained_variance_of_tokens"] == 1
+    assert math.isnan(found["fvu"])
 
 
 # ---- one forward for all

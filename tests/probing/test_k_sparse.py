@@ -8,7 +8,10 @@ from gemmascope.probing import (
     DenseFeatures,
     LatentFeatures,
     Task,
+    area_under_curve,
+    balanced_accuracy,
     best,
+    fit_logistic,
     probe_task,
     random_dictionary,
     split_by_document,
@@ -130,6 +133,10 @@ def test_documents_of_a_class_are_halved_by_themselves():
     split = split_by_document(task(flags, known, "documents"), torch.arange(DOCUMENTS), 3)
     assert not isinstance(split, str)
     assert not (split.train | split.judged)[7]
+    for seed in range(9):  # what is not known has no part in the halves
+        split = split_by_document(task(flags, torch.arange(DOCUMENTS) != 2, "documents"), torch.arange(DOCUMENTS), seed)
+        assert not isinstance(split, str)
+        assert [int((part & flags).sum()) for part in split] == [2, 2]
 
 
 def test_too_few_of_a_class_is_said():
@@ -139,12 +146,77 @@ def test_too_few_of_a_class_is_said():
     assert "is of 1 documents" in str(split_by_document(task(of_one), OWNERS, 0))
 
 
+def halves_of(of: str, per_document: int, documents: int):
+    """So many rows of either class in each of the documents."""
+    owners = torch.arange(documents).repeat_interleave(2 * per_document)
+    flags = torch.arange(len(owners)) % 2 == 0
+    return split_by_document(task(flags, of=of), owners, 0)
+
+
+def test_just_enough_of_a_class():
+    """Ten rows of two documents in each part, and of documents two."""
+    assert not isinstance(halves_of("tokens", 5, 4), str)
+    assert halves_of("tokens", 4, 5) == "one of its classes has 8 tokens in one of the parts of a split"
+    assert halves_of("tokens", 10, 2) == "one of its classes is of 1 documents in one of the parts of a split"
+    flags = torch.arange(8) < 4
+    assert not isinstance(split_by_document(task(flags, of="documents"), torch.arange(8), 0), str)
+    flags = torch.arange(8) < 3
+    found = split_by_document(task(flags, of="documents"), torch.arange(8), 0)
+    assert found == "one of its classes has 1 documents in one of the parts of a split"
+
+
+def test_a_document_without_rows_is_0():
+    f, owners = planted(labels())[:6], torch.tensor([0, 0, 2, 2, 2, 0])
+    expected = torch.stack([f[[0, 1, 5]].double().mean(0), torch.zeros(WIDTH).double(), f[2:5].double().mean(0)])
+    for features in (DenseFeatures(f), sparse(f)):
+        found = features.by_document(owners, 3).columns(torch.arange(WIDTH))
+        torch.testing.assert_close(found, expected)
+
+
+def test_scores_and_intervals_by_plain_loops():
+    """Each split trained and judged by itself, on the columns that its own training rows choose, and every draw of
+    documents by repeating their rows."""
+    generator = torch.Generator().manual_seed(3)
+    flags = labels()
+    x = torch.randn(N, 6, generator=generator) + 0.4 * flags[:, None] * torch.tensor([1.0, 0, 0.9, 0, 0.8, 0])
+    x += torch.randn(DOCUMENTS, 6, generator=generator)[OWNERS]  # rows of a document are alike
+    chosen = [split_by_document(task(flags), OWNERS, seed) for seed in range(4)]
+    splits = [each for each in chosen if not isinstance(each, str)]
+    bootstrap = Bootstrap(DOCUMENTS, draws=30, seed=2)
+    features = DenseFeatures(x)
+    (score,) = probe_task(features, task(flags), OWNERS, splits, [2], bootstrap).values()
+    values, drawn = [], [[], []]
+    columns = []
+    for split in splits:
+        a, b = x[split.train & flags].double(), x[split.train & ~flags].double()
+        both = x[split.train].double()
+        which = ((a.mean(0) - b.mean(0)).abs() / both.std(0, correction=0)).argsort(descending=True)[:2]
+        columns.append(which.tolist())
+        probe = fit_logistic(x[split.train][:, which], flags[split.train])
+        scores, truth = probe.scores(x[split.judged][:, which]), flags[split.judged]
+        values.append((balanced_accuracy(scores > 0, truth).item(), area_under_curve(scores, truth).item()))
+        for times in bootstrap.times:
+            rows = torch.repeat_interleave(torch.arange(len(truth)), times[OWNERS[split.judged]])
+            drawn[0].append(balanced_accuracy(scores[rows] > 0, truth[rows]).item())
+            drawn[1].append(area_under_curve(scores[rows], truth[rows]).item())
+    assert len({tuple(each) for each in columns}) > 1, "splits choose columns of their own"
+    assert score.columns == tuple(columns[0])
+    assert score.of_splits == pytest.approx([each for each, _ in values], rel=1e-12)
+    assert score.balanced_accuracy == pytest.approx(sum(each for each, _ in values) / 4, rel=1e-12)
+    assert score.auc == pytest.approx(sum(each for _, each in values) / 4, rel=1e-12)
+    for every, interval in zip(drawn, (score.balanced_accuracy_interval, score.auc_interval), strict=True):
+        mean = torch.tensor(every, dtype=torch.float64).view(4, 30).mean(0)
+        low, high = (mean.quantile(end).item() for end in (0.025, 0.975))
+        assert interval == pytest.approx((low, high), rel=1e-12)
+
+
 @pytest.mark.parametrize("l0", [1, 5, 30.5])
 def test_a_random_dictionary_fires_as_often_as_it_is_to(l0):
     x = torch.randn(500, 12, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 13) + 5
     sae = random_dictionary(x, 64, l0, seed=1)
     assert sae.encode_sparse(x).l0().double().mean().item() == pytest.approx(l0, abs=0.02)
     torch.testing.assert_close(sae.W_enc.norm(dim=0), torch.ones(64))
+    torch.testing.assert_close(sae.b_enc.detach(), -(x.mean(0) @ sae.W_enc.detach()), msg="of x less its mean")
     assert not torch.equal(sae.W_enc, random_dictionary(x, 64, l0, seed=2).W_enc)
     with pytest.raises(ValueError, match=r"^l0: expected above 0 and at most d_sae = 64, got 65"):
         random_dictionary(x, 64, 65)

@@ -6,7 +6,7 @@ from gemmascope.demo.byte_tokenizer import byte_tokenizer
 from gemmascope.probing import document_tasks, labelled_tasks, pieces_of, token_tasks
 from gemmascope.probing.labels import script_of
 
-PIECES = ["The", " cat", "s", " NATO", ",", "42", " x1", "\n", "Iron", "y", "é", " A", "'", "t"]
+PIECES = ["The", " cat", "s", " NATO", ",", "42", " x1", "\n", "Iron", "y", "é", " A", "'", "t", " X1"]
 
 
 def flags(tokens, first=()):
@@ -46,6 +46,18 @@ def test_of_documents():
     assert {name for name in found if name.startswith("script")} == {"script: cjk", "script: cyrillic", "script: latin"}
 
 
+def test_a_number_is_no_capital_letter():
+    found = flags([" X1", " NATO"])
+    assert (found["capital"], found["all capitals"]) == ([" X1", " NATO"], [" NATO"])
+
+
+def test_the_sources_with_the_most_documents():
+    """Of seven sources with two documents and more five have a task."""
+    names = [(f"s{number}", str(each)) for number in range(7) for each in range(2 + number)]
+    tasks = document_tasks(names, ["x" * 30] * len(names))
+    assert [task.name for task in tasks if task.name.startswith("source")] == [f"source: s{6 - n}" for n in range(5)]
+
+
 def test_of_two_sources_there_is_one_task():
     """The other asks the opposite."""
     tasks = document_tasks([("a", "1"), ("a", "2"), ("b", "3"), ("b", "4")], ["x" * 30] * 4)
@@ -64,6 +76,7 @@ def test_scripts():
     assert script_of("abcdefghi " * 2) is None
     assert script_of("a" * 10 + "я" * 10) == "cyrillic"  # of equals the first of the alphabet
     assert script_of("1234567890" * 9) is None
+    assert script_of("a" * 15 + "яюэйц") == "latin"  # letters count, not which
 
 
 class Sentencepiece:

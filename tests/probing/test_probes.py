@@ -48,6 +48,9 @@ def test_by_hand():
     assert probe.weight.item() == pytest.approx(math.log(3), rel=1e-8)
     assert probe.bias.item() == pytest.approx(0, abs=1e-9)
     assert probe.scores(torch.tensor([[2.0]])).item() == pytest.approx(2 * math.log(3))
+    # Rows that are judged are measured by the mean and the deviation of those that it was trained on.
+    probe = fit_logistic(10 + 3 * x, labels, 1 / math.log(3))
+    assert probe.scores(torch.tensor([[16.0], [10.0]])).tolist() == pytest.approx([2 * math.log(3), 0], abs=1e-8)
 
 
 def test_both_classes_weigh_the_same():

@@ -116,7 +116,11 @@ def test_directions():
             torch.testing.assert_close(features.exchanged(BASE, SOURCE, mask_.double()), x[rows])
     assert not torch.equal(random_directions(x, 0).rows, random_directions(x, 1).rows)
     assert torch.equal(random_directions(x, 0).rows, random_directions(x, 0).rows)
-    # The last principal direction is that of the largest variance.
+    # The last principal direction is that of the largest variance, of the rows that are named alone.
+    few = x[[1, 4, 6, 7, 8]]
+    exact = torch.linalg.svd(few - few.mean(0)).Vh[0]
+    found = principal(x, torch.tensor([1, 4, 6, 7, 8])).rows[-1]
+    assert (found @ exact).abs().item() == pytest.approx(1, abs=1e-5)
     tall = x * torch.tensor([1.0, 9, 1, 1, 1, 1], dtype=torch.float64)
     assert principal(tall, torch.arange(N)).rows[-1].abs().argmax() == 1
     partial = Directions(x, orthonormal(torch.randn(WIDTH, 2, dtype=torch.float64)).T)
@@ -126,7 +130,9 @@ def test_directions():
 def test_orthonormal_leaves_what_is():
     Q = orthonormal(torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     torch.testing.assert_close(Q.T @ Q, torch.eye(3, dtype=torch.float64))
-    torch.testing.assert_close(orthonormal(Q), Q)
+    for signs in ([1.0, 1, 1], [-1.0, 1, -1]):  # of any sign: a column that turns round is another one to Adam
+        turned = Q * torch.tensor(signs, dtype=torch.float64)
+        torch.testing.assert_close(orthonormal(turned), turned)
 
 
 def test_a_decoder_that_is_not_affine_is_whole():

@@ -1,6 +1,7 @@
 """On a model whose directions are known: the true dictionary and learnt directions move one fact, controls both."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,42 @@ def test_it_knows_its_facts():
     _, _, _, facts, _, _ = task()
     assert facts["right"] == {"colour": 1.0, "shape": 1.0}
     assert facts["known_entities"] == 60
+
+
+def test_it_knows_the_same_in_any_batches(monkeypatch):
+    """Some answers wrong, rows of several forwards, and prompts in an order that mixes the templates."""
+    model, reader, asked, _, _, on = task()
+    order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0)).tolist()
+    mixed = [asked[each] for each in order]
+    token = asked[0].answer.token
+    wrong = [replace(each, answer=replace(each.answer, token=token)) if n % 3 == 0 else each
+             for n, each in enumerate(mixed)]  # fmt: skip
+    expected = [each.answer.token == asked[order[n]].answer.token for n, each in enumerate(wrong)]
+    assert 0 < sum(expected) < len(expected)
+    continuation = model.continuation()
+    monkeypatch.setattr("gemmascope.ravel.knowledge.ROWS", 7)
+    for score in ("first-token", "string"):
+        asks = wrong if score == "first-token" else mixed
+        found = answers(continuation, reader, asks, score)
+        assert found == (expected if score == "first-token" else [True] * len(mixed))
+    vectors = activations(continuation, mixed, [SITE])[SITE].vectors
+    torch.testing.assert_close(vectors, on.activations.vectors[order], rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_are_judged_in_their_order(monkeypatch):
+    """A few at a time, by tokens and by strings, with bases of all templates mixed."""
+    _, reader, asked, _, pairs, on = task()
+    part = [each for both in zip(*pairs["colour"].tests.values(), strict=True) for each in both][108:148]
+    swap = Trained(lambda base, source: on.activations.vectors[source], 1, {}).exchange
+    town = {each: asked[each].prompt.entity for pair in part for each in (pair.base, pair.source)}
+    labels = small_model().data.labels
+    # All of the source is in the place of the base: every answer is the source's.
+    expected = [labels[asked[pair.base].prompt.attribute][town[pair.source]] == pair.label for pair in part]
+    assert 0 < sum(expected) < len(expected)
+    monkeypatch.setattr("gemmascope.ravel.score.ROWS", 9)
+    for protocol in (PROTOCOL, protocol_of("ravel", score="string")):
+        found = right_pairs(on, reader, asked, part, swap, protocol, tick)
+        assert sum(a == b for a, b in zip(found.tolist(), expected, strict=True)) >= 38
 
 
 @pytest.mark.parametrize("attribute", ["colour", "shape"])

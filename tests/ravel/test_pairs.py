@@ -156,6 +156,65 @@ def test_labels_of_one_first_token(clashes):
         assert pair.label == data.labels["colour"][asked[pair.source].prompt.entity]
 
 
+@pytest.mark.parametrize("clashes", ["drop", "keep"])
+def test_an_answer_that_stays_for_the_wrong_reason(clashes):
+    """To isolate shapes, the colour must stay: a source whose colour begins alike would hide that it does not."""
+    data = grid()
+    asked = asked_of(data, {"c0": 7, "c1": 7})
+    pairs = make_pairs(data, asked, "shape", protocol_of("ravel", clashes=clashes), 0)
+    alike = [
+        pair
+        for pair in pairs.train
+        if not pair.is_cause
+        and {data.labels["colour"][asked[each].prompt.entity] for each in (pair.base, pair.source)} == {"c0", "c1"}
+    ]
+    assert bool(alike) == (clashes == "keep")
+    assert (pairs.dropped > 0) == (clashes == "drop")
+    assert all(pair.token == asked[pair.base].answer.token for pair in alike)
+
+
+def test_other_attributes_share_what_is_isolated():
+    """Of three attributes two are to stay: as many pairs together as are to move one, and as many of either."""
+    data = grid(entities=48)
+    towns = data.entities
+    sizes = {town: f"z{number % 5}" for number, town in enumerate(towns)}
+    three = EntityData(
+        "town",
+        {**data.labels, "size": sizes},
+        {**data.templates, "size": ("%s size 0", "%s size 1", "%s size 2")},
+        data.entity_split,
+        {**data.template_split, "%s size 0": "train", "%s size 1": "train", "%s size 2": "test"},
+    )
+    asked = asked_of(three)
+    pairs = make_pairs(three, asked, "colour", protocol_of("ravel", pairs=61, test_pairs=20), 0)
+    assert pairs.to_dict()["train"] == {"cause": 61, "isolation": 61}
+    isolated = [asked[pair.base].prompt.attribute for pair in pairs.train if not pair.is_cause]
+    assert sorted(isolated.count(name) for name in ("shape", "size")) == [30, 31]
+
+
+def test_equal_labels_to_isolate_are_of_two_entities():
+    """Where they may be equal in isolation alone, no town is exchanged with itself and no label with the same."""
+    data = grid()
+    asked = asked_of(data)
+    pairs = make_pairs(data, asked, "colour", protocol_of("ravel", equal="isolation", pairs=200, test_pairs=50), 0)
+    equal = 0
+    for pair in pairs.train:
+        base, source = (asked[each].prompt.entity for each in (pair.base, pair.source))
+        assert base != source
+        same = data.labels[asked[pair.base].prompt.attribute]
+        assert not (pair.is_cause and same[base] == same[source])
+        equal += same[base] == same[source]
+    assert equal > 0
+
+
+def test_just_enough_pairs():
+    data = grid()
+    pairs = make_pairs(data, asked_of(data), "colour", protocol_of("ravel", pairs=4, test_pairs=4), 0)
+    assert len(pairs.train) == 8
+    with pytest.raises(ValueError, match=r"pairs: expected at least 4 of cause for 'colour' \(training\), found 3"):
+        make_pairs(data, asked_of(data), "colour", protocol_of("ravel", pairs=3, test_pairs=4), 0)
+
+
 def test_pairs_that_are_too_few():
     data = grid(entities=12)
     few = [each for each in asked_of(data) if each.prompt.entity not in ("town0", "town3", "town6")]

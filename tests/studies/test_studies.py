@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from gemmascope import JumpReLUSAE, Transcoder
-from gemmascope.evaluation.protocol import Subject
+from gemmascope.evaluation.bootstrap import Bootstrap
+from gemmascope.evaluation.protocol import TERMS, Subject
 from gemmascope.sites import Site
 from gemmascope.studies import COLUMNS, STUDIES, Listed, csv_of
-from gemmascope.studies.common import Conversations
+from gemmascope.studies.common import Conversations, TextSums, between, ratio, row_of, short
 from gemmascope.studies.frequency import histogram
 from gemmascope.studies.position import ABLATED, EVERY, MEAN, bins_of, owners_of
 from gemmascope.studies.subsets import OTHERS, groups_of
@@ -22,7 +23,7 @@ from gemmascope.studies.width_ladder import common_l0, interpolated
 from tests import tiny_models as tiny
 from tests.evaluation import plain as by_hand
 from tests.evaluation.test_protocol import ATT, MLP, RESID, dense, random_sae, text_of, transcoder_tensors
-from tests.studies.work import PlainWork
+from tests.studies.work import GivenWork, PlainWork
 
 pytest.importorskip("transformers")
 
@@ -107,11 +108,53 @@ def test_position_by_hand(work, in_detail):
         here = mask[:, column]
         assert row["n"] == int(here.sum())
         assert row["y"] == pytest.approx((in_detail["error"][:, column][here].mean() / square).item(), rel=1e-9)
+        assert (row["low"], row["high"]) == interval_of(work, column, mask, in_detail["error"] / square)
     losses = rows_of(found, sae="a", figure="ΔLM loss", series="SAE")
     assert [row["x"] for row in losses] == [each for each in range(11) if scored[:, each].any()]
     for row in losses:
         here = scored[:, int(row["x"])]
         assert row["y"] == pytest.approx(in_detail["rise"][:, int(row["x"])][here].mean().item(), rel=1e-7, abs=1e-9)
+        assert (row["low"], row["high"]) == interval_of(work, int(row["x"]), scored, in_detail["rise"])
+    assert any(row["low"] is not None for row in losses)
+
+
+def interval_of(work, column: int, mask: torch.Tensor, values: torch.Tensor):
+    """Of the mean of ``values`` in a column of the rows, of three documents drawn anew."""
+    here = [mask[:, column] & (work.text.documents[:, column] == number) for number in (4, 7, 9)]
+    sums, counts = (torch.stack([each[rows].sum() for rows in here]) for each in (values[:, column], mask[:, column]))
+    found = Bootstrap(3, draws=20).ratio(sums.double(), counts.double())
+    return (None, None) if found is None else pytest.approx(found, rel=1e-7, abs=1e-9)
+
+
+def test_neighbours_beyond_the_first_positions_are_taken_together(model):
+    """From 32 on two at a time, whose place is their middle; the last is alone."""
+    text, _ = text_of(model, length=43)
+    found = STUDIES["position"].run(PlainWork(model, text, [Subject("a", RESID, RESID, random_sae(RESID))]))
+    errors = rows_of(found, figure="reconstruction error", series="SAE")
+    assert [row["x"] for row in errors] == [*range(1, 32), 32.5, 34.5, 36.5, 38.5, 40.5, 42]
+    n = text.is_text.sum(0)
+    assert [row["n"] for row in errors[31:]] == [int(n[each : each + 2].sum()) for each in range(32, 43, 2)]
+
+
+def test_what_is_said_of_positions(work):
+    """Of the first tokens and of the last half of the row, each token weighing the same."""
+    found = STUDIES["position"].run(PlainWork(work.models["model"], work.text, work.subjects[1:2]))
+
+    def mean(series: str, figure: str, least: float, most: float) -> str:
+        rows = [row for row in rows_of(found, series=series, figure=figure) if least <= row["x"] <= most]
+        return short(sum(row["y"] * row["n"] for row in rows) / sum(row["n"] for row in rows))
+
+    assert found.conclusion == (
+        "tokens 1–10 → the last half of the row: "
+        + ", ".join(
+            f"{name} {mean('SAE', figure, 0, 10)} → {mean('SAE', figure, 5, 10)} ({control} "
+            f"{mean(control, figure, 0, 10)} → {mean(control, figure, 5, 10)})"
+            for name, figure, control in (
+                ("reconstruction error", "reconstruction error", MEAN),
+                ("ΔLM loss", "ΔLM loss", ABLATED),
+            )
+        )
+    )
 
 
 def test_positions_add_up_to_the_whole(work):
@@ -195,6 +238,25 @@ def test_sources_that_are_many_are_taken_together():
     assert found["file 3"] == [3, 8, 13, 18]
 
 
+def test_what_is_said_of_sources(work):
+    """Those of the least and of the most ΔLM loss, the mean of the SAEs."""
+    three = PlainWork(work.models["model"], work.text, work.subjects, sources={4: "books", 7: "code", 9: "web"})
+    found = STUDIES["subsets"].run(three)
+
+    def mean(source: str, figure: str = "ΔLM loss") -> float:
+        values = [row["y"] for row in rows_of(found, series=source, figure=figure)]
+        assert len(values) == 4
+        return math.fsum(values) / 4
+
+    ordered = sorted(("books", "code", "web"), key=mean)
+    words = [
+        f"{each} {short(mean(each))} (mean ablation {short(mean(f'{each}: mean ablation'))}), FVU "
+        f"{short(mean(each, 'FVU'))}"
+        for each in (ordered[0], ordered[-1])
+    ]
+    assert found.conclusion.endswith(f"least and most of 3 sources: {'; '.join(words)}")
+
+
 def test_one_source_is_no_subset(work):
     alone = PlainWork(work.models["model"], work.text, work.subjects, sources=dict.fromkeys((4, 7, 9), "one"))
     assert STUDIES["subsets"].lacks(work) is None
@@ -231,12 +293,61 @@ def test_transfer_by_hand(work):
         assert (loss["n"], loss["y"]) == (len(rises), pytest.approx(math.fsum(rises) / len(rises), rel=1e-7))
         assert fvu["y"] != rows_of(found, sae="a", figure="FVU", series=f"own: {name}")[0]["y"]
 
+        def said(series: str, figure: str = "ΔLM loss") -> str:
+            return between([row["y"] for row in rows_of(found, series=series, figure=figure)])
+
+        assert (
+            f"{name}: ΔLM loss {said(f'second: {name}')} (own {said(f'own: {name}')}; mean ablation "
+            f"{said(f'second: {name}, mean ablation')}), FVU {said(f'second: {name}', 'FVU')} (own "
+            f"{said(f'own: {name}', 'FVU')})"
+        ) in found.conclusion
+
 
 def test_the_same_model_is_no_other(work):
     found, whole = STUDIES["transfer"].run(work), work.evaluation()["a"]
     for series in ("own: text", "second: text"):
         (loss,), (fvu,) = (rows_of(found, sae="a", figure=figure, series=series) for figure in ("ΔLM loss", "FVU"))
         assert (loss["y"], fvu["y"]) == (pytest.approx(whole["delta_loss"]), pytest.approx(whole["fvu"]))
+
+
+# ---- precision
+
+
+class RoundedWork(PlainWork):
+    """One whose sums are moved by so much a prediction and a token, by the precisions asked for."""
+
+    def sums(self, name, text=None, *, on="model", sae_dtype=None):
+        found = super().sums(name, text)
+        shift = {("float32", torch.float32): 0.0, ("float32", torch.bfloat16): -0.25, ("bfloat16", torch.bfloat16): 0.5}
+        moved = {key: values.clone() for key, values in found.items()}
+        by_document = shift[on, sae_dtype] * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        moved["a/losses"][:, 0, 0] += by_document
+        moved["a/tokens"][:, 0, TERMS.index("error")] *= 1 + shift[on, sae_dtype]
+        return moved
+
+
+def test_what_precision_costs_by_hand(work):
+    """The shift is that of the variant against fp32, with an interval of its own."""
+    rounded = RoundedWork(work.models["model"], work.text, work.subjects[1:2])
+    found, whole = STUDIES["bf16"].run(rounded), work.evaluation()["a"]
+    n = work.sums("a")["clean"][:, 0]
+    moved = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for name, shift in (("SAE bf16", -0.25), ("SAE and model bf16", 0.5)):
+        shifts = found.facts["shifts"][name]["a"]
+        assert shifts["delta_loss"] == pytest.approx((shift * moved.sum() / n.sum()).item(), rel=1e-9)
+        assert shifts["fvu"] == pytest.approx(shift * whole["fvu"], rel=1e-9)
+        assert shifts["delta_loss_interval"] == pytest.approx(Bootstrap(3, draws=20).ratio(shift * moved, n), rel=1e-9)
+        (row,) = rows_of(found, series=name, figure="FVU")
+        assert row["y"] == pytest.approx((1 + shift) * whole["fvu"], rel=1e-9)
+    (row,) = rows_of(found, series="all fp32", figure="ΔLM loss")
+    assert row["y"] == pytest.approx(whole["delta_loss"], rel=1e-9)
+    sizes = [short((shift * moved.sum() / n.sum()).item(), 2) for shift in (0.25, 0.5)]
+    of_fvu = [short(shift * whole["fvu"], 2) for shift in (0.25, 0.5)]
+    assert found.conclusion == (
+        f"SAE bf16 shifts ΔLM loss by at most {sizes[0]} and FVU by at most {of_fvu[0]}; SAE and model bf16 shifts "
+        f"ΔLM loss by at most {sizes[1]} and FVU by at most {of_fvu[1]} (half of the interval of ΔLM loss over "
+        f"documents in fp32: {short((row['high'] - row['low']) / 2)})"
+    )
 
 
 # ---- uniformity
@@ -250,6 +361,7 @@ def transcoder():
 SUBJECTS = {
     **{str(site): Subject("s", site, site, random_sae(site, threshold=0.1)) for site in (ATT, MLP, RESID)},
     "transcoder": Subject("s", Site(0, "mlp_in"), MLP, transcoder()),
+    "silent at some tokens": Subject("s", RESID, RESID, random_sae(RESID, d_sae=3, threshold=1.0)),
 }
 
 
@@ -259,15 +371,19 @@ def test_uniformity_against_dense_autograd(model, which):
     text, _ = text_of(model)
     subject = SUBJECTS[which]
     columns = columns_of(text, 3, seed=5)
+    columns[0, 2] = -1  # one fewer of the first row
     found = attribution_sums(model, text, columns, [subject])
+    silent = 0
     expected: dict[int, list[float]] = {}
     W = subject.sae.W_dec.detach()
+    random = torch.randn(W.shape, generator=torch.Generator().manual_seed(0)).double()
+    random *= (W.norm(dim=1) / random.norm(dim=1))[:, None]
     for row, column in [(r, int(c)) for r in range(len(columns)) for c in columns[r] if c >= 0]:
         ids = text.tokens[row : row + 1]
         x, before = (by_hand.activation(model, site, ids)[0, column] for site in (subject.reads, subject.writes))
         z = x @ subject.sae.W_enc.detach() + subject.sae.b_enc.detach()
         f = (z * (z > subject.sae.threshold.detach())).requires_grad_()
-        rest = (before - f @ W).detach()
+        rest = (before - f @ W).detach().requires_grad_()
 
         def moved(y, f=f, rest=rest, column=column):
             return torch.cat([y[:, :column], (rest + f @ W).expand(1, 1, -1), y[:, column + 1 :]], 1)
@@ -276,21 +392,23 @@ def test_uniformity_against_dense_autograd(model, which):
             logits = model(input_ids=ids, use_cache=False).logits[0, column]
         (logits[ids[0, column + 1]] - logits.mean()).backward()
         assert f.grad is not None
+        assert rest.grad is not None
         y = f.detach() * f.grad
         l0 = int((f > 0).sum())
         if l0 == 0:
+            silent += 1
             continue
-        p = y.abs() / y.abs().sum()
-        p = p[p > 0]
-        terms = expected.setdefault(int(text.documents[row, column]), [0.0, 0.0, 0.0])
+        terms = expected.setdefault(int(text.documents[row, column]), [0.0] * 4)
         terms[0] += 1
-        terms[1] += (-(p * p.log()).sum()).exp().item() / l0
-        terms[2] += l0
+        for place, effects in ((1, y), (2, f.detach() * (random @ rest.grad))):
+            p = effects.abs() / effects.abs().sum()
+            p = p[p > 0]
+            terms[place] += (-(p * p.log()).sum()).exp().item() / l0
+        terms[3] += l0
     assert len(expected) == 3
+    assert (silent > 0) == (which == "silent at some tokens")
     for number, got in zip(found["documents"].tolist(), found["s/uniformity"].tolist(), strict=True):
-        tokens, r, by_chance, l0 = got
-        assert (tokens, r, l0) == pytest.approx(tuple(expected[int(number)]), rel=1e-7)
-        assert 0 < by_chance <= tokens
+        assert got == pytest.approx(expected[int(number)], rel=1e-7)
 
 
 def test_one_pass_for_saes_of_many_sites(model):
@@ -358,6 +476,24 @@ def test_frequencies_are_counts(work):
     assert alike["x"] == pytest.approx(math.log10(work.evaluation()["a"]["l0"] / 20))
 
 
+def test_frequencies_by_hand():
+    """Of four latents one is silent, one fires on just a tenth, which is not above a tenth."""
+    given = GivenWork({"a": {"l0": 1.6}}, {"a": torch.tensor([0.0, 1.0, 0.1, 0.5])})
+    found = STUDIES["frequency"].run(given)
+    assert found.facts["saes"]["a"] == {
+        "never": 1,
+        "median_log10": pytest.approx(math.log10(0.5)),
+        "alike_log10": pytest.approx(math.log10(1.6 / 4)),
+        "above_a_tenth": 2,
+    }
+    (alike,) = rows_of(found, series="if all fired alike")
+    assert (alike["x"], alike["y"]) == (pytest.approx(math.log10(0.4)), 4)
+    assert found.conclusion == (
+        "median of log10 frequency -0.301 (if all latents fired alike -0.398); share that never fired 0.25, on more "
+        "than a tenth of the tokens 0.5"
+    )
+
+
 def test_bins_of_frequency():
     found = histogram(torch.tensor([0.0, 1.0, 0.9, 0.5, 0.011, 0.0, 0.0101]))
     assert found[0] == (pytest.approx(-1.9), 2)
@@ -380,7 +516,43 @@ def test_sparsity_and_fidelity_are_those_of_the_evaluation(work):
         (control,) = rows_of(found, sae=sae.name, figure="FVU", series="PCA of rank L0")
         assert control["y"] == 0.5
     assert "4 SAEs" in found.conclusion
-    assert "4 of 4 below it" in found.conclusion or "of 4 below it" in found.conclusion
+
+
+EVALUATED = {
+    "l0": 10.0,
+    "delta_loss": 0.1,
+    "delta_loss_interval": [0.05, 0.15],
+    "fvu": 0.2,
+    "fvu_interval": [0.19, 0.21],
+    "ablation_delta_loss": 2.0,
+    "pca_fvu": 0.3,
+    "random_fvu": 0.5,
+    "pair_table_fvu": 0.6,
+    "linear_fvu": None,
+    "predictions": 100,
+    "tokens": 120,
+    "control_tokens": 50,
+}
+
+
+def test_sparsity_and_fidelity_by_hand():
+    worse = EVALUATED | {"fvu": 0.4, "l0": 20.0}
+    given = GivenWork({"a": EVALUATED, "b": worse, "c": worse, "d": EVALUATED | {"pca_fvu": None}})
+    found = STUDIES["sparsity-fidelity"].run(given)
+    points = [(row["figure"], row["series"], row["y"], row["n"]) for row in rows_of(found, sae="a")]
+    assert sorted(points) == [
+        ("FVU", "PCA of rank L0", 0.3, 50),
+        ("FVU", "SAE", 0.2, 120),
+        ("FVU", "random dictionary", 0.5, 50),
+        ("FVU", "token pairs", 0.6, 50),
+        ("ΔLM loss", "SAE", 0.1, 100),
+        ("ΔLM loss", "mean ablation", 2.0, 100),
+    ]
+    ends = {row["figure"]: (row["low"], row["high"]) for row in rows_of(found, sae="a", series="SAE")}
+    assert ends == {"ΔLM loss": (0.05, 0.15), "FVU": (0.19, 0.21)}
+    assert found.conclusion == (
+        "4 SAEs of L0 10–20: ΔLM loss 0.1 (mean ablation 2), FVU 0.2–0.4 (PCA 0.3; 1 of 3 below it)"
+    )
 
 
 def test_a_ladder_has_several_widths_at_one_site(work):
@@ -394,6 +566,23 @@ def test_a_ladder_has_several_widths_at_one_site(work):
     assert ladder.lacks(one) == "saes: expected several widths of one kind at one site, got width 20 alone"
 
 
+def test_a_ladder_by_hand():
+    """Two widths at L0 10 and 40, between which everything is linear in logarithms; another kind is another ladder."""
+    figures = {
+        f"{width} {l0}": EVALUATED
+        | {"l0": l0, "width": width, "fvu": fvu, "delta_loss": fvu / 10, "pca_fvu": fvu + 0.1}
+        for width, l0, fvu in ((8, 10.0, 0.4), (8, 40.0, 0.1), (16, 10.0, 0.2), (16, 40.0, 0.05))
+    }
+    other = {"of one width": EVALUATED | {"width": 8, "kind": "topk"}}
+    found = STUDIES["width-ladder"].run(GivenWork(figures | other))
+    assert {row["sae"] for row in found.rows} == set(figures)
+    pca = [short(math.sqrt(low * high)) for low, high in ((0.5, 0.2), (0.3, 0.15))]
+    assert found.conclusion == (
+        f"layer_1/resid, jumprelu: at L0 20 FVU and ΔLM loss of width 8: 0.2, 0.02 (PCA {pca[0]}); 16: 0.1, 0.01 (PCA "
+        f"{pca[1]})"
+    )
+
+
 def test_between_points_of_a_ladder():
     points = [(10.0, 1.0), (1000.0, 0.01)]
     assert interpolated(points, 100.0) == pytest.approx(0.1)
@@ -405,6 +594,19 @@ def test_between_points_of_a_ladder():
 
 
 # ---- rows
+
+
+def test_ratios_by_hand(work):
+    """Of sums; where nothing was measured there is no figure, and none is drawn."""
+    one = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    assert ratio(one, torch.tensor([1.0, 1.0])) == 2.5
+    assert math.isnan(ratio(one, torch.zeros(2)))
+    found = TextSums.of(work.sums("a"), work.saes[1])
+    nobody = found.where(torch.zeros(3, dtype=torch.bool))
+    assert nobody.tokens == 0
+    assert all(math.isnan(each) for each in (nobody.l0, nobody.fvu, nobody.delta_loss, nobody.ablation_delta_loss))
+    row = row_of("x", work, work.saes[1], l0=1.0, x=1.0, y=nobody.fvu, n=0, figure="FVU")
+    assert row["y"] is None
 
 
 def test_csv(work):

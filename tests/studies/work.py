@@ -11,6 +11,7 @@ from gemmascope.evaluation.figures import Figures, plain
 from gemmascope.evaluation.protocol import Subject, Sums, measure
 from gemmascope.evaluation.site_moments import site_moments
 from gemmascope.evaluation.token_sets import MarkedText
+from gemmascope.sites import Site
 from gemmascope.studies import Listed
 from gemmascope.studies.common import Conversations
 from gemmascope.studies.uniformity import attribution_sums
@@ -63,3 +64,18 @@ class PlainWork:
 
     def conversations(self) -> Conversations:
         return self.spoken or Conversations(self.text, torch.zeros_like(self.text.tokens), ("text",))
+
+
+class GivenWork(PlainWork):
+    """One whose evaluation and frequencies are given, of SAEs at one site. figures: of each SAE, by name; ``width`` and
+    ``kind`` are not of the evaluation."""
+
+    def __init__(self, figures: Mapping[str, Mapping[str, Any]], frequency: Mapping[str, torch.Tensor] | None = None):
+        self.figures, self.frequency, site = figures, frequency or {}, Site(1, "resid")
+        self.saes = [
+            Listed(name, "resid", 1, each.get("width", 4), each.get("kind", "jumprelu"), site)
+            for name, each in figures.items()
+        ]
+
+    def evaluation(self) -> dict[str, dict[str, Any]]:
+        return {name: dict(each) for name, each in self.figures.items()}
