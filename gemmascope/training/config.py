@@ -427,7 +427,8 @@ class TrainConfig:
 
         Units are those of the variance, and the target is the batch's, so that tokens may differ. λ rises linearly in
         the first third: latents learn what they are only while few of them fire. That pushes some out of reach of any
-        gradient, while L0 is far above the target; ``revival_rate`` brings them back. Many fire at first, and the
+        gradient, while L0 is far above the target; ``revival_rate`` brings them back, the faster, from 1 to 4, the more
+        tokens there are for each latent, since what comes back must learn again. Many fire at first, and the
         window is wide, for the same reason; in wide dictionaries fewer, so that the first reconstruction is at most
         three times its input (``overshoot``). A first moment averages the gradients of some batches. Schedules take a
         share of the ``steps``. With another ``sparsity``, `l0` for one, no target is set.
@@ -435,6 +436,9 @@ class TrainConfig:
         steps, sparsity = changes.get("steps", 500), changes.get("sparsity", _sparsity_of(changes, "target_l0"))
         check_int("steps", steps, 0)
         check_choice("sparsity", sparsity, SPARSITIES)
+        d_sae, batch_size = changes.get("d_sae", 4096), changes.get("batch_size", 1024)
+        check_int("d_sae", d_sae, 1)
+        check_int("batch_size", batch_size, 1)
         recipe = cls.short(
             d_sae=4096,
             steps=steps,
@@ -442,7 +446,7 @@ class TrainConfig:
             learning_rate=4e-3,
             adam_beta1=0.7,
             l0_warmup_steps=steps // 3,
-            revival_rate=4.0,
+            revival_rate=min(4.0, max(1.0, steps * batch_size / (25 * d_sae))),
             threshold_init=0.01,
             overshoot=3.0,
             scale_by="variance",

@@ -78,6 +78,8 @@ def test_lambda_of_small_rises_linearly_in_a_third(kind):
 def test_small_revives_the_latents_of_jumprelu_alone():
     small = TrainConfig.small()
     assert small.revival_rate == 4
+    sizes = {"d_sae": 16384, "batch_size": 1024}
+    assert [TrainConfig.small(steps=n, **sizes).revival_rate for n in (0, 120, 400, 600, 9000)] == [1, 1, 1, 1.5, 4]
     assert small.changed(kind="gated").revival_rate == TrainConfig.small(kind="topk", k=4).revival_rate == 0
     assert small.changed(kind="jumprelu", seed=1).revival_rate == 4
     assert TrainConfig.gemma_scope().revival_rate == TrainConfig.short().revival_rate == 0
