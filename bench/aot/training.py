@@ -330,14 +330,17 @@ def sparse_step_specs(target: str) -> Iterator[Spec]:
             expects=("load128",) if dtype else prefetch,
         )
     yield from update_specs(target)
-    # Two words a thread of the long lists: Triton 3.6, one target.
+    # At most four words a thread of the long lists: Triton 3.6, one target.
     spill = {"update_entries_bf16": 0, "update_long_lists_bf16": 16 if target == "sm_80" else 0}
     with_moments = (spec for spec in update_specs(target, beta1=0.9) if spec.name in spill)
     yield from (replace(spec, name=f"{spec.name}_beta1", max_spill=spill[spec.name]) for spec in with_moments)
+    # A transcoder from the attention of Gemma 2 2B to its residual stream.
+    of_two_widths = (spec for spec in update_specs(target, d_in=2048) if spec.name in spill)
+    yield from (replace(spec, name=f"{spec.name}_two_widths", max_spill=spill[spec.name]) for spec in of_two_widths)
 
 
-def update_specs(target: str, d: int = 2304, beta1: float = 0.0) -> Iterator[Spec]:
-    """The width and Adam's decays are constants of these kernels."""
+def update_specs(target: str, d: int = 2304, beta1: float = 0.0, d_in: int | None = None) -> Iterator[Spec]:
+    """The widths and Adam's decays are constants of these kernels. d_in: of W_enc, if it is not ``d``."""
     config = gpu_update.CONFIG
     rows = ("enc_rows_ptr", "dec_rows_ptr")
     low = ("W_enc_low_ptr", "W_dec_low_ptr")
@@ -362,7 +365,7 @@ def update_specs(target: str, d: int = 2304, beta1: float = 0.0) -> Iterator[Spe
             if beta1:
                 arguments |= dict.fromkeys(first[:2], "*fp32")
             constants = {
-                "D_IN": d,
+                "D_IN": d_in or d,
                 "D_OUT": d,
                 "BETA1": beta1,
                 "LOG2_BETA1": math.log2(beta1) if beta1 else None,
