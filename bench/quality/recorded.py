@@ -5,8 +5,9 @@ seed and sparsity in each setting (site, recipe, width) the newest row counts. W
 prints its tables in Markdown.
 
 Trainers that aim at no L0 come out near the one that was asked for. So that they can be compared there, FVU is also
-given at it: between two trainings of a seed along a straight line in logarithms; of settings with one sparsity along
-FVU ∝ L0^−`SLOPE`, as measured at these sites, from no further away than `NEAR`. What lies elsewhere is not compared.
+given at it: between two trainings of a seed along a straight line in logarithms; beyond them, or where there is one,
+along FVU ∝ L0^−`SLOPE`, as measured at these sites, from no further away than `NEAR`. What lies elsewhere is not
+compared.
 """
 
 import argparse
@@ -80,11 +81,11 @@ def _number(value: float | None, form: str) -> str:
 def fvu_at(l0: float, rows: Sequence[Row]) -> float | None:
     """Of one seed's trainings at several sparsities, or at one; None where ``l0`` is out of reach."""
     points = [(row["l0"], row["fvu"]) for row in rows if row["l0"] > 0 and row["fvu"]]
-    if len(rows) > 1:
-        return interpolate(l0, points)
-    if not points or abs(math.log(points[0][0] / l0)) > math.log1p(NEAR):
-        return None
-    return points[0][1] * (points[0][0] / l0) ** SLOPE
+    between = interpolate(l0, points)
+    if between is not None or not points:
+        return between
+    at, fvu = min(points, key=lambda point: abs(math.log(point[0] / l0)))
+    return fvu * (at / l0) ** SLOPE if abs(math.log(at / l0)) <= math.log1p(NEAR) else None
 
 
 def newest(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
@@ -180,7 +181,7 @@ def write_page(found: Mapping[Setting, Sequence[Row]], folder: Path) -> Path:
     body = [
         "<h1>Kinds of SAE, by trainer</h1>",
         "<p>At equal tokens, width, start and order. FVU and L0 are means over seeds; FVU at an L0 is the median "
-        "of the seeds, between two trainings of each, or, where there is one sparsity, moved along FVU ∝ "
+        "of the seeds, between two trainings of each, or, where they do not lie on both sides, moved along FVU ∝ "
         f"L0<sup>−{SLOPE}</sup> from at most {NEAR:.0%} away. Least first. CPU seconds are of one training.</p>",
     ]
     folder.mkdir(parents=True, exist_ok=True)

@@ -48,10 +48,12 @@ def test_one_sparsity_is_moved_along_the_slope_from_nearby():
     assert fvu_at(40, [row(l0=0.0, fvu=0.2)]) is None
 
 
-def test_several_sparsities_are_joined_by_a_line_and_nothing_is_guessed_beyond():
+def test_several_sparsities_are_joined_by_a_line_and_nothing_is_guessed_far_beyond():
     curve = [row(l0=20.0, fvu=0.4, at_l0=20.0), row(l0=80.0, fvu=0.1, at_l0=80.0)]
     assert fvu_at(40, curve) == pytest.approx(0.2)  # the geometric mean, half way in logarithms
-    assert fvu_at(90, curve) is None
+    assert fvu_at(90, curve) == pytest.approx(0.1 * (80 / 90) ** 0.27)  # from the nearer one
+    assert fvu_at(19, curve) == pytest.approx(0.4 * (20 / 19) ** 0.27)
+    assert fvu_at(101, curve) is fvu_at(15, curve) is None
 
 
 def test_lines_are_ordered_by_what_can_be_compared():
