@@ -215,9 +215,15 @@ def test_threshold_never_falls_below_zero_and_shows_nan(rule):
 
 
 @pytest.mark.parametrize("rule", [test_update.RULE, test_update.LOG], ids=["raw", "log"])
-@pytest.mark.parametrize(("F", "d", "low"), [(1, 1, False), (5, 15, True), (5, 16, True), (5, 37, True)])
-def test_update_from_dense_gradients(F, d, low, rule):
-    test_update.test_update_from_dense_gradients(None, F, d, low, rule)
+@pytest.mark.parametrize(("F", "d_in", "d", "low"), test_update.OF_GRADIENTS)
+def test_update_from_dense_gradients(F, d_in, d, low, rule):
+    test_update.test_update_from_dense_gradients(None, F, d_in, d, low, rule)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), test_update.TWO_WIDTHS)
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_two_widths(d_in, d_out, beta1):
+    test_update.test_two_widths(None, d_in, d_out, beta1)
 
 
 def test_owed_decay():

@@ -204,6 +204,11 @@ def test_shipped_tiles_with_long_lists(d, beta1, device):
     check_entries(3 * long, len(lengths), d, LOG._replace(beta1=beta1), torch.bfloat16, True, device, sums)
 
 
+OF_GRADIENTS = [
+    (1, 1, 1, False),
+    *((5, d, d, True) for d in (15, 16, 37)),
+    *((5, d_in, d, low) for d_in, d, low in ((7, 37, True), (37, 7, False))),
+]
 # Both within a block, a block apart, the narrower one full or not.
 TWO_WIDTHS = [(5, 37), (37, 5), (16, 48), (48, 16), (15, 16), (33, 17)]
 
@@ -318,10 +323,7 @@ def test_what_is_not_finite_shows(small_tiles, table, value, beta1):
 
 @interpreted
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize(
-    ("F", "d_in", "d", "low"),
-    [(1, 1, 1, False), (5, 15, 15, True), (5, 16, 16, True), (5, 37, 37, True), (5, 7, 37, True), (5, 37, 7, False)],
-)
+@pytest.mark.parametrize(("F", "d_in", "d", "low"), OF_GRADIENTS)
 def test_update_from_dense_gradients(small_tiles, F, d_in, d, low, rule):
     state = random_state(F, d, low, beta1=rule.beta1, d_in=d_in)
     gradients = normal(F, d_in, seed=30), normal(F, d, seed=31), normal(F, seed=32), normal(F, seed=33)
