@@ -124,10 +124,9 @@ def next_token_losses(logits: Tensor, scored: Tensor, targets: Tensor) -> Tensor
     logits [rows, context, vocabulary]; scored: bool [rows, context − 1], true at the n tokens after which a target
     comes, in their order.
     """
-    targets = targets.long().to(logits.device)
     found = logits.new_empty(len(targets), dtype=torch.promote_types(logits.dtype, torch.float32))
     for part, log_q in _log_probabilities(logits, scored):
-        found[part] = _cross_entropy(log_q, targets[part])
+        found[part] = cross_entropy(log_q, targets[part])
     return found
 
 
@@ -145,17 +144,17 @@ def losses_and_divergences(log_p: Tensor, logits: Tensor, scored: Tensor, target
 
     log_p [n, vocabulary]: `log_probabilities` of other logits. Formed in their dtype, summed in fp64.
     """
-    targets = targets.long().to(logits.device)
     found = torch.empty(len(targets), 2, dtype=torch.float64, device=logits.device)
     for part, log_q in _log_probabilities(logits, scored):
-        found[part, 0] = _cross_entropy(log_q, targets[part]).double()
+        found[part, 0] = cross_entropy(log_q, targets[part])
         expected = log_p[part].to(log_q.device)
         found[part, 1] = (expected.exp() * (expected - log_q)).sum(-1, dtype=torch.float64)
     return found
 
 
-def _cross_entropy(log_q: Tensor, targets: Tensor) -> Tensor:
-    return F.nll_loss(log_q, targets, reduction="none")
+def cross_entropy(log_q: Tensor, targets: Tensor) -> Tensor:
+    """Of each of ``targets`` [n] under log q [n, vocabulary], nats, in its dtype."""
+    return F.nll_loss(log_q, targets.long().to(log_q.device), reduction="none")
 
 
 def _log_probabilities(logits: Tensor, scored: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -20,7 +20,7 @@ from ..saes.base import BaseSAE
 from ..sites import Capture, Site, attach, evaluating
 from ..sites.beginning import beginning_at
 from ..sites.decoder import eagerly, input_device
-from .language_model import log_probabilities, logits_of, losses_and_divergences, rows_of_a_forward
+from .language_model import cross_entropy, log_probabilities, logits_of, losses_and_divergences, rows_of_a_forward
 from .site_moments import SiteMoments
 from .token_sets import SETS, MarkedText
 from .variance import by_token
@@ -148,8 +148,7 @@ class _Batch:
             logits = self._logits()
         self.activations = {site: capture[site] for site in capture.sites}
         self.log_p = log_probabilities(logits, self.scored)
-        targets = self.targets.long().to(self.log_p.device)
-        loss = -self.log_p.gather(1, targets[:, None])[:, 0].double().cpu()
+        loss = cross_entropy(self.log_p, self.targets).double().cpu()
         sums.add("clean", self.owners, torch.stack([torch.ones_like(loss), loss], 1))
 
     def _logits(self) -> Tensor:
