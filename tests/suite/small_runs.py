@@ -28,7 +28,8 @@ def write_text(file: Path, documents: int = 60, seed: int = 0) -> Path:
     with file.open("w", encoding="utf-8") as out:
         for number in range(documents):
             text = " ".join(draw.choices(WORDS, k=60))
-            out.write(json.dumps({"name": f"document {number}", "text": text}) + "\n")
+            # Source and name decide which documents are held out, and the source is by default the file's path.
+            out.write(json.dumps({"name": f"document {number}", "source": "words", "text": text}) + "\n")
     return file
 
 

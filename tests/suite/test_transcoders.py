@@ -209,23 +209,27 @@ def filtered(tmp_path_factory, model_folder, text_file):
     return out, train_suite(made), made
 
 
-def of_held_out(out, made, model):
-    """The run's held-out text, x and y of its tokens, and which are outliers at neither site."""
+def of_rows(out, made, model, which="held_out"):
+    """The run's held-out text, x and y of its tokens, and which are outliers at neither site. Or its "train" text, of
+    which thresholds are calibrated."""
     from gemmascope.suite.prepare import prepare
     from gemmascope.suite.run import spread
 
     rows = prepare(made, out, begun=True).rows
-    held_out = rows.held_out(spread(rows.n_held_out, made.evaluate.rows))
+    if which == "train":
+        tokens = rows.train(spread(rows.n_train, made.evaluate.train_rows))
+    else:
+        tokens = rows.held_out(spread(rows.n_held_out, made.evaluate.rows))
     statistics = read_results(out)["statistics"]
-    found = harvest(model, held_out, [Site(1, "att"), Site(1, "resid")])
+    found = harvest(model, tokens, [Site(1, "att"), Site(1, "resid")])
     kept = [x.norm(dim=1) <= DROP * statistics[str(site)]["median_norm"] for site, x in found.items()]
-    return held_out, *found.values(), kept
+    return tokens, *found.values(), kept
 
 
 def test_tokens_that_are_outliers_at_either_site_are_left_out(filtered, model):
     """By training, by the L0 that names the files and by every figure, and the figures of all tokens stand beside."""
     out, results, made = filtered
-    held_out, x, y, kept = of_held_out(out, made, model)
+    held_out, x, y, kept = of_rows(out, made, model)
     both = kept[0] & kept[1]
     assert 0 < both.sum() < min(kept[0].sum(), kept[1].sum())
     for row in results["saes"][1:]:
@@ -245,8 +249,11 @@ def test_tokens_that_are_outliers_at_either_site_are_left_out(filtered, model):
     assert "FVU, all tokens" in page
 
 
-def test_transcoders_of_which_k_fire(filtered):
-    out, results, _ = filtered
+def test_transcoders_of_which_k_fire(filtered, model):
+    """On a token of the text that θ is calibrated on; on the held-out text, so small, about as many."""
+    out, results, made = filtered
+    _, x, y, kept = of_rows(out, made, model, "train")
+    both = kept[0] & kept[1]
     rows = {row["kind"]: row for row in results["saes"][2:]}
     assert list(rows) == ["topk", "batchtopk", "matryoshka", "gated"]
     gated = rows.pop("gated")
@@ -254,8 +261,9 @@ def test_transcoders_of_which_k_fire(filtered):
         assert row["name"] == f"layer_1/att/to_resid/{kind}/width_40/k_5"
         assert row["path"].startswith(f"saes/att_to_resid/layer_1/width_40/{kind}/average_l0_")
         assert row["k"] == 5
-        assert row["l0"] == pytest.approx(5, rel=0.25)
         found = Transcoder.load(out / row["path"])
+        assert evaluate_transcoder(found, x[both], y[both]).l0 == pytest.approx(5, abs=0.02)
+        assert row["l0"] == pytest.approx(5, rel=0.25)
         assert found.threshold.unique().numel() == 1
         assert (found.W_skip is not None) == (kind == "topk")
     assert gated["name"] == "layer_1/att/to_resid/gated/width_40/l0_coefficient_0.1"
