@@ -57,7 +57,10 @@ def step_of(case: Case, rows: dict[str, dict], card: Card, operations: list[Oper
         "overlapped": {name: sum(kernel["seconds"][name] for kernel in kernels) for name in RESOURCES},
         "expected": sum(kernel["seconds"]["expected"] for kernel in kernels) + rest.seconds,
         "dense": dense(case, card),
-        "selection": [_kernel(step, case, rows, card) for step in trips.selection(case)],
+        "selection": {
+            kind: [_kernel(step, case, rows, card) for step in of_kind]
+            for kind, of_kind in trips.selection(case).items()
+        },
     }
 
 
@@ -84,7 +87,15 @@ def table(step: dict) -> list[list[str]]:
         [name, "", f"{rest['bytes'] / 1e9:.2f}", *[""] * 7, _ms(rest["seconds"]), f"{rest['launches']} launches"]
     )
     found.append(["**step**", *[""] * 8, _ms(step["floor"]), _ms(step["expected"]), ""])
-    found += [_cells(kernel | {"kernel": f"TopK: {kernel['kernel']}"}) for kernel in step["selection"]]
+    selected = dict(step["selection"])
+    product = selected.pop("product", [])
+    found += [_cells(kernel) for kernel in product]
+    for kind, kernels in selected.items():
+        found += [_cells(kernel | {"kernel": f"{kind}: {kernel['kernel']}"}) for kernel in kernels]
+        times = [kernel["seconds"] for kernel in (*product, *kernels)]
+        gaps = launches.LAUNCH * sum(kernel["launches"] for kernel in (*product, *kernels))
+        floor, expected = (sum(seconds[name] for seconds in times) for name in ("floor", "expected"))
+        found.append([f"**{kind}**", *[""] * 8, _ms(floor), _ms(expected + gaps), ""])
     return found
 
 

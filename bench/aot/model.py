@@ -142,7 +142,7 @@ def count(code: Code, spec, cases: Iterable[Case]) -> dict[str, dict[str, dict]]
     """`Counts` of a kernel of the step in each case, by the case's title and the pass's name; {} for another kernel."""
     counter, found = None, {}
     for case in cases:
-        for step in (*trips.passes(case), *trips.selection(case)):
+        for step in trips.every(case):
             if step.spec != spec.name:
                 continue
             counter = counter or Counter(code, spec)
@@ -156,7 +156,7 @@ RECORDED_LENGTHS = (0, 1, 17, 67, 300)
 
 def of_programs(code: Code, spec) -> dict[str, int]:
     """Warp-instructions of one program of a kernel of the step, by its length: cheap, and worse when the code is."""
-    every = (step for case in trips.RECORDED for step in (*trips.passes(case), *trips.selection(case)))
+    every = (step for case in trips.RECORDED for step in trips.every(case))
     step = next(step for step in every if step.spec == spec.name)
     counter, lengths = Counter(code, spec), step.programs.length
     if len(lengths) > 1:

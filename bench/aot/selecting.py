@@ -1,8 +1,9 @@
-"""The selection of TopK, counted as the kernels of the step are: the product that leaves z and the largest key of each
-32, and the k largest of each token (`gemmascope.kernels.gpu.selection`).
+"""The selection of TopK and BatchTopK, counted as the kernels of the step are: the product that leaves z and the
+largest key of each 32, and the k largest of each token, or the k·N largest of the batch
+(`gemmascope.kernels.gpu.selection`).
 
 What a program of the selection does depends on its z. So some rows of normal z are drawn, each followed and standing
-for as many tokens as the others; `Path` says how often each of its loops turns.
+for as many tokens as the others; `Path` says how often each of its loops turns, `Batch` what the rows have in common.
 """
 
 from collections.abc import Callable
@@ -88,3 +89,48 @@ def drawn(F: int, k: int, number: int) -> tuple[np.ndarray, Path, np.ndarray]:
     """A row of z, how its program goes, and the groups that it lists."""
     z = np.random.default_rng(number).standard_normal(F).astype(np.float32)
     return z, *path(z, k)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is found of a batch of the drawn rows. v: the key that the last of the chosen has. ties: of those that equal
+    it, how many are chosen. bound: what the groups' highest digits say that v is at least. listed: the groups of each
+    row that reach it."""
+
+    v: int
+    ties: int
+    bound: int
+    listed: tuple[np.ndarray, ...]
+
+
+@cache
+def batch(F: int, k: int) -> Batch:
+    """k·`ROWS` latents are chosen."""
+    rows = [drawn(F, k, number)[0] for number in range(ROWS)]
+    largest = np.stack([largest_of_groups(z) for z in rows])
+    room, keys = k * ROWS, np.sort(np.concatenate([keys_of(z) for z in rows]))[::-1]
+    v = max(0, int(keys[room - 1]))
+    last, _ = gpu_selection.DIGITS[gpu_selection.GROUP_DIGITS - 1]
+    bound = max(0, int(np.sort(largest, None)[-room])) >> last << last if room <= largest.size else 0
+    listed = tuple(np.flatnonzero(of_row >= max(1, bound)) for of_row in largest)
+    return Batch(v, room - int((keys > v).sum()), bound, listed)
+
+
+def count_groups_bytes() -> int:
+    """Of a full program: keys of groups, and the digits so far."""
+    return 4 * gpu_selection.COUNT_BLOCK + 4
+
+
+def list_bytes(n_groups: int, listed: int) -> int:
+    """Keys, words of no bits, the list, its length, and the digits so far."""
+    return 8 * n_groups + 4 * listed + 8
+
+
+def listed_bytes(listed: int) -> int:
+    """The list, its length, the z of its groups, and the digits so far."""
+    return (4 + 128) * listed + 8
+
+
+def pick_bytes() -> int:
+    """Counts, and both numbers of the state, which it changes."""
+    return 4 * 256 + 16

@@ -8,6 +8,7 @@ The step is that of bf16 copies with weights stored by latent, D aligned, the en
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,17 @@ import torch
 
 from bench.aot.inference import encode
 from bench.aot.lists import MARGIN, Case, Lengths
-from bench.aot.selecting import ROWS, drawn, largest_of_groups, select_bytes
+from bench.aot.selecting import (
+    ROWS,
+    batch,
+    count_groups_bytes,
+    drawn,
+    largest_of_groups,
+    list_bytes,
+    listed_bytes,
+    pick_bytes,
+    select_bytes,
+)
 from bench.aot.spec import Spec
 from bench.aot.training import around_the_step, sparse_step, topk, training_encode, update_specs
 from gemmascope.kernels.entries import tokens_per_chunk
@@ -424,12 +435,106 @@ def select(case: Case) -> Pass:
     hbm = case.tokens * (4 * n_groups * 2 + 128 * groups)  # keys and words, and the z that are looked at
     return Pass(
         "select", "topk_select_64" if config is gpu_selection.FEW else "topk_select_256",
-        Lengths(np.arange(ROWS), np.full(ROWS, case.tokens / ROWS)), given, requested, hbm,
-        product(case).launches, ROWS - 1,
+        _each_row(case), given, requested, hbm, product(case).launches, ROWS - 1,
     )  # fmt: skip
 
 
-SELECTION = (largest, select)
+def count_groups(case: Case) -> Iterator[Pass]:
+    """The largest of the groups counted by their highest digits, a launch for each."""
+    k, keys = round(case.l0), case.tokens * _blocks(case.F, 32)
+    largest = np.concatenate([largest_of_groups(drawn(case.F, k, number)[0]) for number in range(ROWS)]).astype(
+        np.int32
+    )
+    of_program = np.resize(largest, gpu_selection.COUNT_BLOCK)
+    programs = Lengths(np.array([0]), np.array([float(_blocks(keys, gpu_selection.COUNT_BLOCK))]))
+    for turn, (shift, width) in enumerate(gpu_selection.DIGITS[: gpu_selection.GROUP_DIGITS]):
+        known = batch(case.F, k).bound >> shift + width << shift + width
+
+        def given(_: int, known: int = known) -> Arguments:
+            return {"size": keys}, {"keys_ptr": of_program, "state_ptr": np.array([known, 0], np.int32)}
+
+        hbm = 0.0 if turn and 4 * keys <= L2_SHARE * L2_BYTES else 4.0 * keys
+        yield Pass(
+            f"count groups, {shift}", f"topk_count_groups_{shift}", programs, given,
+            lambda _: count_groups_bytes(), hbm,
+        )  # fmt: skip
+
+
+def list_groups(case: Case) -> Pass:
+    """Those that reach what is known of the batch's v, a program a token."""
+    k, n_groups = round(case.l0), _blocks(case.F, 32)
+    found = batch(case.F, k)
+
+    def given(number: int) -> Arguments:
+        keys = largest_of_groups(drawn(case.F, k, number)[0]).astype(np.int32)
+        return {"n_groups": n_groups}, {"keys_ptr": keys, "state_ptr": np.array([found.bound, 0], np.int32)}
+
+    def requested(number: int) -> float:
+        return list_bytes(n_groups, len(found.listed[number]))
+
+    hbm = case.tokens * 4 * (n_groups + _listed(case))
+    return Pass("list groups", "topk_list", _each_row(case), given, requested, hbm, most=ROWS - 1)
+
+
+def of_listed(case: Case) -> Iterator[Pass]:
+    """The z of the groups that are listed: their keys counted by each digit, those counted that equal v, and a bit left
+    for each that is chosen. They stay in L2 after the first time, if they fit."""
+    k, n_groups = round(case.l0), _blocks(case.F, 32)
+    found, read = batch(case.F, k), case.tokens * 128 * _listed(case)
+    again = 0.0 if read <= L2_SHARE * L2_BYTES else read
+
+    def passed(name: str, spec: str, known: int, hbm: float, stored: Callable[[int], float]) -> Pass:
+        def given(number: int) -> Arguments:
+            list_of_row = np.zeros(n_groups, np.int32)
+            list_of_row[: len(found.listed[number])] = found.listed[number]
+            memory = {
+                "z_ptr": drawn(case.F, k, number)[0].view(np.int32),
+                "list_ptr": list_of_row,
+                "listed_ptr": np.array([len(found.listed[number])], np.int32),
+                "state_ptr": np.array([known, found.ties], np.int32),
+            }
+            return {"F": case.F, "n_groups": n_groups}, memory
+
+        def requested(number: int) -> float:
+            listed = len(found.listed[number])
+            return listed_bytes(listed) + stored(listed)
+
+        return Pass(name, spec, _each_row(case), given, requested, hbm, most=ROWS - 1)
+
+    for turn, (shift, width) in enumerate(gpu_selection.DIGITS):
+        known = found.v >> shift + width << shift + width
+        yield passed(f"count z, {shift}", f"topk_count_keys_{shift}", known, again if turn else read, lambda _: 0)
+    yield passed("count ties", "topk_count_ties", found.v, again, lambda _: 4)
+    # How many are wanted, those of the tokens before, and a word for each.
+    yield passed("mark", "topk_mark", found.v, again + case.tokens * 4 * _listed(case), lambda listed: 4 * listed + 12)
+
+
+def pick(case: Case) -> Pass:
+    """One program after each count."""
+    del case  # which does not matter
+    return Pass(
+        "pick", "topk_pick", Lengths(np.array([0]), np.array([1.0])),
+        lambda _: ({}, {"counts_ptr": np.ones(256, np.int32), "state_ptr": np.array([0, 1], np.int32)}),
+        lambda _: pick_bytes(), 0.0, len(gpu_selection.DIGITS) + gpu_selection.GROUP_DIGITS,
+    )  # fmt: skip
+
+
+def _each_row(case: Case) -> Lengths:
+    return Lengths(np.arange(ROWS), np.full(ROWS, case.tokens / ROWS))
+
+
+def _listed(case: Case) -> float:
+    """Groups of a row, on average."""
+    return sum(len(of_row) for of_row in batch(case.F, round(case.l0)).listed) / ROWS
+
+
+def of_batch(case: Case) -> tuple[Pass, ...]:
+    """The k·N largest of a batch, after the product; nothing of several chunks of tokens, whose lists are sorted."""
+    if product(case).launches > 1:
+        return ()
+    return (*count_groups(case), list_groups(case), *of_listed(case), pick(case))
+
+
 STEP = (
     product, count, move, residual, sum_shares, latents, long_latents, encoder_times, conclude, long_lists,
     update,
@@ -453,7 +558,7 @@ def specs(target: str = TARGET, cases: Iterable[Case] = ()) -> Iterator[Spec]:
 
 def names(cases: Iterable[Case] = RECORDED) -> frozenset[str]:
     """The compilations of the step and of the selection."""
-    return frozenset(step.spec for case in cases for step in (*passes(case), *selection(case)))
+    return frozenset(step.spec for case in cases for step in every(case))
 
 
 @functools.cache
@@ -463,10 +568,19 @@ def passes(case: Case) -> tuple[Pass, ...]:
 
 
 @functools.cache
-def selection(case: Case) -> tuple[Pass, ...]:
-    """What takes the place of the product where k latents of a token fire, its L0 a whole number; count and move of
-    the entries follow as in the step."""
-    return tuple(step(case) for step in SELECTION) if case.l0 == round(case.l0) else ()
+def selection(case: Case) -> Mapping[str, tuple[Pass, ...]]:
+    """What takes the place of the product where k latents of a token fire, its L0 a whole number: of either kind, and
+    what each of them does then. Count and move of the entries follow as in the step."""
+    if case.l0 != round(case.l0):
+        return {}
+    found = {"product": (largest(case),), "TopK": (select(case),), "BatchTopK": of_batch(case)}
+    return {kind: of_kind for kind, of_kind in found.items() if of_kind}
+
+
+def every(case: Case) -> Iterator[Pass]:
+    """Of the step and of the selection."""
+    yield from passes(case)
+    yield from itertools.chain.from_iterable(selection(case).values())
 
 
 def argument_sizes(spec: Spec) -> list[tuple[str, int]]:

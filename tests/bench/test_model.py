@@ -347,6 +347,34 @@ def test_bytes_of_the_selection(moved, F, k):
     assert moved[0] == sum(selecting.select_bytes(F, k, selecting.drawn(F, k, number)[1]) for number in range(3))
 
 
+@pytest.mark.parametrize(("F", "k"), [(256, 1), (512, 5), (1024, 64), (4096, 80), (64, 64), (96, 90)])
+def test_bytes_of_the_selection_of_a_batch(moved, monkeypatch, F, k):
+    """By every kernel; the drawn rows are the batch. And what is found of it is what the kernels find."""
+    rows = [selecting.drawn(F, k, number)[0] for number in range(selecting.ROWS)]
+    z = torch.from_numpy(np.stack(rows))
+    keys = torch.stack([torch.from_numpy(selecting.largest_of_groups(row)) for row in rows]).int()
+    found, launched, largest = selecting.batch(F, k), [], keys.clone()
+    right = gpu_selection.launch
+    monkeypatch.setattr(
+        gpu_selection,
+        "launch",
+        lambda kernel, grid, *given, **rest: launched.append(given) or right(kernel, grid, *given, **rest),
+    )
+    gpu_selection.select_of_batch(z, keys, k * len(z), k)
+    of_groups, of_keys = launched[0][2], launched[-1][4]
+    assert max(0, int(of_groups[0])) == found.bound
+    assert of_keys.tolist() == [found.v, found.ties]
+    assert launched[-1][2].tolist() == [len(listed) for listed in found.listed]
+    case = Case(64, F, k, 0.0, len(z))
+    steps, total = trips.of_batch(case), 0.0
+    for step in steps:
+        at = zip(step.programs.length, step.programs.count, strict=True)
+        total += step.launches * sum(step.requested(int(length)) * number for length, number in at)
+    unused = 4 * gpu_selection.COUNT_BLOCK - 4 * largest.numel()
+    assert moved[0] == total - gpu_selection.GROUP_DIGITS * unused - 8  # of no token before the first
+    assert sum(step.launches for step in steps) == len(launched)
+
+
 def test_the_search_among_all_groups_is_counted(moved, monkeypatch):
     """Blocks of 4 groups: the k-th of the largest of each 4th lets too many through."""
     small = gpu_selection.SelectConfig(block=4, tile=4, num_warps=1)
@@ -431,7 +459,7 @@ def test_dense_steps_are_those_of_the_note():
 def test_the_table_of_a_step():
     case = Case(256, 4096, 20, 0.0, 512)
     counts = {"warp_instructions": 1e6, "tensor_cycles": 0.0, "longest": 10.0, "programs": 512, "l2": 1e6}
-    every = (*trips.passes(case), *trips.selection(case))
+    every = tuple(trips.every(case))
     rows = {
         step.spec: {
             "registers": 64, "shared": 0, "warps": 4,
@@ -442,7 +470,10 @@ def test_the_table_of_a_step():
     small = [Operation("add", (((SIZES["N"], SIZES["d"]), 4),) * 3), Operation("fill", (((SIZES["room"],), 4),))]
     step = expectation.step_of(case, rows, CARDS["h100"], small)
     assert [kernel["kernel"] for kernel in step["kernels"]] == [step.name for step in trips.passes(case)]
-    assert [kernel["kernel"] for kernel in step["selection"]] == ["product, z", "select"]
+    counts_of_z = [f"count z, {shift}" for shift, _ in gpu_selection.DIGITS]
+    of_batch = ["count groups, 23", "count groups, 15", "list groups", *counts_of_z, "count ties", "mark", "pick"]
+    found = {kind: [kernel["kernel"] for kernel in kernels] for kind, kernels in step["selection"].items()}
+    assert found == {"product": ["product, z"], "TopK": ["select"], "BatchTopK": of_batch}
     assert step["expected"] >= step["floor"] >= max(step["overlapped"].values()) > 0
     assert step["overlapped"]["issue"] == pytest.approx(len(step["kernels"]) * 1e6 / CARDS["h100"].issue)
     lights = trips.lights(case)
