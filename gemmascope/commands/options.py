@@ -8,7 +8,8 @@ Saes = Annotated[
     list[str],
     typer.Argument(
         metavar="SAE...",
-        help="Folder of a run; files or folders of SAEs or transcoders; OWNER/NAME/PATH on the hub.",
+        help="Folder of a run, or a place among its SAEs; files or folders of SAEs or transcoders; "
+        "OWNER/NAME/PATH on the hub.",
         show_default=False,
     ),
 ]
@@ -18,7 +19,9 @@ Model = Annotated[
 Text = Annotated[
     list[str] | None, typer.Option(help="UTF-8 files or a glob; repeat for more. [default: what the run held out]")
 ]
-SiteOfAll = Annotated[str | None, typer.Option(help="Of every SAE: layer_12/resid, … [default: what each says]")]
+SiteOfAll = Annotated[
+    str | None, typer.Option(help="Where every SAE is judged: layer_12/resid, … [default: where each says]")
+]
 Sequences = Annotated[int, typer.Option(help="Rows of text, at most.")]
 Context = Annotated[int | None, typer.Option(help="Tokens of a row. [default: 1024, of a run its own]")]
 Outliers = Annotated[

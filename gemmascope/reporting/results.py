@@ -24,6 +24,7 @@ from ..training.config import KINDS
 from .log import TRAIN_LOG, is_figure, read_rows
 
 RESULTS, FREQUENCIES = "results.json", "frequencies.npz"
+SAES_FOLDER = "saes"  # of a run: its SAEs
 FINISHED = "results"  # the stage that leaves them
 MAX_SAES, MAX_SITES = 1000, 8
 MAX_MESSAGES = 10_000

@@ -40,7 +40,7 @@ from ..runs import Run, Stage
 from ..sites.tokens import vocabulary_size
 from ..version import __version__
 from .blocks import MOST_TENSORS
-from .judged import MAX_SAE_BYTES, JudgedConfig, Place, Sources, Texts, find_places, read_texts
+from .judged import MAX_SAE_BYTES, JudgedConfig, Place, Sources, Texts, find_places, read_texts, stated_otherwise
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
@@ -130,7 +130,7 @@ def _make(config: DashboardConfig, sources: Sources, work: Run, stop: Stop, star
                 "version": __version__,
                 "tokens": int(texts.judged.is_text.sum()),
                 "sizes": asdict(task.sizes),
-                "warnings": task.warnings(),
+                "warnings": [*task.warnings(), *stated_otherwise(places, loaded)],
                 "environment": task.environment,
                 "seconds": {"this_run": round(time.monotonic() - started, 1)},
             }

@@ -31,7 +31,7 @@ from ..runs import Run, Stage
 from ..sites import Site
 from ..sites.decoder import find_decoder
 from .blocks import Blocks, groups_that_fit, moments_of
-from .judged import EvaluateConfig, Place, Sources, Texts, find_places, other_models, read_texts
+from .judged import EvaluateConfig, Place, Sources, Texts, find_places, read_texts, stated_otherwise
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
@@ -261,4 +261,4 @@ def warnings_of(config: EvaluateConfig, texts: Texts, places: Sequence[Place], l
         found.append(f"judged on {n:,} rows of text, not on {config.sequences:,}: there are no more")
     if texts.facts["documents"] < 2:
         found.append("the text is of one document: there are no intervals")
-    return found + other_models(places, loaded)
+    return found + stated_otherwise(places, loaded)

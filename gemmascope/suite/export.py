@@ -52,7 +52,11 @@ def export_saes(
         raise TypeError(f"sources: expected a list of paths, got {type(sources).__name__}")
     out = as_path("out", out)
     runs: list[Mapping[str, Any]] = []
-    found = [source for path in sources for source in expand(path, runs)]
+    found: list[Source] = []
+    for path in sources:
+        of_path: dict[Path, Mapping[str, Any]] = {}
+        found += expand(path, of_path)
+        runs += of_path.values()
     if not found:
         raise ValueError("sources: expected at least one SAE, got none")
     make_way(out)

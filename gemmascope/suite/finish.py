@@ -22,8 +22,6 @@ from ..sites import Site
 from ..training.calibrate import calibrate_threshold
 from ..training.spec import SAESpec
 
-SAES_FOLDER = "saes"
-
 
 @torch.no_grad()
 def calibrated(

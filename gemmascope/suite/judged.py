@@ -155,6 +155,8 @@ class Place:
     """A key of its tensors."""
     model: str | None
     """Which it says that it is of."""
+    site: Site | None
+    """Which it says that it reads."""
 
     def subject(self, device: torch.device, impl: str, dtype: torch.dtype | None = None) -> Subject:
         """The SAE on the device. dtype: of its weights, by default that of the file."""
@@ -177,12 +179,9 @@ class Sources:
         saes: list[Source] = []
         runs: dict[Path, Mapping[str, Any]] = {}
         for name in names:
-            results: list[Mapping[str, Any]] = []
-            found = list(expand(name, results, below=True))
+            found = list(expand(name, runs, below=True))
             several = len(names) > 1 and len(found) > 1
             saes += [each._replace(name=f"{os.fspath(name)}: {each.name}") for each in found] if several else found
-            for each in results:
-                runs[as_path("saes", name)] = each
         if len(saes) > MAX_SAES:
             raise ValueError(f"saes: expected at most {MAX_SAES} together, got {len(saes)}")
         return cls(tuple(saes), runs)
@@ -383,19 +382,22 @@ def find_places(config: Chosen, sources: Sources, loaded: Loaded) -> tuple[Place
                     sum(tensor.nbytes for tensor in tensors.values()),
                     key_of(type(sae).__name__, getattr(sae, "k", None), tensors),
                     stated_of(os.fspath(source.path), sae.metadata).model,
+                    _stated_site(sae, source),
                 )
             )
             bar.update(len(places), name)
     return tuple(places)
 
 
-def other_models(places: Sequence[Place], loaded: Loaded) -> list[str]:
-    """A warning for each SAE that says that it is of another model."""
-    return [
-        f"{place.name}: the SAE says that it is of {shown(place.model)}"
-        for place in places
-        if place.model is not None and place.model.rpartition("/")[2] != loaded.name.rpartition("/")[2]
-    ]
+def stated_otherwise(places: Sequence[Place], loaded: Loaded) -> list[str]:
+    """A warning for each SAE that says that it is of another model or site."""
+    found = []
+    for place in places:
+        if place.model is not None and place.model.rpartition("/")[2] != loaded.name.rpartition("/")[2]:
+            found.append(f"{place.name}: the SAE says that it is of {shown(place.model)}")
+        if place.site not in (None, place.reads):
+            found.append(f"{place.name}: the SAE says that it is of {place.site}, and is judged at {place.reads}")
+    return found
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -407,15 +409,10 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _sites(sae: nn.Module, source: Source, config: Chosen, loaded: Loaded) -> tuple[Site, Site]:
-    row = source.row
-    given = None if config.site is None else as_site(config.site)
-    if given is None and row is not None:
-        given = Site(row["layer"], row["site"])
+    site = _stated_site(sae, source) if config.site is None else as_site(config.site)
     if isinstance(sae, Transcoder):
-        return _sites_of_transcoder(sae, given, row, loaded)
+        return _sites_of_transcoder(sae, site, source.row, loaded)
     assert isinstance(sae, (JumpReLUSAE, TopKSAE))
-    path = os.path.abspath(source.path) if os.path.lexists(source.path) else os.fspath(source.path)
-    site = given or stated_of(path, sae.metadata).site
     candidates = [each for each in loaded.sites if loaded.width(each) == sae.d_model]
     if site is not None and site.kind not in INPUT_KINDS and config.site is not None:
         loaded.width(site)  # refuses one that the model does not have
@@ -427,10 +424,20 @@ def _sites(sae: nn.Module, source: Source, config: Chosen, loaded: Loaded) -> tu
     return site, site
 
 
+def _stated_site(sae: nn.Module, source: Source) -> Site | None:
+    """What the row of its run says, its metadata, else the names of its folders."""
+    if source.row is not None:
+        return Site(source.row["layer"], source.row["site"])
+    if isinstance(sae, Transcoder):
+        return stated_site(sae)
+    assert isinstance(sae, (JumpReLUSAE, TopKSAE))
+    path = os.path.abspath(source.path) if os.path.lexists(source.path) else os.fspath(source.path)
+    return stated_of(path, sae.metadata).site
+
+
 def _sites_of_transcoder(
-    sae: Transcoder, given: Site | None, row: Mapping[str, Any] | None, loaded: Loaded
+    sae: Transcoder, reads: Site | None, row: Mapping[str, Any] | None, loaded: Loaded
 ) -> tuple[Site, Site]:
-    reads = given or stated_site(sae)
     if reads is None:
         raise ValueError("expected a transcoder that says the site it reads, or --site, found neither")
     check_reads(reads, sae)

@@ -21,7 +21,7 @@ from ..checks import check_int, check_type
 from ..evaluation.bootstrap import LEVEL, Bootstrap
 from ..evaluation.site_moments import FORWARD_TOKENS
 from ..evaluation.suite import MAX_BYTES
-from ..formats.files import as_path, read_json, shown, write_json
+from ..formats.files import as_path, read_json, write_json
 from ..kernels import choose
 from ..probing import (
     KS,
@@ -41,7 +41,7 @@ from ..reporting.results import FINISHED, RESULTS
 from ..runs import Run, Stage
 from ..sites import Site
 from ..sites.decoder import find_decoder
-from .judged import JudgedConfig, Place, Sources, find_places
+from .judged import JudgedConfig, Place, Sources, find_places, stated_otherwise
 from .labelled import LabelledText, read_labelled
 from .model import Loaded, as_device, environment
 from .prepare import say
@@ -139,7 +139,7 @@ def _probe(config: ProbeConfig, sources: Sources, work: Run, stop: Stop, started
                 "left_out": task.left_out,
                 "model": dict(loaded.identity),
             },
-            "warnings": [*text.warnings, *task.warnings(rows), *_of_other_models(places, loaded)],
+            "warnings": [*text.warnings, *task.warnings(rows), *stated_otherwise(places, loaded)],
             "environment": task.environment,
             "seconds": {"this_run": round(time.monotonic() - started, 1)},
         }
@@ -360,11 +360,3 @@ def _model_facts(loaded: Loaded, text: LabelledText) -> dict[str, Any]:
         **facts,
         "held_out": f"{facts['sequences']:,} of {facts['sequences_there']:,} rows, of {facts['documents']:,} documents",
     }
-
-
-def _of_other_models(places: Sequence[Place], loaded: Loaded) -> list[str]:
-    return [
-        f"{place.name}: the SAE says that it is of {shown(place.model)}"
-        for place in places
-        if place.model is not None and place.model.rpartition("/")[2] != loaded.name.rpartition("/")[2]
-    ]

@@ -59,7 +59,7 @@ from ..runs import Run, Stage, key_of
 from ..sites import Site
 from ..sites.site import as_site
 from .config import ModelSection
-from .judged import Place, Sources, find_places, other_models
+from .judged import Place, Sources, find_places, stated_otherwise
 from .model import Loaded, as_device, environment, load_model
 from .prepare import say
 from .stopping import Stop, Stopped, stopping
@@ -554,7 +554,7 @@ def _said(knowledge: Mapping[str, Any], pairs: Mapping[str, PairSet], left_out: 
 
 
 def _warnings(config: RavelConfig, pairs: Mapping[str, PairSet], places: Sequence[Place], loaded: Loaded) -> list[str]:
-    found = other_models(places, loaded)
+    found = stated_otherwise(places, loaded)
     if config.protocol.split == "pairs":
         found.append("the pairs were split, not the entities: the same entity is in training and test")
     if config.protocol.clashes == "isolate":

@@ -25,12 +25,12 @@ from ..evaluation import judge_suite, judge_transcoders, language_model_loss
 from ..formats.differences import differences, unequal
 from ..formats.files import read_json, shown, write_json
 from ..reporting.progress import StageProgress
-from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, TRAIN_LOG, write_frequencies
+from ..reporting.results import FINISHED, FREQUENCIES, RESULTS, SAES_FOLDER, TRAIN_LOG, write_frequencies
 from ..runs import Run, Stage
 from ..sites.decoder import find_decoder
 from ..training.config import BY_BATCH, TOP_K
 from .config import SuiteConfig
-from .finish import SAES_FOLDER, calibrated, held_out_l0, save_suite
+from .finish import calibrated, held_out_l0, save_suite
 from .model import load_architecture, load_model
 from .plan import Plan, make_plan
 from .prepare import TOKENS, Prepared, prepare, say, settings

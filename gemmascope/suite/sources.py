@@ -11,7 +11,7 @@ from ..errors import BadFileError
 from ..formats import foreign, transcoders
 from ..formats.files import as_path, shown
 from ..formats.release import NPZ, SAFETENSORS
-from ..reporting.results import RESULTS, read_results
+from ..reporting.results import RESULTS, SAES_FOLDER, read_results
 from ..saes import JumpReLUSAE, TopKSAE, Transcoder, load_sae
 from ..saes.load import load_named
 
@@ -43,19 +43,20 @@ def _load_at(path: Path, dtype: torch.dtype | None = None) -> JumpReLUSAE | TopK
     return Transcoder.load(path, dtype=dtype) if transcoders.is_named_so(path) else load_sae(path, dtype=dtype)
 
 
-def expand(source: str | os.PathLike, runs: list[Mapping[str, Any]], *, below: bool = False) -> Iterator[Source]:
+def expand(source: str | os.PathLike, runs: dict[Path, Mapping[str, Any]], *, below: bool = False) -> Iterator[Source]:
     """The SAEs at ``source``: of the folder of a run all, with their rows; of one of circuit-tracer every layer. The
-    results of a run go to ``runs``. below: of a folder without weights of its own, those of the folders below it, in
-    the order of their names.
+    results of a run go to ``runs``, by its folder. below: of a file or folder among the SAEs of a run those that are
+    there, as of the run; of another folder without weights of its own, those of the folders below it, in the order of
+    their names.
 
     Raises BadFileError for a row whose file is elsewhere and for too many folders, and what `read_results` does.
     """
     path = as_path("sources", source)
     if os.path.lexists(path / RESULTS):
-        results = read_results(path)
-        runs.append(results)
-        for row in results["saes"]:
-            yield Source(_inside(path, row), row, row["name"])
+        runs[path] = read_results(path)
+        yield from _of_run(path, runs[path])
+    elif below and (found := _among_those_of_a_run(path, runs)):
+        yield from found
     elif layers := transcoders.layer_files(path):
         for layer in layers:
             yield Source(layer, None, layer.stem)
@@ -67,6 +68,28 @@ def expand(source: str | os.PathLike, runs: list[Mapping[str, Any]], *, below: b
             yield Source(folder, None, folder.relative_to(path).as_posix())
     else:
         yield Source(source, None, os.fspath(source))
+
+
+def _of_run(run: Path, results: Mapping[str, Any]) -> Iterator[Source]:
+    for row in results["saes"]:
+        yield Source(_inside(run, row), row, row["name"])
+
+
+def _among_those_of_a_run(path: Path, runs: dict[Path, Mapping[str, Any]]) -> list[Source]:
+    """Those that a run lists at or below ``path``, a place among its SAEs; the run goes to ``runs``."""
+    place = Path(os.path.abspath(path))
+    for folder in (place, *place.parents) if place.exists() else ():
+        run = folder.parent
+        if folder.name == SAES_FOLDER and os.path.lexists(run / RESULTS):
+            try:
+                results = read_results(run)
+            except BadFileError:  # of something else
+                return []
+            found = [each for each in _of_run(run, results) if Path(each.path).is_relative_to(place)]
+            if found:
+                runs[run] = results
+            return found
+    return []
 
 
 def _has_weights(folder: Path) -> bool:

@@ -80,6 +80,49 @@ def test_a_run_needs_nothing_else(evaluated, undisturbed):
     assert all((frequencies[name] == pytest.approx(theirs[name], rel=1e-6)) for name in theirs)
 
 
+def test_a_part_of_a_run(evaluated, undisturbed, tmp_path):
+    """A place among its SAEs: judged as those of the run, by its model and text."""
+    of_site = evaluate_saes(settings([undisturbed / "saes" / "resid"], tmp_path / "site"))
+    assert [row["name"] for row in of_site["saes"]] == ["layer_1/resid/width_48/target_l0_6"]
+    row = next(row for row in evaluated[1]["saes"] if row["site"] == "resid")
+    assert of_site["model"]["held_out"] == evaluated[1]["model"]["held_out"]
+    for key in ("l0", "fvu", "pca_fvu", "delta_loss", "fvu_interval", "target_l0"):
+        assert of_site["saes"][0][key] == pytest.approx(row[key], rel=1e-6), key
+    file = undisturbed / row["path"]
+    for place in (file, file.parent, file.parents[2]):
+        (source,) = Sources.of([place]).saes
+        assert (source.path, source.row["name"], source.name) == (file, row["name"], row["name"])
+    both = Sources.of([undisturbed / "saes" / "mlp", file])
+    assert [source.row["site"] for source in both.saes] == ["mlp", "mlp", "resid"]
+    assert list(both.runs) == [undisturbed]
+
+
+def test_what_is_no_part_of_a_run(undisturbed, tmp_path):
+    """A folder that is called as one among its SAEs, and an SAE that the run does not list."""
+    saved(tmp_path / "saes" / "resid" / "other")
+    (tmp_path / "results.json").write_text("of something else")
+    found = Sources.of([tmp_path / "saes" / "resid"])
+    assert ([source.row for source in found.saes], found.runs) == ([None], {})
+
+
+def test_a_site_that_an_sae_says_otherwise_of(tmp_path, undisturbed, model_folder, text_file):
+    """Of a run, of metadata, of the names of folders; nothing where it says no site or the same."""
+    given = {"model": ModelSection(str(model_folder)), "text": [str(text_file)], "site": "layer_1/resid", "context": 32}
+    saved(tmp_path / "by_metadata", site="model.layers.0.output")
+    saved(tmp_path / "saes" / "layer_2-resid")
+    saved(tmp_path / "silent")
+    saved(tmp_path / "same", site="model.layers.1.output")
+    sources = [
+        undisturbed / "saes" / "mlp",
+        *(tmp_path / name for name in ("by_metadata", "saes/layer_2-resid", "silent", "same")),
+    ]
+    found = evaluate_saes(settings(sources, tmp_path / "out", **given))
+    assert {row["site"] for row in found["saes"]} == {"resid"}
+    said = [line.split(": the SAE says that it is of ")[1] for line in found["warnings"] if "is judged at" in line]
+    at = "and is judged at layer_1/resid"
+    assert said == [f"{site}, {at}" for site in ("layer_0/mlp", "layer_0/mlp", "layer_0/resid", "layer_2/resid")]
+
+
 def test_what_it_leaves_is_read_back(evaluated):
     out, results = evaluated
     found = read_evaluation(out)
