@@ -7,8 +7,9 @@ from typing import Any
 
 from gemmascope.reporting.probing import PROBES, read_probing
 from gemmascope.reporting.results import kind_of, read_studies
+from gemmascope.suite.study import WITHOUT_OUTLIERS
 
-STUDIES = ("position", "uniformity", "sparsity-fidelity")
+STUDIES = ("position", "uniformity", "sparsity-fidelity", f"sparsity-fidelity{WITHOUT_OUTLIERS}")
 STUDIED = ("--sequences", "24", "--control-tokens", "32768")
 PROBED = ("site", "layer", "width", "l0", "seed")
 KEPT = ("study", "conclusion", "model", "text", "seed", "draws", "level", "version")
@@ -16,7 +17,10 @@ KEPT = ("study", "conclusion", "model", "text", "seed", "draws", "level", "versi
 
 def commands(out: Path) -> list[list[str]]:
     program = [sys.executable, "-m", "gemmascope"]
-    studies = [[*program, "study", name, str(out), *STUDIED] for name in STUDIES]
+    studies = []
+    for name in STUDIES:
+        without = ["--no-outliers"] if name.endswith(WITHOUT_OUTLIERS) else []
+        studies.append([*program, "study", name.removesuffix(WITHOUT_OUTLIERS), str(out), *STUDIED, *without])
     return [*studies, [*program, "probe", str(out)], [*program, "dashboards", str(out)]]
 
 
@@ -28,7 +32,7 @@ def keep_studies(out: Path, results: Path) -> list[dict[str, Any]]:
         if path.stem in STUDIES:
             for suffix in (".csv", ".png"):
                 shutil.copyfile(path.with_suffix(suffix), results / f"{path.stem}{suffix}")
-            rows.append({"kind": "study", **{key: study[key] for key in KEPT}})
+            rows.append({"kind": "study", **{key: study[key] for key in KEPT}, "study": path.stem})
     return rows
 
 

@@ -121,7 +121,7 @@ def study(
         list[str] | None,
         typer.Argument(
             metavar="SAE...",
-            help="Folder of a run; files or folders of SAEs or transcoders; OWNER/NAME/PATH on the hub.",
+            help="As of evaluate.",
             show_default=False,
         ),
     ] = None,
@@ -135,6 +135,9 @@ def study(
     sequences: Sequences = 2048,
     context: Context = None,
     outliers: Outliers = None,
+    without_outliers: Annotated[
+        bool, typer.Option("--no-outliers", help="Leave outliers out, as a run with drop_norm did. See --outliers.")
+    ] = False,
     control_tokens: ControlTokens = 65536,
     draws: Annotated[int, typer.Option(help="Of the bootstrap over documents.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of what is drawn.")] = 0,
@@ -177,6 +180,7 @@ def study(
         device=device,
         impl=impl,
         second_model=None if second_model is None else ModelSection(name=second_model, dtype=dtype),
+        without_outliers=without_outliers,
     )
 
     def show(name: str, found: Mapping[str, Any]) -> None:

@@ -109,7 +109,8 @@ class Work(Protocol):
     def bootstrap(self, documents: int) -> Bootstrap: ...
 
     def evaluation(self) -> Mapping[str, Mapping[str, Any]]:
-        """The rows of an evaluation of the same SAEs on the same text, by name."""
+        """The rows of an evaluation of the same SAEs on the same text, by name: their figures without an ending are of
+        the set of tokens that is asked about."""
         ...
 
     def frequencies(self) -> Mapping[str, Tensor]:
@@ -124,7 +125,7 @@ class Work(Protocol):
         on: Literal["model", "second", "float32", "bfloat16"] = "model",
         sae_dtype: torch.dtype | None = None,
     ) -> Sums:
-        """`evaluation.protocol.measure` on the tokens of the text alone (the set ``text``), in pieces called ``name``.
+        """`evaluation.protocol.measure` on one set of tokens, ``text`` or ``inliers``, in pieces called ``name``.
 
         text: by default the one that SAEs are judged on. on: the model, the second one, or the model in a dtype.
         sae_dtype: of the weights of SAEs, by default that of the files.
@@ -152,7 +153,7 @@ class Finding:
 @dataclass(frozen=True)
 class Study:
     """source: where the paper has it. run: measure, and say what was found. lacks: what is missing for it, or None.
-    needs_second: whether it depends on the second model."""
+    needs_second: whether it depends on the second model. of_all_tokens: whether it counts outliers in any case."""
 
     name: str
     question: str
@@ -161,6 +162,7 @@ class Study:
     run: Callable[[Work], Finding]
     lacks: Callable[[Work], str | None] = lambda work: None
     needs_second: bool = False
+    of_all_tokens: bool = False
 
 
 # ---- rows
@@ -213,12 +215,12 @@ def csv_of(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-# ---- sums by document of the set ``text``
+# ---- sums by document of one set of tokens
 
 
 @dataclass(frozen=True, eq=False)
 class TextSums:
-    """The sums of one SAE by owner, of the tokens of the text alone: each fp64 [owners]."""
+    """The sums of one SAE by owner, of the tokens of the set alone: each fp64 [owners]."""
 
     terms: Mapping[str, Tensor]
     predictions: Tensor
@@ -253,7 +255,7 @@ class TextSums:
 
     @property
     def fvu(self) -> float:
-        """About the mean of the whole text."""
+        """About the mean of the set in the whole text."""
         return ratio(self.terms["error"], self.terms["spread"])
 
     @property

@@ -73,4 +73,5 @@ STUDY = Study(
         controls=(ALIKE,),
     ),
     run,
+    of_all_tokens=True,
 )

@@ -181,4 +181,5 @@ STUDY = Study(
         controls=(RANDOM,),
     ),
     run,
+    of_all_tokens=True,
 )

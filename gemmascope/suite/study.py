@@ -25,7 +25,7 @@ from ..activations.packing import is_held_out
 from ..checks import check_type, dtype_name
 from ..errors import BadFileError, EnvironmentProblemError
 from ..evaluation.bootstrap import LEVEL, Bootstrap
-from ..evaluation.figures import added
+from ..evaluation.figures import SUFFIXES, added
 from ..evaluation.language_model import rows_of_a_forward
 from ..evaluation.protocol import Subject, Sums, measure
 from ..evaluation.site_moments import SiteMoments
@@ -51,6 +51,7 @@ from .stopping import Stop, Stopped, stopping
 
 ALL = "all"
 EVALUATION, BLOCKS = "evaluation", "blocks"
+WITHOUT_OUTLIERS = "-no-outliers"
 On = Literal["model", "second", "float32", "bfloat16"]
 
 
@@ -58,17 +59,24 @@ On = Literal["model", "second", "float32", "bfloat16"]
 class StudyConfig(EvaluateConfig):
     """What to study, and on what: as `EvaluateConfig`, by default into ``studies`` in the folder of the run.
 
-    second_model: of the shape and the vocabulary of the model, for the study `transfer`.
+    second_model: of the shape and the vocabulary of the model, for the study `transfer`. without_outliers: of the text
+    the tokens that are no outliers at the site, as an SAE trained with ``drop_norm`` has seen them.
     """
 
     FOLDER: ClassVar[str] = "studies"
 
     second_model: ModelSection | None = None
+    without_outliers: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        check_type("without_outliers", self.without_outliers, bool)
         if self.second_model is not None:
             check_type("second_model", self.second_model, ModelSection)
+
+    def called(self, study: str) -> str:
+        """The name of what is left of it: of all tokens and of those without outliers beside one another."""
+        return f"{study}{WITHOUT_OUTLIERS}" if self.without_outliers else study
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,10 @@ def study_saes(
     """Make the studies ``names`` of the SAEs of ``config``, "all" for those that can be made, and write NAME.csv and
     NAME.json into its folder.
 
-    fresh: start over instead of going on. on_study: called with the name and the contents of the JSON of each that is
-    done. The first SIGINT, SIGTERM or SIGHUP ends it and returns None; the same call goes on from there, to the same
-    bits. The JSON has ``rows`` of the columns `studies.COLUMNS`, ``conclusion``, ``plot``, ``seed``, ``version`` and
-    what the text is.
+    fresh: start over instead of going on. on_study: called with NAME, as of `StudyConfig.called`, and the contents of
+    the JSON of each that is done. The first SIGINT, SIGTERM or SIGHUP ends it and returns None; the same call goes on
+    from there, to the same bits. The JSON has ``rows`` of the columns `studies.COLUMNS`, ``conclusion``, ``plot``,
+    ``seed``, ``version`` and what the text is.
 
     Raises ValueError for a study that there is not, one named that lacks something, and all that `evaluate_saes` does.
     """
@@ -102,7 +110,7 @@ def study_saes(
     with Run(config.folder, fresh, kind="study") as run, stopping() as stop:
         try:
             work = _Work(config, sources, run, stop, fresh)
-            left_out = {study.name: why for study in wanted if (why := study.lacks(work)) is not None}
+            left_out = {study.name: why for study in wanted if (why := _lacks(study, config, work)) is not None}
             for name, why in left_out.items():
                 if ALL not in names:
                     raise ValueError(f"{name}: {why}")
@@ -110,11 +118,17 @@ def study_saes(
             for study in wanted:
                 if study.name not in left_out:
                     done[study.name] = work.made(study)
-                    on_study(study.name, done[study.name])
+                    on_study(config.called(study.name), done[study.name])
             return Studied(done, left_out)
         except Stopped:
             say(f"{config.folder}: stopped; the same command goes on from there")
             return None
+
+
+def _lacks(study: Study, config: StudyConfig, work: "_Work") -> str | None:
+    if study.of_all_tokens and config.without_outliers:
+        return "it counts all tokens, outliers too: leave --no-outliers out"
+    return study.lacks(work)
 
 
 def _studies(names: Sequence[str]) -> list[Study]:
@@ -137,6 +151,7 @@ class _Work:
         self._places = find_places(config, sources, self._loaded)
         self._texts = read_texts(config, sources, self._loaded, run.folder / TOKENS, config.control_tokens)
         self._ratio = sources.outlier_ratio(config)
+        self._set = "inliers" if config.without_outliers else "text"
         impl = choose(config.impl, self._device, torch.float32).impl
         self._environment = environment(self._device) | {"impl": impl}
         self._others: dict[str, Loaded] = {}
@@ -171,7 +186,13 @@ class _Work:
         return Bootstrap(documents, draws=self._config.draws, seed=self._config.seed)
 
     def evaluation(self) -> Mapping[str, Mapping[str, Any]]:
-        return {row["name"]: row for row in self._evaluated[1]["saes"]}
+        rows = {row["name"]: row for row in self._evaluated[1]["saes"]}
+        ending = SUFFIXES[self._set]
+        if not ending:
+            return rows
+        return {
+            name: row | {key: row[key + ending] for key in row if key + ending in row} for name, row in rows.items()
+        }
 
     def frequencies(self) -> Mapping[str, Tensor]:
         return {name: torch.from_numpy(each) for name, each in read_frequencies(self._evaluated[0]).items()}
@@ -183,10 +204,10 @@ class _Work:
         moments = self._moments(loaded, given)
 
         def measured(rows: slice, subjects: Sequence[Subject], sites: Sequence[Site]) -> Sums:
-            return measure(loaded.model, given.rows(rows), subjects, moments, ablations=sites, sets=("text",))
+            return measure(loaded.model, given.rows(rows), subjects, moments, ablations=sites, sets=(self._set,))
 
         dtype = None if sae_dtype is None else dtype_name(sae_dtype)
-        settings = [loaded.identity, key_of(self._texts.train), self._ratio, dtype]
+        settings = [loaded.identity, key_of(self._texts.train), self._ratio, self._set, dtype]
         return self._summed(name, settings, loaded, given, measured, sae_dtype)
 
     def attributions(self, name: str, columns: Tensor) -> Sums:
@@ -218,9 +239,9 @@ class _Work:
         identities = [self._loaded.identity] + ([self._second.identity] if study.needs_second else [])
         which = [[place.name, str(place.reads), str(place.writes), place.content] for place in self._places]
         config = self._config
-        settings = [identities, self._environment, self._texts.content, self._ratio]
-        stage = self._run.stage(study.name, settings, which, config.draws, config.seed, config.control_tokens)
-        table, path = (self._run.folder / f"{study.name}.{ending}" for ending in ("csv", "json"))
+        settings, name = [identities, self._environment, self._texts.content, self._ratio], config.called(study.name)
+        stage = self._run.stage(name, settings, which, config.draws, config.seed, config.control_tokens)
+        table, path = (self._run.folder / f"{name}.{ending}" for ending in ("csv", "json"))
         if stage.done():
             say(f"{path}: made before; start over with --fresh")
             return read_json(path)
@@ -237,11 +258,12 @@ class _Work:
         return found
 
     def _contents(self, study: Study, finding: Finding) -> dict[str, Any]:
+        without = f"without tokens of over {self._ratio:g} times the median norm" if self._set == "inliers" else ""
         found = {
             "study": study.name,
             "question": study.question,
             "source": study.source,
-            "conclusion": finding.conclusion,
+            "conclusion": finding.conclusion + (f"; {without}" if without else ""),
             "model": self.model,
             "second_model": self.second_model if study.needs_second else None,
             "text": dict(self._texts.facts),
@@ -249,10 +271,11 @@ class _Work:
             "draws": self._config.draws,
             "level": LEVEL,
             "outlier_ratio": self._ratio,
+            "tokens": self._set,
             "version": __version__,
             "environment": self._environment,
             "warnings": warnings_of(self._config, self._texts, self._places, self._loaded),
-            "plot": dataclasses.asdict(study.plot),
+            "plot": dataclasses.asdict(study.plot) | {"title": study.plot.title + (", no outliers" if without else "")},
             "facts": finding.facts,
             "rows": finding.rows,
         }
@@ -271,7 +294,7 @@ class _Work:
         rows = rows_of_a_forward(loaded.model, text.tokens.shape[1])
         groups = groups_that_fit(self._places, self._config.max_sae_bytes)
         every = [settings, self._environment, content]
-        blocks = Blocks(self._run, self._stop, f"{BLOCKS}/{name}", every, text, rows, groups)
+        blocks = Blocks(self._run, self._stop, f"{BLOCKS}/{self._config.called(name)}", every, text, rows, groups)
         self._blocks.append(blocks)
 
         def load(place: Place) -> Subject:

@@ -139,9 +139,11 @@ def test_judging_asks_for_studies_probes_and_dashboards_of_the_run(ready, tmp_pa
     assert ready.run("--judge") == 0
     run = str(tmp_path / "run")
     asked = [arguments[3:] for arguments in ready.commands[1:]]
-    assert [arguments[:3] for arguments in asked[:-2]] == [["study", name, run] for name in judging.STUDIES]
+    names = ["position", "uniformity", "sparsity-fidelity", "sparsity-fidelity"]
+    assert [arguments[:3] for arguments in asked[:-2]] == [["study", name, run] for name in names]
+    assert ["--no-outliers" in arguments for arguments in asked[:-2]] == [False, False, False, True]
     assert asked[-2:] == [["probe", run], ["dashboards", run]]
-    assert set(judging.STUDIES) <= set(STUDIES)
+    assert set(judging.STUDIES) - set(STUDIES) == {"sparsity-fidelity-no-outliers"}
 
 
 def test_what_is_judged_and_saved_leaves_rows_tables_and_figures(ready, tmp_path):
@@ -155,12 +157,14 @@ def test_what_is_judged_and_saved_leaves_rows_tables_and_figures(ready, tmp_path
     (tmp_path / "run" / "probing" / "results.json").write_text(json.dumps(found))
     studies.mkdir(parents=True)
     study = dict.fromkeys(judging.KEPT, 0) | {"study": "position", "conclusion": "early", "plot": {}, "rows": [1]}
-    for name in ("position", "subsets"):  # which is none of ours
-        (studies / f"{name}.json").write_text(json.dumps(study | {"study": name}))
+    for name in ("position", "subsets", "sparsity-fidelity-no-outliers"):  # subsets is none of ours
+        (studies / f"{name}.json").write_text(json.dumps(study | {"study": name.removesuffix("-no-outliers")}))
         (studies / f"{name}.csv").write_text(f"{name}, 1\n")
         (studies / f"{name}.png").write_bytes(name.encode())
     assert ready.run("--judge", "--save", "--results", str(results)) == 0
-    (row,) = records.read(results / "studies.jsonl")
+    row, without = records.read(results / "studies.jsonl")
+    assert without["study"] == "sparsity-fidelity-no-outliers"
+    assert (results / "sparsity-fidelity-no-outliers.png").is_file()
     assert (row["kind"], row["study"], row["conclusion"]) == ("study", "position", "early")
     assert "rows" not in row
     assert (results / "position.csv").read_text() == "position, 1\n"

@@ -99,25 +99,75 @@ def test_all_that_can_be_made(made, evaluated):
     assert not any((out / "blocks").rglob("*.safetensors"))
 
 
-def test_figures_are_those_of_an_evaluation(made, evaluated):
+@pytest.fixture(scope="module")
+def without_outliers(tmp_path_factory, undisturbed, second):
+    """Those of which a token in a few is one, and an evaluation with them."""
+    out, section = tmp_path_factory.mktemp("studies") / "inliers", ModelSection(name=str(second))
+    settings = SETTINGS | {"outliers": 1.1}
+    config = StudyConfig([undisturbed], out=out, second_model=section, without_outliers=True, **settings)
+    evaluated = evaluate_saes(EvaluateConfig([undisturbed], out=out.with_name("beside"), **settings))
+    return out, study_saes(["all"], config), evaluated
+
+
+@pytest.mark.parametrize("ending", ["", "_inliers"])
+def test_figures_are_those_of_an_evaluation(made, evaluated, without_outliers, ending):
     """Those that read them, and those that measure: in fp32, by position, on one's own model."""
-    own = {row["name"]: row for row in evaluated[1]["saes"]}
+    found, of_evaluation = (without_outliers[1:]) if ending else (made[1], evaluated[1])
+    own = {row["name"]: row for row in of_evaluation["saes"]}
     for name, series in (("sparsity-fidelity", "SAE"), ("bf16", "all fp32"), ("transfer", "own: text")):
-        found = made[1].done[name]
         for sae, figures in own.items():
-            (loss,) = rows_of(found, sae=sae, figure="ΔLM loss", series=series)
-            (fvu,) = rows_of(found, sae=sae, figure="FVU", series=series)
+            (loss,) = rows_of(found.done[name], sae=sae, figure="ΔLM loss", series=series)
+            (fvu,) = rows_of(found.done[name], sae=sae, figure="FVU", series=series)
             for row, key in ((loss, "delta_loss"), (fvu, "fvu")):
                 exact = name != "transfer"  # by document and role, in another order
-                assert row["y"] == (figures[key] if exact else pytest.approx(figures[key], rel=1e-12))
-                assert [row["low"], row["high"]] == pytest.approx(figures[f"{key}_interval"], rel=1e-12)
-                assert row["L0"] == pytest.approx(figures["l0"], rel=1e-12)
-    positions = made[1].done["position"]
+                expected = figures[key + ending]
+                assert row["y"] == (expected if exact else pytest.approx(expected, rel=1e-12))
+                assert [row["low"], row["high"]] == pytest.approx(figures[f"{key}_interval{ending}"], rel=1e-12)
+                assert row["L0"] == pytest.approx(figures["l0" + ending], rel=1e-12)
+            assert fvu["n"] == figures["tokens" + ending]
+            (pca,) = rows_of(found.done["sparsity-fidelity"], sae=sae, series="PCA of rank L0")
+            assert (pca["y"], pca["n"]) == (figures["pca_fvu" + ending], figures["control_tokens" + ending])
+    positions = found.done["position"]
     for sae, figures in own.items():
         rows = rows_of(positions, sae=sae, figure="ΔLM loss", series="SAE")
         assert sum(row["n"] for row in rows) == figures["predictions"]
         mean = sum(row["y"] * row["n"] for row in rows) / figures["predictions"]
-        assert mean == pytest.approx(figures["delta_loss"], rel=1e-9)
+        assert mean == pytest.approx(figures["delta_loss" + ending], rel=1e-9)
+
+
+def test_studies_without_outliers_lie_beside_the_others(made, without_outliers, undisturbed, tmp_path, capsys):
+    """By their names; the plot and the line say it; those that count all tokens are left out, or refused by name."""
+    out, found, evaluated = without_outliers
+    assert all(row["outliers"] > 0 for row in evaluated["saes"])
+    assert set(found.done) == {"sparsity-fidelity", "position", "transfer", "bf16"}
+    for name, each in found.done.items():
+        assert each == read_json(out / f"{name}-no-outliers.json")
+        assert not (out / f"{name}.json").exists()
+        assert each["tokens"] == "inliers"
+        assert each["conclusion"].endswith("; without tokens of over 1.1 times the median norm")
+        assert each["plot"]["title"].endswith(", no outliers")
+        assert made[1].done[name]["tokens"] == "text"
+        assert "without" not in made[1].done[name]["conclusion"]
+        assert "outliers" not in made[1].done[name]["plot"]["title"]
+    for name in ("frequency", "uniformity"):
+        assert found.left_out[name] == "it counts all tokens, outliers too: leave --no-outliers out"
+    arguments = [
+        str(undisturbed),
+        "--no-outliers",
+        "--sequences",
+        "8",
+        "--control-tokens",
+        "256",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["study", "frequency", *arguments]) == 2
+    assert "frequency: it counts all tokens, outliers too: leave --no-outliers out" in capsys.readouterr().err
+    assert main(["study", "sparsity-fidelity", *arguments]) == 0
+    assert "; without tokens of over 5 times the median norm" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("sparsity*")) == [
+        f"sparsity-fidelity-no-outliers.{ending}" for ending in ("csv", "json", "png", "svg")
+    ]
 
 
 def test_frequencies_are_those_of_the_file(made, evaluated):
