@@ -509,9 +509,8 @@ def of_listed(case: Case) -> Iterator[Pass]:
     yield passed("mark", "topk_mark", found.v, again + case.tokens * 4 * _listed(case), lambda listed: 4 * listed + 12)
 
 
-def pick(case: Case) -> Pass:
+def pick() -> Pass:
     """One program after each count."""
-    del case  # which does not matter
     return Pass(
         "pick", "topk_pick", Lengths(np.array([0]), np.array([1.0])),
         lambda _: ({}, {"counts_ptr": np.ones(256, np.int32), "state_ptr": np.array([0, 1], np.int32)}),
@@ -532,7 +531,7 @@ def of_batch(case: Case) -> tuple[Pass, ...]:
     """The k·N largest of a batch, after the product; nothing of several chunks of tokens, whose lists are sorted."""
     if product(case).launches > 1:
         return ()
-    return (*count_groups(case), list_groups(case), *of_listed(case), pick(case))
+    return (*count_groups(case), list_groups(case), *of_listed(case), pick())
 
 
 STEP = (

@@ -21,6 +21,7 @@ from .options import (
     ModelDtype,
     Outliers,
     Revision,
+    SaeArgument,
     Saes,
     Sequences,
     SiteOfAll,
@@ -117,14 +118,7 @@ def study(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Of the study, or all; --list shows them.", show_default=False)
     ] = None,
-    saes: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SAE...",
-            help="As of evaluate.",
-            show_default=False,
-        ),
-    ] = None,
+    saes: Annotated[list[str] | None, SaeArgument] = None,
     list_them: Annotated[bool, typer.Option("--list", help="Show the studies and what each asks.")] = False,
     model: Model = None,
     second_model: Annotated[

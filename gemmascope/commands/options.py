@@ -4,15 +4,13 @@ from typing import Annotated, Any
 
 import typer
 
-Saes = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SAE...",
-        help="Folder of a run, or a place among its SAEs; files or folders of SAEs or transcoders; "
-        "OWNER/NAME/PATH on the hub.",
-        show_default=False,
-    ),
-]
+SaeArgument = typer.Argument(
+    metavar="SAE...",
+    help="Folder of a run, or a place among its SAEs; files or folders of SAEs or transcoders; "
+    "OWNER/NAME/PATH on the hub.",
+    show_default=False,
+)
+Saes = Annotated[list[str], SaeArgument]
 Model = Annotated[
     str | None, typer.Option(help="The Gemma: a folder, or a name on the hub. [default: that of the run]")
 ]
