@@ -40,7 +40,17 @@ from ..runs import Run, Stage
 from ..sites.tokens import vocabulary_size
 from ..version import __version__
 from .blocks import MOST_TENSORS
-from .judged import MAX_SAE_BYTES, JudgedConfig, Place, Sources, Texts, find_places, read_texts, stated_otherwise
+from .judged import (
+    MAX_SAE_BYTES,
+    JudgedConfig,
+    Place,
+    Sources,
+    Texts,
+    find_places,
+    read_texts,
+    say_what_changed,
+    stated_otherwise,
+)
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
@@ -116,6 +126,7 @@ def _make(config: DashboardConfig, sources: Sources, work: Run, stop: Stop, star
     task = _Task(config, loaded, places, texts, work, stop)
     finished = work.stage(FINISHED, task.settings, task.which(places))
     if not finished.done():
+        say_what_changed(work.folder / RESULTS, task.environment)
         task.forget()
     task.tables()
     if not finished.done():

@@ -31,7 +31,7 @@ from ..runs import Run, Stage
 from ..sites import Site
 from ..sites.decoder import find_decoder
 from .blocks import Blocks, groups_that_fit, moments_of
-from .judged import EvaluateConfig, Place, Sources, Texts, find_places, read_texts, stated_otherwise
+from .judged import EvaluateConfig, Place, Sources, Texts, find_places, read_texts, say_what_changed, stated_otherwise
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
@@ -111,6 +111,7 @@ class Task:
         if (before := self.finished()) is not None:
             say(f"{self.work.folder}: finished before; start over with --fresh")
             return before
+        say_what_changed(self.work.folder / RESULTS, self.environment)
         moments = self.moments()
         sums = added(self.blocks(moments), self.texts.judged.documents)
         figures = Figures(sums, Bootstrap(len(sums["documents"]), draws=self.config.draws, seed=self.config.seed))

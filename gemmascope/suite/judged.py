@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -18,6 +19,7 @@ from ..evaluation.bootstrap import DRAWS
 from ..evaluation.protocol import Subject
 from ..evaluation.suite import recipe_of
 from ..evaluation.token_sets import MarkedText
+from ..formats.differences import differences
 from ..formats.files import as_path, read_json, shown
 from ..kernels import dispatch
 from ..reporting.progress import StageProgress
@@ -32,7 +34,7 @@ from ..sites.site import as_site
 from .check import width_finding
 from .config import LARGEST_CONTEXT, ModelSection
 from .model import Loaded, load_model
-from .prepare import TOKENS
+from .prepare import TOKENS, say
 from .run import IDENTITY
 from .sources import Source, expand
 from .stated import stated_of
@@ -353,6 +355,16 @@ def _of_run(config: JudgedConfig, sources: Sources, loaded: Loaded) -> TokenRows
     if rows.identity.get("tokenizer") != tokenizer_hash(loaded.tokenizer):
         raise ValueError("model: expected one with the tokenizer of the run's text, got another; pass --text")
     return rows
+
+
+def say_what_changed(path: Path, environment: Mapping[str, Any]) -> None:
+    """Say in what the environment of the results at ``path`` is another: who comes back with another number of threads
+    should know why all is made again."""
+    with suppress(BadFileError):
+        found = read_json(path) if path.is_file() else None
+        before = found.get("environment") if isinstance(found, dict) else None
+        if isinstance(before, dict) and (lines := differences(before, environment, "that there", "this process")):
+            say(f"{path}: made anew, in another environment: {'; '.join(lines)}")
 
 
 # ---- SAEs

@@ -41,7 +41,7 @@ from ..reporting.results import FINISHED, RESULTS
 from ..runs import Run, Stage
 from ..sites import Site
 from ..sites.decoder import find_decoder
-from .judged import JudgedConfig, Place, Sources, find_places, stated_otherwise
+from .judged import JudgedConfig, Place, Sources, find_places, say_what_changed, stated_otherwise
 from .labelled import LabelledText, read_labelled
 from .model import Loaded, as_device, environment
 from .prepare import say
@@ -121,6 +121,7 @@ def _probe(config: ProbeConfig, sources: Sources, work: Run, stop: Stop, started
     if finished.done():
         say(f"{work.folder}: finished before; start over with --fresh")
         return read_json(work.folder / RESULTS)
+    say_what_changed(work.folder / RESULTS, task.environment)
     rows, l0 = task.rows()
     with finished.doing():
         results = {

@@ -59,7 +59,7 @@ from ..runs import Run, Stage, key_of
 from ..sites import Site
 from ..sites.site import as_site
 from .config import ModelSection
-from .judged import Place, Sources, find_places, stated_otherwise
+from .judged import Place, Sources, find_places, say_what_changed, stated_otherwise
 from .model import Loaded, as_device, environment, load_model
 from .prepare import say
 from .stopping import Stop, Stopped, stopping
@@ -222,6 +222,7 @@ def _ravel(config: RavelConfig, sources: Sources, work: Run, stop: Stop, started
     if finished.done():
         say(f"{work.folder}: finished before; start over with --fresh")
         return read_json(work.folder / RESULTS)
+    say_what_changed(work.folder / RESULTS, task.environment)
     results = task.results(finished, places)
     results["seconds"] = {"this_run": round(time.monotonic() - started, 1)}
     with finished.doing():

@@ -44,7 +44,7 @@ from .blocks import Blocks, Measure, groups_that_fit, moments_of
 from .config import ModelSection
 from .conversations import ROLES, Markers, conversation_rows
 from .evaluate import Task, warnings_of
-from .judged import JUDGED_EVERY, EvaluateConfig, Place, Sources, find_places, load_named, read_texts
+from .judged import JUDGED_EVERY, EvaluateConfig, Place, Sources, find_places, load_named, read_texts, say_what_changed
 from .model import Loaded, as_device, environment
 from .prepare import TOKENS, say
 from .stopping import Stop, Stopped, stopping
@@ -245,6 +245,7 @@ class _Work:
         if stage.done():
             say(f"{path}: made before; start over with --fresh")
             return read_json(path)
+        say_what_changed(path, self._environment)
         finding = study.run(self)
         self._stop.check()
         with stage.doing():

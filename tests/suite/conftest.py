@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from gemmascope.suite import measure
 from gemmascope.suite.run import train_suite
@@ -42,3 +43,12 @@ def worker():
     found = Worker()
     yield found
     found.close()
+
+
+@pytest.fixture
+def another_thread():
+    """PyTorch has one more: how that is said."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    yield f"threads: that there has {threads}, this process {threads + 1}"
+    torch.set_num_threads(threads)

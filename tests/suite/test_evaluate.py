@@ -1,6 +1,7 @@
 """`gemmascope evaluate` as a user meets it: runs, folders, text, what is refused, what goes on after a kill."""
 
 import json
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -139,6 +140,18 @@ def test_once_finished_nothing_is_computed_again(evaluated, undisturbed, monkeyp
     assert again == read_json(out / "results.json")
     assert again["saes"] == results["saes"]
     assert "finished before" in capsys.readouterr().err
+
+
+def test_with_more_threads_it_is_made_anew_and_says_so(evaluated, undisturbed, tmp_path, another_thread, capsys):
+    out = tmp_path / "evaluation"
+    shutil.copytree(evaluated[0], out)
+    found = evaluate_saes(settings([undisturbed], out))
+    assert f"{out / 'results.json'}: made anew, in another environment: {another_thread}\n" in capsys.readouterr().err
+    assert found["environment"]["threads"] == evaluated[1]["environment"]["threads"] + 1
+    evaluate_saes(settings([undisturbed], out))
+    assert "made anew" not in capsys.readouterr().err, "it was finished"
+    evaluate_saes(settings([undisturbed], out, seed=1))
+    assert "made anew" not in capsys.readouterr().err, "of the same environment"
 
 
 def test_groups_that_fit_into_memory_give_the_same(evaluated, undisturbed, tmp_path):

@@ -170,6 +170,13 @@ def test_studies_without_outliers_lie_beside_the_others(made, without_outliers, 
     ]
 
 
+def test_with_more_threads_a_study_is_made_anew_and_says_so(made, undisturbed, tmp_path, another_thread, capsys):
+    out = tmp_path / "studies"
+    shutil.copytree(made[0], out)
+    study_saes(["position"], StudyConfig([undisturbed], out=out, **SETTINGS))
+    assert f"{out / 'position.json'}: made anew, in another environment: {another_thread}\n" in capsys.readouterr().err
+
+
 def test_frequencies_are_those_of_the_file(made, evaluated):
     for name, frequency in read_frequencies(evaluated[0]).items():
         rows = rows_of(made[1].done["frequency"], sae=name, series="SAE")
