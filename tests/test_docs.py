@@ -101,9 +101,13 @@ def rows_of(name: str) -> list[dict]:
         "layer_9/resid shared 2048",
         "layer_9/resid published 2048",
         "layer_9/mlp shared 2048",
+        "layer_9/mlp published 2048",
         "layer_9/att shared 2048",
+        "layer_9/att published 2048",
         "layer_9/resid shared 16384",
         "layer_2/resid shared 1024",
+        "layer_2/resid published 1024",
+        "layer_3/resid shared 2048",
     ],
 )
 def test_tables_of_kinds_are_those_of_the_rows(setting):
