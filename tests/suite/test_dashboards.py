@@ -4,6 +4,7 @@ pytest tests/suite/test_dashboards.py
 """
 
 import json
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -103,6 +104,13 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and path.name not in own and "tokens" not in path.parts
     }
+
+
+def test_with_more_threads_they_are_made_anew_and_say_so(made, undisturbed, tmp_path, another_thread, capsys):
+    out = tmp_path / "dashboards"
+    shutil.copytree(made[0], out)
+    make_dashboards(settings([undisturbed], out))
+    assert f"{out / 'results.json'}: made anew, in another environment: {another_thread}\n" in capsys.readouterr().err
 
 
 def test_once_finished_nothing_is_computed_again(made, undisturbed, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """`gemmascope probe` as a user meets it: a run, labels of one's own, what is refused, what goes on after a stop."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,13 @@ def test_stopped_it_goes_on_to_the_same_figures(probed, undisturbed, tmp_path, m
 
 
 # ---- labels of one's own
+
+
+def test_with_more_threads_they_are_made_anew_and_say_so(probed, undisturbed, tmp_path, another_thread, capsys):
+    out = tmp_path / "probes"
+    shutil.copytree(probed[0], out)
+    probe_saes(settings([undisturbed], out))
+    assert f"{out / 'results.json'}: made anew, in another environment: {another_thread}\n" in capsys.readouterr().err
 
 
 def test_labels_that_are_given(labelled, model_folder, tmp_path):

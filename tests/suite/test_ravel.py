@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -117,6 +118,13 @@ def test_once_finished_nothing_is_computed_again(judged, place, monkeypatch):
     monkeypatch.setattr(ravel, "train_sae", None)
     monkeypatch.setattr(ravel, "answers", None)
     assert ravel_saes(settings(place, out, seeds=2)) == read_json(out / "results.json") == results
+
+
+def test_with_more_threads_it_is_made_anew_and_says_so(judged, place, tmp_path, another_thread, capsys):
+    out = tmp_path / "ravel"
+    shutil.copytree(judged[0], out)
+    ravel_saes(settings(place, out, seeds=2))
+    assert f"{out / 'results.json'}: made anew, in another environment: {another_thread}\n" in capsys.readouterr().err
 
 
 def test_a_sweep_runs_the_layers_before_the_site_no_more(place, tmp_path, monkeypatch):
